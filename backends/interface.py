@@ -1,0 +1,157 @@
+"""The boundary: what crosses between the shared code and a backend.
+
+Only numpy arrays, plain numbers and these small frozen types cross it. A backend is a module with
+
+    probe() -> str | None                                # None: usable here; else one sentence why not
+    open(model, lora, optim, seed) -> Session            # a live session, never half-initialised
+
+B is the number of rows in a micro-batch, T its padded width, r the LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int32]
+
+
+class BackendError(Exception):
+    """The backend, or what was asked of it, cannot be used on this machine. The message says why."""
+
+
+class OutOfMemory(Exception):
+    """The device had no room for a micro-batch; the session's state is as it was before the call."""
+
+
+class NonFinite(Exception):
+    """A loss or a gradient was NaN or infinite; the step was not applied."""
+
+
+class IncompatibleState(Exception):
+    """Tensors offered to `set_state` do not fit the session; the message lists every difference."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model folder with `config.json` and safetensors, and how to hold it."""
+
+    path: Path
+    quantize: Literal["none", "4bit"] = "none"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 elsewhere
+    checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
+    device: Literal["auto", "cpu"] = "auto"  # cpu: even where there is an accelerator
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The adapter: W x + scale * B A x on every chosen linear layer (Hu et al., 2021)."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0  # of the adapter's input, while training
+    targets: tuple[str, ...] = ()  # last parts of module names ("q_proj"); empty: every linear in the blocks
+    layers: int | None = None  # only the last so many blocks; None: all
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """AdamW with bias correction and decoupled decay (Loshchilov & Hutter, 2019); the rate comes with each step."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0  # of the gradient of all adapter tensors together; None: no clipping
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch, padded on the right. Shift and mask are already done."""
+
+    inputs: IntArray  # [B, T]
+    targets: IntArray  # [B, T] the token after each input; a valid id even where the weight is 0
+    weights: FloatArray  # [B, T] 0 = prompt or padding
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # sum(weight * nll) / sum(weight) over all micro-batches, before the update
+    tokens: int  # supervised positions
+    grad_norm: float  # global norm before clipping
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the model thinks of a batch's targets; 0 at positions whose weight is 0."""
+
+    logprob: FloatArray  # [B, T] log p(target), natural logarithm
+    greedy: IntArray  # [B, T] the most probable token
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything training changes. Names are `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r]."""
+
+    step: int  # optimiser steps done
+    adapter: Mapping[str, FloatArray]
+    moments: Mapping[str, FloatArray]  # `<adapter name>.exp_avg` and `.exp_avg_sq`, shaped as the adapter
+
+
+class Session(Protocol):
+    """One model with one adapter on one device."""
+
+    device: str  # "cpu", "cuda: NVIDIA GeForce RTX 4070", "gpu: Apple M3"
+    scheme: str  # what the frozen weights are: "none", "nf4/64 double", "affine4/64", ...
+    lora_shapes: Mapping[str, tuple[int, int]]  # module -> (out, in)
+
+    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+        """One AdamW update from the mean loss over all micro-batches.
+
+        Raises OutOfMemory or NonFinite, and then leaves the state as it was.
+        """
+
+    def score(self, batch: Batch) -> Scores:
+        """Dropout off, nothing changed. Raises OutOfMemory."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        stop: Collection[int],
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """A completion for each prompt, without the stop token; greedy at temperature 0. Raises OutOfMemory."""
+
+    def get_state(self) -> TrainState:
+        """A copy; later steps do not change it."""
+
+    def set_state(self, state: TrainState) -> None:
+        """Raises IncompatibleState unless every name and shape fits; moments may be empty (all zero)."""
+
+    def peak_bytes(self) -> int:
+        """The most memory in use so far: of the device, or of the process on a CPU."""
+
+    def free_bytes(self) -> int | None:
+        """Memory still to be had on the device, where it can be known."""
+
+
+class Backend(Protocol):
+    """What every backend module exports."""
+
+    def probe(self) -> str | None: ...
+
+    def describe(self) -> dict[str, Any]:
+        """Device and versions, for `doctor` and the run's record."""
+
+    def open(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Session: ...

@@ -1,0 +1,118 @@
+"""What a model folder says of itself, read without any framework: config, tensor shapes, identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from backends.interface import BackendError, LoraSpec
+
+_IN_BLOCK = re.compile(r"\blayers\.(\d+)\.(.+)\.weight$")
+_NOT_ADAPTED = re.compile(
+    r"\bexperts\b|\brouter\b|(^|\.)gate$|norm"
+)  # experts are chosen by token, not by layer
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`, with the rotary settings in both spellings.
+
+    transformers 5 writes `rope_parameters`; mlx-lm 0.32 reads `rope_theta` and `rope_scaling` and takes
+    a default where they are missing, in silence. Whichever is there, the other is added.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BackendError(
+            f"{folder}: config.json cannot be read ({error}); is this a model folder?"
+        ) from error
+    return config | legacy_rope(config)
+
+
+def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The `rope_theta` / `rope_scaling` keys that say what `rope_parameters` says."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return {}
+    if "full_attention" in rope:  # one rotary base for each kind of layer
+        found = legacy_rope({"rope_parameters": rope["full_attention"]})
+        local = rope.get("sliding_attention", {}).get("rope_theta")
+        return found | ({"rope_local_base_freq": local} if local else {})
+    keys = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if "partial_rotary_factor" in rope:
+        keys["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    if scaling.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = scaling | {"type": scaling["rope_type"]}
+    return keys
+
+
+def weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise BackendError(f"{folder}: no model*.safetensors; other weight formats are not read")
+    return files
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor's shape, from the safetensors headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+        except SafetensorError as error:
+            raise BackendError(f"{file}: not a whole safetensors file ({error})") from error
+    return shapes
+
+
+def lora_modules(folder: Path, lora: LoraSpec) -> dict[str, tuple[int, int]]:
+    """Modules to adapt -> (out, in), in the model's order. Every backend adapts exactly these.
+
+    Raises BackendError when a target names no linear layer of the blocks, or nothing is left to adapt.
+    """
+    shapes = tensor_shapes(folder)
+    quantization = read_config(folder).get("quantization") or {}
+    found: dict[str, tuple[int, int]] = {}
+    blocks: dict[str, int] = {}
+    for name, shape in shapes.items():
+        match = _IN_BLOCK.search(name)
+        if match is None or len(shape) != 2 or _NOT_ADAPTED.search(match[2]):
+            continue
+        module = name.removesuffix(".weight")
+        packing = 1
+        if f"{module}.scales" in shapes:  # MLX packs 32 / bits inputs into one word
+            own = quantization.get(module) or {}
+            packing = 32 // int(own.get("bits", quantization.get("bits", 4)))
+        found[module] = (shape[0], shape[1] * packing)
+        blocks[module] = int(match[1])
+    names = sorted({module.rsplit(".", 1)[-1] for module in found})
+    unknown = [target for target in lora.targets if target not in names]
+    if unknown or not found:
+        raise BackendError(
+            f"{folder}: no linear layer named {', '.join(unknown) or 'anything'}; there are {', '.join(names) or 'none'}"
+        )
+    first = 0 if lora.layers is None else max(blocks.values()) + 1 - lora.layers
+    chosen = [
+        m for m in found if blocks[m] >= first and (not lora.targets or m.rsplit(".", 1)[-1] in lora.targets)
+    ]
+    return {module: found[module] for module in sorted(chosen, key=lambda m: (blocks[m], m))}
+
+
+def fingerprint(folder: Path) -> str:
+    """Identity of the base weights: sha256 over every file's size, header and 64 samples of 4 KiB."""
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
+        size = file.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with file.open("rb") as opened:
+            header = int.from_bytes(opened.read(8), "little")
+            digest.update(opened.read(min(header, 100_000_000)))
+            for sample in range(64):
+                opened.seek(8 + header + max(0, size - 8 - header - 4096) * sample // 63)
+                digest.update(opened.read(4096))
+    return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""The recipe: everything a run is decided by, its defaults and its bounds, in one place."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    path: str
+    """A model folder, a hub id, or builtin:reviews-base."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """How weights that are not quantised are held; auto is float32 on a CPU and bfloat16 elsewhere."""
+
+
+class Data(Section):
+    train: str
+    """A file (.jsonl, .json, .csv, .tsv, .parquet), a hub data set id, or builtin:reviews/train.jsonl."""
+    valid: str | None = None
+    """Rows to choose the best epoch by; without it a share of train is set apart."""
+    test: str | None = None
+    """Rows for the final figures; without it the validation rows serve."""
+    format: Literal["auto", "classification", "prompt", "alpaca", "chat", "sharegpt", "text"] = "auto"
+    """What a row is; auto looks at the column names."""
+    columns: dict[str, str] = {}
+    """Which column holds what, as standard name: your name (text: review)."""
+    labels: list[str] | None = None
+    """The labels, in order; without it those that occur in train."""
+    valid_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1
+    """The share of train set apart when valid is missing."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a bad row does: stop the run, or be left out and listed."""
+
+
+class Prompt(Section):
+    template: str = "auto"
+    """auto, chat (the model's own), plain, alpaca, or your own text with {text} (or your columns) in it."""
+    system: str | None = None
+    """A system message put before every conversation that has none."""
+    completion: str | None = None
+    """How the answer is written after the prompt; {completion} (for labels {label}) stands for it."""
+    loss_on: Literal["completion", "last", "all"] = "completion"
+    """completion: every answer; last: only a conversation's last answer; all: the prompt too."""
+    end_token: bool = True
+    """Train the end-of-text token after every answer, so that generation stops."""
+
+
+class Lora(Section):
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0.0)] = 16.0
+    """The adapter's weight is alpha / rank, on every backend."""
+    dropout: Share = 0.0
+    targets: list[str] | Literal["all"] = "all"
+    """Linear layers by the last part of their name (q_proj, v_proj), or all of those in the blocks."""
+    layers: Positive | Literal["all"] = "all"
+    """Only the last so many blocks, or all."""
+    start_from: str | None = None
+    """An adapter folder (PEFT or mlx-lm) whose weights are the start."""
+
+
+class Train(Section):
+    epochs: Positive | None = None
+    """Passes over the data; 3 unless steps is given."""
+    steps: Positive | None = None
+    """Optimiser steps, instead of epochs."""
+    batch_size: Positive = 16
+    """Examples in one optimiser step, on every machine."""
+    micro_tokens: Positive = 4096
+    """Tokens, padding counted, that are in memory at once; a matter of memory alone, never of the result."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: Share = 0.05
+    """The share of all steps over which the rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Tokens in an example; longer ones meet the truncation policy."""
+    truncation: Literal["prompt", "end", "drop", "error"] = "prompt"
+    """prompt: shorten the prompt, keep the answer whole; end: cut the end; drop the row; or stop."""
+    gradient_checkpointing: bool = False
+    """Less memory for about a third more time."""
+    early_stopping: Positive | None = None
+    """Stop after so many evaluations without a better validation loss."""
+    checkpoint_every: Positive | None = None
+    """Steps between checkpoints; without it at the end of every epoch."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps exclude each other; keep one")
+        return self
+
+
+class Evaluate(Section):
+    every: Positive | None = None
+    """Steps between validations; without it at the end of every epoch."""
+    generate: bool = True
+    """For open answers: write each answer greedily and compare it with the expected one."""
+    max_tokens: Positive = 128
+    """The longest answer written."""
+    base: bool = True
+    """Measure the base model too, on the same rows."""
+
+
+class Recipe(Section):
+    model: Model
+    task: Literal["auto", "classification", "generation", "text"] = "auto"
+    """What is measured: labels, open answers, or the loss alone; auto follows the data's format."""
+    data: Data
+    prompt: Prompt = Prompt()
+    lora: Lora = Lora()
+    quantize: Literal["none", "4bit"] = "none"
+    """4bit: NF4 of bitsandbytes on torch, affine 4-bit on MLX."""
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    backend: Literal["auto", "mlx", "torch", "reference"] = "auto"
+    output: str = "runs"
+    """The folder in which each run makes its own folder."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recipe:
+        if self.task == "classification" and self.data.format not in ("auto", "classification"):
+            raise ValueError(
+                f"task classification needs rows of text and label, and data.format says {self.data.format}"
+            )
+        if self.data.labels is not None and self.task not in ("auto", "classification"):
+            raise ValueError(f"data.labels belongs to task classification, and task says {self.task}")
+        return self
