@@ -152,6 +152,6 @@ class Backend(Protocol):
     def probe(self) -> str | None: ...
 
     def describe(self) -> dict[str, Any]:
-        """Device and versions, for `doctor` and the run's record."""
+        """`device`, `versions` (library -> version), and whether `4bit` and `checkpointing` can be had."""
 
     def open(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Session: ...

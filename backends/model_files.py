@@ -13,9 +13,7 @@ from safetensors import SafetensorError, safe_open
 from backends.interface import BackendError, LoraSpec
 
 _IN_BLOCK = re.compile(r"\blayers\.(\d+)\.(.+)\.weight$")
-_NOT_ADAPTED = re.compile(
-    r"\bexperts\b|\brouter\b|(^|\.)gate$|norm"
-)  # experts are chosen by token, not by layer
+_NOT_ADAPTED = re.compile(r"\bexperts\b|\brouter\b|(^|\.)gate$|norm")  # experts are chosen by token, not by layer
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -27,28 +25,36 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BackendError(
-            f"{folder}: config.json cannot be read ({error}); is this a model folder?"
-        ) from error
+        raise BackendError(f"{folder}: config.json cannot be read ({error}); is this a model folder?") from error
     return config | legacy_rope(config)
 
 
 def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The `rope_theta` / `rope_scaling` keys that say what `rope_parameters` says."""
+    """The older keys that say what `rope_parameters` says, as mlx-lm 0.32 reads them; for a nested text model too.
+
+    Where layers differ ("full_attention" and "sliding_attention"), mlx-lm reads the second base from
+    `rope_local_base_freq` and the pattern from `sliding_window_pattern`.
+    """
+    text = config.get("text_config")
+    nested = {"text_config": text | legacy_rope(text)} if isinstance(text, dict) and legacy_rope(text) else {}
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
-        return {}
-    if "full_attention" in rope:  # one rotary base for each kind of layer
-        found = legacy_rope({"rope_parameters": rope["full_attention"]})
+        return nested
+    if "full_attention" in rope:
+        keys = _one_rope(rope["full_attention"])
         local = rope.get("sliding_attention", {}).get("rope_theta")
-        return found | ({"rope_local_base_freq": local} if local else {})
-    keys = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-    if "partial_rotary_factor" in rope:
-        keys["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        kinds = config.get("layer_types") or []
+        pattern = {"sliding_window_pattern": kinds.index("full_attention") + 1} if "full_attention" in kinds else {}
+        return nested | keys | pattern | ({"rope_local_base_freq": local} if local else {})
+    return nested | _one_rope(rope)
+
+
+def _one_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    own = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    keys = {key: rope[key] for key in own if key in rope}
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    if scaling.get("rope_type", "default") != "default":
-        keys["rope_scaling"] = scaling | {"type": scaling["rope_type"]}
-    return keys
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    return keys | {"rope_scaling": None if kind == "default" else scaling | {"rope_type": kind, "type": kind}}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -64,7 +70,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="numpy") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise BackendError(f"{file}: not a whole safetensors file ({error})") from error
     return shapes
@@ -97,9 +103,7 @@ def lora_modules(folder: Path, lora: LoraSpec) -> dict[str, tuple[int, int]]:
             f"{folder}: no linear layer named {', '.join(unknown) or 'anything'}; there are {', '.join(names) or 'none'}"
         )
     first = 0 if lora.layers is None else max(blocks.values()) + 1 - lora.layers
-    chosen = [
-        m for m in found if blocks[m] >= first and (not lora.targets or m.rsplit(".", 1)[-1] in lora.targets)
-    ]
+    chosen = [m for m in found if blocks[m] >= first and (not lora.targets or m.rsplit(".", 1)[-1] in lora.targets)]
     return {module: found[module] for module in sorted(chosen, key=lambda m: (blocks[m], m))}
 
 

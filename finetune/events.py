@@ -36,9 +36,7 @@ class Validated(Event):
     """One row of the epoch table."""
 
     epoch: float
-    train_loss: (
-        float | None
-    )  # token-weighted mean over the steps since the last validation; None before training
+    train_loss: float | None  # token-weighted mean over the steps since the last validation; None before training
     loss: float
     perplexity: float
     token_accuracy: float

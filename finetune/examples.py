@@ -31,10 +31,13 @@ class Example:
     place: str  # file:line
     answer: str | None = None  # the label or the expected answer (of the last turn)
     prompt: str = ""  # the rendered text before that answer
+    answer_start: int | None = None  # the token that answer begins with; None: the last supervised run's first
 
     @property
     def prompt_tokens(self) -> IntArray:
-        """The tokens before the last supervised run: what a model is given to answer. [p]"""
+        """The tokens before the last answer: what a model is given to answer. [p]"""
+        if self.answer_start is not None:
+            return self.tokens[: self.answer_start]
         supervised = self.weights > 0
         end = len(supervised)
         while end and not supervised[end - 1]:

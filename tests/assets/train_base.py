@@ -51,9 +51,7 @@ CHAT_TEMPLATE = (
 
 def documents(path: Path) -> list[str]:
     """Every non-empty line, its white space collapsed."""
-    with (
-        lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
-    ) as file:
+    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
         return [text for line in file if (text := " ".join(line.replace("<br />", " ").split()))]
 
 
@@ -139,9 +137,7 @@ class Masters:
         self.live = list(model.parameters())
         self.copies = [p.detach().float().clone().requires_grad_() for p in self.live]
         matrices = [c for (n, _), c in zip(model.named_parameters(), self.copies, strict=True) if "proj" in n]
-        others = [
-            c for (n, _), c in zip(model.named_parameters(), self.copies, strict=True) if "proj" not in n
-        ]
+        others = [c for (n, _), c in zip(model.named_parameters(), self.copies, strict=True) if "proj" not in n]
         self.muon = torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.02, momentum=0.95)
         self.adam = torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.01)
 
@@ -243,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded base model from nothing.")
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--save-every", type=int, default=500)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)

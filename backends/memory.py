@@ -1,0 +1,22 @@
+"""Memory of the process and the machine, for backends that run on the CPU."""
+
+from __future__ import annotations
+
+import sys
+
+import psutil
+
+
+def process_peak_bytes() -> int:
+    """The most memory this process has held so far."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def available_bytes() -> int:
+    """Memory the machine can still give without swapping."""
+    return int(psutil.virtual_memory().available)

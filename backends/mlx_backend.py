@@ -1,0 +1,222 @@
+"""LoRA and QLoRA in MLX: Apple silicon, CUDA and the CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+from backends.interface import (
+    Batch,
+    FloatArray,
+    LoraSpec,
+    ModelSpec,
+    NonFinite,
+    OptimSpec,
+    OutOfMemory,
+    Scores,
+    StepResult,
+    TrainState,
+)
+from backends.lora_init import initial_adapter
+from backends.memory import available_bytes, process_peak_bytes
+from backends.mlx_generate import generate
+from backends.mlx_model import DropoutKeys, Head, attach, checkpoint_blocks, load
+from backends.model_files import lora_modules
+from backends.state import MOMENTS, adapter_shapes, fitting
+
+Tensors = dict[str, mx.array]
+
+_NO_MEMORY = ("malloc", "insufficient memory", "out of memory", "unable to allocate")
+
+
+def probe() -> str | None:
+    try:
+        mx.eval(mx.ones(2) + 1)
+    except RuntimeError as error:
+        return f"MLX does not compute on {mx.default_device()} here: {error}"
+    return None
+
+
+def describe() -> dict[str, Any]:
+    return {
+        "device": _device_name(mx.default_device()),
+        "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
+        "4bit": True,
+        "checkpointing": True,
+    }
+
+
+def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSession:
+    """Raises BackendError where the model or what is asked of it cannot be had in MLX."""
+    device = mx.Device(mx.cpu) if model.device == "cpu" else mx.default_device()
+    with mx.stream(device):
+        if device.type != mx.cpu:
+            maybe_set_recommended_wired_limit()
+        return MlxSession(model, lora, optim, seed, device)
+
+
+class _State(NamedTuple):
+    """Replaced as one, so that an interruption cannot leave half of a step."""
+
+    step: int
+    adapter: Tensors
+    moments: Tensors
+
+
+class MlxSession:
+    """`interface.Session` in MLX. Adapter and moments are float32 in mlx-lm's layout: A [in, r], B [r, out]."""
+
+    def __init__(self, spec: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int, device: mx.Device) -> None:
+        on_cpu = device.type == mx.cpu
+        names = {"auto": mx.float32 if on_cpu else mx.bfloat16, "float32": mx.float32, "bfloat16": mx.bfloat16}
+        self.device = _device_name(device)
+        self.lora_shapes: Mapping[str, tuple[int, int]] = lora_modules(spec.path, lora)
+        model, self.scheme = load(spec, names[spec.dtype])
+        self._model, self._optim, self._on, self._on_cpu = model, optim, device, on_cpu
+        self._keys = DropoutKeys(seed)
+        self._layers = attach(model, self.lora_shapes, lora, self._keys)
+        self._head = Head(model)
+        if spec.checkpointing:
+            checkpoint_blocks(model)
+        self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
+        self._state: _State
+        self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
+
+    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+        total = float(sum(batch.weights.sum(dtype=np.float64) for batch in micro))
+        if not total > 0:
+            raise ValueError("a step needs at least one supervised position")
+        with self._running(training=True):
+            loss, gradient = self._gradient(micro, total)
+            norm = float(mx.sqrt(mx.stack([mx.square(part).sum() for part in gradient.values()]).sum()))
+            updated = self._updated(gradient, norm, lr)
+            finite = mx.stack([mx.isfinite(value).all() for value in updated.adapter.values()]).all()
+            mx.eval(finite, updated.adapter, updated.moments)
+            if not (math.isfinite(loss) and math.isfinite(norm) and finite.item()):
+                raise NonFinite(f"loss {loss}, gradient norm {norm} in step {self._state.step + 1}")
+            self._state = updated
+        return StepResult(loss, int(sum(np.count_nonzero(batch.weights) for batch in micro)), norm)
+
+    def score(self, batch: Batch) -> Scores:
+        logprob = np.zeros(batch.weights.shape, dtype=np.float32)
+        greedy = np.zeros(batch.weights.shape, dtype=np.int32)
+        chosen = np.flatnonzero(batch.weights)
+        if chosen.size:
+            with self._running():
+                logits = self._head.logits(mx.array(batch.inputs), mx.array(chosen))
+                logprob.flat[chosen] = -np.array(_nll(logits, batch.targets.flat[chosen]))
+                greedy.flat[chosen] = np.array(mx.argmax(logits, axis=-1))
+        return Scores(logprob, greedy)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        stop: Collection[int],
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        with self._running():
+            return generate(self._model, self._head, prompts, max_tokens, stop, temperature, seed)
+
+    def get_state(self) -> TrainState:
+        return TrainState(self._state.step, _to_numpy(self._state.adapter), _to_numpy(self._state.moments))
+
+    def set_state(self, state: TrainState) -> None:
+        whole = fitting(state, self._shapes)
+        self._state = _State(whole.step, _to_mlx(whole.adapter), _to_mlx(whole.moments))
+
+    def peak_bytes(self) -> int:
+        return process_peak_bytes() if self._on_cpu else int(mx.get_peak_memory())
+
+    def free_bytes(self) -> int | None:
+        if self._on_cpu:
+            return available_bytes()
+        room = mx.device_info(self._on).get("max_recommended_working_set_size")  # of Apple's devices
+        return None if room is None else max(0, int(room) - int(mx.get_active_memory()))
+
+    @contextmanager
+    def _running(self, training: bool = False) -> Iterator[None]:
+        """On the session's device, with its adapter in the model, also afterwards, however a call ends."""
+        self._place(self._state.adapter)
+        self._model.train(training)
+        try:
+            with mx.stream(self._on):
+                yield
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if not any(sign in str(error).lower() for sign in _NO_MEMORY):
+                raise
+            mx.clear_cache()
+            raise OutOfMemory(str(error)) from error
+        finally:
+            self._place(self._state.adapter)  # and not the traced arrays, which hold a whole step's memory
+
+    def _gradient(self, micro: Sequence[Batch], total: float) -> tuple[float, Tensors]:
+        """sum(weight x nll) / total over all micro-batches, and its gradient; one micro-batch in memory at a time."""
+        loss = 0.0
+        gradient: Tensors = {}
+        for index, batch in enumerate(micro):
+            chosen = np.flatnonzero(batch.weights)
+            if not chosen.size:
+                continue
+            self._keys.at(self._state.step, index)
+            inputs, positions = mx.array(batch.inputs), mx.array(chosen)
+            targets, shares = batch.targets.flat[chosen], mx.array(batch.weights.flat[chosen] / np.float32(total))
+
+            def part(adapter: Tensors) -> mx.array:
+                self._place(adapter)
+                return (shares * _nll(self._head.logits(inputs, positions), targets)).sum()  # noqa: B023 (called here)
+
+            value, found = mx.value_and_grad(part)(self._state.adapter)
+            gradient = {name: gradient[name] + found[name] for name in found} if gradient else found
+            mx.eval(value, gradient)
+            loss += float(value)
+        return loss, gradient
+
+    def _updated(self, gradient: Tensors, norm: float, lr: float) -> _State:
+        """Adapter and moments after AdamW (Loshchilov & Hutter, 2019, algorithm 2) with the clipped gradient."""
+        clip, (beta1, beta2), step = self._optim.clip_norm, self._optim.betas, self._state.step + 1
+        scale = clip / (norm + 1e-6) if clip is not None and norm > clip else 1.0
+        adapter: Tensors = {}
+        moments: Tensors = {}
+        for name, value in self._state.adapter.items():
+            slope = gradient[name] * scale
+            first, second = (f"{name}.{kind}" for kind in MOMENTS)
+            moments[first] = beta1 * self._state.moments[first] + (1 - beta1) * slope
+            moments[second] = beta2 * self._state.moments[second] + (1 - beta2) * mx.square(slope)
+            mean, square = moments[first] / (1 - beta1**step), moments[second] / (1 - beta2**step)
+            decayed = value - lr * self._optim.weight_decay * value
+            adapter[name] = decayed - lr * mean / (mx.sqrt(square) + self._optim.eps)
+        return _State(step, adapter, moments)
+
+    def _place(self, adapter: Tensors) -> None:
+        for module, layer in self._layers.items():
+            layer.lora_a, layer.lora_b = adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"]
+
+
+def _nll(logits: mx.array, targets: np.ndarray[Any, np.dtype[np.int32]]) -> mx.array:
+    """-log p(target) [N] from float32 `logits` [N, vocab]."""
+    picked = mx.take_along_axis(logits, mx.array(targets)[:, None], axis=-1)[:, 0]
+    return mx.logsumexp(logits, axis=-1) - picked
+
+
+def _to_numpy(tensors: Tensors) -> dict[str, FloatArray]:
+    """Copies in PEFT's layout."""
+    return {name: np.array(value).T.copy() for name, value in tensors.items()}
+
+
+def _to_mlx(tensors: Mapping[str, FloatArray]) -> Tensors:
+    return {name: mx.array(np.ascontiguousarray(value.T)) for name, value in tensors.items()}
+
+
+def _device_name(device: mx.Device) -> str:
+    if device.type == mx.cpu:
+        return "cpu"
+    return f"gpu: {mx.device_info(device).get('device_name', 'unknown')}"

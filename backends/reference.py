@@ -1,0 +1,220 @@
+"""The contract, executable: a tiny numpy model that keeps every promise of `interface.Session` in the plainest way.
+
+The model is a bigram table in factors. With x = E[token], its logits are the sum over the adapted modules of
+
+    U (W x + scale * B A dropout(x))
+
+where E [V, in] and U [V, out] are shared by modules of one size. E, U and W are random, the same for every
+seed, and frozen; modules and shapes are the folder's own (without weights in it, one module of 32 x 32).
+It learns which token follows which, no more: a fast stand-in, never chosen unless it is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends.interface import (
+    BackendError,
+    Batch,
+    FloatArray,
+    IntArray,
+    LoraSpec,
+    ModelSpec,
+    NonFinite,
+    OptimSpec,
+    OutOfMemory,
+    Scores,
+    StepResult,
+    TrainState,
+)
+from backends.lora_init import initial_adapter
+from backends.memory import available_bytes, process_peak_bytes
+from backends.model_files import lora_modules, read_config
+from backends.state import adapter_shapes, fitting
+
+Arrays = dict[str, FloatArray]
+
+
+def probe() -> str | None:
+    return None
+
+
+def describe() -> dict[str, Any]:
+    return {"device": "cpu", "versions": {"numpy": np.__version__}, "4bit": False, "checkpointing": False}
+
+
+def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> ReferenceSession:
+    if model.quantize != "none" or model.dtype == "bfloat16":
+        raise BackendError("the reference backend computes in float32 alone; use quantize: none and dtype: auto")
+    return ReferenceSession(_modules(model.path, lora), int(read_config(model.path)["vocab_size"]), lora, optim, seed)
+
+
+def clipped(grads: Arrays, limit: float | None) -> tuple[float, Arrays]:
+    """The global norm, and the gradients times limit / (norm + 1e-6) where it is above the limit (Pascanu, 2013)."""
+    norm = float(np.sqrt(sum(float(np.sum(np.square(grad))) for grad in grads.values())))
+    if limit is None or not norm > limit:
+        return norm, grads
+    return norm, {name: grad * np.float32(limit / (norm + 1e-6)) for name, grad in grads.items()}
+
+
+def adamw(
+    weight: FloatArray, grad: FloatArray, m: FloatArray, v: FloatArray, number: int, lr: float, optim: OptimSpec
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """New weight, exp_avg and exp_avg_sq after optimiser step `number`, counted from 1 (Loshchilov & Hutter, 2019)."""
+    beta1, beta2 = optim.betas
+    m = m * beta1 + grad * (1 - beta1)
+    v = v * beta2 + grad * grad * (1 - beta2)
+    m_hat, v_hat = m / (1 - beta1**number), v / (1 - beta2**number)
+    return weight * (1 - lr * optim.weight_decay) - lr * m_hat / (np.sqrt(v_hat) + optim.eps), m, v
+
+
+class ReferenceSession:
+    def __init__(
+        self, modules: Mapping[str, tuple[int, int]], vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int
+    ) -> None:
+        self.device, self.scheme, self.lora_shapes = "cpu", "none", modules
+        self._lora, self._optim, self._seed = lora, optim, seed
+        rng = np.random.default_rng(20190111)  # the base is one model, whatever the run's seed
+        inputs, outputs = sorted({i for _, i in modules.values()}), sorted({o for o, _ in modules.values()})
+        self._embed = {i: _normal(rng, (vocabulary, i), 1.0) for i in inputs}
+        self._head = {o: _normal(rng, (vocabulary, o), o**-0.5) for o in outputs}
+        self._frozen = {m: _normal(rng, (o, i), (i * len(modules)) ** -0.5) for m, (o, i) in modules.items()}
+        self.set_state(TrainState(0, initial_adapter(modules, lora.rank, seed), {}))
+
+    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+        total = float(sum(np.sum(batch.weights, dtype=np.float64) for batch in micro))
+        if not total > 0:
+            raise ValueError("nothing is supervised in this step: all weights are 0")
+        with _memory_guard(), np.errstate(all="ignore"):
+            loss, grads = 0.0, {name: np.zeros_like(value) for name, value in self._adapter.items()}
+            for index, batch in enumerate(micro):
+                rng = np.random.default_rng((self._seed, self._step, index))  # so that resuming is exact
+                part, part_grads = self._gradient(batch, total, rng)
+                loss += part
+                grads = {name: grads[name] + part_grads[name] for name in grads}
+            norm, applied = clipped(grads, self._optim.clip_norm)
+            new = {name: self._updated(name, applied[name], lr) for name in self._adapter}
+        if not np.isfinite([loss, norm]).all() or not all(np.isfinite(value[0]).all() for value in new.values()):
+            raise NonFinite(f"loss {loss}, gradient norm {norm} in step {self._step + 1}")
+        for name, (weight, m, v) in new.items():
+            self._adapter[name], self._moments[f"{name}.exp_avg"], self._moments[f"{name}.exp_avg_sq"] = weight, m, v
+        self._step += 1
+        return StepResult(loss, sum(int(np.count_nonzero(batch.weights)) for batch in micro), norm)
+
+    def score(self, batch: Batch) -> Scores:
+        chosen = batch.weights != 0  # [B, T]
+        logprob, greedy = np.zeros(chosen.shape, np.float32), np.zeros(chosen.shape, np.int32)
+        with _memory_guard(), np.errstate(all="ignore"):
+            logits = self._logits(batch.inputs[chosen])  # [N, V]
+            logprob[chosen] = _log_softmax(logits)[np.arange(len(logits)), batch.targets[chosen]]
+            greedy[chosen] = logits.argmax(-1)
+        return Scores(logprob, greedy)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        stop: Collection[int],
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        completions: list[list[int]] = []
+        for row, prompt in enumerate(prompts):
+            rng = np.random.default_rng((seed, row))
+            written: list[int] = []
+            while len(written) < max_tokens:
+                logits = self._logits(np.array([[*prompt, *written][-1]]))[0]  # [V]
+                if temperature:
+                    logits = logits / temperature + rng.gumbel(size=logits.shape)  # its argmax is a softmax sample
+                token = int(logits.argmax())
+                if token in stop:
+                    break
+                written.append(token)
+            completions.append(written)
+        return completions
+
+    def get_state(self) -> TrainState:
+        copies = [{name: value.copy() for name, value in held.items()} for held in (self._adapter, self._moments)]
+        return TrainState(self._step, *copies)
+
+    def set_state(self, state: TrainState) -> None:
+        state = fitting(state, adapter_shapes(self.lora_shapes, self._lora.rank))
+        self._step, self._adapter, self._moments = state.step, dict(state.adapter), dict(state.moments)
+
+    def peak_bytes(self) -> int:
+        return process_peak_bytes()
+
+    def free_bytes(self) -> int | None:
+        return available_bytes()
+
+    def _logits(self, tokens: IntArray, kept: Mapping[str, FloatArray] | None = None) -> FloatArray:
+        """[N] -> [N, V]; `kept` holds each module's dropout mask [N, in], already over 1 - p."""
+        logits = np.zeros((len(tokens), len(next(iter(self._head.values())))), np.float32)
+        for module, (outputs, inputs) in self.lora_shapes.items():
+            x = self._embed[inputs][tokens]  # [N, in]
+            a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
+            dropped = x if kept is None else x * kept[module]
+            hidden = x @ self._frozen[module].T + self._lora.scale * (dropped @ a.T) @ b.T  # [N, out]
+            logits += hidden @ self._head[outputs].T
+        return logits
+
+    def _gradient(self, batch: Batch, total: float, rng: np.random.Generator) -> tuple[float, Arrays]:
+        """sum(w * nll) / total over this micro-batch, and its gradient by every adapter tensor."""
+        chosen = batch.weights != 0
+        tokens, targets = batch.inputs[chosen], batch.targets[chosen]  # [N]
+        share = batch.weights[chosen] / np.float32(total)  # [N]
+        kept = self._dropout(len(tokens), rng)
+        logs = _log_softmax(self._logits(tokens, kept))  # [N, V]
+        rows, upstream = np.arange(len(tokens)), np.exp(logs)
+        upstream[rows, targets] -= 1  # d nll / d logits = softmax - one hot
+        upstream *= share[:, None]
+        grads: Arrays = {}
+        for module, (outputs, inputs) in self.lora_shapes.items():
+            a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
+            x = self._embed[inputs][tokens] * kept[module]  # [N, in]
+            back = self._lora.scale * upstream @ self._head[outputs]  # [N, out]
+            grads |= {f"{module}.lora_A": (back @ b).T @ x, f"{module}.lora_B": back.T @ (x @ a.T)}
+        return float(np.sum(share * -logs[rows, targets], dtype=np.float64)), grads
+
+    def _dropout(self, count: int, rng: np.random.Generator) -> Arrays:
+        keep = 1 - self._lora.dropout
+        return {
+            module: ((rng.random((count, inputs)) < keep) / keep).astype(np.float32)
+            for module, (_, inputs) in self.lora_shapes.items()
+        }
+
+    def _updated(self, name: str, grad: FloatArray, lr: float) -> tuple[FloatArray, FloatArray, FloatArray]:
+        m, v = self._moments[f"{name}.exp_avg"], self._moments[f"{name}.exp_avg_sq"]
+        return adamw(self._adapter[name], grad, m, v, self._step + 1, lr, self._optim)
+
+
+@contextmanager
+def _memory_guard() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemory(f"cpu: {error}") from error
+
+
+def _modules(folder: Path, lora: LoraSpec) -> dict[str, tuple[int, int]]:
+    if any(folder.glob("model*.safetensors")):
+        return lora_modules(folder, lora)
+    unknown = [target for target in lora.targets if target != "proj"]
+    if unknown:
+        raise BackendError(f"{folder}: no linear layer named {', '.join(unknown)}; there is proj")
+    return {"model.layers.0.proj": (32, 32)}
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> FloatArray:
+    return (rng.standard_normal(shape) * deviation).astype(np.float32)
+
+
+def _log_softmax(logits: FloatArray) -> FloatArray:
+    shifted: FloatArray = logits - logits.max(-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return shifted

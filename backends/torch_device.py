@@ -1,0 +1,78 @@
+"""What torch needs to know of its device: choice, name, memory, random numbers, repeatable kernels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from backends.interface import OutOfMemory
+from backends.memory import available_bytes, process_peak_bytes
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def pick_device(requested: str) -> torch.device:
+    """cuda, mps or cpu: the first there is, or the CPU where that is asked for."""
+    if requested != "cpu" and torch.cuda.is_available():
+        # cuBLAS reads this once, when it starts; without it equal runs may differ in their last bits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if requested != "cpu" and torch.backends.mps.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return "mps: Apple GPU" if device.type == "mps" else "cpu"
+
+
+def peak_bytes(device: torch.device) -> int:
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else process_peak_bytes()
+
+
+def free_bytes(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes()
+
+
+@contextmanager
+def random_numbers(device: torch.device, *seed: int) -> Iterator[None]:
+    """Random numbers that are a function of `seed` alone; the process's own generator is left as it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+        yield
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On CUDA: the kernels that give the same bits every time, where there is a choice."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@contextmanager
+def memory_guard(device: torch.device) -> Iterator[None]:
+    """Every way in which torch says that memory ran out, as OutOfMemory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
+            raise
+        reason = str(error).partition("\n")[0] or "out of memory"
+    else:
+        return
+    # outside the handler: the exception's frames held the tensors that are to be freed
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    raise OutOfMemory(f"{device_name(device)}: {reason}")

@@ -1,0 +1,156 @@
+"""A transformers model with PEFT's LoRA layers, from a folder: loaded, frozen, quantised, adapted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils import logging as transformers_logging
+
+from backends.interface import BackendError, LoraSpec, ModelSpec
+from backends.model_files import read_config
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it reports optional kernels
+
+from peft import LoraConfig, inject_adapter_in_model  # noqa: E402
+from peft.tuners.lora import LoraLayer  # noqa: E402
+
+Parameters = dict[str, torch.nn.Parameter]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
+    """The base model, frozen. Raises BackendError where the folder is not a whole model."""
+    config = read_config(spec.path)
+    if "quantization" in config or "quantization_config" in config:
+        kind = (config.get("quantization_config") or {}).get("quant_method", "MLX")
+        raise BackendError(f"{spec.path}: already quantised ({kind}), and torch quantises itself; give the original")
+    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = _DTYPES.get(spec.dtype, auto)
+    with _quiet():
+        try:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                spec.path,
+                config=_without_dropout(spec.path),
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=_four_bit(device, dtype) if spec.quantize == "4bit" else None,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise BackendError(f"{spec.path}: transformers cannot load this model ({error})") from error
+    missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if missing:  # transformers would fill them with random numbers
+        raise BackendError(f"{spec.path}: weights are missing or misshapen: {', '.join(sorted(missing))}")
+    if spec.checkpointing:
+        # the first name came with a later transformers 5, and the second warns from then on
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next(getattr(model, name) for name in names if hasattr(model, name))
+        enable({"use_reentrant": False})
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weights on the first evaluation and compute otherwise from then on
+            module.support_avx512bf16_for_cpu = False
+    model.generation_config = transformers.GenerationConfig()
+    return model.requires_grad_(False)
+
+
+def add_adapter(model: Any, modules: Mapping[str, tuple[int, int]], lora: LoraSpec) -> Parameters:
+    """LoRA on exactly `modules` -> (out, in); the float32 tensors by canonical name, in the order of `modules`.
+
+    The model is in evaluation mode afterwards: PEFT's new layers are born in training mode.
+    Raises BackendError when a module is not there, is not a linear layer or has another shape.
+    """
+    places = {module: _locate(model, module) for module in modules}
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(places.values())
+    )
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise BackendError(f"PEFT cannot adapt this model ({error})") from error
+    model.eval()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    wrong = sorted(set(layers) ^ set(places.values()))
+    parameters: Parameters = {}
+    for module, (outputs, inputs) in modules.items():
+        if places[module] not in layers:
+            continue
+        layer: Any = layers[places[module]]
+        down, up = layer.lora_A["default"].float().weight, layer.lora_B["default"].float().weight
+        if down.shape != (lora.rank, inputs) or up.shape != (outputs, lora.rank):
+            wrong.append(module)
+        parameters |= {f"{module}.lora_A": down, f"{module}.lora_B": up}
+    if wrong:
+        raise BackendError(f"these modules cannot be adapted as the checkpoint's shapes say: {', '.join(wrong)}")
+    return parameters
+
+
+def scheme_of(model: Any) -> str:
+    """What the frozen linear layers really are, read from the layers themselves."""
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            # Blocks run over the flattened weight, so an input size that is no multiple of the block is no matter.
+            double = " double" if state.nested else ""
+            return f"{state.quant_type}/{state.blocksize}{double}"
+    return "none"
+
+
+def _four_bit(device: torch.device, dtype: torch.dtype) -> Any:
+    if device.type == "mps":
+        raise BackendError("bitsandbytes has no 4-bit for Apple GPUs; use the mlx backend or quantize: none")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise BackendError('4-bit needs bitsandbytes; pip install "recipe-finetune[torch]"') from error
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _without_dropout(path: Path) -> Any:
+    """The model's configuration with its own dropouts at zero: only the adapter's input is dropped."""
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    for key, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("_pdrop")):
+            setattr(config, key, 0.0)
+    config.use_cache = False
+    return config
+
+
+def _locate(model: Any, module: str) -> str:
+    """The name in the live model of a module as the checkpoint names it; wrappers may have changed its beginning."""
+    names: list[str] = [name for name, _ in model.named_modules()]
+    if module in names:
+        return module
+    tail = module[module.index("layers.") :]
+    matches = [name for name in names if name == tail or name.endswith(f".{tail}")]
+    if len(matches) != 1:
+        raise BackendError(f"{module} is in the checkpoint but not in the model that transformers makes of it")
+    return matches[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no reports of what went as it should, while a model is loaded."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,146 @@
+"""The adapter on disk: one folder that PEFT and mlx-lm both load as it is, and the way back.
+
+`adapter_model.safetensors` has PEFT's names and layout, `adapters.safetensors` mlx-lm's (transposed);
+the one `adapter_config.json` carries the keys of both, and each library ignores the other's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from backends.interface import FloatArray, LoraSpec
+from finetune.errors import Incompatible
+
+PEFT_FILE, MLX_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
+_BLOCK = re.compile(r"^(?P<before>.*?layers)\.(?P<index>\d+)\.(?P<within>.+)$")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA tensors by canonical name (`<module>.lora_A` [r, in], `.lora_B` [out, r]), and their scale."""
+
+    tensors: Mapping[str, FloatArray]
+    rank: int
+    scale: float  # alpha / rank
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, FloatArray], lora: LoraSpec, base: str, blocks: int, facts: Mapping[str, Any]
+) -> None:
+    """Both formats into `folder`, which exists. `blocks` is how many the base has; `facts` go into the config."""
+    (folder / PEFT_FILE).write_bytes(
+        save({f"{_PEFT_PREFIX}{name}.weight": np.ascontiguousarray(t) for name, t in tensors.items()})
+    )
+    (folder / MLX_FILE).write_bytes(
+        save({_mlx_name(name): np.ascontiguousarray(tensor.T) for name, tensor in tensors.items()})
+    )
+    modules = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in tensors))
+    config = _config(modules, lora, base, blocks) | {"finetune": dict(facts)}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _config(modules: list[str], lora: LoraSpec, base: str, blocks: int) -> dict[str, Any]:
+    placed = [match for module in modules if (match := _BLOCK.match(module))]
+    within = sorted({match["within"] for match in placed})
+    indices = sorted({int(match["index"]) for match in placed})
+    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha  # some readers take only integers
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in within}),
+        "layers_to_transform": None if len(indices) == blocks else indices,
+        "layers_pattern": None if len(indices) == blocks else "layers",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+        "fine_tune_type": "lora",
+        "num_layers": blocks - indices[0] if indices else 0,
+        "lora_parameters": {
+            "rank": lora.rank,
+            "alpha": alpha,
+            "scale": lora.scale,
+            "dropout": lora.dropout,
+            "keys": within,
+        },
+    }
+
+
+def _mlx_name(name: str) -> str:
+    return name[:-1] + name[-1].lower()
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """An adapter of either format. Raises Incompatible, naming the file and what is wrong with it."""
+    config_file = folder / CONFIG_FILE
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Incompatible(f"{config_file}: missing; an adapter folder of PEFT or mlx-lm has it") from None
+    except (OSError, ValueError) as error:
+        raise Incompatible(f"{config_file}: cannot be read ({error})") from None
+    for key in ("use_dora", "use_rslora"):
+        if config.get(key):
+            raise Incompatible(f"{config_file}: {key} is set; only plain LoRA can be a start")
+    if config.get("fine_tune_type", "lora") != "lora":
+        raise Incompatible(f"{config_file}: fine_tune_type is {config['fine_tune_type']}; only lora can be a start")
+    if (folder / PEFT_FILE).exists():
+        tensors = _canonical(folder / PEFT_FILE, _from_peft)
+    else:
+        tensors = _canonical(folder / MLX_FILE, _from_mlx)
+    rank, scale = _rank_and_scale(config, config_file)
+    wrong = [n for n, t in tensors.items() if t.shape[0 if n.endswith("lora_A") else 1] != rank]
+    if wrong or not tensors:
+        raise Incompatible(
+            f"{folder}: {wrong[0] if wrong else 'no LoRA tensor'} is not of rank {rank} as its config says"
+        )
+    return Adapter(tensors, rank, scale)
+
+
+def _rank_and_scale(config: Mapping[str, Any], file: Path) -> tuple[int, float]:
+    try:
+        if "r" in config:
+            return int(config["r"]), float(config["lora_alpha"]) / int(config["r"])
+        return int(config["lora_parameters"]["rank"]), float(config["lora_parameters"]["scale"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise Incompatible(f"{file}: no rank and scale in it ({error!r})") from None
+
+
+def _canonical(file: Path, convert: Any) -> dict[str, FloatArray]:
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise Incompatible(f"{file}: cannot be read ({error})") from None
+    tensors: dict[str, FloatArray] = {}
+    for name, tensor in found.items():
+        canonical, value = convert(name, tensor)
+        if canonical is None or value.ndim != 2:
+            raise Incompatible(f"{file}: {name} is not a LoRA factor of a linear layer")
+        tensors[canonical] = np.ascontiguousarray(value, dtype=np.float32)
+    return tensors
+
+
+def _from_peft(name: str, tensor: FloatArray) -> tuple[str | None, FloatArray]:
+    match = re.fullmatch(r"(?:base_model\.model\.)?(.+\.lora_[AB])(?:\.default)?\.weight", name)
+    return (match[1] if match else None), tensor
+
+
+def _from_mlx(name: str, tensor: FloatArray) -> tuple[str | None, FloatArray]:
+    match = re.fullmatch(r"(.+\.lora_)([ab])", name)
+    return (match[1] + match[2].upper() if match else None), tensor.T

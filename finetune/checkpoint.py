@@ -1,0 +1,219 @@
+"""Checkpoints: everything a run needs to go on, in folders that are whole or absent.
+
+`step-00000123/` holds `state.safetensors` (adapter and moments), `best.safetensors` (the best adapter so far, if
+any), `loop.json`, `identity.json`, and, written last, `manifest.json` with size and SHA-256 of all the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load
+from safetensors.numpy import save as serialise
+
+from backends.interface import FloatArray, TrainState
+from finetune.atomic import disk_errors, new_folder, recover
+from finetune.errors import Diverged, Incompatible
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+_MANIFEST = "manifest.json"
+_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file browsers leave in any folder they show
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    state: TrainState
+    loop: dict[str, Any]  # the loop's own state; JSON with finite numbers
+    best: Mapping[str, FloatArray] | None  # the best adapter so far
+    identity: dict[str, Any]  # base, recipe, data, rank, ...: what a resumed run must share; JSON
+
+
+class _Broken(Exception):
+    """Why a checkpoint does not verify."""
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
+    """Writes `folder/step-XXXXXXXX`, then removes all but the newest `keep` (>= 1) that verify.
+
+    Raises Diverged, writing nothing, where a number is not finite; DiskError.
+    """
+    files = _serialise(checkpoint)
+    path = folder / f"step-{checkpoint.state.step:08d}"
+    with new_folder(path) as temporary:
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+        (temporary / _MANIFEST).write_bytes(_manifest(files))
+    with disk_errors(folder):
+        _prune(folder, checkpoint.state.step, keep)
+    return path
+
+
+def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and a sentence for each broken one met on the way.
+
+    Broken ones are renamed to `step-XXXXXXXX.broken`, and what a killed run left half done is cleared.
+    Raises DiskError.
+    """
+    messages: list[str] = []
+    if not folder.exists():
+        return None, messages
+    recover(folder)
+    with disk_errors(folder):
+        for step, path in _newest_first(folder):
+            try:
+                return _parse(step, _read(path)), messages
+            except _Broken as reason:
+                aside = _set_aside(path)
+                messages.append(f"checkpoint {path} is broken ({reason}); it is now {aside.name}")
+    return None, messages
+
+
+def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raises Incompatible with every difference between a checkpoint's identity and this run's."""
+    now = json.loads(json.dumps(current))  # as it would come back from a file: tuples are lists
+    differences = [
+        f"{key.replace('_', ' ')}: the checkpoint has {_shown(saved, key)}, this run {_shown(now, key)}"
+        for key in sorted({*saved, *now})
+        if key not in saved or key not in now or saved[key] != now[key]
+    ]
+    if differences:
+        lines = "\n  ".join(differences)
+        raise Incompatible(
+            f"the checkpoint belongs to another run:\n  {lines}\n"
+            "Resume with what the run began with, or start a new run in another folder."
+        )
+
+
+def _serialise(checkpoint: Checkpoint) -> dict[str, bytes]:
+    state = checkpoint.state
+    tensors = {
+        **{f"adapter.{name}": tensor for name, tensor in state.adapter.items()},
+        **{f"moments.{name}": tensor for name, tensor in state.moments.items()},
+    }
+    files = {"state.safetensors": _tensor_bytes(tensors, state.step)}
+    if checkpoint.best is not None:
+        files["best.safetensors"] = _tensor_bytes(checkpoint.best, state.step)
+    try:
+        files["loop.json"] = _json_bytes({"step": state.step, "loop": checkpoint.loop})
+        files["identity.json"] = _json_bytes(checkpoint.identity)
+    except ValueError as error:
+        raise Diverged(f"step {state.step}: the loop's state holds a number that is not finite ({error})") from error
+    return files
+
+
+def _tensor_bytes(tensors: Mapping[str, FloatArray], step: int) -> bytes:
+    bad = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+    if bad:
+        raise Diverged(
+            f"step {step}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity ({bad[0]}, ...); "
+            "nothing was written, and the checkpoints before stay. Lower train.learning_rate."
+        )
+    # Without metadata, whose order is not fixed; the library sorts the tensors.
+    return serialise({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()})
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _manifest(files: Mapping[str, bytes]) -> bytes:
+    """The one possible manifest of these files, so that any change to it or to them can be seen."""
+    entries = {
+        name: {"bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()} for name in sorted(files)
+    }
+    return _json_bytes({"format": FORMAT, "files": entries})
+
+
+def _read(path: Path) -> dict[str, bytes]:
+    """The verified bytes of every file but the manifest. Raises _Broken; PermissionError."""
+    try:
+        files = {entry.name: entry.read_bytes() for entry in path.iterdir() if entry.name not in _LITTER}
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise _Broken(str(error)) from error
+    manifest = files.pop(_MANIFEST, None)
+    if manifest is None:
+        raise _Broken(f"{_MANIFEST} is missing")
+    if manifest != _manifest(files):
+        raise _Broken(_difference(manifest, files))
+    return files
+
+
+def _difference(manifest: bytes, files: Mapping[str, bytes]) -> str:
+    try:
+        listed = json.loads(manifest)
+        if listed["format"] != FORMAT:
+            return f"its format is {listed['format']!r}, this version reads {FORMAT}"
+        for name, entry in listed["files"].items():
+            if name not in files:
+                return f"{name} is missing"
+            if len(files[name]) != entry["bytes"]:
+                return f"{name} has {len(files[name])} bytes, and {entry['bytes']} in {_MANIFEST}"
+            if hashlib.sha256(files[name]).hexdigest() != entry["sha256"]:
+                return f"{name} does not have the SHA-256 in {_MANIFEST}"
+        extra = sorted(set(files) - set(listed["files"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{_MANIFEST} cannot be read"
+    return f"{extra[0]} does not belong there" if extra else f"{_MANIFEST} is not what was written"
+
+
+def _parse(step: int, files: Mapping[str, bytes]) -> Checkpoint:
+    try:
+        loop = json.loads(files["loop.json"])
+        if loop["step"] != step:
+            raise _Broken(f"it is of step {loop['step']}, not {step}")
+        tensors = load(files["state.safetensors"])
+        best = load(files["best.safetensors"]) if "best.safetensors" in files else None
+        state = TrainState(step, _part(tensors, "adapter."), _part(tensors, "moments."))
+        return Checkpoint(state, loop["loop"], best, json.loads(files["identity.json"]))
+    except KeyError as error:
+        raise _Broken(f"{error.args[0]} is missing") from error
+
+
+def _part(tensors: Mapping[str, FloatArray], prefix: str) -> dict[str, FloatArray]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _newest_first(folder: Path) -> Iterator[tuple[int, Path]]:
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    yield from sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def _prune(folder: Path, newest: int, keep: int) -> None:
+    kept = 0
+    for _, path in [(step, path) for step, path in _newest_first(folder) if step <= newest]:
+        if kept >= keep:
+            shutil.rmtree(path)
+            continue
+        try:
+            _read(path)
+            kept += 1
+        except _Broken:
+            continue  # load_newest will set it aside and say so
+
+
+def _set_aside(path: Path) -> Path:
+    taken = 1
+    aside = path.with_name(f"{path.name}.broken")
+    while aside.exists():
+        taken += 1
+        aside = path.with_name(f"{path.name}.broken-{taken}")
+    path.replace(aside)
+    return aside
+
+
+def _shown(identity: Mapping[str, Any], key: str) -> str:
+    if key not in identity:
+        return "none"
+    text = json.dumps(identity[key], ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

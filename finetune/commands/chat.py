@@ -1,0 +1,83 @@
+"""`generate` and `chat`: ask a run's model, with the very prompt it was trained on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from backends import registry
+from backends.interface import Session, TrainState
+from finetune.errors import DataError
+from finetune.recipe import Recipe
+from finetune.run_folder import open_existing
+
+
+class Speaker:
+    """A run's model, its tokenizer, and the way its prompts are written."""
+
+    def __init__(self, path: Path, base: bool, backend: str | None) -> None:
+        from finetune.adapter import read_adapter
+        from finetune.run import check_base, lora_spec, model_spec, optim_spec
+        from finetune.sources import model_folder
+        from finetune.tokenizer import load_tokenizer, stop_tokens
+
+        run, self.recipe = open_existing(path)
+        adapter = read_adapter(run.adapter)
+        folder = model_folder(self.recipe.model)
+        check_base(run.adapter, folder)
+        self.tokenizer: Any = load_tokenizer(folder)
+        self.stop = stop_tokens(self.tokenizer, folder)
+        name = registry.choose(backend or self.recipe.backend)
+        self.session: Session = registry.open_session(
+            name, model_spec(self.recipe, folder), lora_spec(self.recipe), optim_spec(self.recipe), self.recipe.seed
+        )
+        if not base:
+            self.session.set_state(TrainState(0, adapter.tensors, {}))
+
+    def answer(self, prompt: list[int], max_tokens: int, temperature: float, seed: int) -> str:
+        written = self.session.generate([prompt], max_tokens, self.stop, temperature, seed)[0]
+        return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
+
+
+def generate(path: Path, prompt: str, base: bool, temperature: float, max_tokens: int, backend: str | None) -> None:
+    from finetune.data.render import question_tokens
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise DataError("the prompt is empty")
+    speaker = Speaker(path, base, backend)
+    tokens = question_tokens(speaker.recipe, speaker.tokenizer, [{"role": "user", "content": text}])
+    print(speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed))
+
+
+def chat(path: Path, base: bool, temperature: float, max_tokens: int, backend: str | None) -> None:
+    """Several turns where the recipe trains conversations; otherwise each line is a question of its own."""
+    from finetune.data.render import question_tokens
+
+    speaker = Speaker(path, base, backend)
+    console, turns = Console(), 0
+    messages: list[dict[str, str]] = []
+    console.print(f"{path.name}: {'base' if base else 'tuned'} model. An empty line ends.")
+    while text := _ask(console):
+        messages.append({"role": "user", "content": text})
+        tokens = question_tokens(speaker.recipe, speaker.tokenizer, messages)
+        answer = speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed + turns)
+        turns += 1
+        messages.append({"role": "assistant", "content": answer})
+        if not _keeps_turns(speaker.recipe):
+            messages.clear()
+        console.print(answer, markup=False)
+
+
+def _keeps_turns(recipe: Recipe) -> bool:
+    return recipe.data.format in ("chat", "sharegpt") or recipe.prompt.template == "chat"
+
+
+def _ask(console: Console) -> str:
+    try:
+        return console.input("[bold]> [/]").strip()
+    except EOFError:
+        return ""

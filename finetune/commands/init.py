@@ -1,0 +1,86 @@
+"""`init`: look at a data file and write a starter recipe that fits it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import RecipeError
+
+TEMPLATE = """\
+# A starter recipe for {name}: {rows} rows, read as {format}.{seen}
+# `finetune plan {output}` shows what will happen; `finetune train {output}` does it.
+# Every key and its default: `finetune plan`; for editors: `finetune schema > schema.json`.
+
+model:
+  path: {model}          # a model folder, a hub id (org/name), or builtin:reviews-base
+
+data:
+  train: {train}
+  # valid: valid.jsonl      # without it, a tenth of train is set apart (seeded{stratified})
+  # test: test.jsonl        # rows for the final figures; without it the validation rows serve
+  format: {format}
+{columns}
+prompt:
+  template: {template}
+
+lora:
+  rank: 16
+  alpha: 32                 # the adapter's weight is alpha / rank
+  dropout: 0.05
+
+quantize: 4bit              # none | 4bit
+
+train:
+  epochs: 3
+  batch_size: 16            # examples in one optimiser step, on every machine
+  learning_rate: 2e-4{rate}
+  max_length: {max_length:<12} # the longest row has about {longest} words
+  early_stopping: 2         # stop after two validations without a better loss
+"""
+
+
+def init(data: Path, output: Path, model: str) -> None:
+    """Writes `output`; never over an existing file."""
+    from finetune.data.formats import recognise
+    from finetune.data.read import read_rows
+
+    if output.exists():
+        raise RecipeError(f"{output}: exists already; give another name with --output")
+    rows, _ = read_rows(str(data.resolve()), base=Path.cwd())
+    found = recognise(rows)
+    words = max(len(str(row.fields).split()) for row in rows)
+    labels = Counter(str(row.fields[found.columns["label"]]) for row in rows) if found.name == "classification" else {}
+    renamed = {standard: own for standard, own in found.columns.items() if standard != own}
+    text = TEMPLATE.format(
+        name=data.name,
+        rows=len(rows),
+        format=found.name,
+        seen=_labels(labels),
+        output=output,
+        model=model,
+        train=os.path.relpath(data.resolve(), output.resolve().parent),
+        stratified=", stratified by label" if labels else "",
+        columns=_columns(renamed),
+        template="chat" if found.name in ("chat", "sharegpt") else "auto",
+        rate="       # for small models 1e-3 is a better start" if model.startswith("builtin:") else "",
+        max_length=next((size for size in (128, 256, 512, 1024, 2048) if 2 * words < size), 4096),
+        longest=words,
+    )
+    output.write_text(text, encoding="utf-8")
+    print(f"{output}: a recipe for {len(rows)} rows of {found.name}; look at it, then: finetune plan {output}")
+
+
+def _labels(labels: Any) -> str:
+    if not labels:
+        return ""
+    shown = ", ".join(f"{label} ({count})" for label, count in labels.most_common(8))
+    return f"\n# Labels: {shown}{', ...' if len(labels) > 8 else ''}"
+
+
+def _columns(renamed: dict[str, str]) -> str:
+    if not renamed:
+        return ""
+    return "  columns:\n" + "".join(f"    {standard}: {own}\n" for standard, own in renamed.items())

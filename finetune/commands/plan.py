@@ -1,0 +1,132 @@
+"""`plan`: the whole run, said before anything is loaded or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from backends import registry
+from backends.interface import BackendError
+from backends.model_files import lora_modules, tensor_shapes
+from finetune.examples import Example
+from finetune.recipe import Recipe
+from finetune.recipe_file import dump_recipe, load_recipe
+
+SHOWN_TOKENS = 160  # of a sample row; the middle of a longer one is left out
+
+
+def plan(recipe_file: Path, overrides: Sequence[str], compare: bool) -> None:
+    from finetune.data.prepare import prepare
+    from finetune.run import lora_spec
+    from finetune.sources import model_folder
+    from finetune.summary import account_table
+    from finetune.tokenizer import load_tokenizer
+
+    console = Console()
+    recipe = load_recipe(recipe_file, overrides)
+    console.rule("recipe, every default written out")
+    console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
+    model = model_folder(recipe.model)
+    tokenizer = load_tokenizer(model)
+    prepared = prepare(recipe, tokenizer, base=Path.cwd())
+    console.rule("data, as they will be trained on")
+    console.print(account_table(prepared))
+    console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}", markup=False)
+    for example in prepared.train.examples[:2]:
+        console.print(f"\n{example.place}; supervised tokens are marked:", markup=False)
+        console.print(highlighted(example, tokenizer))
+    console.rule("work")
+    console.print(steps_table(recipe, len(prepared.train.examples), prepared.train.examples))
+    modules = lora_modules(model, lora_spec(recipe))
+    trainable = sum(recipe.lora.rank * (out + inp) for out, inp in modules.values())
+    total = sum(int(np.prod(shape)) for shape in tensor_shapes(model).values())
+    console.print(f"trainable: {trainable:,} parameters in {len(modules)} layers; the base's tensors hold {total:,}")
+    console.rule("backends on this machine")
+    console.print(backends_table(recipe))
+    if compare:
+        console.print(compare_backends(recipe, model, prepared.train.examples[:4]))
+
+
+def highlighted(example: Example, tokenizer: Any) -> Text:
+    """The row's tokens, each between bars, the supervised ones marked."""
+    tokens, weights = example.tokens.tolist(), example.weights
+    half = SHOWN_TOKENS // 2
+    shown = range(len(tokens))
+    skipped = [*shown[:half], None, *shown[-half:]] if len(tokens) > SHOWN_TOKENS else list(shown)
+    text = Text()
+    for i in skipped:
+        if i is None:
+            text.append(" ... ", style="dim")
+            continue
+        piece = tokenizer.decode([tokens[i]]).replace("\n", "\\n")
+        text.append(f"[{piece}]" if weights[i] else piece, style="bold green" if weights[i] else "dim")
+    return text
+
+
+def steps_table(recipe: Recipe, rows: int, examples: Sequence[Example]) -> Table:
+    from finetune.data.batches import micro_batches, step_indices
+    from finetune.schedule import make_plan
+
+    found = make_plan(recipe, rows)
+    first = step_indices(rows, recipe.train.batch_size, recipe.seed, 0)
+    micro = micro_batches([examples[i] for i in first], recipe.train.micro_tokens)
+    table = Table(show_header=False)
+    table.add_row("optimiser steps", f"{found.steps} ({found.steps_per_epoch} an epoch of {rows} examples)")
+    table.add_row("validation", f"every {found.evaluate_every} steps")
+    table.add_row("checkpoint", f"every {found.checkpoint_every} steps")
+    table.add_row("warmup", f"{found.warmup} steps")
+    table.add_row("the first step", f"{len(first)} examples in micro-batches {[b.inputs.shape for b in micro]}")
+    lora = recipe.lora
+    table.add_row("adapter scale", f"alpha / rank = {lora.alpha:g} / {lora.rank} = {lora.alpha / lora.rank:g}")
+    return table
+
+
+def backends_table(recipe: Recipe) -> Table:
+    table = Table("backend", "here", "what it would do with this recipe")
+    try:
+        chosen = registry.choose(recipe.backend)
+    except BackendError:
+        chosen = ""
+    for name in registry.NAMES:
+        reason = registry.probe(name)
+        if reason is None:
+            facts = ", ".join(f"{key} {value}" for key, value in registry.describe(name).items())
+            weights = "weights as they are" if recipe.quantize == "none" else FOUR_BIT[name]
+            table.add_row(name, "chosen" if name == chosen else "works", f"{weights}; {facts}")
+        else:
+            table.add_row(name, "no", reason)
+    return table
+
+
+FOUR_BIT = {
+    "torch": "weights in NF4 with double quantisation (bitsandbytes)",
+    "mlx": "weights in MLX's affine 4-bit, groups of 64",
+    "reference": "no 4-bit",
+}
+
+
+def compare_backends(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Table:
+    """Log-probabilities of a few rows under every real backend, in float32: they should agree to about 1e-4."""
+    from backends.interface import ModelSpec
+    from finetune.data.batches import collate
+    from finetune.run import lora_spec, optim_spec
+
+    table = Table("backend", "mean log-probability", "largest difference from the first", title="Same rows, same base")
+    batch, first = collate(examples), None
+    for name in registry.NAMES:
+        if name == "reference" or registry.probe(name):
+            continue
+        spec = ModelSpec(model, "none", "float32")
+        session = registry.open_session(name, spec, lora_spec(recipe), optim_spec(recipe), recipe.seed)
+        found = session.score(batch).logprob
+        first = found if first is None else first
+        mean = found.sum() / max(batch.weights.sum(), 1)
+        table.add_row(name, f"{mean:.5f}", f"{np.abs(found - first).max():.1e}")
+    return table

@@ -1,0 +1,75 @@
+"""`train`, `resume` and `demo`: a run with its screen, its signals and its end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from finetune.recipe import Recipe
+from finetune.recipe_file import load_recipe
+from finetune.run_folder import RunFolder, create, open_existing
+
+
+class StopFlag:
+    """True once SIGINT or SIGTERM has come; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+    @contextmanager
+    def listening(self) -> Iterator[StopFlag]:
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train(recipe_file: Path, overrides: Sequence[str], backend: str | None) -> None:
+    recipe = load_recipe(recipe_file, [*overrides, *([f"backend={backend}"] if backend else [])])
+    _go(recipe, None, recipe_file.stem)
+
+
+def resume(path: Path, backend: str | None) -> None:
+    run, recipe = open_existing(path)
+    if run.report.exists():
+        print(f"{path}: this run is finished; its report is {run.path / 'report.txt'}")
+        return
+    if backend:
+        recipe = recipe.model_copy(update={"backend": backend})
+    _go(recipe, run, path.name)
+
+
+def _go(recipe: Recipe, run: RunFolder | None, name: str) -> None:
+    """One run, new or resumed; exits 130 or 143 after a checkpoint when a signal asked for it."""
+    from finetune.run import load_job, train_run
+    from finetune.screen import open_screen
+    from finetune.summary import print_account, print_report
+    from finetune.train import Interrupted
+
+    with StopFlag().listening() as stop:
+        job = load_job(recipe)
+        resuming = run is not None
+        run = run or create(recipe, name)
+        print_account(job, run)
+        try:
+            with open_screen() as screen:
+                report = train_run(job, run, screen.handle, stop, resume=resuming)
+        except Interrupted as end:
+            print(f"{end}; go on with: finetune resume {run.path}", file=sys.stderr)
+            sys.exit(128 + (stop.signal or signal.SIGINT))
+    print_report(report, run)

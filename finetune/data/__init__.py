@@ -1,0 +1,1 @@
+"""Data preparation: files -> rows -> records -> rendered text -> examples -> batches."""

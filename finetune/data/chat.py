@@ -1,0 +1,169 @@
+"""Prompts written by a chat template, and the assistant's turns found in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from finetune.data.conversations import Message
+from finetune.data.records import Record
+from finetune.data.rendered import Rendered, Span
+from finetune.data.templates import LossOn, Pieces, fill_answer
+from finetune.tokenizer import Tokenizer, special_texts
+
+# For models without a chat template, on request.
+PLAIN_CHAT = (
+    "{% if tools %}{{ 'Tools: ' + (tools | tojson) + '\n\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{{ 'Assistant: ' + message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
+    "{{ (eos_token or '') + '\n' }}"
+    "{% elif message.role == 'system' %}{{ message.content + '\n\n' }}"
+    "{% else %}{{ message.role | capitalize + ': ' + message.content + '\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+# Some templates write today's date unless they are given one; a run must not change at midnight.
+DATE = "26 Jul 2024"
+
+
+class Rewritten(Exception):
+    """The template writes an earlier turn in another way once more turns follow."""
+
+
+class ChatRenderer:
+    """A chat template over the messages; rows of other formats become one user and one assistant message."""
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        system: str | None = None,
+        form: Pieces = (("", "completion"),),
+        loss_on: LossOn = "completion",
+        end_token: bool = True,
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.template = template
+        self.system = system
+        self.form = form
+        self.loss_on = loss_on
+        self.end_token = end_token
+        self.specials = tuple(special_texts(tokenizer))
+
+    def render(self, record: Record) -> list[Rendered]:
+        record = self._with_system(self._as_messages(record))
+        last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
+        record = dataclasses.replace(record, messages=record.messages[: last + 1])
+        try:
+            return [self._one(record)]
+        except Rewritten:
+            turns = self._supervised(record)
+        if turns == [last]:
+            raise ValueError(
+                "the chat template does not begin a finished conversation with the prompt it writes for the answer, "
+                "so where the answer begins cannot be known; set prompt.template to plain"
+            )
+        unrolled = (dataclasses.replace(record, messages=record.messages[: turn + 1], last_only=True) for turn in turns)
+        return [self._one(one) for one in unrolled]
+
+    def _as_messages(self, record: Record) -> Record:
+        if record.messages:
+            return record
+        values = record.values
+        asked = values.get("instruction") or values.get("prompt") or values.get("text") or ""
+        if values.get("instruction") and values.get("input"):
+            asked = f"{asked}\n\n{values['input']}"
+        user = {"role": "user", "content": asked}
+        answer = {"role": "assistant", "content": fill_answer(self.form, record.answer or "")}
+        return dataclasses.replace(record, messages=(user, answer))
+
+    def _with_system(self, record: Record) -> Record:
+        if self.system is None or record.messages[0]["role"] == "system":
+            return record
+        return dataclasses.replace(record, messages=({"role": "system", "content": self.system}, *record.messages))
+
+    def _supervised(self, record: Record) -> list[int]:
+        """Indices of the assistant turns that are learned."""
+        messages = record.messages
+        if record.last_only or self.loss_on == "last":
+            turns = [len(messages) - 1]
+        else:
+            turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return [i for i in turns if messages[i].get("weight", 1)]
+
+    def _one(self, record: Record) -> Rendered:
+        """Raises Rewritten where a turn cannot be found in the whole text."""
+        messages, last = record.messages, len(record.messages) - 1
+        whole = self._apply(record, messages, False)
+        turns = [] if self.loss_on == "all" else self._supervised(record)
+        found = {i: self._turn(record, whole, i) for i in sorted({*turns, last})}
+        start, content_end, end = found[last]
+        text = whole[: end if self.end_token else content_end]
+        if self.loss_on == "all":
+            supervised: tuple[Span, ...] = ((0, len(text)),)
+        else:
+            supervised = tuple((found[i][0], found[i][2 if self.end_token else 1]) for i in turns)
+        closed = content_end < end or not self.end_token or (self.loss_on != "all" and last not in turns)
+        return Rendered(record, text, supervised, (start, content_end), closed)
+
+    def _turn(self, record: Record, whole: str, turn: int) -> tuple[int, int, int]:
+        """Where an assistant turn begins, where its words end, and where its end token does."""
+        messages = record.messages
+        before = self._apply(record, messages[:turn], True)
+        until = whole if turn == len(messages) - 1 else self._apply(record, messages[: turn + 1], False)
+        if not whole.startswith(before) or not whole.startswith(until) or len(until) <= len(before):
+            raise Rewritten
+        end = max(len(before), len(until.rstrip()))
+        token = max((len(one) for one in self.specials if one and until.endswith(one, len(before), end)), default=0)
+        return len(before), end - token, end
+
+    def _apply(self, record: Record, messages: Sequence[Message], answering: bool) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(record.tools) or None,
+                chat_template=self.template,
+                add_generation_prompt=answering,
+                tokenize=False,
+                date_string=DATE,
+            )
+        except Exception as error:
+            # A template is a program: besides its own refusals it may fail in any way on what it did not expect.
+            raise ValueError(f"the chat template refuses this conversation ({error}); change the turns") from None
+        return text
+
+    def question(self, record: Record) -> str:
+        record = self._with_system(record if record.messages else self._question_record(record))
+        return self._apply(record, record.messages, True)
+
+    def _question_record(self, record: Record) -> Record:
+        record = self._as_messages(record)
+        return dataclasses.replace(record, messages=record.messages[:-1])
+
+    def with_answer(self, record: Record, answer: str) -> Record:
+        message = {**record.messages[-1], "content": fill_answer(self.form, answer)}
+        return dataclasses.replace(record, answer=answer, messages=(*record.messages[:-1], message))
+
+    def parts(self, record: Record) -> Mapping[str, str]:
+        spoken = {str(i): one["content"] for i, one in enumerate(record.messages) if one["role"] != "assistant"}
+        return {name: text for name, text in spoken.items() if text}
+
+    def shorten(self, record: Record, part: str, text: str) -> Record:
+        messages: list[Mapping[str, Any]] = list(record.messages)
+        messages[int(part)] = {**messages[int(part)], "content": text}
+        return dataclasses.replace(record, messages=tuple(messages))
+
+    def drop_turns(self, record: Record, share: float) -> Record | None:
+        head = 1 if record.messages[0]["role"] == "system" else 0
+        body = record.messages[head:]
+        cuts = [i for i, message in enumerate(body) if message["role"] == "user" and i > 0]
+        if not cuts:
+            return None
+        before = [0, *accumulate(len(message["content"]) for message in body)]
+        cut = max((i for i in cuts if before[i] <= share * before[-1]), default=cuts[0])
+        return dataclasses.replace(record, messages=record.messages[:head] + body[cut:])

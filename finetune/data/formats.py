@@ -1,0 +1,126 @@
+"""What a row is: the format recognised from the columns of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.errors import DataError, RecipeError
+from finetune.examples import Row
+
+Format = Literal["classification", "prompt", "alpaca", "chat", "sharegpt", "text"]
+
+REQUIRED: dict[Format, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt": ("prompt", "completion"),
+    "classification": ("text", "label"),
+    "text": ("text",),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {"alpaca": ("input",), "chat": ("tools", "functions"), "sharegpt": ("tools",)}
+COMMON_NAMES: dict[str, tuple[str, ...]] = {
+    "text": ("sentence", "review", "content"),
+    "label": ("category", "sentiment", "class"),
+    "prompt": ("question", "input"),
+    "completion": ("answer", "response", "output"),
+    "input": ("context",),
+    "output": ("response",),
+}
+ANSWER = {"classification": "label", "prompt": "completion", "alpaca": "output"}
+QUESTION = {"classification": "text", "prompt": "prompt", "alpaca": "instruction", "text": "text"}
+STANDARD = tuple(dict.fromkeys(name for names in (*REQUIRED.values(), *OPTIONAL.values()) for name in names))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A format and which column of the file holds each of its parts."""
+
+    name: Format
+    columns: Mapping[str, str]  # standard name -> the file's column
+    notes: tuple[str, ...] = ()
+
+
+def recognise(rows: Sequence[Row], wanted: str = "auto", mapping: Mapping[str, str] | None = None) -> Layout:
+    """The format of the rows, from the columns of all of them.
+
+    wanted: a format's name, or auto. mapping: standard name -> the file's column, as the recipe has it.
+    Raises DataError where no format, or more than one, fits; RecipeError for a mapping of unknown names.
+    """
+    mapping = mapping or {}
+    columns = _columns(rows)
+    _check_mapping(mapping, columns, rows[0].file)
+    layouts = {name: _resolve(name, columns, mapping) for name in REQUIRED if wanted in ("auto", name)}
+    fitting = {name: found for name, found in layouts.items() if all(part in found for part in REQUIRED[name])}
+    counts = {name: _fitting_rows(name, found, rows) for name, found in fitting.items()}
+    chosen = _choose({name: count for name, count in counts.items() if count}, fitting)
+    if not chosen:
+        raise DataError(_no_format(rows[0].file, columns, wanted))
+    if len(chosen) > 1:
+        names = " and ".join(chosen)
+        raise DataError(f"{rows[0].place}: the columns {', '.join(columns)} fit {names}; say which with data.format")
+    name = chosen[0]
+    return Layout(name, fitting[name], _renamed(name, fitting[name], mapping))
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(column for row in rows for column in row.fields))
+
+
+def _check_mapping(mapping: Mapping[str, str], columns: Sequence[str], file: str) -> None:
+    for standard, own in mapping.items():
+        if standard not in STANDARD:
+            raise RecipeError(f"data.columns.{standard}: not a standard name; there are {', '.join(STANDARD)}")
+        if own not in columns:
+            raise RecipeError(f"data.columns.{standard}: {file} has no column {own}; it has {', '.join(columns)}")
+
+
+def _resolve(name: Format, columns: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:
+    """Standard name -> column for every part of the format that was found without doubt."""
+    taken = set(mapping.values())
+    found: dict[str, str] = {}
+    for part in (*REQUIRED[name], *OPTIONAL.get(name, ())):
+        free = [column for column in columns if column not in taken]
+        if part in mapping:
+            found[part] = mapping[part]
+        elif part in free:
+            found[part] = part
+        else:
+            known = (part, *COMMON_NAMES.get(part, ()))
+            alike = [column for column in free if column.strip().casefold() in known]
+            if len(alike) == 1:
+                found[part] = alike[0]
+    return found
+
+
+def _fitting_rows(name: Format, found: Mapping[str, str], rows: Sequence[Row]) -> int:
+    needed = [found[part] for part in REQUIRED[name]]
+    return sum(all(row.fields.get(column) is not None for column in needed) for row in rows)
+
+
+def _choose(counts: Mapping[Format, int], layouts: Mapping[Format, Mapping[str, str]]) -> list[Format]:
+    """The formats that fit best: by standard names before common ones, by most rows; text only when alone."""
+    if not counts:
+        return []
+    pool: list[Format] = [name for name in counts if name != "text"] or ["text"]
+    exact = [name for name in pool if all(layouts[name][part] == part for part in REQUIRED[name])]
+    most = max(counts[name] for name in exact or pool)
+    return [name for name in exact or pool if counts[name] == most]
+
+
+def _renamed(name: Format, found: Mapping[str, str], mapping: Mapping[str, str]) -> tuple[str, ...]:
+    taken = [f"{own} as {part}" for part, own in found.items() if own != part and part not in mapping]
+    note = f"rows are {name}"
+    return (f"{note}; took {', '.join(taken)}" if taken else note,)
+
+
+def _no_format(file: str, columns: Sequence[str], wanted: str) -> str:
+    shown = ", ".join(column[:40] for column in columns[:20]) + (", ..." if len(columns) > 20 else "")
+    needs = {name: "+".join(parts) for name, parts in REQUIRED.items() if wanted in ("auto", name)}
+    listed = "; ".join(f"{name}: {parts}" for name, parts in needs.items())
+    what = "fit no known format" if wanted == "auto" else f"do not fit data.format {wanted}"
+    return (
+        f"{file}:1: the columns ({shown}) {what} ({listed}); name the columns with data.columns "
+        "(for example prompt: Question), and make sure a table's first line names its columns"
+    )

@@ -1,0 +1,27 @@
+"""Bad rows, gathered and raised once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from finetune.errors import DataError
+
+Problem = tuple[str, str]  # (place, reason with its remedy)
+OnError = Literal["stop", "skip"]
+SHOWN = 20
+
+
+def settle(problems: Sequence[Problem], on_error: OnError) -> None:
+    """Raise a DataError that lists the first 20 bad rows and their number, unless they are to be skipped."""
+    if not problems or on_error == "skip":
+        return
+    count = len(problems)
+    lines = [f"{place}: {reason}" for place, reason in problems[:SHOWN]]
+    if count > SHOWN:
+        lines.append(f"... and {count - SHOWN} more")
+    lines.append(
+        f"{count} bad row{'s' if count > 1 else ''}; mend {'them' if count > 1 else 'it'}, "
+        "or set data.on_error: skip to leave bad rows out"
+    )
+    raise DataError("\n".join(lines))

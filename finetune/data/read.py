@@ -1,0 +1,123 @@
+"""A data source to rows: a local file, a package file, or a hub data set."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from finetune.data.problems import OnError, Problem, settle
+from finetune.data.text_files import decode, parse_json, parse_table
+from finetune.errors import DataError, EnvironmentProblem
+from finetune.examples import Row
+
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_BUILTIN = "builtin:"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a source held."""
+
+    rows: list[Row]
+    bad: list[Problem]  # rows that could not be read
+    notes: tuple[str, ...] = ()
+
+
+def read_rows(source: str, *, base: Path, on_error: OnError = "stop") -> tuple[list[Row], list[Problem]]:
+    """All rows of a source, and those left out as (place, reason).
+
+    source: a file (.jsonl, .json, .csv, .tsv, .parquet; relative to `base`), builtin:<package file>, or a hub
+    data set as org/name, org/name:split or org/name/config:split. Raises DataError where the source as a whole
+    cannot be read, and for bad rows unless on_error is skip.
+    """
+    found = read(source, base)
+    settle(found.bad, on_error)
+    return found.rows, found.bad
+
+
+def read(source: str, base: Path) -> Rows:
+    """As `read_rows`, with bad rows gathered and not yet raised."""
+    ending = Path(source).suffix.lower()
+    if source.startswith(_BUILTIN):
+        found = _parse(_builtin(source), source, ending)
+    elif ending in ENDINGS or (base / source).exists():
+        found = _parse(_local(source, base, ending), source, ending)
+    else:
+        found = _hub(source)
+    if not found.rows and not found.bad:
+        raise DataError(f"{source}:1: the file holds no rows; give it at least one")
+    return found
+
+
+def _builtin(source: str) -> bytes:
+    resource = files("finetune").joinpath("assets", *source.removeprefix(_BUILTIN).split("/"))
+    if not resource.is_file():
+        raise DataError(f"{source}: there is no such file in the package")
+    return resource.read_bytes()
+
+
+def _local(source: str, base: Path, ending: str) -> bytes:
+    path = base / Path(source).expanduser()
+    if path.is_dir():
+        raise DataError(f"{source}: is a folder; name a file in it")
+    if ending not in ENDINGS:
+        raise DataError(f"{source}: the ending must be one of {', '.join(ENDINGS)}; rename the file")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        near = path.parent.glob("*") if path.parent.is_dir() else ()
+        close = difflib.get_close_matches(path.name, [entry.name for entry in near], n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; looked in {path.parent}"
+        raise DataError(f"{source}: no such file{hint}") from None
+    except OSError as error:
+        raise DataError(f"{source}: {error.strerror}; make the file readable") from None
+
+
+def _parse(raw: bytes, source: str, ending: str) -> Rows:
+    if ending == ".parquet":
+        return _parquet(raw, source)
+    text = decode(raw, source)
+    if ending in (".csv", ".tsv"):
+        return Rows(*parse_table(text, source, "\t" if ending == ".tsv" else ","))
+    return Rows(*parse_json(text, source))
+
+
+def _parquet(raw: bytes, source: str) -> Rows:
+    from pyarrow import ArrowException, BufferReader  # type: ignore[import-untyped]
+    from pyarrow.parquet import read_table  # type: ignore[import-untyped]
+
+    try:
+        records = read_table(BufferReader(raw)).to_pylist()
+    except (ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{source}:1: not a Parquet file that can be read ({error}); write it anew") from None
+    return Rows(_numbered(records, source), [])
+
+
+def _numbered(records: Iterable[Mapping[str, Any]], source: str) -> list[Row]:
+    return [Row(record, source, number) for number, record in enumerate(records, 1)]
+
+
+def _hub(source: str) -> Rows:
+    name, _, split = source.partition(":")
+    parts = name.split("/")
+    if not all(parts) or len(parts) > 3:
+        raise DataError(f"{source}: neither a file nor a data set id (org/name, org/name:split, org/name/config:split)")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise EnvironmentProblem(f"{source}: hub data sets need the package datasets ({error})") from None
+    config = parts[2] if len(parts) == 3 else None
+    try:
+        data = load_dataset("/".join(parts[:2]), config, split=split or "train")
+    except Exception as error:
+        # The library raises some twenty unrelated types, from network failures to scripts it refuses.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{source}: no such file in the recipe's folder, and as a hub data set: {reason}; "
+            "check the name and the network, or download the data and name the file"
+        ) from None
+    return Rows(_numbered(data, source), [])

@@ -1,0 +1,92 @@
+"""Which renderer a recipe asks for, and the prompt it writes for a new question."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from finetune.data.chat import PLAIN_CHAT, ChatRenderer
+from finetune.data.formats import OPTIONAL, QUESTION, REQUIRED, Format, recognise
+from finetune.data.read import read
+from finetune.data.records import Record
+from finetune.data.rendered import Renderer
+from finetune.data.templates import ALPACA, PLAIN, TemplateRenderer, answer_form
+from finetune.errors import RecipeError
+from finetune.recipe import Prompt, Recipe
+from finetune.tokenizer import Tokenizer, encode_prompt
+
+CONVERSATIONS = ("chat", "sharegpt")
+
+
+def make_renderer(prompt: Prompt, layout: Format, columns: Collection[str], tokenizer: Tokenizer) -> Renderer:
+    """The renderer of a recipe. Raises RecipeError where template and rows do not go together."""
+    if layout in CONVERSATIONS:
+        return _conversation(prompt, layout, tokenizer)
+    if prompt.template == "chat":
+        if layout == "text":
+            raise RecipeError("prompt.template: chat needs a question and an answer, and the rows are plain text")
+        _need_chat_template(tokenizer)
+        form = answer_form(prompt.completion, "{completion}")
+        return ChatRenderer("chat", tokenizer, None, prompt.system, form, prompt.loss_on, prompt.end_token)
+    if prompt.system is not None:
+        raise RecipeError("prompt.system: needs a conversation; set prompt.template: chat, or write it in the template")
+    if prompt.template == "alpaca" and layout not in ALPACA:
+        raise RecipeError(f"prompt.template: alpaca needs a question and an answer, and the rows are {layout}")
+    if prompt.completion is not None and layout == "text":
+        raise RecipeError("prompt.completion: the rows are plain text and have no answer; remove it")
+    name = {"auto": "alpaca" if layout == "alpaca" else "plain"}.get(prompt.template, prompt.template)
+    template = {"plain": PLAIN, "alpaca": ALPACA}[name][layout] if name in ("plain", "alpaca") else name
+    known = {*columns, *REQUIRED[layout], *OPTIONAL.get(layout, ())}
+    return TemplateRenderer(name, template, layout, known, prompt.completion, prompt.loss_on, prompt.end_token)
+
+
+def _conversation(prompt: Prompt, layout: str, tokenizer: Tokenizer) -> Renderer:
+    if prompt.template not in ("auto", "chat", "plain"):
+        raise RecipeError(f"prompt.template: the rows are {layout}; use auto, chat (the model's own) or plain")
+    if prompt.completion is not None:
+        raise RecipeError(f"prompt.completion: the rows are {layout} and hold their answers whole; remove it")
+    template = PLAIN_CHAT if prompt.template == "plain" else None
+    if template is None:
+        _need_chat_template(tokenizer)
+    name = "plain" if template else "chat"
+    return ChatRenderer(name, tokenizer, template, prompt.system, loss_on=prompt.loss_on, end_token=prompt.end_token)
+
+
+def _need_chat_template(tokenizer: Tokenizer) -> None:
+    if not tokenizer.chat_template:
+        raise RecipeError(
+            "prompt.template: the model has no chat template; choose a model that has one (its -Instruct or -it "
+            "version), or set prompt.template: plain"
+        )
+
+
+def question_tokens(
+    recipe: Recipe, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], base: Path | None = None
+) -> list[int]:
+    """The tokens of a new question, as training writes its prompts.
+
+    messages: a conversation that ends with the user; templates over columns take the last message alone. Where
+    data.format is auto the rows of data.train (relative to base, the working folder if None) are looked at.
+    """
+    layout, columns = _layout(recipe, base or Path.cwd())
+    renderer = make_renderer(recipe.prompt, layout, columns, tokenizer)
+    if layout in CONVERSATIONS:
+        record = Record("question", messages=tuple(messages))
+    else:
+        record = Record("question", values={_asked(renderer, layout): messages[-1]["content"]})
+    return encode_prompt(tokenizer, renderer.question(record))
+
+
+def _asked(renderer: Renderer, layout: str) -> str:
+    """The placeholder that takes the question: the format's own, or the first of the recipe's template."""
+    names = [name for _, name in renderer.pieces if name] if isinstance(renderer, TemplateRenderer) else []
+    return QUESTION[layout] if QUESTION[layout] in names or not names else names[0]
+
+
+def _layout(recipe: Recipe, base: Path) -> tuple[Format, Collection[str]]:
+    known = set(recipe.data.columns) | set(recipe.data.columns.values())
+    if recipe.data.format == "chat" or recipe.data.format == "sharegpt":
+        return recipe.data.format, known
+    rows = read(recipe.data.train, base).rows
+    found = recognise(rows, recipe.data.format, recipe.data.columns)
+    return found.name, {*found.columns, *(column for row in rows for column in row.fields)}

@@ -1,0 +1,96 @@
+"""Rendered text to tokens and weights: one function for every row of every format."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from finetune.data.rendered import Rendered, Span
+from finetune.errors import RecipeError
+from finetune.tokenizer import Encoded, Tokenizer, begin_tokens, encode, encode_prompts, with_begin
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """An example's tokens, and where its answer stands among them."""
+
+    rendered: Rendered
+    tokens: list[int]
+    weights: list[float]  # 1 where supervised
+    answer: Span | None  # in tokens, the end token left out
+    split: bool = False  # a token lay across the answer's beginning, so the segments were encoded apart
+    cut: bool = False  # its end is missing
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def tokenise(tokenizer: Tokenizer, texts: Sequence[Rendered]) -> Iterator[Tokenised]:
+    """The whole text is encoded once; the tokens of the prompt alone are always the beginning of the whole's.
+
+    Weights are 1 exactly on the tokens of the supervised spans and on the EOS that is added where the text does
+    not end by itself; never on the begin token. Raises RecipeError where EOS is needed and there is none.
+    """
+    prefix, eos = begin_tokens(tokenizer), tokenizer.eos_token_id
+    if eos is None and any(not one.closed for one in texts):
+        raise RecipeError("prompt.end_token: the tokenizer has no EOS token; set prompt.end_token: false")
+    whole = encode(tokenizer, [one.text for one in texts])
+    prompts = encode_prompts(tokenizer, [one.prompt for one in texts])
+    for rendered, encoded, prompt in zip(texts, whole, prompts, strict=True):
+        found = _place(rendered, encoded, prefix)
+        if found is None or (found.answer and found.tokens[: found.answer[0]] != prompt):
+            found = _apart(tokenizer, rendered, prefix)
+        yield _finish(found, eos)
+
+
+def _place(rendered: Rendered, encoded: Encoded, prefix: list[int]) -> Tokenised | None:
+    """Spans of characters to spans of tokens; None where a token lies across the beginning of an answer."""
+    tokens = with_begin(encoded.tokens, prefix)
+    added = len(tokens) - len(encoded.tokens)
+    ends = list(itertools.accumulate((end for _, end in encoded.spans), max))
+
+    def index(character: int) -> int | None:
+        at = bisect_right(ends, character)
+        crosses = at < len(ends) and encoded.spans[at][0] < character
+        return None if crosses else at + added
+
+    borders = [index(edge) for span in (*rendered.supervised, *_answers(rendered)) for edge in span]
+    if any(border is None for border in borders):
+        return None
+    return _weigh(rendered, tokens, [border for border in borders if border is not None], len(prefix), False)
+
+
+def _answers(rendered: Rendered) -> list[Span]:
+    return [rendered.answer] if rendered.answer else []
+
+
+def _weigh(rendered: Rendered, tokens: list[int], borders: list[int], first: int, split: bool) -> Tokenised:
+    """borders: start and end in tokens of each supervised span, then of the answer."""
+    weights = [0.0] * len(tokens)
+    count = len(rendered.supervised)
+    for start, end in zip(borders[: 2 * count : 2], borders[1 : 2 * count : 2], strict=True):
+        weights[start:end] = [1.0] * (end - start)
+    weights[: max(first, 1)] = [0.0] * min(max(first, 1), len(weights))  # nothing comes before to predict it from
+    answer = (borders[-2], borders[-1]) if rendered.answer else None
+    return Tokenised(rendered, tokens, weights, answer, split)
+
+
+def _apart(tokenizer: Tokenizer, rendered: Rendered, prefix: list[int]) -> Tokenised:
+    """The segments between the borders encoded one by one."""
+    spans = (*rendered.supervised, *_answers(rendered))
+    edges = sorted({0, len(rendered.text), *(edge for span in spans for edge in span)})
+    segments = [rendered.text[a:b] for a, b in itertools.pairwise(edges)]
+    parts = [one.tokens for one in encode(tokenizer, segments)]
+    tokens = with_begin([token for part in parts for token in part], prefix)
+    added = len(tokens) - sum(map(len, parts))
+    starts = dict(zip(edges, itertools.accumulate(map(len, parts), initial=added), strict=True))
+    return _weigh(rendered, tokens, [starts[edge] for span in spans for edge in span], len(prefix), True)
+
+
+def _finish(found: Tokenised, eos: int | None) -> Tokenised:
+    """With EOS at the end, once, where the text does not close itself."""
+    if found.rendered.closed or eos is None or (found.tokens and found.tokens[-1] == eos):
+        return found
+    return Tokenised(found.rendered, [*found.tokens, eos], [*found.weights, 1.0], found.answer, found.split)

@@ -1,0 +1,170 @@
+"""Pictures of a run: the loss curves, the confusions, and a sparkline for the terminal.
+
+Colours are of Okabe and Ito (2008), told apart under every common colour blindness.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from finetune.atomic import write_file
+from finetune.events import StepDone, Validated
+from finetune.verdict import overfitting_verdict
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
+BLOCKS = "▁▂▃▄▅▆▇█"
+MOST_LABELS = 20  # in a matrix with its numbers; of more labels only the worst confusions are shown
+LONGEST_LABEL = 31
+SMOOTHING = 0.1  # the running mean's window, as a share of all steps
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """At most `width` blocks, each the mean of its share of the values; a gap where none is finite."""
+    n = len(values)
+    columns = min(n, width)
+    means = []
+    for i in range(columns):
+        finite = [v for v in values[i * n // columns : (i + 1) * n // columns] if math.isfinite(v)]
+        means.append(sum(finite) / len(finite) if finite else math.nan)
+    known = [mean for mean in means if math.isfinite(mean)]
+    low, span = (min(known), max(known) - min(known)) if known else (0.0, 0.0)
+    top = len(BLOCKS) - 1
+    return "".join(
+        " " if math.isnan(mean) else BLOCKS[min(round((mean - low) / span * top), top) if span else 0] for mean in means
+    )
+
+
+def smooth(losses: ArrayLike, tokens: ArrayLike) -> NDArray[np.float64]:
+    """The centred running mean over SMOOTHING of the steps, weighted by tokens. [n] -> [n]"""
+    loss, weight = np.asarray(losses, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+    reach = math.ceil(len(loss) * SMOOTHING / 2)
+    total = np.concatenate([[0.0], np.cumsum(loss * weight)])
+    count = np.concatenate([[0.0], np.cumsum(weight)])
+    start = np.maximum(np.arange(len(loss)) - reach, 0)
+    stop = np.minimum(np.arange(len(loss)) + reach + 1, len(loss))
+    mean: NDArray[np.float64] = (total[stop] - total[start]) / np.maximum(count[stop] - count[start], 1e-12)
+    return mean
+
+
+def loss_plot(steps: Sequence[StepDone], validations: Sequence[Validated], path: Path) -> None:
+    """Training and validation loss against steps, epochs on top, the best validation marked. Writes a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    _training_curve(axes, steps)
+    _validation_curve(axes, validations)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines["right"].set_visible(False)
+    _epochs_on_top(axes, [*steps, *validations])
+    if steps or validations:
+        figure.legend(frameon=False, loc="outside right upper")
+    _save(figure, path)
+
+
+def _training_curve(axes: Any, steps: Sequence[StepDone]) -> None:
+    if not steps:
+        return
+    at, loss = [one.step for one in steps], [one.loss for one in steps]
+    axes.plot(at, loss, color=BLUE, alpha=0.25, linewidth=0.8, label="training, each step")
+    mean = smooth(loss, [one.tokens for one in steps])
+    axes.plot(at, mean, color=BLUE, linewidth=1.8, label="training, running mean")
+
+
+def _validation_curve(axes: Any, validations: Sequence[Validated]) -> None:
+    if not validations:
+        return
+    at, loss = [one.step for one in validations], [one.loss for one in validations]
+    best = min(validations, key=lambda one: one.loss)
+    axes.plot(at, loss, color=ORANGE, linewidth=1.8, marker="o", markersize=4, label="validation")
+    label = f"best: {best.loss:.4g} at step {best.step}"
+    star = {"marker": "*", "markersize": 15, "markeredgecolor": "black", "linestyle": "none", "zorder": 5}
+    axes.plot([best.step], [best.loss], color=ORANGE, label=label, **star)
+    if overfitting_verdict(validations).verdict == "overfitting":
+        axes.axvspan(best.step, at[-1], color=GREY, alpha=0.12, linewidth=0, label="overfitting", zorder=0)
+
+
+def _epochs_on_top(axes: Any, events: Sequence[StepDone | Validated]) -> None:
+    last = max(events, key=lambda one: one.step, default=None)
+    if last is None or last.step == 0 or last.epoch <= 0:
+        axes.spines["top"].set_visible(False)
+        return
+    per_epoch = last.step / last.epoch
+    top = axes.secondary_xaxis("top", functions=(lambda step: step / per_epoch, lambda epoch: epoch * per_epoch))
+    top.set_xlabel("epoch")
+
+
+def confusion_plot(matrix: ArrayLike, labels: Sequence[str], path: Path) -> None:
+    """Which label was taken for which ([k, k], rows are the truth). Writes a PNG.
+
+    Up to MOST_LABELS labels it is the matrix with its numbers, of more only the most frequent confusions.
+    """
+    from matplotlib.figure import Figure
+
+    counts = np.asarray(matrix, dtype=np.int64)
+    names = [_short(label) for label in labels]
+    if len(names) <= MOST_LABELS:
+        size = 2.5 + 0.55 * max(len(names), 3)
+        figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+        _matrix(figure, counts, names)
+    else:
+        figure = Figure(figsize=(9, 6.5), layout="constrained")
+        _worst_pairs(figure, counts, names)
+    _save(figure, path)
+
+
+def _short(label: str) -> str:
+    """One line, its middle left out where it is long: long labels often begin alike, or end alike."""
+    line, half = " ".join(label.split()), LONGEST_LABEL // 2
+    return line if len(line) <= LONGEST_LABEL else f"{line[:half]}…{line[-half:]}"
+
+
+def _matrix(figure: Any, counts: NDArray[np.int64], names: Sequence[str]) -> None:
+    axes = figure.add_subplot()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # [k, k]
+    image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    for (i, j), count in np.ndenumerate(counts):
+        ink = "white" if shares[i, j] > 0.55 else "black" if count else "#999999"
+        axes.text(j, i, str(count), ha="center", va="center", color=ink, fontsize=9)
+    crowded = len(names) > 3 or max(map(len, names), default=0) > 10
+    axes.set_xticks(range(len(names)), names, parse_math=False, rotation=90 if crowded else 0)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    figure.colorbar(image, ax=axes, label="share of the true label's rows", shrink=0.8)
+
+
+def _worst_pairs(figure: Any, counts: NDArray[np.int64], names: Sequence[str]) -> None:
+    axes = figure.add_subplot()
+    wrong = counts - np.diag(np.diag(counts))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_LABELS]
+    pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]]
+    found = [int(wrong[i, j]) for i, j in pairs]
+    bars = axes.barh(range(len(pairs)), found, color=BLUE)
+    axes.bar_label(bars, [f"{n} of {counts[i].sum()}" for n, (i, _) in zip(found, pairs, strict=True)], padding=3)
+    axes.set_yticks(range(len(pairs)), [f"{names[i]}  →  {names[j]}" for i, j in pairs], parse_math=False)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("rows")
+    figure.suptitle(f"{wrong.sum()} of {counts.sum()} rows wrong; the most frequent confusions, true → predicted")
+
+
+def _save(figure: Any, path: Path) -> None:
+    with warnings.catch_warnings():
+        # A label in a script the font lacks is drawn as boxes; the tables have it in full.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=150, format="png")
+    write_file(path, picture.getvalue())

@@ -1,0 +1,172 @@
+"""YAML to Recipe and back: strict, with the line of every error and a "did you mean"."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from finetune.errors import RecipeError
+from finetune.recipe import Recipe
+
+MAX_BYTES = 1_000_000  # a recipe is a page; a file this long is something else
+_PATH_KEYS = (("model", "path"), ("data", "train"), ("data", "valid"), ("data", "test"), ("lora", "start_from"))
+
+
+def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override (`lora.rank=16`), check, and make local paths absolute (to the recipe's folder).
+
+    Raises RecipeError naming the file, the line and the remedy for every mistake at once.
+    """
+    tree = _read_yaml(file)
+    values = _plain(tree)
+    for override in overrides:
+        _apply_override(values, override)
+    recipe = check_recipe(values, place=lambda keys: _place(file, tree, keys, overrides))
+    return _absolute_paths(recipe, file.resolve().parent, {o.split("=", 1)[0] for o in overrides})
+
+
+def check_recipe(values: Mapping[str, Any], place: Any = None) -> Recipe:
+    """A Recipe from plain values; `place(keys)` says where a key stands, for the messages."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        where = place or (lambda keys: "recipe")
+        lines = [_explain(one, values, where) for one in error.errors()]
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out; `load_recipe` reads it back unchanged."""
+    stream = io.StringIO()
+    writer = YAML()
+    writer.default_flow_style = False
+    writer.width = 4096
+    writer.dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def _read_yaml(file: Path) -> CommentedMap:
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise RecipeError(f"{file}: too large for a recipe ({file.stat().st_size:,} bytes)")
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{file}: no such recipe; `finetune init DATA` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot be read ({error}); a recipe is UTF-8 text") from None
+    try:
+        tree = YAML(typ="rt", pure=True).load(text)
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1
+        key = str(error.problem).split('"')[1] if '"' in str(error.problem) else "a key"
+        raise RecipeError(f"{file}:{line}: key {key} stands twice; remove one") from None
+    except MarkedYAMLError as error:
+        line = (error.problem_mark or error.context_mark).line + 1
+        raise RecipeError(f"{file}:{line}: not valid YAML: {error.problem or error.context}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(tree, CommentedMap):
+        raise RecipeError(f"{file}:1: a recipe is a mapping of sections (model:, data:, ...)")
+    return tree
+
+
+def _plain(node: Any) -> Any:
+    """ruamel's round-trip types as plain Python ones; a tagged value stays what it is and fails the check."""
+    if isinstance(node, Mapping):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise RecipeError(f"{override!r}: an override is written key=value, such as lora.rank=16")
+    try:
+        value = _plain(YAML(typ="rt", pure=True).load(text)) if text.strip() else None
+    except YAMLError:
+        value = text
+    section = values
+    for key in keys[:-1]:
+        inner = section.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{override!r}: {key} has no keys of its own")
+        section = inner
+    section[keys[-1]] = value
+
+
+def _place(file: Path, tree: Any, keys: Sequence[str], overrides: Sequence[str]) -> str:
+    """`file:line` of the deepest of `keys` that the file has, or the override that set it."""
+    dotted = ".".join(keys)
+    for override in overrides:
+        name = override.split("=", 1)[0]
+        if f"{dotted}.".startswith(f"{name}.") or (name.startswith(f"{dotted}.") and keys[0] not in tree):
+            return f"command line ({override})"
+    line = 1
+    for key in keys:
+        if not isinstance(tree, CommentedMap) or key not in tree:
+            break
+        line = tree.lc.key(key)[0] + 1
+        tree = tree[key]
+    return f"{file}:{line}"
+
+
+def _explain(error: Any, values: Any, place: Any) -> str:
+    """One pydantic error in plain words, with its place."""
+    keys = [str(part) for part in error["loc"]]
+    present: list[str] = []
+    node: Any = values
+    for key in keys:
+        if not isinstance(node, Mapping) or key not in node:
+            break
+        present.append(key)
+        node = node[key]
+    if error["type"] == "extra_forbidden":
+        known = _fields_of(keys[:-1])
+        close = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"{place(keys)}: unknown key {'.'.join(keys)}; {hint}"
+    if error["type"] == "missing":
+        return f"{place(present)}: {'.'.join(keys)} is missing; `finetune init DATA` writes a recipe that has it"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    got = "" if error["type"] == "value_error" else f", not {node!r}"
+    return f"{place(present)}: {'.'.join(present) or 'recipe'}: {message}{got}"
+
+
+def _fields_of(path: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for key in path:
+        annotation = model.model_fields[key].annotation if key in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _absolute_paths(recipe: Recipe, folder: Path, overridden: set[str]) -> Recipe:
+    """Local paths made absolute: to the recipe's folder, or to the current one where the command line gave them."""
+    values = recipe.model_dump()
+    for section, key in _PATH_KEYS:
+        given = values[section][key]
+        if given is None or given.startswith("builtin:"):
+            continue
+        start = Path.cwd() if f"{section}.{key}" in overridden else folder
+        candidate = (start / Path(given).expanduser()).resolve()
+        if candidate.exists() or Path(given).suffix or given.startswith((".", "/", "~")):
+            values[section][key] = str(candidate)
+    return Recipe.model_validate(values)

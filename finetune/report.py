@@ -1,0 +1,120 @@
+"""The plain answer at the end of a run: how good was the base, how good is the tuned model, did it overfit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.atomic import write_file
+from finetune.evaluate import Evaluation, RowResult
+from finetune.events import StepDone, Validated
+from finetune.metrics import read
+from finetune.plot import confusion_plot, loss_plot
+from finetune.run_folder import RunFolder
+from finetune.statistics import mcnemar_exact
+from finetune.verdict import Overfitting, comparison_verdict
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Base against tuned on the same rows."""
+
+    fixed: tuple[tuple[RowResult, RowResult], ...]  # (base, tuned): wrong before, right now
+    broken: tuple[tuple[RowResult, RowResult], ...]  # right before, wrong now
+    p_value: float | None  # McNemar's exact test, two-sided; None without right and wrong
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the terminal shows and report.json holds."""
+
+    run: str
+    adapter: str | None
+    backend: str
+    device: str
+    scheme: str
+    held_out: str  # which rows the final figures are of
+    base: Evaluation | None
+    tuned: Evaluation
+    comparison: Comparison | None
+    overfitting: Overfitting
+    validations: tuple[Validated, ...]
+    best_step: int
+
+    def to_json(self) -> dict[str, Any]:
+        comparison = self.comparison and {
+            "verdict": self.comparison.verdict,
+            "fixed": len(self.comparison.fixed),
+            "broken": len(self.comparison.broken),
+            "p_value": self.comparison.p_value,
+        }
+        return {
+            "run": self.run,
+            "adapter": self.adapter,
+            "backend": self.backend,
+            "device": self.device,
+            "scheme": self.scheme,
+            "held_out": self.held_out,
+            "base": self.base and self.base.summary(),
+            "tuned": self.tuned.summary(),
+            "comparison": comparison,
+            "overfitting": asdict(self.overfitting),
+            "best_step": self.best_step,
+            "validations": [asdict(one) for one in self.validations],
+        }
+
+
+def compare(base: Evaluation, tuned: Evaluation) -> Comparison:
+    """The rows that changed, and whether the change is more than chance."""
+    pairs = list(zip(base.results, tuned.results, strict=True))
+    fixed = tuple(pair for pair in pairs if pair[0].correct is False and pair[1].correct)
+    broken = tuple(pair for pair in pairs if pair[0].correct and pair[1].correct is False)
+    p_value = mcnemar_exact(len(fixed), len(broken)) if tuned.accuracy is not None else None
+    return Comparison(fixed, broken, p_value, comparison_verdict(base, tuned, p_value))
+
+
+def write_report(run: RunFolder, report: Report) -> None:
+    """report.json, report.txt (the tables), rows.jsonl and the plots."""
+    from finetune.summary import as_text
+
+    run.write_json("report.json", report.to_json())
+    write_file(run.path / "report.txt", as_text(report))
+    write_file(run.path / "rows.jsonl", _rows(report))
+    steps = [one for one in read(run.metrics) if isinstance(one, StepDone)]
+    loss_plot(steps, list(report.validations), run.path / "loss.png")
+    if report.tuned.confusion:
+        confusion_plot(report.tuned.confusion, report.tuned.labels, run.path / "confusion.png")
+
+
+def _rows(report: Report) -> str:
+    """One JSON line a held-out row, base and tuned side by side."""
+    before: Sequence[RowResult | None] = report.base.results if report.base else [None] * report.tuned.rows
+    lines = []
+    for base, tuned in zip(before, report.tuned.results, strict=True):
+        line: dict[str, Any] = {"place": tuned.place, "prompt": tuned.prompt, "expected": tuned.expected}
+        for name, one in (("base", base), ("tuned", tuned)):
+            if one is not None:
+                line[name] = {"predicted": one.predicted, "correct": one.correct, "loss": one.loss}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def save_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Whole, rows included, so that a resumed run need not measure again."""
+    write_file(path, json.dumps(asdict(evaluation), ensure_ascii=False) + "\n")
+
+
+def load_evaluation(path: Path) -> Evaluation | None:
+    """None when it was not written; anything unreadable counts as not written and is measured again."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["results"] = tuple(RowResult(**one) for one in values["results"])
+        values["labels"] = tuple(values["labels"])
+        values["interval"] = values["interval"] and tuple(values["interval"])
+        return Evaluation(**values)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,97 @@
+"""What a run leaves behind, and where: one folder a run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from finetune.atomic import write_file
+from finetune.errors import Incompatible, RecipeError
+from finetune.recipe import Recipe
+from finetune.recipe_file import dump_recipe, load_recipe
+
+_LIBRARIES = ("numpy", "torch", "transformers", "peft", "bitsandbytes", "mlx", "mlx-lm", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run's files."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    def evaluation(self, which: str) -> Path:
+        return self.path / f"evaluation-{which}.json"
+
+    def write_json(self, name: str, values: Any) -> None:
+        write_file(self.path / name, json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def create(recipe: Recipe, name: str) -> RunFolder:
+    """A new folder `output/name-date-time`; never one that exists."""
+    output = Path(recipe.output).expanduser()
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for attempt in range(1000):
+        path = output / (f"{name}-{stamp}" + (f"-{attempt}" if attempt else ""))
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except NotADirectoryError:
+            raise RecipeError(f"output: {output} is not a folder") from None
+        folder = RunFolder(path)
+        write_file(folder.recipe, dump_recipe(recipe))
+        return folder
+    raise RecipeError(f"output: no free name for a run in {output}")
+
+
+def open_existing(path: Path) -> tuple[RunFolder, Recipe]:
+    """A run's folder and its recipe. Raises Incompatible when it is not a run."""
+    folder = RunFolder(path)
+    if not folder.recipe.exists():
+        raise Incompatible(f"{path}: not a run (no recipe.yaml in it); runs are the folders that `finetune train` makes")
+    return folder, load_recipe(folder.recipe)
+
+
+def environment(backend: str, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions and machine, for the record of a run."""
+    versions = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": sys.version.split()[0],
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "backend": backend,
+        "device": dict(described),
+        "libraries": versions,
+    }

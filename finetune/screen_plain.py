@@ -1,0 +1,114 @@
+"""The screen of a pipe, a log file or a dumb terminal: plain lines, each with its time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+from types import TracebackType
+
+from rich.console import Console
+
+from finetune.events import (
+    CheckpointSaved,
+    Event,
+    Finished,
+    MemorySplit,
+    Progress,
+    RunStarted,
+    StepDone,
+    StoppedEarly,
+    Validated,
+)
+from finetune.status import Status, amount, duration
+
+PAUSE = 10.0  # seconds between two lines on the same work ...
+PARTS = 20  # ... unless the run is so short that this many lines in all come sooner
+
+
+class PlainScreen:
+    """Some of the steps; every validation, checkpoint and change."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._status = Status(clock)
+        self._said_at: dict[str, float] = {}  # kind of work -> when its last line was written
+        self._said_step = 0
+
+    def __enter__(self) -> PlainScreen:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def handle(self, event: Event) -> None:
+        self._status.note(event)
+        text = self._line(event)
+        if text is not None:
+            stamp = datetime.now().isoformat(sep=" ", timespec="seconds")
+            self._console.print(f"{stamp}  {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def _line(self, event: Event) -> str | None:
+        if isinstance(event, StepDone):
+            return self._step(event) if self._due(event) else None
+        if isinstance(event, Progress):
+            return self._progress(event)
+        if isinstance(event, RunStarted):
+            self._said_step = event.step
+            return f"{'resumed after step ' + str(event.step) if event.resumed else 'started'}: {event.steps} steps"
+        if isinstance(event, Validated):
+            return validation_line(event)
+        return note_line(event)
+
+    def _due(self, event: StepDone) -> bool:
+        first = "step" not in self._said_at
+        part = event.step - self._said_step >= self._status.steps / PARTS
+        if not (self._pause_over("step") or part or first or event.step == self._status.steps):
+            return False
+        self._said_at["step"], self._said_step = self._status.clock(), event.step
+        return True
+
+    def _step(self, event: StepDone) -> str:
+        return (
+            f"step {event.step}/{self._status.steps}  epoch {event.epoch:.2f}  loss {event.loss:.4f}  "
+            f"lr {event.learning_rate:.2e}  grad norm {event.grad_norm:.3g}  "
+            f"{self._status.tokens_per_second:,.0f} tokens/s  memory {amount(event.peak_bytes)}  "
+            f"ETA {duration(self._status.seconds_left)}"
+        )
+
+    def _progress(self, event: Progress) -> str | None:
+        if event.total == 0:
+            return event.what
+        if not self._pause_over(event.what) and event.done < event.total:
+            return None
+        self._said_at[event.what] = self._status.clock()
+        return f"{event.what} {event.done}/{event.total}"
+
+    def _pause_over(self, what: str) -> bool:
+        now = self._status.clock()
+        return now - self._said_at.setdefault(what, now) >= PAUSE
+
+
+def validation_line(event: Validated) -> str:
+    train = "" if event.train_loss is None else f"train loss {event.train_loss:.4f}  "
+    labels = "" if event.accuracy is None else f"  accuracy {event.accuracy:.1%}"
+    return (
+        f"validation after step {event.step}  epoch {event.epoch:.2f}  {train}loss {event.loss:.4f}  "
+        f"perplexity {event.perplexity:.4g}  token accuracy {event.token_accuracy:.1%}{labels}"
+        f"{'  (best so far)' if event.best else ''}"
+    )
+
+
+def note_line(event: Event) -> str | None:
+    """The events that are a sentence, on either screen."""
+    if isinstance(event, CheckpointSaved):
+        return f"checkpoint of step {event.step}: {event.path}"
+    if isinstance(event, MemorySplit):
+        return f"out of memory: micro-batches of at most {event.micro_tokens} tokens from here on"
+    if isinstance(event, StoppedEarly):
+        return f"stopped early after step {event.step}: no better than {event.best_loss:.4f} at step {event.best_step}"
+    if isinstance(event, Finished):
+        return f"finished {event.step} steps: best validation loss {event.best_loss:.4f} at step {event.best_step}"
+    return None

@@ -1,0 +1,57 @@
+"""Where a recipe's model stands on this machine: built in, a folder, or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune.errors import EnvironmentProblem, RecipeError
+from finetune.recipe import Model
+
+ASSETS = Path(__file__).parent / "assets"
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def builtin(reference: str) -> Path:
+    """`builtin:reviews-base` -> the file or folder shipped inside the package."""
+    path = ASSETS / reference.removeprefix("builtin:")
+    if not path.exists() or ASSETS not in path.resolve().parents:
+        known = ", ".join(sorted(f"builtin:{one.name}" for one in ASSETS.iterdir() if one.is_dir()))
+        raise RecipeError(f"{reference}: not shipped with finetune; there are {known}")
+    return path
+
+
+def demo_recipe() -> Path:
+    """configs/demo.yaml, from the installed package or from the repository."""
+    installed = Path(__file__).parent / "configs" / "demo.yaml"
+    return installed if installed.exists() else Path(__file__).parents[1] / "configs" / "demo.yaml"
+
+
+def model_folder(model: Model) -> Path:
+    """The model's folder on this machine, downloaded first if it is a hub id.
+
+    Raises RecipeError for a folder that is not there, EnvironmentProblem where the hub cannot be reached.
+    """
+    if model.path.startswith("builtin:"):
+        return builtin(model.path)
+    folder = Path(model.path)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise RecipeError(f"model.path: {folder} has no config.json; give a model folder, or a hub id such as org/name")
+        return folder
+    if folder.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1:
+        raise RecipeError(f"model.path: no folder {model.path}; give a model folder, or a hub id such as org/name")
+    return _from_hub(model)
+
+
+def _from_hub(model: Model) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=_WANTED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EnvironmentProblem(
+            f"model.path: {model.path} is no folder here and the hub did not give it ({first}); check the name, "
+            "the connection and HF_TOKEN for gated models, or give the path of a downloaded folder"
+        ) from None

@@ -1,0 +1,107 @@
+"""How sure are the figures? Intervals, the paired test, and what a confusion matrix says of each label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Counts = NDArray[np.int64]
+
+
+def _quantile(confidence: float) -> float:
+    """Of the standard normal, two-sided: 1.96 for 0.95."""
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence is {confidence}; it lies between 0 and 1")
+    return NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The score interval of a share (Wilson, 1927), without continuity correction.
+
+    It stays inside 0 and 1 and has a width at 0 and at 1 too. Of no rows nothing is known: (0, 1).
+    """
+    if not 0 <= correct <= total:
+        raise ValueError(f"{correct} correct of {total} rows")
+    z = _quantile(confidence)
+    if total == 0:
+        return 0.0, 1.0
+    share = correct / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    low = 0.0 if correct == 0 else max(0.0, centre - half)
+    high = 1.0 if correct == total else min(1.0, centre + half)
+    return low, high
+
+
+def mcnemar_exact(fixed: int, broken: int) -> float:
+    """Two-sided p-value of "a changed row is as often fixed as broken" (McNemar, 1947, in its exact form).
+
+    p = min(1, 2 * sum(C(n, k), k = 0..min(fixed, broken)) / 2^n) with n = fixed + broken: whole numbers
+    throughout, so exact for any n. The rows on which both models are right, or both wrong, say nothing.
+    """
+    if fixed < 0 or broken < 0:
+        raise ValueError(f"{fixed} rows fixed and {broken} broken")
+    n = fixed + broken
+    term = total = 1
+    for k in range(min(fixed, broken)):
+        term = term * (n - k) // (k + 1)
+        total += term
+    p: float = 2 * total / (1 << n)
+    return min(1.0, p)
+
+
+def weighted_mean_interval(values: ArrayLike, weights: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """Normal interval of sum(w v) / sum(w) over n independent rows; for a mean loss, w are a row's tokens.
+
+    A row's tokens belong together, so rows, not tokens, are the sample: with m the weighted mean,
+    variance = n / (n - 1) * sum((w_i (v_i - m))^2) / sum(w)^2 (the ratio estimator; Cochran, 1977,
+    Sampling Techniques, section 6.4). Of one row alone nothing is known: (-inf, inf).
+    """
+    v, w = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)  # [n], [n]
+    z = _quantile(confidence)
+    if v.ndim != 1 or v.shape != w.shape:
+        raise ValueError(f"values {v.shape} and weights {w.shape} are not two lists of one length")
+    if (w < 0).any() or not w.sum() > 0:
+        raise ValueError("weights are zero or more, and not all zero")
+    n = len(v)
+    if n < 2:
+        return -math.inf, math.inf
+    mean = float(v @ w / w.sum())
+    half = z * math.sqrt(n / (n - 1) * float(((w * (v - mean)) ** 2).sum())) / float(w.sum())
+    return mean - half, mean + half
+
+
+def confusion_matrix(truth: Sequence[int], predicted: Sequence[int], k: int) -> Counts:
+    """How often label i was taken for label j: [k, k], rows are the truth."""
+    t, p = np.asarray(truth, dtype=np.int64), np.asarray(predicted, dtype=np.int64)  # [n], [n]
+    if t.shape != p.shape:
+        raise ValueError(f"{len(t)} true labels and {len(p)} predicted ones")
+    if ((t < 0) | (t >= k) | (p < 0) | (p >= k)).any():
+        raise ValueError(f"a label's index lies outside 0 to {k - 1}")
+    return np.bincount(t * k + p, minlength=k * k).reshape(k, k).astype(np.int64)
+
+
+def per_class(matrix: Counts, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Precision, recall, F1 and support of each label; 0 where a denominator is 0, as is the custom."""
+    hits, truth, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)  # [k] each
+    return [
+        {
+            "label": label,
+            "precision": float(hits[i] / max(predicted[i], 1)),
+            "recall": float(hits[i] / max(truth[i], 1)),
+            "f1": float(2 * hits[i] / max(truth[i] + predicted[i], 1)),
+            "support": int(truth[i]),
+        }
+        for i, label in enumerate(labels)
+    ]
+
+
+def macro_f1(matrix: Counts) -> float:
+    """The plain mean of F1 over the labels that occur in the truth; 0 when none does."""
+    found = [one["f1"] for one in per_class(matrix, [""] * len(matrix)) if one["support"]]
+    return float(np.mean(found)) if found else 0.0

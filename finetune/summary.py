@@ -1,0 +1,96 @@
+"""What a person reads before and after a run, in the terminal and in report.txt."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from finetune import tables
+from finetune.evaluate import Evaluation
+from finetune.examples import Prepared
+from finetune.report import Comparison, Report
+from finetune.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from finetune.run import Job
+
+SHOWN_PLACES = 5  # rows named in the terminal; data.json has them all
+
+
+def print_account(job: Job, run: RunFolder) -> None:
+    """Before training: where the run stands, what it runs on, and what became of the rows."""
+    console = Console(stderr=True)
+    console.print(f"run {run.path} on {job.backend}, base {job.recipe.model.path}", markup=False, soft_wrap=True)
+    console.print(account_table(job.prepared))
+
+
+def account_table(prepared: Prepared) -> Table:
+    """Rows read, used, shortened and dropped in each split, with the first places of the last two."""
+    table = Table("split", "rows", "used", "tokens", "supervised", "shortened", "dropped")
+    for name, split in (("train", prepared.train), ("valid", prepared.valid), ("test", prepared.test)):
+        if split is None:
+            continue
+        table.add_row(
+            name,
+            f"{split.rows:,}",
+            f"{len(split.examples):,}",
+            f"{sum(len(one.tokens) for one in split.examples):,}",
+            f"{int(sum(one.weights.sum() for one in split.examples)):,}",
+            _counted(split.shortened),
+            _counted([f"{place} ({reason})" for place, reason in split.dropped]),
+        )
+    notes = [note for split in (prepared.train, prepared.valid, prepared.test) if split for note in split.notes]
+    table.caption = "\n".join(dict.fromkeys(notes)) or None
+    return table
+
+
+def _counted(places: Any) -> str:
+    if not places:
+        return "0"
+    shown = "\n".join(places[:SHOWN_PLACES])
+    return f"{len(places)}\n{shown}" + ("\n..." if len(places) > SHOWN_PLACES else "")
+
+
+def print_report(report: Report, run: RunFolder) -> None:
+    """After training: the answer, on standard output."""
+    render(Console(), report)
+
+
+def as_text(report: Report) -> str:
+    """The same page without colour, 100 columns wide."""
+    console = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False, legacy_windows=False)
+    render(console, report)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def render(console: Console, report: Report) -> None:
+    console.print(tables.epoch_table(report.validations))
+    console.print(report.overfitting.message, markup=False)
+    if report.base and report.comparison:
+        print_comparison(console, report.base, report.tuned, report.comparison, report.held_out)
+    else:
+        console.print(tables.comparison_table({}, report.tuned.summary(), title=report.held_out))
+    console.print(
+        f"base weights: {report.scheme}; {report.backend} on {report.device}\n"
+        f"adapter: {report.adapter} (of step {report.best_step}; PEFT and mlx-lm load it as it is)\n"
+        f"everything else: {report.run} (report.json, rows.jsonl, loss.png, metrics.jsonl)",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def print_comparison(
+    console: Console, base: Evaluation, tuned: Evaluation, comparison: Comparison, rows: str
+) -> None:
+    """Both models side by side, where they are wrong, which rows changed, and the verdict."""
+    console.print(tables.comparison_table(base.summary(), tuned.summary(), title=f"on {rows}"))
+    if tuned.confusion:
+        console.print(tables.per_class_table(tuned.classes))
+        console.print(tables.confusion_table(tuned.confusion, tuned.labels))
+    if comparison.fixed or comparison.broken:
+        console.print(tables.changed_rows_table(comparison.fixed, comparison.broken))
+    console.print(comparison.verdict, style="bold", markup=False)

@@ -1,0 +1,195 @@
+"""Tables for the terminal, of figures computed elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any, Protocol
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from finetune.events import Validated
+
+MOST_LABELS = 12  # in a whole confusion matrix
+WORST = 10  # confusions shown of a larger one
+ROWS_SHOWN = 5  # of each kind of changed row
+TEXT_SHOWN = 160  # characters of a row's text
+
+
+class Answered(Protocol):
+    """What is shown of a held-out row under one model."""
+
+    @property
+    def place(self) -> str: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def expected(self) -> str | None: ...
+    @property
+    def predicted(self) -> str | None: ...
+
+
+Pair = tuple[Answered, Answered]  # the same row under the base and under the tuned model
+
+
+def epoch_table(validations: Sequence[Validated], newest: int | None = None) -> Table:
+    """A row a validation, 40 columns wide; the best is marked. `newest`: only so many, and the best."""
+    best = max((i for i, one in enumerate(validations) if one.best), default=None)
+    shown = [i for i in range(len(validations)) if newest is None or i >= len(validations) - newest or i == best]
+    labelled = any(one.accuracy is not None for one in validations)
+    headings = ("epoch", "train\nloss", "valid.\nloss", "perpl.", "token\nacc.", *["label\nacc."] * labelled)
+    table = _table(*headings, texts=0)
+    for i in shown:
+        one = validations[i]
+        table.add_row(
+            f"{one.epoch:.2f}",
+            "-" if one.train_loss is None else f"{one.train_loss:.4f}",
+            f"{one.loss:.4f}{'*' if i == best else ' '}",
+            _perplexity(one.perplexity),
+            f"{one.token_accuracy:.1%}",
+            *([_percent(one.accuracy)] if labelled else []),
+            style="bold green" if i == best else None,
+        )
+    table.caption = "* best" + (f"; {len(validations) - len(shown)} not shown" if len(shown) < len(validations) else "")
+    return table
+
+
+# key of the summary, its name, whether more is better
+_MEASURES = (
+    ("macro_f1", "macro F1", True),
+    ("loss", "loss, nats/token", False),
+    ("perplexity", "perplexity", False),
+    ("token_accuracy", "token accuracy", True),
+)
+
+
+def comparison_table(base: Mapping[str, Any], tuned: Mapping[str, Any], title: str | None = None) -> Table:
+    """Base and tuned side by side; a measure that neither has is left out, and an empty `base` with its columns."""
+    table = _table("", *(["base"] if base else []), "tuned", *(["change"] if base else []), title=title)
+    accuracy = "accuracy" if tuned.get("labels") else "exact match"
+    for key, name, more in (("accuracy", accuracy, True), *_MEASURES):
+        before, after = base.get(key), tuned.get(key)
+        if before is not None or after is not None:
+            cells: list[str | Text] = [_measured(key, after)]
+            if base:
+                cells = [_measured(key, before), *cells, _change(key, before, after, more)]
+            table.add_row(name, *cells)
+        if key == "accuracy" and (base.get("interval") or tuned.get("interval")):
+            table.add_row("95 % interval, %", *(_interval(one.get("interval")) for one in (base, tuned) if one))
+    return table
+
+
+def per_class_table(classes: Sequence[Mapping[str, Any]]) -> Table:
+    """Precision, recall, F1 and support; `classes` has these keys and `label`."""
+    table = _table("label", "precision", "recall", "F1", "support")
+    for one in classes:
+        figures = (f"{one[key]:.3f}" for key in ("precision", "recall", "f1"))
+        table.add_row(_word(str(one["label"]), 40), *figures, f"{one['support']:,}")
+    return table
+
+
+def confusion_table(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> Table:
+    """`matrix[true][predicted]` for up to 12 labels; of more, the 10 largest confusions."""
+    if len(labels) > MOST_LABELS:
+        return _worst_confusions(matrix, labels)
+    table = _table("true \\ predicted", *(str(i + 1) for i in range(len(labels))))
+    for i, (row, label) in enumerate(zip(matrix, labels, strict=True)):
+        styles = ("bold green" if i == j else "red" if count else "dim" for j, count in enumerate(row))
+        cells = [Text(f"{count:,}", style) for count, style in zip(row, styles, strict=True)]
+        table.add_row(_word(f"{i + 1} {label}", 26), *cells)
+    return table
+
+
+def changed_rows_table(fixed: Sequence[Pair], broken: Sequence[Pair]) -> Table:
+    """Rows that tuning put right or wrong: the first five of each, their text shortened."""
+    shown = [("fixed", "green", pair) for pair in fixed[:ROWS_SHOWN]]
+    shown += [("broken", "red", pair) for pair in broken[:ROWS_SHOWN]]
+    table = Table.grid(padding=(0, 1))
+    texts = _distinct([base.prompt for _, _, (base, _) in shown])
+    for (kind, style, (base, tuned)), text in zip(shown, texts, strict=True):
+        said = zip(("expected", "base", "tuned"), (base.expected, base.predicted, tuned.predicted), strict=True)
+        answers = ", ".join(f"{who}: {shorten(answer or '', 60)}" for who, answer in said)
+        row = Text.assemble((f"{base.place}\n", "dim"), shorten(text, TEXT_SHOWN), "\n", (answers, "italic"))
+        table.add_row(Text(kind, style), row)
+    table.caption_justify = "left"
+    more = len(fixed) + len(broken) - len(shown)
+    table.caption = f"{len(fixed)} fixed, {len(broken)} broken" + (f"; {more} of them not shown" if more else "")
+    return table
+
+
+def shorten(text: str, length: int) -> str:
+    """On one line, without control characters; the middle gives way."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    if len(line) <= length:
+        return line
+    head = (length - 4) // 2
+    return f"{line[:head]} ... {line[len(line) - (length - 5 - head) :]}"
+
+
+def _table(*headings: str, texts: int = 1, title: str | None = None) -> Table:
+    """The first `texts` columns hold words, the others figures."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, title_justify="left")
+    table.title = None if title is None else Text(title, "bold")
+    table.caption_justify = "left"
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i < texts else "right", no_wrap=i >= texts)
+    return table
+
+
+def _word(text: str, length: int) -> Text:
+    """Cut, not wrapped, where the column is narrow."""
+    return Text(shorten(text, length), no_wrap=True, overflow="ellipsis")
+
+
+def _worst_confusions(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> Table:
+    pairs = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
+    table = _table("true", "predicted", "rows", "of true", texts=2)
+    for count, i, j in sorted(pairs, key=lambda pair: (-pair[0], pair[1], pair[2]))[:WORST]:
+        share = f"{count / sum(matrix[i]):.0%}"
+        table.add_row(_word(labels[i], 40), _word(labels[j], 40), f"{count:,}", share)
+    table.caption = f"the {min(WORST, len(pairs))} largest of {len(pairs)} confusions"
+    return table
+
+
+def _measured(key: str, value: float | None) -> str:
+    if value is None or "accuracy" in key:
+        return _percent(value)
+    return _perplexity(value) if key == "perplexity" else f"{value:.4f}"
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "-" if bounds is None else f"{100 * bounds[0]:.1f}-{100 * bounds[1]:.1f}"
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 10_000 else f"{value:.1e}"
+
+
+def _change(key: str, before: float | None, after: float | None, more_is_better: bool) -> Text:
+    if before is None or after is None:
+        return Text("-")
+    change = after - before
+    text = f"{100 * change:+.1f} pt" if "accuracy" in key else f"{change:+.4g}"
+    return Text(text, "" if change == 0 else "green" if (change > 0) == more_is_better else "red")
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _distinct(prompts: Sequence[str]) -> list[str]:
+    """Prompts without the template around them: what all begin or end with, up to a space."""
+    if len(set(prompts)) < 2:
+        return list(prompts)
+    start = _common(prompts)
+    rest = [prompt[start:] for prompt in prompts]
+    end = _common([prompt[::-1] for prompt in rest])
+    return [prompt[: len(prompt) - end] for prompt in rest]
+
+
+def _common(texts: Sequence[str]) -> int:
+    """Characters that all texts begin with, the last of them a space."""
+    shared = [chars[0] for chars in takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False))]
+    return max((i + 1 for i, char in enumerate(shared) if char.isspace()), default=0)

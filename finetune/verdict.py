@@ -1,0 +1,112 @@
+"""Plain sentences: did training go on too long, and is the tuned model better than the base?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from finetune.events import Validated
+from finetune.statistics import weighted_mean_interval
+
+if TYPE_CHECKING:
+    from finetune.evaluate import Evaluation
+
+RISE = 0.01  # of the lowest validation loss: a smaller rise is taken for noise
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Overfitting:
+    verdict: Literal["none", "overfitting", "too short to say"]
+    best_epoch: float  # where the validation loss was lowest; 0 is before training
+    best_loss: float
+    message: str
+
+
+def overfitting_verdict(validations: Sequence[Validated]) -> Overfitting:
+    """Overfitting: the validation loss ends above its minimum while the training loss went on falling.
+
+    `validations` is the epoch table in order, with or without the row before training; not empty.
+    """
+    best = min(validations, key=lambda one: one.loss)  # the earliest of equals
+    last = validations[-1]
+    trained = [one for one in validations if one.train_loss is not None]
+    rose = last.loss > best.loss * (1 + RISE)
+    if len(trained) < 2:
+        return Overfitting(
+            "too short to say", best.epoch, best.loss, "Overfitting: too short to say; it takes two validations."
+        )
+    before = best if best.train_loss is not None else trained[0]
+    if rose and _train_loss(last) < _train_loss(before):
+        message = (
+            f"Overfitting: validation loss rises from {best.loss:.4g} at {_epoch(best)} to {last.loss:.4g} at "
+            f"{_epoch(last)}, while training loss falls from {_train_loss(before):.4g} to {_train_loss(last):.4g}. "
+        )
+        return Overfitting("overfitting", best.epoch, best.loss, message + _where_to_stop(best))
+    return Overfitting("none", best.epoch, best.loss, _no_overfitting(best, last, rose))
+
+
+def _where_to_stop(best: Validated) -> str:
+    if best.epoch > 0:
+        return f"Stop at {_epoch(best)}."
+    return "No epoch beat the model before training: lower the learning rate, or train on more data."
+
+
+def _no_overfitting(best: Validated, last: Validated, rose: bool) -> str:
+    if rose:
+        return (
+            f"No overfitting, but validation loss rises from {best.loss:.4g} at {_epoch(best)} to {last.loss:.4g} at "
+            f"{_epoch(last)} and training loss does not fall: lower the learning rate."
+        )
+    if best is last:
+        return f"No overfitting: validation loss is lowest, {best.loss:.4g}, at the end; more training may help."
+    return (
+        f"No overfitting: validation loss is lowest, {best.loss:.4g}, at {_epoch(best)} and stays near it "
+        f"({last.loss:.4g} at the end)."
+    )
+
+
+def _train_loss(one: Validated) -> float:
+    assert one.train_loss is not None  # only the row before training has none
+    return one.train_loss
+
+
+def _epoch(one: Validated) -> str:
+    return f"epoch {round(one.epoch, 2):g}"
+
+
+def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | None) -> str:
+    """Better, worse, or no clear difference, and why, in one sentence.
+
+    Judged by McNemar's `p_value` on accuracy where answers were right or wrong, else by the 95 %
+    interval of the loss difference on the same rows.
+    """
+    if base.accuracy is None or tuned.accuracy is None or p_value is None:
+        return _by_loss(base, tuned)
+    change = tuned.accuracy - base.accuracy
+    word = _word(change) if p_value < SIGNIFICANT else "No clear difference"
+    p = "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
+    return (
+        f"{word}: accuracy {base.accuracy:.3f}{_between(base.interval)} before, {tuned.accuracy:.3f}"
+        f"{_between(tuned.interval)} after, on the same {tuned.rows} rows (McNemar's exact test: {p})."
+    )
+
+
+def _by_loss(base: Evaluation, tuned: Evaluation) -> str:
+    differences = [after.loss - before.loss for before, after in zip(base.results, tuned.results, strict=True)]
+    tokens = [row.tokens for row in tuned.results]
+    low, high = weighted_mean_interval(differences, tokens)
+    word = _word(-low) if low > 0 or high < 0 else "No clear difference"
+    return (
+        f"{word}: loss {base.loss:.4f} before, {tuned.loss:.4f} after, on the same {tuned.rows} rows "
+        f"(95 % interval of the change: {low:+.4f} to {high:+.4f})."
+    )
+
+
+def _word(gain: float) -> str:
+    return "Better" if gain > 0 else "Worse"
+
+
+def _between(interval: tuple[float, float] | None) -> str:
+    return f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""

@@ -1,0 +1,15 @@
+"""Every check of the contract by name, for the backends and for the planted faults alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.conformance import checks_inference, checks_training
+from tests.conformance.toy import Case
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    name.removeprefix("check_"): check
+    for module in (checks_inference, checks_training)
+    for name, check in vars(module).items()
+    if name.startswith("check_")
+}

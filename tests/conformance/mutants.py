@@ -1,0 +1,232 @@
+"""The reference backend with one fault planted in each; every one is something a fine-tuner has really got wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from backends import reference
+from backends.interface import Batch, LoraSpec, OptimSpec, Scores, StepResult, TrainState
+from backends.reference import ReferenceSession
+
+adamw, clipped = reference.adamw, reference.clipped
+
+
+def with_lora(change: Callable[[LoraSpec], LoraSpec]) -> type[ReferenceSession]:
+    class Mutant(ReferenceSession):
+        def __init__(self, modules: Any, vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int) -> None:
+            super().__init__(modules, vocabulary, change(lora), optim, seed)
+
+    return Mutant
+
+
+def with_batch(change: Callable[[Batch], Batch]) -> type[ReferenceSession]:
+    class Mutant(ReferenceSession):
+        def _gradient(self, batch: Batch, total: float, rng: np.random.Generator) -> Any:
+            return super()._gradient(change(batch), total, rng)
+
+    return Mutant
+
+
+class SeedIgnored(ReferenceSession):
+    def __init__(self, modules: Any, vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int) -> None:
+        super().__init__(modules, vocabulary, lora, optim, 0)
+
+
+class MeanOfMeans(ReferenceSession):
+    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+        self.count = len(micro)
+        return super().step(micro, lr)
+
+    def _gradient(self, batch: Batch, total: float, rng: np.random.Generator) -> Any:
+        return super()._gradient(batch, max(float(batch.weights.sum()), 1e-9) * self.count, rng)
+
+
+class DropoutInScore(ReferenceSession):
+    def _logits(self, tokens: Any, kept: Any = None) -> Any:
+        return super()._logits(tokens, kept or self._dropout(len(tokens), np.random.default_rng()))
+
+
+class SameDropoutEveryStep(ReferenceSession):
+    def _dropout(self, count: int, rng: np.random.Generator) -> Any:
+        return super()._dropout(count, np.random.default_rng(self._seed))
+
+
+class DropoutFromOneStream(ReferenceSession):
+    def _dropout(self, count: int, rng: np.random.Generator) -> Any:
+        self.stream = getattr(self, "stream", np.random.default_rng(self._seed))
+        return super()._dropout(count, self.stream)
+
+
+class DropoutNotScaled(ReferenceSession):
+    def _dropout(self, count: int, rng: np.random.Generator) -> Any:
+        return {module: np.sign(mask) for module, mask in super()._dropout(count, rng).items()}
+
+
+class MomentsNotRestored(ReferenceSession):
+    def set_state(self, state: TrainState) -> None:
+        super().set_state(replace(state, moments={}))
+
+
+class StepNotRestored(ReferenceSession):
+    def set_state(self, state: TrainState) -> None:
+        super().set_state(replace(state, step=0))
+
+
+class StateIsALiveView(ReferenceSession):
+    def get_state(self) -> TrainState:
+        return TrainState(self._step, self._adapter, self._moments)
+
+
+class StateIsNotCopiedIn(ReferenceSession):
+    def set_state(self, state: TrainState) -> None:
+        super().set_state(state)
+        self._adapter = dict(state.adapter)
+
+
+class StepCountedThoughRefused(ReferenceSession):
+    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+        try:
+            return super().step(micro, lr)
+        except ArithmeticError:
+            raise
+        except Exception:
+            self._step += 1
+            raise
+
+
+class BaseIsTrained(ReferenceSession):
+    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+        result = super().step(micro, lr)
+        self._frozen = {name: value * np.float32(1.001) for name, value in self._frozen.items()}
+        return result
+
+
+class RateIgnored(ReferenceSession):
+    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+        return super().step(micro, 1e-2)
+
+
+class NormAfterClipping(ReferenceSession):
+    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+        result = super().step(micro, lr)
+        return replace(result, grad_norm=min(result.grad_norm, self._optim.clip_norm or np.inf))
+
+
+class PadsCounted(ReferenceSession):
+    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+        return replace(super().step(micro, lr), tokens=sum(batch.weights.size for batch in micro))
+
+
+class EverythingScored(ReferenceSession):
+    def score(self, batch: Batch) -> Scores:
+        return super().score(replace(batch, weights=np.ones_like(batch.weights)))
+
+
+class PoorestToken(ReferenceSession):
+    def score(self, batch: Batch) -> Scores:
+        scores = super().score(batch)
+        return replace(scores, greedy=(scores.greedy + 1) % 128 * (batch.weights != 0))
+
+
+class StopTokenKept(ReferenceSession):
+    def generate(self, prompts: Any, max_tokens: int, stop: Collection[int], *rest: Any, **more: Any) -> Any:
+        whole = super().generate(prompts, max_tokens, (), *rest, **more)
+        ends = [next((i for i, token in enumerate(row) if token in stop), max_tokens) for row in whole]
+        return [row[: end + 1] for row, end in zip(whole, ends, strict=True)]
+
+
+class PromptEchoed(ReferenceSession):
+    def generate(self, prompts: Any, *rest: Any, **more: Any) -> Any:
+        return [[*prompt, *row] for prompt, row in zip(prompts, super().generate(prompts, *rest, **more), strict=True)]
+
+
+class SamplingUnseeded(ReferenceSession):
+    def generate(self, prompts: Any, max_tokens: int, stop: Any, temperature: float = 0.0, seed: int = 0) -> Any:
+        return super().generate(prompts, max_tokens, stop, temperature, int(np.random.default_rng().integers(2**32)))
+
+
+SESSIONS: dict[str, type[ReferenceSession]] = {
+    "scale is alpha": with_lora(lambda lora: replace(lora, alpha=lora.alpha * lora.rank)),
+    "scale ignores alpha": with_lora(lambda lora: replace(lora, alpha=2.0 * lora.rank)),
+    "no dropout": with_lora(lambda lora: replace(lora, dropout=0.0)),
+    "pads trained": with_batch(lambda batch: replace(batch, weights=np.ones_like(batch.weights))),
+    "one row dropped": with_batch(lambda b: Batch(b.inputs[:-1], b.targets[:-1], b.weights[:-1])),
+    "weights all one": with_batch(lambda batch: replace(batch, weights=np.sign(batch.weights))),
+    "targets not shifted": with_batch(lambda batch: replace(batch, targets=batch.inputs)),
+} | {
+    mutant.__name__: mutant
+    for mutant in (
+        SeedIgnored,
+        MeanOfMeans,
+        DropoutInScore,
+        SameDropoutEveryStep,
+        DropoutFromOneStream,
+        DropoutNotScaled,
+        MomentsNotRestored,
+        StepNotRestored,
+        StateIsALiveView,
+        StateIsNotCopiedIn,
+        StepCountedThoughRefused,
+        BaseIsTrained,
+        RateIgnored,
+        NormAfterClipping,
+        PadsCounted,
+        EverythingScored,
+        PoorestToken,
+        StopTokenKept,
+        PromptEchoed,
+        SamplingUnseeded,
+    )
+}
+
+
+def _uncorrected(weight: Any, grad: Any, m: Any, v: Any, number: int, lr: float, optim: OptimSpec) -> Any:
+    return adamw(weight, grad, m, v, 10**6, lr, optim)
+
+
+def _coupled(weight: Any, grad: Any, m: Any, v: Any, number: int, lr: float, optim: OptimSpec) -> Any:
+    free = replace(optim, weight_decay=0.0)
+    return adamw(weight, grad + optim.weight_decay * weight, m, v, number, lr, free)
+
+
+def _undecayed(weight: Any, grad: Any, m: Any, v: Any, number: int, lr: float, optim: OptimSpec) -> Any:
+    return adamw(weight, grad, m, v, number, lr, replace(optim, weight_decay=0.0))
+
+
+def _epsilon_inside(weight: Any, grad: Any, m: Any, v: Any, number: int, lr: float, optim: OptimSpec) -> Any:
+    _, m, v = adamw(weight, grad, m, v, number, lr, optim)
+    root = np.sqrt(v / (1 - optim.betas[1] ** number) + optim.eps)
+    return weight * (1 - lr * optim.weight_decay) - lr * m / (1 - optim.betas[0] ** number) / root, m, v
+
+
+def _each_alone(grads: Any, limit: float | None) -> Any:
+    return clipped(grads, limit)[0], {name: clipped({name: grad}, limit)[1][name] for name, grad in grads.items()}
+
+
+def _by_value(grads: Any, limit: float | None) -> Any:
+    bound = np.inf if limit is None else limit
+    return clipped(grads, limit)[0], {name: np.clip(grad, -bound, bound) for name, grad in grads.items()}
+
+
+def _always(grads: Any, limit: float | None) -> Any:
+    norm = clipped(grads, None)[0]
+    return norm, {name: grad * np.float32((limit or norm) / (norm + 1e-6)) for name, grad in grads.items()}
+
+
+FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "no bias correction": ("adamw", _uncorrected),
+    "coupled decay": ("adamw", _coupled),
+    "no decay": ("adamw", _undecayed),
+    "epsilon inside the root": ("adamw", _epsilon_inside),
+    "no clipping": ("clipped", lambda grads, limit: clipped(grads, None)),
+    "every tensor clipped alone": ("clipped", _each_alone),
+    "clipped by value": ("clipped", _by_value),
+    "scaled up to the limit": ("clipped", _always),
+    "any state accepted": ("fitting", lambda state, shapes: state),
+    "adapter ignores the seed": ("initial_adapter", lambda shapes, rank, seed: _initial(shapes, rank, 0)),
+}
+_initial = reference.initial_adapter

@@ -1,0 +1,72 @@
+"""Every backend, the same tests."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends import registry
+from backends.interface import Backend, BackendError, Session
+from tests.conformance.checks import CHECKS
+from tests.conformance.toy import Case
+
+Usable = Callable[[str], None]
+WITHOUT_4BIT = {"reference"}
+
+
+def holdings() -> list[Any]:
+    return [
+        pytest.param(name, quantize, id=f"{name}-{quantize}")
+        for name in registry.NAMES
+        for quantize in ("none", "4bit")
+        if quantize == "none" or name not in WITHOUT_4BIT
+    ]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(("name", "quantize"), holdings())
+def test_keeps_the_contract(name: str, quantize: str, check: str, tiny_folder: Path, usable: Usable) -> None:
+    usable(name)
+    CHECKS[check](Case(name, tiny_folder, quantize))
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_has_the_signatures_of_the_protocols(name: str, tiny_folder: Path, usable: Usable) -> None:
+    usable(name)
+    module, session = registry.load(name), Case(name, tiny_folder).open()
+    for method in _methods(Backend):
+        assert _parameters(getattr(module, method)) == _parameters(getattr(Backend, method))[1:], method
+    for method in _methods(Session):
+        assert _parameters(getattr(type(session), method)) == _parameters(getattr(Session, method)), method
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_describes_itself(name: str, usable: Usable) -> None:
+    usable(name)
+    facts = registry.describe(name)
+    assert {key: type(value) for key, value in facts.items()} == {
+        "device": str,
+        "versions": dict,
+        "4bit": bool,
+        "checkpointing": bool,
+    }
+    assert facts["4bit"] == (name not in WITHOUT_4BIT) or facts["device"].startswith("mps")
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_4BIT))
+def test_refuses_4bit_it_does_not_have(name: str, tiny_folder: Path) -> None:
+    with pytest.raises(BackendError, match="quantize"):
+        Case(name, tiny_folder, "4bit").open()
+
+
+def _methods(protocol: type) -> list[str]:
+    return [name for name, value in vars(protocol).items() if inspect.isfunction(value) and not name.startswith("_")]
+
+
+def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
+    parameters = inspect.signature(function).parameters.values()
+    return [(parameter.name, parameter.kind, parameter.default) for parameter in parameters]

@@ -1,0 +1,97 @@
+"""Any two real backends are one trainer: on ten families the same probabilities and the same steps, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backends import registry
+from backends.interface import OptimSpec, Session
+from tests.conformance.toy import LORA, Case, begun, close, part, random_adapter, toy_batch
+
+pytest.importorskip("torch")
+
+from tests.tiny_models import FAMILIES, family
+
+Usable = Callable[[str], None]
+PAIRS = list(combinations((name for name in registry.NAMES if name != "reference"), 2))
+BATCH, OTHER = toy_batch(), toy_batch(seed=1)
+
+
+@pytest.fixture(scope="module")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = family(name, tmp_path_factory.mktemp("families") / name)
+        return made[name]
+
+    return folder
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_the_same_model(
+    name: str, pair: tuple[str, str], family_folder: Callable[[str], Path], usable: Usable
+) -> None:
+    for backend in pair:
+        usable(backend)
+    one, other = (Case(backend, family_folder(name)).open() for backend in pair)
+    base = one.score(BATCH)
+    assert base.logprob[BATCH.weights > 0].std() > 0.3, (
+        "the model hardly tells tokens apart; equality would mean little"
+    )
+    np.testing.assert_allclose(other.score(BATCH).logprob, base.logprob, atol=1e-4)
+    state = random_adapter(one)
+    for session in (one, other):
+        session.set_state(state)
+    ours, theirs = one.step([BATCH], 1e-2), other.step([BATCH], 1e-2)
+    assert theirs.loss == pytest.approx(ours.loss, rel=1e-4)
+    assert theirs.grad_norm == pytest.approx(ours.grad_norm, rel=1e-3)
+    close(other.get_state(), one.get_state(), 1e-3)
+    np.testing.assert_allclose(other.score(BATCH).logprob, one.score(BATCH).logprob, atol=1e-3)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_ten_steps_are_the_same_steps(pair: tuple[str, str], tiny_folder: Path, usable: Usable) -> None:
+    for backend in pair:
+        usable(backend)
+    one, other = (Case(backend, tiny_folder).open(optim=OptimSpec(weight_decay=0.01)) for backend in pair)
+    np.testing.assert_allclose(_losses(other), _losses(one), rtol=1e-4)
+    one.set_state(other.get_state())  # training that began on one backend continues on the other
+    np.testing.assert_allclose(_losses(one), _losses(other), rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", sorted({name for pair in PAIRS for name in pair}))
+def test_an_adapter_merged_into_the_base_is_the_same_model(backend: str, tmp_path: Path, usable: Usable) -> None:
+    """W + alpha / rank * B A, written as a model of its own: what the adapter's scale and layout mean."""
+    usable(backend)
+    folder = family("llama", tmp_path / "base")
+    lora = replace(LORA, alpha=12.0)
+    session = begun(Case(backend, folder), lora=lora)
+    merged = _merged(folder, tmp_path / "merged", session, lora.alpha / lora.rank)
+    base = Case(backend, merged).open()
+    np.testing.assert_allclose(session.score(BATCH).logprob, base.score(BATCH).logprob, atol=1e-4)
+
+
+def _losses(session: Session) -> list[float]:
+    batches = [[part(BATCH, 0, 1), part(BATCH, 2, 3, 4)], [OTHER]]
+    return [session.step(batches[number % 2], 5e-3).loss for number in range(10)]
+
+
+def _merged(folder: Path, target: Path, session: Session, scale: float) -> Path:
+    from safetensors.numpy import load_file, save_file
+
+    weights, adapter = load_file(folder / "model.safetensors"), session.get_state().adapter
+    for module in session.lora_shapes:
+        weights[f"{module}.weight"] += scale * adapter[f"{module}.lora_B"] @ adapter[f"{module}.lora_A"]
+    target.mkdir()
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_bytes((folder / "config.json").read_bytes())
+    return target
