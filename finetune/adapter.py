@@ -86,15 +86,21 @@ def _mlx_name(name: str) -> str:
     return name[:-1] + name[-1].lower()
 
 
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json` as it stands. Raises Incompatible."""
+    file = folder / CONFIG_FILE
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Incompatible(f"{file}: missing; an adapter folder of PEFT or mlx-lm has it") from None
+    except (OSError, ValueError) as error:
+        raise Incompatible(f"{file}: cannot be read ({error})") from None
+    return config
+
+
 def read_adapter(folder: Path) -> Adapter:
     """An adapter of either format. Raises Incompatible, naming the file and what is wrong with it."""
-    config_file = folder / CONFIG_FILE
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Incompatible(f"{config_file}: missing; an adapter folder of PEFT or mlx-lm has it") from None
-    except (OSError, ValueError) as error:
-        raise Incompatible(f"{config_file}: cannot be read ({error})") from None
+    config, config_file = adapter_config(folder), folder / CONFIG_FILE
     for key in ("use_dora", "use_rslora"):
         if config.get(key):
             raise Incompatible(f"{config_file}: {key} is set; only plain LoRA can be a start")

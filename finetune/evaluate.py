@@ -17,7 +17,7 @@ from backends.interface import Batch, OutOfMemory, Session
 from finetune.data.batches import evaluation_batches, halve
 from finetune.errors import MemoryExhausted
 from finetune.examples import Dataset, Example, Prepared
-from finetune.statistics import confusion_matrix, per_class, wilson_interval
+from finetune.statistics import confusion_matrix, macro_f1, per_class, wilson_interval
 
 Report = Callable[[str, int, int], None]  # what, done, total
 GENERATE_TOGETHER = 16  # prompts written at once
@@ -114,7 +114,7 @@ def _summarise(
             len(index),
         )
         confusion = matrix.tolist()
-        macro = float(np.mean([one["f1"] for one in per_class(matrix, prepared.labels) if one["support"]]))
+        macro = macro_f1(matrix)
     return Evaluation(
         rows=len(results),
         tokens=tokens,

@@ -75,7 +75,9 @@ def open_existing(path: Path) -> tuple[RunFolder, Recipe]:
     """A run's folder and its recipe. Raises Incompatible when it is not a run."""
     folder = RunFolder(path)
     if not folder.recipe.exists():
-        raise Incompatible(f"{path}: not a run (no recipe.yaml in it); runs are the folders that `finetune train` makes")
+        raise Incompatible(
+            f"{path}: not a run (no recipe.yaml in it); runs are the folders that `finetune train` makes"
+        )
     return folder, load_recipe(folder.recipe)
 
 

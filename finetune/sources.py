@@ -36,7 +36,9 @@ def model_folder(model: Model) -> Path:
     folder = Path(model.path)
     if folder.is_dir():
         if not (folder / "config.json").exists():
-            raise RecipeError(f"model.path: {folder} has no config.json; give a model folder, or a hub id such as org/name")
+            raise RecipeError(
+                f"model.path: {folder} has no config.json; give a model folder, or a hub id such as org/name"
+            )
         return folder
     if folder.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1:
         raise RecipeError(f"model.path: no folder {model.path}; give a model folder, or a hub id such as org/name")

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from finetune import tables
 from finetune.evaluate import Evaluation
 from finetune.examples import Prepared
 from finetune.report import Comparison, Report
 from finetune.run_folder import RunFolder
+from finetune.tables import changed_rows_table, comparison_table, confusion_table, epoch_table, per_class_table
 
 if TYPE_CHECKING:
-    from finetune.run import Job
+    from finetune.job import Job
 
 SHOWN_PLACES = 5  # rows named in the terminal; data.json has them all
 
@@ -68,12 +68,12 @@ def as_text(report: Report) -> str:
 
 
 def render(console: Console, report: Report) -> None:
-    console.print(tables.epoch_table(report.validations))
+    console.print(epoch_table(report.validations))
     console.print(report.overfitting.message, markup=False)
     if report.base and report.comparison:
         print_comparison(console, report.base, report.tuned, report.comparison, report.held_out)
     else:
-        console.print(tables.comparison_table({}, report.tuned.summary(), title=report.held_out))
+        console.print(comparison_table({}, report.tuned.summary(), title=report.held_out))
     console.print(
         f"base weights: {report.scheme}; {report.backend} on {report.device}\n"
         f"adapter: {report.adapter} (of step {report.best_step}; PEFT and mlx-lm load it as it is)\n"
@@ -83,14 +83,12 @@ def render(console: Console, report: Report) -> None:
     )
 
 
-def print_comparison(
-    console: Console, base: Evaluation, tuned: Evaluation, comparison: Comparison, rows: str
-) -> None:
+def print_comparison(console: Console, base: Evaluation, tuned: Evaluation, comparison: Comparison, rows: str) -> None:
     """Both models side by side, where they are wrong, which rows changed, and the verdict."""
-    console.print(tables.comparison_table(base.summary(), tuned.summary(), title=f"on {rows}"))
+    console.print(comparison_table(base.summary(), tuned.summary(), title=f"on {rows}"))
     if tuned.confusion:
-        console.print(tables.per_class_table(tuned.classes))
-        console.print(tables.confusion_table(tuned.confusion, tuned.labels))
+        console.print(per_class_table(tuned.classes))
+        console.print(confusion_table(tuned.confusion, tuned.labels))
     if comparison.fixed or comparison.broken:
-        console.print(tables.changed_rows_table(comparison.fixed, comparison.broken))
+        console.print(changed_rows_table(comparison.fixed, comparison.broken))
     console.print(comparison.verdict, style="bold", markup=False)

@@ -20,7 +20,8 @@ class Speaker:
 
     def __init__(self, path: Path, base: bool, backend: str | None) -> None:
         from finetune.adapter import read_adapter
-        from finetune.run import check_base, lora_spec, model_spec, optim_spec
+        from finetune.job import lora_spec, model_spec, optim_spec
+        from finetune.run import check_base
         from finetune.sources import model_folder
         from finetune.tokenizer import load_tokenizer, stop_tokens
 

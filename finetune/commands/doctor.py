@@ -9,6 +9,13 @@ from backends import registry
 from finetune.errors import EnvironmentProblem
 
 
+def described(name: str) -> str:
+    """A usable backend's device, abilities and versions on one line."""
+    facts = dict(registry.describe(name))
+    versions = ", ".join(f"{library} {version}" for library, version in facts.pop("versions", {}).items())
+    return "; ".join([*(f"{key} {value}" for key, value in facts.items()), versions])
+
+
 def doctor() -> None:
     """One row a backend; exits 7 when none of the real ones works."""
     table = Table(title="Backends on this machine")
@@ -16,8 +23,7 @@ def doctor() -> None:
         table.add_column(heading, overflow="fold")
     for name in registry.NAMES:
         reason = registry.probe(name)
-        facts = reason if reason is not None else ", ".join(f"{k} {v}" for k, v in registry.describe(name).items())
-        table.add_row(name, "no" if reason else "yes", facts)
+        table.add_row(name, "no" if reason else "yes", reason or described(name))
     Console().print(table)
     if all(registry.probe(name) for name in registry.NAMES if name != "reference"):
         raise EnvironmentProblem("no backend works here; the reasons stand in the table")

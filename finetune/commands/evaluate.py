@@ -14,8 +14,9 @@ from finetune.run_folder import open_existing
 def evaluate(path: Path, data: str | None, backend: str | None) -> None:
     from finetune.adapter import read_adapter
     from finetune.atomic import write_file
+    from finetune.job import load_job
     from finetune.report import compare
-    from finetune.run import base_weights, check_base, load_job
+    from finetune.run import base_weights, check_base
     from finetune.screen import open_screen
     from finetune.summary import print_comparison
 

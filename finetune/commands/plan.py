@@ -15,6 +15,7 @@ from rich.text import Text
 from backends import registry
 from backends.interface import BackendError
 from backends.model_files import lora_modules, tensor_shapes
+from finetune.commands.doctor import described
 from finetune.examples import Example
 from finetune.recipe import Recipe
 from finetune.recipe_file import dump_recipe, load_recipe
@@ -24,7 +25,7 @@ SHOWN_TOKENS = 160  # of a sample row; the middle of a longer one is left out
 
 def plan(recipe_file: Path, overrides: Sequence[str], compare: bool) -> None:
     from finetune.data.prepare import prepare
-    from finetune.run import lora_spec
+    from finetune.job import lora_spec
     from finetune.sources import model_folder
     from finetune.summary import account_table
     from finetune.tokenizer import load_tokenizer
@@ -38,7 +39,9 @@ def plan(recipe_file: Path, overrides: Sequence[str], compare: bool) -> None:
     prepared = prepare(recipe, tokenizer, base=Path.cwd())
     console.rule("data, as they will be trained on")
     console.print(account_table(prepared))
-    console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}", markup=False)
+    console.print(
+        f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}", markup=False
+    )
     for example in prepared.train.examples[:2]:
         console.print(f"\n{example.place}; supervised tokens are marked:", markup=False)
         console.print(highlighted(example, tokenizer))
@@ -97,7 +100,7 @@ def backends_table(recipe: Recipe) -> Table:
     for name in registry.NAMES:
         reason = registry.probe(name)
         if reason is None:
-            facts = ", ".join(f"{key} {value}" for key, value in registry.describe(name).items())
+            facts = described(name)
             weights = "weights as they are" if recipe.quantize == "none" else FOUR_BIT[name]
             table.add_row(name, "chosen" if name == chosen else "works", f"{weights}; {facts}")
         else:
@@ -116,7 +119,7 @@ def compare_backends(recipe: Recipe, model: Path, examples: Sequence[Example]) -
     """Log-probabilities of a few rows under every real backend, in float32: they should agree to about 1e-4."""
     from backends.interface import ModelSpec
     from finetune.data.batches import collate
-    from finetune.run import lora_spec, optim_spec
+    from finetune.job import lora_spec, optim_spec
 
     table = Table("backend", "mean log-probability", "largest difference from the first", title="Same rows, same base")
     batch, first = collate(examples), None

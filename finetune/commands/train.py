@@ -56,7 +56,8 @@ def resume(path: Path, backend: str | None) -> None:
 
 def _go(recipe: Recipe, run: RunFolder | None, name: str) -> None:
     """One run, new or resumed; exits 130 or 143 after a checkpoint when a signal asked for it."""
-    from finetune.run import load_job, train_run
+    from finetune.job import load_job
+    from finetune.run import train_run
     from finetune.screen import open_screen
     from finetune.summary import print_account, print_report
     from finetune.train import Interrupted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.data.rendered import Rendered, Span
 from finetune.errors import RecipeError
@@ -59,14 +59,14 @@ def _place(rendered: Rendered, encoded: Encoded, prefix: list[int]) -> Tokenised
     borders = [index(edge) for span in (*rendered.supervised, *_answers(rendered)) for edge in span]
     if any(border is None for border in borders):
         return None
-    return _weigh(rendered, tokens, [border for border in borders if border is not None], len(prefix), False)
+    return _weigh(rendered, tokens, [border for border in borders if border is not None], len(prefix))
 
 
 def _answers(rendered: Rendered) -> list[Span]:
     return [rendered.answer] if rendered.answer else []
 
 
-def _weigh(rendered: Rendered, tokens: list[int], borders: list[int], first: int, split: bool) -> Tokenised:
+def _weigh(rendered: Rendered, tokens: list[int], borders: list[int], first: int) -> Tokenised:
     """borders: start and end in tokens of each supervised span, then of the answer."""
     weights = [0.0] * len(tokens)
     count = len(rendered.supervised)
@@ -74,23 +74,33 @@ def _weigh(rendered: Rendered, tokens: list[int], borders: list[int], first: int
         weights[start:end] = [1.0] * (end - start)
     weights[: max(first, 1)] = [0.0] * min(max(first, 1), len(weights))  # nothing comes before to predict it from
     answer = (borders[-2], borders[-1]) if rendered.answer else None
-    return Tokenised(rendered, tokens, weights, answer, split)
+    return Tokenised(rendered, tokens, weights, answer)
 
 
 def _apart(tokenizer: Tokenizer, rendered: Rendered, prefix: list[int]) -> Tokenised:
-    """The segments between the borders encoded one by one."""
+    """The prompt and the answer encoded one by one; every segment, where that alone parts no earlier answer."""
     spans = (*rendered.supervised, *_answers(rendered))
-    edges = sorted({0, len(rendered.text), *(edge for span in spans for edge in span)})
-    segments = [rendered.text[a:b] for a, b in itertools.pairwise(edges)]
-    parts = [one.tokens for one in encode(tokenizer, segments)]
-    tokens = with_begin([token for part in parts for token in part], prefix)
-    added = len(tokens) - sum(map(len, parts))
-    starts = dict(zip(edges, itertools.accumulate(map(len, parts), initial=added), strict=True))
-    return _weigh(rendered, tokens, [starts[edge] for span in spans for edge in span], len(prefix), True)
+    everywhere = sorted({0, len(rendered.text), *(edge for span in spans for edge in span)})
+    once = [0, rendered.answer[0], len(rendered.text)] if rendered.answer else everywhere
+    found = _place(rendered, _joined(tokenizer, rendered.text, once), prefix)
+    found = found or _place(rendered, _joined(tokenizer, rendered.text, everywhere), prefix)
+    assert found is not None, "no token lies across a border where the segments were encoded apart"
+    return replace(found, split=True)
+
+
+def _joined(tokenizer: Tokenizer, text: str, edges: Sequence[int]) -> Encoded:
+    """The segments' tokens one after the other. A space that a tokenizer puts before a text belongs to its start."""
+    tokens: list[int] = []
+    spans: list[Span] = []
+    segments = [text[start:end] for start, end in itertools.pairwise(edges)]
+    for first, last, encoded in zip(edges, edges[1:], encode(tokenizer, segments), strict=False):
+        tokens += encoded.tokens
+        spans += [(first + start, min(first + max(end, start + 1), last)) for start, end in encoded.spans]
+    return Encoded(tokens, spans)
 
 
 def _finish(found: Tokenised, eos: int | None) -> Tokenised:
     """With EOS at the end, once, where the text does not close itself."""
     if found.rendered.closed or eos is None or (found.tokens and found.tokens[-1] == eos):
         return found
-    return Tokenised(found.rendered, [*found.tokens, eos], [*found.weights, 1.0], found.answer, found.split)
+    return replace(found, tokens=[*found.tokens, eos], weights=[*found.weights, 1.0])

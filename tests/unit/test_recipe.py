@@ -59,7 +59,9 @@ def test_there_are_recipes_for_every_promised_machine() -> None:
 
 
 def test_the_resolved_recipe_reads_back_unchanged(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, LEAST + "train:\n  learning_rate: 1e-5\n  clip_norm: null\nlora: {dropout: 0.25}\n"))
+    recipe = load_recipe(
+        write(tmp_path, LEAST + "train:\n  learning_rate: 1e-5\n  clip_norm: null\nlora: {dropout: 0.25}\n")
+    )
     assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
     assert recipe.train.learning_rate == 1e-5
     assert recipe.train.clip_norm is None

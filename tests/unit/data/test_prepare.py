@@ -79,6 +79,16 @@ def test_a_label_that_begins_another_is_scored_with_its_end(tmp_path):
         prepared(tmp_path, rows, prompt={"end_token": False})
 
 
+def test_a_label_has_the_same_tokens_wherever_it_stands(tmp_path):
+    texts = ["good !", "bad !", "good fi", "bad fi", "long !", "sad fi"]  # "fi" and "lm" would make one token
+    rows = [{"text": text, "label": ("lm", "bad")[n % 2]} for n, text in enumerate([*texts, "fi", "the fi"])]
+    found = prepared(tmp_path, rows, metaspace(), prompt={"template": "{text}", "completion": "{label}"})
+    for row in (*found.train.examples, *found.valid.examples):
+        tokens = found.label_tokens[found.labels.index(row.answer)]
+        assert tuple(row.tokens[len(row.prompt_tokens) : -1]) == tokens
+        assert row.weights[len(row.prompt_tokens) :].all() and not row.weights[: len(row.prompt_tokens)].any()
+
+
 def test_labels_by_chat_template(tmp_path):
     tokenizer = byte_level(CHATML)
     found = prepared(tmp_path, REVIEWS, tokenizer, prompt={"template": "chat", "system": "Judge."})

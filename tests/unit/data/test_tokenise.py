@@ -113,7 +113,8 @@ def test_what_is_supervised_exactly(template, learned):
     messages = ({"role": "user", "content": "good?"}, {"role": "assistant", "content": "yes"})
     row = one(tokenizer, ChatRenderer("chat", tokenizer).render(Record("f:1", messages=messages))[0])
     assert supervised(tokenizer, row) == learned
-    assert row.split == (template == BARE)  # its prompt ends with a space, which would join the answer
+    # A space at the prompt's end would join the answer, and two newlines would part before it.
+    assert row.split == (template in (BARE, LLAMA3))
     assert row.tokens == row.tokens[: row.answer[0]] + tokenizer(learned, add_special_tokens=False)["input_ids"]
 
 
@@ -185,6 +186,14 @@ def test_a_token_across_the_border_is_split():
     row = one(tokenizer, renderer.render(Record("f:1", values={"prompt": "Lab"}, answer="el"))[0])
     assert row.split and row.tokens[: row.answer[0]] == encode_prompt(tokenizer, "Lab")
     assert supervised(tokenizer, row) == "el</s>"
+
+
+def test_a_token_across_the_border_of_an_earlier_answer_is_split():
+    tokenizer = byte_level(BARE)
+    said = (("user", "a"), ("assistant", "film"), ("user", "b"), ("assistant", "\u3042"))
+    record = Record("f:1", messages=tuple({"role": role, "content": text} for role, text in said))
+    row = one(tokenizer, ChatRenderer("chat", tokenizer).render(record)[0])
+    assert row.split and supervised(tokenizer, row) == "film\u3042</s>"
 
 
 def test_nothing_written_twice():

@@ -77,7 +77,7 @@ def byte_level(
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=MARKS, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.train_from_iterator([TEXT, *["\n\n"] * 9], trainer)  # two newlines are one token where a text ends
     if bos:
         _begins(tokenizer, ends)
     return _wrapped(tokenizer, template, pad)

@@ -1,0 +1,148 @@
+"""A recipe made ready: the backend chosen, the model found, the data prepared. No model is loaded yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backends import registry
+from backends.interface import LoraSpec, ModelSpec, OptimSpec, Session
+from backends.model_files import fingerprint
+from finetune.data.prepare import prepare
+from finetune.evaluate import Evaluation, evaluate
+from finetune.events import Event, Progress
+from finetune.examples import Dataset, Prepared
+from finetune.recipe import Recipe
+from finetune.sources import model_folder
+from finetune.tokenizer import load_tokenizer
+from finetune.train import Interrupted
+
+Sink = Callable[[Event], None]
+# Keys that change where or how fast a run goes, or whose effect the digests of rows and weights already hold.
+_NOT_IDENTITY = {
+    "output", "backend", "model.path", "model.revision", "model.dtype", "data.train", "data.valid", "data.test",
+    "train.micro_tokens", "train.gradient_checkpointing", "evaluate.generate", "evaluate.max_tokens", "evaluate.base",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a command needs once the recipe is read: data first, the model last."""
+
+    recipe: Recipe
+    backend: str
+    model: Path
+    tokenizer: Any
+    prepared: Prepared
+
+    def open(self) -> Session:
+        """The live session; heavy from here on."""
+        return registry.open_session(
+            self.backend,
+            model_spec(self.recipe, self.model),
+            lora_spec(self.recipe),
+            optim_spec(self.recipe),
+            self.recipe.seed,
+        )
+
+    def decode(self, tokens: Any) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def measure(
+        self, session: Session, dataset: Dataset, what: str, sink: Sink, stop: Callable[[], bool] = lambda: False
+    ) -> Evaluation:
+        """The same evaluation for every model. Raises Interrupted when asked to stop on the way."""
+
+        def report(kind: str, done: int, total: int) -> None:
+            sink(Progress(0, f"{what}: {kind}", done, total))
+            if stop():
+                raise Interrupted(f"stopped while measuring the {what}")
+
+        settings = self.recipe.evaluate
+        return evaluate(
+            session,
+            self.prepared,
+            dataset,
+            micro_tokens=self.recipe.train.micro_tokens,
+            max_tokens=settings.max_tokens if settings.generate else 0,
+            decode=self.decode,
+            report=report,
+        )
+
+
+def load_job(recipe: Recipe, backend: str | None = None) -> Job:
+    """Check the backend, find the model, read and prepare the data. No model is loaded."""
+    chosen = registry.choose(backend or recipe.backend)
+    model = model_folder(recipe.model)
+    tokenizer = load_tokenizer(model)
+    return Job(recipe, chosen, model, tokenizer, prepare(recipe, tokenizer, base=Path.cwd()))
+
+
+def model_spec(recipe: Recipe, folder: Path) -> ModelSpec:
+    return ModelSpec(folder, recipe.quantize, recipe.model.dtype, recipe.train.gradient_checkpointing)
+
+
+def lora_spec(recipe: Recipe) -> LoraSpec:
+    lora = recipe.lora
+    return LoraSpec(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        targets=() if lora.targets == "all" else tuple(lora.targets),
+        layers=None if lora.layers == "all" else lora.layers,
+    )
+
+
+def optim_spec(recipe: Recipe) -> OptimSpec:
+    return OptimSpec(weight_decay=recipe.train.weight_decay, clip_norm=recipe.train.clip_norm)
+
+
+def identity_of(job: Job) -> dict[str, Any]:
+    """What a resumed run must share with the one that wrote the checkpoint, key by key."""
+    recipe = {f"{key}": value for key, value in _flat(job.recipe.model_dump(mode="json")) if key not in _NOT_IDENTITY}
+    digest = hashlib.sha256()
+    for dataset in (job.prepared.train, job.prepared.valid):
+        for example in dataset.examples:
+            digest.update(example.tokens.tobytes() + example.weights.tobytes())
+    return {"base_model_weights": fingerprint(job.model), "training_and_validation_rows": digest.hexdigest()} | recipe
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def account_of(prepared: Prepared) -> dict[str, Any]:
+    """What became of every row, for people and for JSON."""
+
+    def split(dataset: Dataset | None) -> dict[str, Any] | None:
+        if dataset is None:
+            return None
+        lengths = sorted(len(one.tokens) for one in dataset.examples)
+        return {
+            "rows": dataset.rows,
+            "used": len(dataset.examples),
+            "tokens": sum(lengths),
+            "supervised_tokens": int(sum(one.weights.sum() for one in dataset.examples)),
+            "median_length": lengths[len(lengths) // 2] if lengths else 0,
+            "longest": lengths[-1] if lengths else 0,
+            "shortened": list(dataset.shortened),
+            "dropped": [list(one) for one in dataset.dropped],
+            "notes": list(dataset.notes),
+        }
+
+    return {
+        "task": prepared.task,
+        "format": prepared.format,
+        "template": prepared.template,
+        "labels": list(prepared.labels),
+        "train": split(prepared.train),
+        "valid": split(prepared.valid),
+        "test": split(prepared.test),
+    }
