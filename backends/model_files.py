@@ -99,9 +99,8 @@ def lora_modules(folder: Path, lora: LoraSpec) -> dict[str, tuple[int, int]]:
     names = sorted({module.rsplit(".", 1)[-1] for module in found})
     unknown = [target for target in lora.targets if target not in names]
     if unknown or not found:
-        raise BackendError(
-            f"{folder}: no linear layer named {', '.join(unknown) or 'anything'}; there are {', '.join(names) or 'none'}"
-        )
+        missing = ", ".join(unknown) or "anything"
+        raise BackendError(f"{folder}: no linear layer named {missing}; there are {', '.join(names) or 'none'}")
     first = 0 if lora.layers is None else max(blocks.values()) + 1 - lora.layers
     chosen = [m for m in found if blocks[m] >= first and (not lora.targets or m.rsplit(".", 1)[-1] in lora.targets)]
     return {module: found[module] for module in sorted(chosen, key=lambda m: (blocks[m], m))}

@@ -136,7 +136,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
 def test_unreadable_files_are_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_bytes(content)
-    with pytest.raises(RecipeError, match="recipe.yaml"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
         load_recipe(file)
 
 
@@ -144,7 +144,7 @@ def test_unreadable_files_are_refused(tmp_path: Path, content: bytes) -> None:
 def test_any_text_is_a_recipe_or_one_clear_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     file = tmp_path_factory.mktemp("fuzz") / "recipe.yaml"
     file.write_bytes(text.encode("utf-8", "replace"))
-    with pytest.raises(RecipeError, match="recipe.yaml"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
         load_recipe(file)
 
 
