@@ -26,6 +26,7 @@ from backends.interface import (
 )
 from backends.lora_init import initial_adapter
 from backends.memory import available_bytes, process_peak_bytes
+from backends.mlx_cpu import use_blas
 from backends.mlx_generate import generate
 from backends.mlx_model import DropoutKeys, Head, attach, checkpoint_blocks, load
 from backends.model_files import lora_modules
@@ -82,6 +83,8 @@ class MlxSession:
         self._model, self._optim, self._on, self._on_cpu = model, optim, device, on_cpu
         self._keys = DropoutKeys(seed)
         self._layers = attach(model, self.lora_shapes, lora, self._keys)
+        if on_cpu and not spec.checkpointing:  # its products are evaluated at once, and keep what checkpointing drops
+            use_blas(model)
         self._head = Head(model)
         if spec.checkpointing:
             checkpoint_blocks(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec, Session
 from backends.model_files import fingerprint
 from finetune.data.prepare import prepare
-from finetune.evaluate import Evaluation, evaluate
+from finetune.errors import Diverged
+from finetune.evaluate import Evaluation, Report, evaluate
 from finetune.events import Event, Progress
 from finetune.examples import Dataset, Prepared
 from finetune.recipe import Recipe
@@ -54,31 +56,48 @@ class Job:
     def measure(
         self, session: Session, dataset: Dataset, what: str, sink: Sink, stop: Callable[[], bool] = lambda: False
     ) -> Evaluation:
-        """The same evaluation for every model. Raises Interrupted when asked to stop on the way."""
+        """The same evaluation for every model.
 
-        def report(kind: str, done: int, total: int) -> None:
-            sink(Progress(0, f"{what}: {kind}", done, total))
-            if stop():
-                raise Interrupted(f"stopped while measuring the {what}")
-
+        Raises Interrupted when asked to stop on the way, Diverged where the loss is not a finite number.
+        """
         settings = self.recipe.evaluate
-        return evaluate(
+        found = evaluate(
             session,
             self.prepared,
             dataset,
             micro_tokens=self.recipe.train.micro_tokens,
             max_tokens=settings.max_tokens if settings.generate else 0,
             decode=self.decode,
-            report=report,
+            report=reporter(what, sink, stop),
         )
+        if not math.isfinite(found.loss):
+            raise Diverged(f"{what}: its loss on the held-out rows is {found.loss}; look at the weights: {self.model}")
+        return found
+
+
+def reporter(what: str, sink: Sink, stop: Callable[[], bool]) -> Report:
+    """Progress of an evaluation, to the sink; it raises Interrupted once `stop()` is true."""
+
+    def report(kind: str, done: int, total: int) -> None:
+        sink(Progress(0, f"{what}: {kind}", done, total))
+        if stop():
+            raise Interrupted(f"stopped in the midst of the {what}")
+
+    return report
 
 
 def load_job(recipe: Recipe, backend: str | None = None) -> Job:
-    """Check the backend, find the model, read and prepare the data. No model is loaded."""
+    """Check the backend, find the model, read and prepare the data. No model is loaded.
+
+    The job's recipe names the format and the task that were recognised, so that later commands need not look again.
+    """
     chosen = registry.choose(backend or recipe.backend)
     model = model_folder(recipe.model)
     tokenizer = load_tokenizer(model)
-    return Job(recipe, chosen, model, tokenizer, prepare(recipe, tokenizer, base=Path.cwd()))
+    prepared = prepare(recipe, tokenizer, base=Path.cwd())
+    data = recipe.data.model_copy(update={"format": prepared.format})
+    recipe = recipe.model_copy(update={"data": data, "task": prepared.task})
+    return Job(recipe, chosen, model, tokenizer, prepared)
 
 
 def model_spec(recipe: Recipe, folder: Path) -> ModelSpec:
@@ -104,10 +123,10 @@ def identity_of(job: Job) -> dict[str, Any]:
     """What a resumed run must share with the one that wrote the checkpoint, key by key."""
     recipe = {f"{key}": value for key, value in _flat(job.recipe.model_dump(mode="json")) if key not in _NOT_IDENTITY}
     digest = hashlib.sha256()
-    for dataset in (job.prepared.train, job.prepared.valid):
-        for example in dataset.examples:
+    for dataset in (job.prepared.train, job.prepared.valid, job.prepared.test):
+        for example in dataset.examples if dataset else ():
             digest.update(example.tokens.tobytes() + example.weights.tobytes())
-    return {"base_model_weights": fingerprint(job.model), "training_and_validation_rows": digest.hexdigest()} | recipe
+    return {"base_model_weights": fingerprint(job.model), "data_rows": digest.hexdigest()} | recipe
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

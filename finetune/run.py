@@ -16,7 +16,7 @@ from finetune.atomic import new_folder
 from finetune.errors import Incompatible
 from finetune.evaluate import Evaluation
 from finetune.events import Progress
-from finetune.job import Job, Sink, account_of, identity_of, lora_spec
+from finetune.job import Job, Sink, account_of, identity_of, lora_spec, reporter
 from finetune.metrics import MetricsFile
 from finetune.report import Report, compare, load_evaluation, save_evaluation, write_report
 from finetune.run_folder import RunFolder, environment
@@ -28,11 +28,13 @@ def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], re
     """Train to the end and report. Raises Interrupted after a checkpoint when `stop()` turns true."""
     identity = identity_of(job)
     saved = _checkpoint_of(run, identity, sink) if resume else None
+    run.write_identity(identity)
     run.write_json("environment.json", environment(job.backend, registry.describe(job.backend)))
     session = job.open()
     run.write_json("data.json", account_of(job.prepared))
     base = _measure_base(job, run, session, sink, stop)
-    trainer = Trainer(session, job.prepared, job.recipe, run.checkpoints, identity, stop)
+    showing = reporter("validation", sink, stop)
+    trainer = Trainer(session, job.prepared, job.recipe, run.checkpoints, identity, stop, showing)
     with MetricsFile(run.metrics) as metrics:
         metrics.truncate_after(-1 if saved is None else saved.state.step)
         if saved is not None:
@@ -77,6 +79,8 @@ def build_report(
 
 
 def _checkpoint_of(run: RunFolder, identity: Mapping[str, Any], sink: Sink) -> checkpoints.Checkpoint | None:
+    if earlier := run.read_identity():  # there before any checkpoint, as the measured base may be
+        checkpoints.check_identity(earlier, identity)
     saved, messages = checkpoints.load_newest(run.checkpoints)
     for message in messages:
         sink(Progress(0, message, 0, 0))

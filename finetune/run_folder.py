@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetune.atomic import write_file
+from finetune.atomic import disk_errors, write_file
 from finetune.errors import Incompatible, RecipeError
 from finetune.recipe import Recipe
 from finetune.recipe_file import dump_recipe, load_recipe
@@ -46,6 +46,19 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.json"
 
+    def write_identity(self, identity: Mapping[str, Any]) -> None:
+        self.write_json("identity.json", identity)
+
+    def read_identity(self) -> dict[str, Any] | None:
+        """What the run began with; None where it ended before that was written. Raises Incompatible."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / "identity.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise Incompatible(f"{self.path / 'identity.json'}: cannot be read ({error}); start a new run") from None
+        return found
+
     def evaluation(self, which: str) -> Path:
         return self.path / f"evaluation-{which}.json"
 
@@ -54,17 +67,17 @@ class RunFolder:
 
 
 def create(recipe: Recipe, name: str) -> RunFolder:
-    """A new folder `output/name-date-time`; never one that exists."""
+    """A new folder `output/name-date-time`; never one that exists. Raises DiskError."""
     output = Path(recipe.output).expanduser()
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     for attempt in range(1000):
         path = output / (f"{name}-{stamp}" + (f"-{attempt}" if attempt else ""))
         try:
-            path.mkdir(parents=True)
+            with disk_errors(path):
+                output.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
         except FileExistsError:
             continue
-        except NotADirectoryError:
-            raise RecipeError(f"output: {output} is not a folder") from None
         folder = RunFolder(path)
         write_file(folder.recipe, dump_recipe(recipe))
         return folder

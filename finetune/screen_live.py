@@ -80,9 +80,9 @@ class LiveScreen:
 
     def _bar(self, what: str, done: int, total: int) -> None:
         """The bar of the work in hand; the bars of other work that is done disappear."""
+        for name in [name for name in self._tasks if name not in (what, "training")]:
+            self._bars.remove_task(self._tasks.pop(name))
         if what not in self._tasks:
-            for name in [name for name in self._tasks if name != "training"]:
-                self._bars.remove_task(self._tasks.pop(name))
             self._tasks[what] = self._bars.add_task(what, total=total)
         self._bars.update(self._tasks[what], completed=done, total=total)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from finetune.evaluate import Evaluation
 from finetune.examples import Prepared
@@ -39,11 +40,11 @@ def account_table(prepared: Prepared) -> Table:
             f"{len(split.examples):,}",
             f"{sum(len(one.tokens) for one in split.examples):,}",
             f"{int(sum(one.weights.sum() for one in split.examples)):,}",
-            _counted(split.shortened),
-            _counted([f"{place} ({reason})" for place, reason in split.dropped]),
+            Text(_counted(split.shortened)),
+            Text(_counted([f"{place} ({reason})" for place, reason in split.dropped])),
         )
     notes = [note for split in (prepared.train, prepared.valid, prepared.test) if split for note in split.notes]
-    table.caption = "\n".join(dict.fromkeys(notes)) or None
+    table.caption = Text("\n".join(dict.fromkeys(notes))) if notes else None
     return table
 
 

@@ -13,7 +13,7 @@ from backends.interface import Batch, FloatArray, NonFinite, OutOfMemory, Sessio
 from finetune import checkpoint as checkpoints
 from finetune.data.batches import micro_batches, step_indices
 from finetune.errors import Diverged, MemoryExhausted
-from finetune.evaluate import Evaluation, evaluate
+from finetune.evaluate import Evaluation, Report, evaluate
 from finetune.events import (
     CheckpointSaved,
     Event,
@@ -68,6 +68,7 @@ class Trainer:
     folder: Path  # of the checkpoints
     identity: dict[str, Any]
     stop_asked: Callable[[], bool] = lambda: False
+    report: Report = lambda what, done, total: None  # of a validation's progress; may raise Interrupted
 
     def __post_init__(self) -> None:
         self.plan: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
@@ -84,24 +85,36 @@ class Trainer:
         """Train to the end. Raises Interrupted, Diverged or MemoryExhausted after the last good checkpoint."""
         step = self.session.get_state().step
         yield RunStarted(step, self.plan.steps, self.plan.steps_per_epoch, resumed=step > 0)
-        if step == 0:
-            yield self._validate(step, 0.0)
-            yield self._save()
+        if not self._validated(step):  # a new run, or one that was stopped in the midst of a validation
+            yield from self._after(step)
         while step < self.plan.steps and not self.state.stopped_early:
             yield from self._step(step)
             step += 1
-            if self.plan.evaluates_after(step):
-                yield self._validate(step, step / self.plan.steps_per_epoch)
-                patience = self.recipe.train.early_stopping
-                self.state.stopped_early = patience is not None and self.state.without_better >= patience
-            if self.state.stopped_early:
-                yield StoppedEarly(step, self.state.best_step, self.state.best_loss)
-            interrupted = self.stop_asked()
-            if interrupted or self.state.stopped_early or self.plan.checkpoints_after(step):
-                yield self._save()
-            if interrupted:
-                raise Interrupted(f"stopped after step {step}")
+            yield from self._after(step)
         yield Finished(step, self.state.best_step, self.state.best_loss)
+
+    def _validated(self, step: int) -> bool:
+        """Whether a validation that is due after `step` has been made."""
+        made = self.state.validations[-1]["step"] if self.state.validations else -1
+        return bool(made == step) or not self.plan.evaluates_after(step)
+
+    def _after(self, step: int) -> Iterator[Event]:
+        """What is due once `step` steps are done: a validation, a checkpoint. Raises Interrupted when asked to stop."""
+        if self.plan.evaluates_after(step):
+            try:
+                yield self._validate(step)
+            except Interrupted:
+                yield self._save()
+                raise
+            patience = self.recipe.train.early_stopping
+            self.state.stopped_early = patience is not None and self.state.without_better >= patience
+        if self.state.stopped_early:
+            yield StoppedEarly(step, self.state.best_step, self.state.best_loss)
+        interrupted = self.stop_asked()
+        if interrupted or self.state.stopped_early or self.plan.checkpoints_after(step):
+            yield self._save()
+        if interrupted:
+            raise Interrupted(f"stopped after step {step}")
 
     def _step(self, step: int) -> Iterator[Event]:
         examples = self.prepared.train.examples
@@ -152,17 +165,22 @@ class Trainer:
             ) from None
         self.state.micro_tokens = max(divisible) // 2
 
-    def _validate(self, step: int, epoch: float) -> Validated:
+    def _validate(self, step: int) -> Validated:
+        """Raises Interrupted, from `report`, when asked to stop on the way."""
         started = time.perf_counter()
         found: Evaluation = evaluate(
-            self.session, self.prepared, self.prepared.valid, micro_tokens=self.state.micro_tokens
+            self.session,
+            self.prepared,
+            self.prepared.valid,
+            micro_tokens=self.state.micro_tokens,
+            report=self._progress,
         )
         if not math.isfinite(found.loss):
             raise Diverged(f"step {step}: the validation loss is {found.loss}; lower train.learning_rate")
         better = found.loss < self.state.best_loss
         event = Validated(
             step=step,
-            epoch=epoch,
+            epoch=step / self.plan.steps_per_epoch,
             train_loss=self.state.loss_sum / self.state.loss_tokens if self.state.loss_tokens else None,
             loss=found.loss,
             perplexity=found.perplexity,
@@ -178,6 +196,10 @@ class Trainer:
             self.best = self.session.get_state().adapter
         self.state.validations.append(asdict(replace(event, seconds=0.0)))
         return event
+
+    def _progress(self, what: str, done: int, total: int) -> None:
+        if done < total:  # that it is done the event will say
+            self.report(what, done, total)
 
     def _save(self) -> CheckpointSaved:
         state = self.session.get_state()

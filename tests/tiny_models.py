@@ -57,3 +57,29 @@ def family(name: str, folder: Path, vocab_size: int = 128, seed: int = 0, **sett
 def tiny_llama(folder: Path, vocab_size: int = 128, tie: bool = False, seed: int = 0, **settings: Any) -> Path:
     """A two-block Llama of hidden size 64 (a multiple of every 4-bit group size)."""
     return family("llama", folder, vocab_size=vocab_size, seed=seed, tie_word_embeddings=tie, **settings)
+
+
+TEXT = "a fine good warm film, a dull bad cold film: it is positive or negative. user assistant what is this yes no " * 3
+CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def model_with_tokenizer(folder: Path, **settings: Any) -> Path:
+    """A tiny Llama and, beside it, a byte-level BPE tokenizer of its 320 tokens with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    marks = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=marks, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    whole.chat_template = CHAT
+    whole.save_pretrained(folder)
+    return tiny_llama(folder, vocab_size=320, **settings)

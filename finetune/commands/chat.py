@@ -61,7 +61,7 @@ def chat(path: Path, base: bool, temperature: float, max_tokens: int, backend: s
     speaker = Speaker(path, base, backend)
     console, turns = Console(), 0
     messages: list[dict[str, str]] = []
-    console.print(f"{path.name}: {'base' if base else 'tuned'} model. An empty line ends.")
+    console.print(f"{path.name}: {'base' if base else 'tuned'} model. An empty line ends.", markup=False)
     while text := _ask(console):
         messages.append({"role": "user", "content": text})
         tokens = question_tokens(speaker.recipe, speaker.tokenizer, messages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from backends import registry
 from finetune.errors import EnvironmentProblem
@@ -23,7 +24,7 @@ def doctor() -> None:
         table.add_column(heading, overflow="fold")
     for name in registry.NAMES:
         reason = registry.probe(name)
-        table.add_row(name, "no" if reason else "yes", reason or described(name))
+        table.add_row(name, "no" if reason else "yes", Text(reason or described(name)))
     Console().print(table)
     if all(registry.probe(name) for name in registry.NAMES if name != "reference"):
         raise EnvironmentProblem("no backend works here; the reasons stand in the table")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from finetune.atomic import write_file
 from finetune.errors import RecipeError
 
+_WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "~", ".inf", ".nan")  # not text to YAML
 TEMPLATE = """\
 # A starter recipe for {name}: {rows} rows, read as {format}.{seen}
 # `finetune plan {output}` shows what will happen; `finetune train {output}` does it.
@@ -60,8 +64,8 @@ def init(data: Path, output: Path, model: str) -> None:
         format=found.name,
         seen=_labels(labels),
         output=output,
-        model=model,
-        train=os.path.relpath(data.resolve(), output.resolve().parent),
+        model=_written(model),
+        train=_written(os.path.relpath(data.resolve(), output.resolve().parent)),
         stratified=", stratified by label" if labels else "",
         columns=_columns(renamed),
         template="chat" if found.name in ("chat", "sharegpt") else "auto",
@@ -69,18 +73,24 @@ def init(data: Path, output: Path, model: str) -> None:
         max_length=next((size for size in (128, 256, 512, 1024, 2048) if 2 * words < size), 4096),
         longest=words,
     )
-    output.write_text(text, encoding="utf-8")
+    write_file(output, text)
     print(f"{output}: a recipe for {len(rows)} rows of {found.name}; look at it, then: finetune plan {output}")
+
+
+def _written(text: str) -> str:
+    """The text as a YAML scalar: plain where that is safe, quoted as JSON (which YAML reads) elsewhere."""
+    plain = re.fullmatch(r"[A-Za-z./~][\w./:-]*", text) and not text.endswith(":")
+    return text if plain and text.lower() not in _WORDS else json.dumps(text, ensure_ascii=False)
 
 
 def _labels(labels: Any) -> str:
     if not labels:
         return ""
-    shown = ", ".join(f"{label} ({count})" for label, count in labels.most_common(8))
+    shown = ", ".join(f"{' '.join(label.split())} ({count})" for label, count in labels.most_common(8))
     return f"\n# Labels: {shown}{', ...' if len(labels) > 8 else ''}"
 
 
 def _columns(renamed: dict[str, str]) -> str:
     if not renamed:
         return ""
-    return "  columns:\n" + "".join(f"    {standard}: {own}\n" for standard, own in renamed.items())
+    return "  columns:\n" + "".join(f"    {standard}: {_written(own)}\n" for standard, own in renamed.items())

@@ -102,9 +102,9 @@ def backends_table(recipe: Recipe) -> Table:
         if reason is None:
             facts = described(name)
             weights = "weights as they are" if recipe.quantize == "none" else FOUR_BIT[name]
-            table.add_row(name, "chosen" if name == chosen else "works", f"{weights}; {facts}")
+            table.add_row(name, "chosen" if name == chosen else "works", Text(f"{weights}; {facts}"))
         else:
-            table.add_row(name, "no", reason)
+            table.add_row(name, "no", Text(reason))
     return table
 
 

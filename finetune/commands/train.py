@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ class StopFlag:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        print("stopping after this step; once more to stop at once", file=sys.stderr)
+        os.write(2, b"stopping after this step; once more to stop at once\n")  # print is not for signal handlers
 
     @contextmanager
     def listening(self) -> Iterator[StopFlag]:

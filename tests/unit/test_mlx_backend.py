@@ -39,6 +39,12 @@ def opened(folder: Path, lora: LoraSpec | None = None, seed: int = 0, **model: A
     return mlx_backend.open(ModelSpec(folder, **model), lora or LoraSpec(4, 8.0), OptimSpec(), seed)
 
 
+@pytest.fixture
+def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's own matrix products, as on a GPU."""
+    monkeypatch.setattr(mlx_backend, "use_blas", lambda model: None)
+
+
 def a_batch(rows: int = 2, width: int = 12, seed: int = 0) -> Batch:
     random = np.random.default_rng(seed)
     tokens = random.integers(3, VOCAB, (rows, width + 1)).astype(np.int32)
@@ -60,6 +66,7 @@ def after_steps(session: mlx_backend.MlxSession, steps: int = 3) -> bytes:
 # --- memory -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
 def test_checkpointing_changes_neither_loss_nor_gradient_even_with_dropout(name: str, tmp_path: Path) -> None:
     folder = family(name, tmp_path)
@@ -81,6 +88,7 @@ def test_checkpointing_keeps_to_its_own_model(llama: Path) -> None:
     assert kind.__call__ is call
 
 
+@pytest.mark.usefixtures("own_products")
 def test_checkpointing_needs_less_memory(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path, num_hidden_layers=12)
     peaks = []
@@ -93,6 +101,7 @@ def test_checkpointing_needs_less_memory(tmp_path: Path) -> None:
     assert peaks[1] < 0.6 * peaks[0]
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("tie", [True, False])
 def test_only_supervised_positions_reach_the_head(tie: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = opened(tiny_llama(tmp_path, tie=tie))
@@ -248,7 +257,7 @@ def test_4bit_says_what_it_did(intermediate: int, scheme: str, tmp_path: Path) -
     folder = tiny_llama(tmp_path, intermediate_size=intermediate)
     session = opened(folder, quantize="4bit")
     assert session.scheme == scheme
-    assert type(session._model.model.embed_tokens).__bases__ == (nn.Embedding,)
+    assert isinstance(session._model.model.embed_tokens, nn.Embedding)
     assert isinstance(session._model.lm_head, nn.Linear)
     difference = session.score(a_batch()).logprob - opened(folder).score(a_batch()).logprob
     assert 1e-4 < np.abs(difference).max() < 3
@@ -344,6 +353,26 @@ def test_only_the_last_blocks_are_adapted_and_trained(llama: Path) -> None:
     assert session.step([a_batch()], 1e-2).grad_norm > 0
 
 
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("quantize", ["none", "4bit"])
+def test_the_products_by_blas_are_the_same_products(
+    quantize: str, tie: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = family("qwen2", tmp_path, tie_word_embeddings=tie)  # it has biases
+    fast = opened(folder, quantize=quantize)
+    monkeypatch.setattr(mlx_backend, "use_blas", lambda model: None)
+    own = opened(folder, quantize=quantize)
+    for step in range(3):
+        ours, theirs = (session.step([a_batch(rows=4, seed=step)], 1e-3) for session in (fast, own))
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+    np.testing.assert_allclose(fast.score(a_batch()).logprob, own.score(a_batch()).logprob, atol=1e-3)
+    assert fast.generate([[5, 6, 7]], 6, []) == own.generate([[5, 6, 7]], 6, [])
+    for name, tensor in own.get_state().moments.items():
+        limit = 1e-3 * max(float(np.abs(tensor).max()), 1e-9)
+        np.testing.assert_allclose(fast.get_state().moments[name], tensor, atol=limit, err_msg=name)
+
+
 # --- rotary embeddings, against transformers ----------------------------------------------------
 
 _LONG = {
@@ -371,6 +400,7 @@ _SCALED = {"rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings":
         (
             "gemma3_text",
             {
+                "num_hidden_layers": 2,
                 "layer_types": ["sliding_attention", "full_attention"],
                 "sliding_window": 8,
                 "rope_parameters": {

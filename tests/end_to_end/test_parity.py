@@ -1,0 +1,60 @@
+"""The same recipe on both real backends, on the embedded base: the same batches, and so the same loss curve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backends import registry
+from finetune.data.batches import micro_batches, step_indices
+from finetune.data.prepare import prepare
+from finetune.examples import Prepared
+from finetune.job import lora_spec, model_spec, optim_spec
+from finetune.recipe import Recipe
+from finetune.schedule import learning_rate, make_plan
+from finetune.sources import builtin, demo_recipe
+from finetune.tokenizer import load_tokenizer
+
+REAL = [name for name in registry.NAMES if name != "reference"]
+STEPS = 100
+BOUND = 1e-4  # relative difference of the loss, at every step
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    from finetune.recipe_file import load_recipe
+
+    return load_recipe(demo_recipe(), [f"train.steps={STEPS}", "train.epochs=", "quantize=none", "model.dtype=float32"])
+
+
+@pytest.fixture(scope="module")
+def prepared(recipe: Recipe) -> Prepared:
+    return prepare(recipe, load_tokenizer(builtin(recipe.model.path)), base=Path.cwd())
+
+
+def losses(name: str, recipe: Recipe, prepared: Prepared) -> np.ndarray:
+    """The loss of every step, dropout off: its masks come from each framework's own generator. [STEPS]"""
+    if reason := registry.probe(name):
+        pytest.skip(reason)
+    lora = replace(lora_spec(recipe), dropout=0.0)
+    model = model_spec(recipe, builtin(recipe.model.path))
+    session = registry.open_session(name, model, lora, optim_spec(recipe), recipe.seed)
+    plan, examples, found = make_plan(recipe, len(prepared.train.examples)), prepared.train.examples, []
+    for step in range(STEPS):
+        rows = step_indices(len(examples), recipe.train.batch_size, recipe.seed, step)
+        micro = micro_batches([examples[i] for i in rows], recipe.train.micro_tokens)
+        found.append(session.step(micro, learning_rate(recipe, plan, step)).loss)
+    return np.array(found)
+
+
+def test_loss_curves_agree_over_a_hundred_steps(recipe: Recipe, prepared: Prepared) -> None:
+    curves = {name: losses(name, recipe, prepared) for name in REAL}
+    for one, other in pairwise(REAL):
+        difference = np.abs(curves[one] - curves[other]) / np.abs(curves[other])
+        print(f"{one} against {other}: largest relative difference of the loss {difference.max():.1e}")
+        assert difference.max() <= BOUND
+    assert curves[REAL[0]][-10:].mean() < curves[REAL[0]][:10].mean()  # it really trained

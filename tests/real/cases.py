@@ -1,0 +1,106 @@
+"""The cases of real_data.py: how each data set's files are made ready, and what its recipe says."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BUILT_IN = "builtin:reviews-base"
+STORIES = "stories260K"
+BANKING_TEST_ROWS = 154  # of 3,080, evenly spread, two an intent: each row is measured once for each of 77 labels
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One data set: its files made ready, and what its recipe says beyond them."""
+
+    files: Callable[[Path, Path], Mapping[str, Path]]  # (data folder, folder for converted files) -> split: file
+    settings: Settings
+    model: str = BUILT_IN
+    quantize: tuple[str, ...] = ("none",)
+    note: str = ""
+
+
+def as_they_are(**names: str) -> Callable[[Path, Path], Mapping[str, Path]]:
+    return lambda data, out: {split: data / name for split, name in names.items()}
+
+
+def sst2(data: Path, out: Path) -> Mapping[str, Path]:
+    """`0 text` lines -> JSONL of text and label."""
+    files = {}
+    for split, part in (("train", "train"), ("valid", "dev"), ("test", "test")):
+        lines = (data / "sst2" / f"stsa.binary.{part}").read_text(encoding="utf-8").splitlines()
+        rows = [{"text": line[2:].strip(), "label": ("negative", "positive")[int(line[0])]} for line in lines]
+        files[split] = out / f"sst2-{split}.jsonl"
+        files[split].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return files
+
+
+def banking77(data: Path, out: Path) -> Mapping[str, Path]:
+    """The whole training file; a part of the test file, spread over it, since it is sorted by intent."""
+    with (data / "banking77" / "test.csv").open(encoding="utf-8", newline="") as source:
+        head, *rows = list(csv.reader(source))
+    part = out / "banking77-test.csv"
+    with part.open("w", encoding="utf-8", newline="") as target:
+        csv.writer(target).writerows([head, *rows[:: len(rows) // BANKING_TEST_ROWS]])
+    return {"train": data / "banking77" / "train.csv", "valid": part, "test": part}
+
+
+LABELS = {"prompt": {"template": "{text} Overall this is a", "completion": " {label}"}}
+SHORT = {"steps": 60, "batch_size": 8, "learning_rate": 2e-3, "max_length": 512}
+CASES: dict[str, Case] = {
+    "sst2": Case(
+        sst2,
+        {
+            **LABELS,
+            "lora": {"rank": 16, "alpha": 32.0},
+            "train": {"epochs": 3, "learning_rate": 3e-3, "max_length": 256},
+        },
+        quantize=("none", "4bit"),
+    ),
+    "imdb": Case(
+        as_they_are(train="imdb/train_1000.jsonl", valid="imdb/test_1000.jsonl"),
+        {
+            **LABELS,
+            "lora": {"rank": 4, "alpha": 32.0, "dropout": 0.01},
+            "train": {"epochs": 10, "batch_size": 4, "learning_rate": 1e-3, "max_length": 1024},
+        },
+        note="validated on the rows of the final figures, as in the tutorial",
+    ),
+    "wikisql": Case(
+        as_they_are(train="wikisql/train.jsonl", valid="wikisql/valid.jsonl", test="wikisql/test.jsonl"),
+        {"train": SHORT},
+        model=STORIES,
+    ),
+    "instruct": Case(
+        as_they_are(train="instruct/instruction-data.json"),
+        {"prompt": {"template": "alpaca"}, "train": SHORT, "evaluate": {"max_tokens": 16}},
+    ),
+    "banking77": Case(
+        banking77,
+        {"data": {"columns": {"label": "category"}}, "train": SHORT},
+        note=f"{BANKING_TEST_ROWS} of 3,080 test rows, spread evenly; they validate too",
+    ),
+    "shawgpt": Case(
+        as_they_are(**{s: f"shawgpt/qlora-mlx_data_{s}.jsonl" for s in ("train", "valid", "test")}),
+        {"train": SHORT | {"batch_size": 5}},
+        model=STORIES,
+    ),
+    "shawgpt-chat": Case(
+        as_they_are(
+            train="shawgpt/ai-assistant-openai_data_training-data.jsonl",
+            valid="shawgpt/ai-assistant-openai_data_validation-data.jsonl",
+        ),
+        {"train": SHORT | {"batch_size": 5}, "evaluate": {"max_tokens": 16}},
+    ),
+    "chat": Case(
+        as_they_are(train="chat/toy_chat_fine_tuning.jsonl", valid="chat/weather_chat_fine_tuning.jsonl"),
+        {"train": SHORT | {"batch_size": 5, "max_length": 1024}, "evaluate": {"max_tokens": 16}},
+        note="validated on conversations with tool calls",
+    ),
+}
