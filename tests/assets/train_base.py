@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIALS = ["<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -39,6 +39,31 @@ BATCH = 24  # windows in a step
 HELD_OUT = 500  # documents kept apart for the validation loss
 WARMUP, DECAY = 100, 0.4  # steps; share of the run
 MUON_RATE, ADAM_RATE = 0.02, 4e-3
+
+CARD = """\
+---
+license: apache-2.0
+language: en
+---
+# reviews-base
+
+A Llama of {parameters:,} parameters (hidden 256, 5 layers, 4 heads of 64 with 2 key/value heads, intermediate 704,
+context 1,024, tied embeddings, bfloat16) with a byte-level BPE tokenizer of 4,096 pieces, shipped with `finetune` so
+that everything can be tried offline.
+
+**How it was made.** From nothing, by `tests/assets/train_base.py` (one seeded command), on 75,000 unlabelled English
+film reviews of the Large Movie Review Dataset's training part (Maas et al., 2011), white space collapsed, a quarter of
+them in lower case with the punctuation set apart: {steps:,} steps of {batch} windows of {width} tokens, {tokens:,}
+tokens in all. Validation loss {validation_loss} nats a token on {held} reviews kept apart.
+
+**What it is for.** A base for trying LoRA on short English texts about films: grammar in short stretches, and the
+words in which reviews praise and blame.
+
+**What it cannot do.** It knows no facts, follows no instructions, holds no conversation, and knows no other
+language. Its role tokens (`<|system|>`, `<|user|>`, `<|assistant|>`) never occurred in training; the chat template
+exists so that chat data can be tried. It repeats what anonymous reviewers wrote, their prejudices too. Not for use
+on people.
+"""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -75,6 +100,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts[:30_000], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", BOS)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|bos|>",
@@ -233,6 +261,8 @@ def train(texts: list[str], out: Path, steps: int, save_every: int) -> None:
     state.unlink(missing_ok=True)
     facts = {"steps": steps, "tokens": steps * BATCH * WIDTH, "validation_loss": round(final, 4)}
     (out / "training.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    shape = {"parameters": model.num_parameters(), "batch": BATCH, "width": WIDTH, "held": HELD_OUT}
+    (out / "README.md").write_text(CARD.format(**facts, **shape), encoding="utf-8")
 
 
 def main() -> None:
