@@ -47,6 +47,7 @@ class ModelSpec:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 elsewhere
     checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
     device: Literal["auto", "cpu"] = "auto"  # cpu: even where there is an accelerator
+    remote_code: bool = False  # whether Python code that comes with the model may run
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class MlxSession:
         on_cpu = device.type == mx.cpu
         names = {"auto": mx.float32 if on_cpu else mx.bfloat16, "float32": mx.float32, "bfloat16": mx.bfloat16}
         self.device = _device_name(device)
-        self.lora_shapes: Mapping[str, tuple[int, int]] = lora_modules(spec.path, lora)
+        self.lora_shapes: Mapping[str, tuple[int, int]] = lora_modules(spec.path, lora, spec.remote_code)
         model, self.scheme = load(spec, names[spec.dtype])
         self._model, self._optim, self._on, self._on_cpu = model, optim, device, on_cpu
         self._keys = DropoutKeys(seed)

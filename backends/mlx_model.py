@@ -36,7 +36,9 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):  # mlx-lm prints what it leaves out of a config
-            model, loaded = load_model(spec.path, lazy=True, model_config=legacy_rope(config))
+            model, loaded = load_model(
+                spec.path, lazy=True, model_config=legacy_rope(config), trust_remote_code=spec.remote_code
+            )
     except Exception as error:  # whatever a model's own code makes of a config or weights it was not written for
         raise BackendError(f"{spec.path}: mlx-lm cannot load this model ({type(error).__name__}: {error})") from error
     if said.getvalue():

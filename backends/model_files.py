@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from backends.interface import BackendError, LoraSpec
+from backends.untrusted import check_claims, check_folder, read_object, validate
 
 _IN_BLOCK = re.compile(r"\blayers\.(\d+)\.(.+)\.weight$")
 _NOT_ADAPTED = re.compile(r"\bexperts\b|\brouter\b|(^|\.)gate$|norm")  # experts are chosen by token, not by layer
@@ -23,10 +22,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     a default where they are missing, in silence. Whichever is there, the other is added.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_object(folder / "config.json")
     except (OSError, ValueError) as error:
-        raise BackendError(f"{folder}: config.json cannot be read ({error}); is this a model folder?") from error
-    return config | legacy_rope(config)
+        raise BackendError(f"{folder}: config.json cannot be read ({error}); is this a model folder?") from None
+    try:
+        return config | legacy_rope(config)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise BackendError(f"{folder}: config.json has rope_parameters that are none ({error})") from None
 
 
 def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -68,21 +70,19 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Every tensor's shape, from the safetensors headers alone."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise BackendError(f"{file}: not a whole safetensors file ({error})") from error
+        shapes |= validate(file)
     return shapes
 
 
-def lora_modules(folder: Path, lora: LoraSpec) -> dict[str, tuple[int, int]]:
+def lora_modules(folder: Path, lora: LoraSpec, remote_code: bool = False) -> dict[str, tuple[int, int]]:
     """Modules to adapt -> (out, in), in the model's order. Every backend adapts exactly these.
 
-    Raises BackendError when a target names no linear layer of the blocks, or nothing is left to adapt.
+    The first thing a backend asks of a folder, so the folder itself is looked at here (`untrusted.check_folder`).
+    Raises BackendError when it breaks a rule, a target names no linear layer of the blocks, or nothing is left.
     """
-    shapes = tensor_shapes(folder)
-    quantization = read_config(folder).get("quantization") or {}
+    check_folder(folder, remote_code)
+    shapes, config = tensor_shapes(folder), read_config(folder)
+    check_claims(folder, config, shapes)
     found: dict[str, tuple[int, int]] = {}
     blocks: dict[str, int] = {}
     for name, shape in shapes.items():
@@ -90,11 +90,10 @@ def lora_modules(folder: Path, lora: LoraSpec) -> dict[str, tuple[int, int]]:
         if match is None or len(shape) != 2 or _NOT_ADAPTED.search(match[2]):
             continue
         module = name.removesuffix(".weight")
-        packing = 1
-        if f"{module}.scales" in shapes:  # MLX packs 32 / bits inputs into one word
-            own = quantization.get(module) or {}
-            packing = 32 // int(own.get("bits", quantization.get("bits", 4)))
-        found[module] = (shape[0], shape[1] * packing)
+        if 0 in shape:
+            raise BackendError(f"{folder}: {name} is empty ({list(shape)})")
+        packed = f"{module}.scales" in shapes
+        found[module] = (shape[0], shape[1] * (_packing(folder, config, module) if packed else 1))
         blocks[module] = int(match[1])
     names = sorted({module.rsplit(".", 1)[-1] for module in found})
     unknown = [target for target in lora.targets if target not in names]
@@ -104,6 +103,17 @@ def lora_modules(folder: Path, lora: LoraSpec) -> dict[str, tuple[int, int]]:
     first = 0 if lora.layers is None else max(blocks.values()) + 1 - lora.layers
     chosen = [m for m in found if blocks[m] >= first and (not lora.targets or m.rsplit(".", 1)[-1] in lora.targets)]
     return {module: found[module] for module in sorted(chosen, key=lambda m: (blocks[m], m))}
+
+
+def _packing(folder: Path, config: Mapping[str, Any], module: str) -> int:
+    """How many inputs MLX packs into one word: 32 / bits."""
+    quantization = config.get("quantization")
+    shared = quantization if isinstance(quantization, dict) else {}
+    own = shared.get(module)
+    bits = (own if isinstance(own, dict) else shared).get("bits", shared.get("bits", 4))
+    if bits not in (2, 3, 4, 5, 6, 8):
+        raise BackendError(f"{folder}: config.json says quantization of {bits!r:.20} bits")
+    return 32 // int(bits)
 
 
 def fingerprint(folder: Path) -> str:

@@ -58,7 +58,7 @@ class TorchSession:
         self._device = pick_device(model.device)
         self._optim, self._seed = optim, seed
         self.device = device_name(self._device)
-        self.lora_shapes = lora_modules(model.path, lora)
+        self.lora_shapes = lora_modules(model.path, lora, model.remote_code)
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         with memory_guard(self._device), random_numbers(self._device, seed):
             self._model = load_frozen(model, self._device)

@@ -61,13 +61,17 @@ def repeatable(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
+def says_no_memory(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+
+
 @contextmanager
 def memory_guard(device: torch.device) -> Iterator[None]:
     """Every way in which torch says that memory ran out, as OutOfMemory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
+        if not isinstance(error, MemoryError) and not says_no_memory(error):
             raise
         reason = str(error).partition("\n")[0] or "out of memory"
     else:

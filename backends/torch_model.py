@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from transformers.utils import logging as transformers_logging
 
 from backends.interface import BackendError, LoraSpec, ModelSpec
 from backends.model_files import read_config
+from backends.torch_device import says_no_memory
+from backends.untrusted import needs_code
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it reports optional kernels
 
@@ -36,17 +37,24 @@ def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 spec.path,
-                config=_without_dropout(spec.path),
+                config=_without_dropout(spec),
                 dtype=dtype,
                 device_map={"": device},
                 quantization_config=_four_bit(device, dtype) if spec.quantize == "4bit" else None,
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=spec.remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise BackendError(f"{spec.path}: transformers cannot load this model ({error})") from error
+        except (BackendError, MemoryError):
+            raise
+        except Exception as error:  # whatever a model's own code makes of a config or weights it was not written for
+            if says_no_memory(error):
+                raise
+            if "trust_remote_code" in str(error):
+                raise needs_code(spec.path, "auto_map in config.json") from None
+            kind = type(error).__name__
+            raise BackendError(f"{spec.path}: transformers cannot load this model ({kind}: {error})") from error
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if missing:  # transformers would fill them with random numbers
         raise BackendError(f"{spec.path}: weights are missing or misshapen: {', '.join(sorted(missing))}")
@@ -120,9 +128,11 @@ def _four_bit(device: torch.device, dtype: torch.dtype) -> Any:
     )
 
 
-def _without_dropout(path: Path) -> Any:
+def _without_dropout(spec: ModelSpec) -> Any:
     """The model's configuration with its own dropouts at zero: only the adapter's input is dropped."""
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(
+        spec.path, local_files_only=True, trust_remote_code=spec.remote_code
+    )
     for key, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("_pdrop")):
             setattr(config, key, 0.0)

@@ -7,6 +7,7 @@ the one `adapter_config.json` carries the keys of both, and each library ignores
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from backends.interface import FloatArray, LoraSpec
+from backends.interface import BackendError, FloatArray, LoraSpec
+from backends.untrusted import read_object, validate
 from finetune.errors import Incompatible
 
 PEFT_FILE, MLX_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
@@ -90,22 +92,23 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     """`adapter_config.json` as it stands. Raises Incompatible."""
     file = folder / CONFIG_FILE
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except FileNotFoundError:
         raise Incompatible(f"{file}: missing; an adapter folder of PEFT or mlx-lm has it") from None
     except (OSError, ValueError) as error:
         raise Incompatible(f"{file}: cannot be read ({error})") from None
-    return config
 
 
 def read_adapter(folder: Path) -> Adapter:
     """An adapter of either format. Raises Incompatible, naming the file and what is wrong with it."""
     config, config_file = adapter_config(folder), folder / CONFIG_FILE
-    for key in ("use_dora", "use_rslora"):
+    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise Incompatible(f"{config_file}: {key} is set; only plain LoRA can be a start")
+    if config.get("peft_type", "LORA") != "LORA":
+        raise Incompatible(f"{config_file}: peft_type is {config['peft_type']!r:.40}; only LORA can be a start")
     if config.get("fine_tune_type", "lora") != "lora":
-        raise Incompatible(f"{config_file}: fine_tune_type is {config['fine_tune_type']}; only lora can be a start")
+        raise Incompatible(f"{config_file}: fine_tune_type is {config['fine_tune_type']!r:.40}; only lora can be a start")
     if (folder / PEFT_FILE).exists():
         tensors = _canonical(folder / PEFT_FILE, _from_peft)
     else:
@@ -121,23 +124,32 @@ def read_adapter(folder: Path) -> Adapter:
 
 def _rank_and_scale(config: Mapping[str, Any], file: Path) -> tuple[int, float]:
     try:
-        if "r" in config:
-            return int(config["r"]), float(config["lora_alpha"]) / int(config["r"])
-        return int(config["lora_parameters"]["rank"]), float(config["lora_parameters"]["scale"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise Incompatible(f"{file}: no rank and scale in it ({error!r})") from None
+        own = config if "r" in config else config["lora_parameters"]
+        rank = own["r" if "r" in config else "rank"]
+        scale = own["lora_alpha"] / rank if "r" in config else own["scale"]
+        fits = type(rank) is int and rank > 0 and type(scale) in (int, float) and math.isfinite(scale)
+    except (KeyError, TypeError, ArithmeticError):
+        fits = False
+    if not fits:
+        raise Incompatible(f"{file}: no rank and scale in it (a positive integer, a finite number)")
+    return rank, float(scale)
 
 
 def _canonical(file: Path, convert: Any) -> dict[str, FloatArray]:
     try:
+        validate(file)
         found = load_file(file)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise Incompatible(f"{file}: cannot be read ({error})") from None
+    except BackendError as error:
+        raise Incompatible(str(error)) from None
+    except (OSError, SafetensorError, ValueError, KeyError) as error:  # KeyError: numbers that numpy lacks
+        raise Incompatible(f"{file}: cannot be read ({error!r})") from None
     tensors: dict[str, FloatArray] = {}
     for name, tensor in found.items():
         canonical, value = convert(name, tensor)
         if canonical is None or value.ndim != 2:
-            raise Incompatible(f"{file}: {name} is not a LoRA factor of a linear layer")
+            raise Incompatible(f"{file}: {name:.200} is not a LoRA factor of a linear layer")
+        if not np.isfinite(value).all():
+            raise Incompatible(f"{file}: {name:.200} holds numbers that are not finite")
         tensors[canonical] = np.ascontiguousarray(value, dtype=np.float32)
     return tensors
 

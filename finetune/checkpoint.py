@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load
 from safetensors.numpy import save as serialise
 
@@ -136,7 +137,10 @@ def _manifest(files: Mapping[str, bytes]) -> bytes:
 def _read(path: Path) -> dict[str, bytes]:
     """The verified bytes of every file but the manifest. Raises _Broken; PermissionError."""
     try:
-        files = {entry.name: entry.read_bytes() for entry in path.iterdir() if entry.name not in _LITTER}
+        entries = [entry for entry in path.iterdir() if entry.name not in _LITTER]
+        if strange := [one.name for one in entries if one.is_symlink() or not one.is_file()]:
+            raise _Broken(f"{strange[0]} is not a plain file")
+        files = {entry.name: entry.read_bytes() for entry in entries}
     except PermissionError:
         raise
     except OSError as error:
@@ -178,6 +182,8 @@ def _parse(step: int, files: Mapping[str, bytes]) -> Checkpoint:
         return Checkpoint(state, loop["loop"], best, json.loads(files["identity.json"]))
     except KeyError as error:
         raise _Broken(f"{error.args[0]} is missing") from error
+    except (ValueError, TypeError, RecursionError, SafetensorError) as error:
+        raise _Broken(f"it holds what was never written by a run ({error})") from error
 
 
 def _part(tensors: Mapping[str, FloatArray], prefix: str) -> dict[str, FloatArray]:

@@ -93,7 +93,7 @@ def load_job(recipe: Recipe, backend: str | None = None) -> Job:
     """
     chosen = registry.choose(backend or recipe.backend)
     model = model_folder(recipe.model)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, recipe.model.remote_code)
     prepared = prepare(recipe, tokenizer, base=Path.cwd())
     data = recipe.data.model_copy(update={"format": prepared.format})
     recipe = recipe.model_copy(update={"data": data, "task": prepared.task})
@@ -101,7 +101,13 @@ def load_job(recipe: Recipe, backend: str | None = None) -> Job:
 
 
 def model_spec(recipe: Recipe, folder: Path) -> ModelSpec:
-    return ModelSpec(folder, recipe.quantize, recipe.model.dtype, recipe.train.gradient_checkpointing)
+    return ModelSpec(
+        folder,
+        recipe.quantize,
+        recipe.model.dtype,
+        recipe.train.gradient_checkpointing,
+        remote_code=recipe.model.remote_code,
+    )
 
 
 def lora_spec(recipe: Recipe) -> LoraSpec:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Groups = str | dict[str, list[str]]
 
 
 class Section(BaseModel):
@@ -21,6 +22,8 @@ class Model(Section):
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """How weights that are not quantised are held; auto is float32 on a CPU and bfloat16 elsewhere."""
+    remote_code: bool = False
+    """Run Python code that comes with the model (auto_map, model_file); only of a model you have looked at."""
 
 
 class Data(Section):
@@ -40,6 +43,8 @@ class Data(Section):
     """The share of train set apart when valid is missing."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a bad row does: stop the run, or be left out and listed."""
+    groups: Groups | None = None
+    """Who the rows are about, for `finetune check`: a column's name, or words for each group (women: [she, her])."""
 
 
 class Prompt(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,17 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, StreamEndEvent
 
 from finetune.errors import RecipeError
 from finetune.recipe import Recipe
 
-MAX_BYTES = 1_000_000  # a recipe is a page; a file this long is something else
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 200_000, 5_000, 20  # a recipe is a page; what goes beyond is something else
+# Tokens of the hub, OpenAI and Anthropic, GitHub, AWS, Slack, Google, and a password in an address.
+_SECRET = re.compile(
+    r"\b(hf_\w{16,}|api_org_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|"
+    r"xox[abpr]-[\w-]{10,}|AIza[\w-]{30,})|\w://[^/\s:@]+:[^/\s@]+@"
+)
 _PATH_KEYS = (("model", "path"), ("data", "train"), ("data", "valid"), ("data", "test"), ("lora", "start_from"))
 
 
@@ -30,6 +37,7 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     values = _plain(tree)
     for override in overrides:
         _apply_override(values, override)
+    _refuse_secrets(file, values)
     recipe = check_recipe(values, place=lambda keys: _place(file, tree, keys, overrides))
     return _absolute_paths(recipe, file.resolve().parent, {o.split("=", 1)[0] for o in overrides})
 
@@ -64,7 +72,8 @@ def _read_yaml(file: Path) -> CommentedMap:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: cannot be read ({error}); a recipe is UTF-8 text") from None
     try:
-        tree = YAML(typ="rt", pure=True).load(text)
+        refused = _beyond_bounds(text)
+        tree = None if refused else YAML(typ="rt", pure=True).load(text)
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1
         key = str(error.problem).split('"')[1] if '"' in str(error.problem) else "a key"
@@ -72,11 +81,42 @@ def _read_yaml(file: Path) -> CommentedMap:
     except MarkedYAMLError as error:
         line = (error.problem_mark or error.context_mark).line + 1
         raise RecipeError(f"{file}:{line}: not valid YAML: {error.problem or error.context}") from None
-    except (YAMLError, ValueError, RecursionError) as error:
+    except (YAMLError, ValueError, RecursionError, TypeError) as error:  # the last: a `<<` of something odd
         raise RecipeError(f"{file}: not valid YAML: {error}") from None
+    if refused:
+        raise RecipeError(f"{file}:{refused}")
     if not isinstance(tree, CommentedMap):
         raise RecipeError(f"{file}:1: a recipe is a mapping of sections (model:, data:, ...)")
     return tree
+
+
+def _beyond_bounds(text: str) -> str | None:
+    """`line: what` for the first thing no recipe has, found before anything is built of it."""
+    depth = values = 0
+    for event in YAML(typ="rt", pure=True).parse(text):
+        values += not isinstance(event, StreamEndEvent)
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        line = event.start_mark.line + 1
+        if getattr(event, "tag", None) is not None:
+            return f"{line}: tags such as {str(event.tag).replace('tag:yaml.org,2002:', '!!')[:40]} have no place in a recipe; write the plain value"
+        if getattr(event, "anchor", None) is not None:  # aliases of aliases grow without bound
+            return f"{line}: anchors and aliases (& and *) have no place in a recipe; write the value out"
+        if depth > MAX_DEPTH or values > MAX_VALUES:
+            return f"{line}: more than {MAX_VALUES:,} values, or {MAX_DEPTH} levels of them; is this a recipe?"
+    return None
+
+
+def _refuse_secrets(file: Path, node: Any, keys: tuple[str, ...] = ()) -> None:
+    """Raises RecipeError, without the value, where one looks like a token: a run writes its recipe down."""
+    inner = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in inner:
+        _refuse_secrets(file, value, (*keys, str(key)))
+    if any(_SECRET.search(text) for text in (*keys[-1:], node) if isinstance(text, str)):
+        name = ".".join("..." if _SECRET.search(key) else key for key in keys)
+        raise RecipeError(
+            f"{file}: {name}: this looks like a token or a password, and a run writes its recipe down; remove it, and "
+            "give it in the environment (HF_TOKEN) or by `hf auth login`"
+        )
 
 
 def _plain(node: Any) -> Any:
@@ -97,8 +137,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not separator or not all(keys):
         raise RecipeError(f"{override!r}: an override is written key=value, such as lora.rank=16")
     try:
-        value = _plain(YAML(typ="rt", pure=True).load(text)) if text.strip() else None
-    except YAMLError:
+        plain = not _beyond_bounds(text)
+        value = _plain(YAML(typ="rt", pure=True).load(text)) if text.strip() and plain else text or None
+    except (YAMLError, ValueError, RecursionError, TypeError):
         value = text
     section = values
     for key in keys[:-1]:
@@ -144,8 +185,16 @@ def _explain(error: Any, values: Any, place: Any) -> str:
         return f"{place(present)}: {'.'.join(keys)} is missing; `finetune init DATA` writes a recipe that has it"
     message = str(error["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    got = "" if error["type"] == "value_error" else f", not {node!r}"
+    got = "" if error["type"] == "value_error" else f", not {_short(node)}"
     return f"{place(present)}: {'.'.join(present) or 'recipe'}: {message}{got}"
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a very long {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _fields_of(path: Sequence[str]) -> list[str]:

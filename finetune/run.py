@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +24,18 @@ from finetune.run_folder import RunFolder, environment
 from finetune.train import Trainer
 from finetune.verdict import overfitting_verdict
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
 
 def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], resume: bool = False) -> Report:
     """Train to the end and report. Raises Interrupted after a checkpoint when `stop()` turns true."""
     identity = identity_of(job)
     saved = _checkpoint_of(run, identity, sink) if resume else None
+    if job.recipe.lora.start_from:
+        check_base(Path(job.recipe.lora.start_from), job.model, job.recipe.model.path)
     run.write_identity(identity)
-    run.write_json("environment.json", environment(job.backend, registry.describe(job.backend)))
+    facts = environment(job.backend, registry.describe(job.backend)) | {"remote_code": job.recipe.model.remote_code}
+    run.write_json("environment.json", facts)
     session = job.open()
     run.write_json("data.json", account_of(job.prepared))
     base = _measure_base(job, run, session, sink, stop)
@@ -130,11 +136,28 @@ def start_from(session: Session, folder: Path, lora: LoraSpec) -> None:
         raise Incompatible(f"lora.start_from: {folder} does not fit this model and these targets: {error}") from None
 
 
-def check_base(adapter: Path, model: Path) -> None:
-    """Raises Incompatible when the adapter folder was trained on other base weights than `model` has."""
-    facts = adapter_config(adapter).get("finetune", {})
-    if facts.get("base_fingerprint", fingerprint(model)) != fingerprint(model):
-        raise Incompatible(f"{adapter} was trained on other base weights than those in {model}; give the same base")
+def check_base(adapter: Path, model: Path, name: str | None = None) -> None:
+    """Raises Incompatible when the adapter folder was trained on another base than `model`.
+
+    Our adapters say the fingerprint of their base; others only its name, and that is compared where both it and
+    `name` are hub ids: without the owner, as mirrors are common.
+    """
+    config = adapter_config(adapter)
+    facts, trained = config.get("finetune"), config.get("base_model_name_or_path")
+    if isinstance(facts, dict) and "base_fingerprint" in facts:
+        if facts["base_fingerprint"] != fingerprint(model):
+            raise Incompatible(f"{adapter} was trained on other base weights than those in {model}; give the same base")
+    elif isinstance(trained, str) and name and _other_name(trained, name):
+        raise Incompatible(
+            f"{adapter} was trained on {trained}, and model.path is {name}; give the same base, or where they are "
+            f"the same weights, write {name} into base_model_name_or_path of its adapter_config.json"
+        )
+
+
+def _other_name(first: str, second: str) -> bool:
+    if not (_HUB_ID.fullmatch(first) and _HUB_ID.fullmatch(second)):
+        return False
+    return first.split("/")[1].lower() != second.split("/")[1].lower()
 
 
 def save_adapter(job: Job, run: RunFolder, tensors: Mapping[str, FloatArray], scheme: str, step: int) -> None:

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from backends.untrusted import read_object
 from finetune.atomic import disk_errors, write_file
 from finetune.errors import Incompatible, RecipeError
 from finetune.recipe import Recipe
@@ -52,12 +53,11 @@ class RunFolder:
     def read_identity(self) -> dict[str, Any] | None:
         """What the run began with; None where it ended before that was written. Raises Incompatible."""
         try:
-            found: dict[str, Any] = json.loads((self.path / "identity.json").read_text(encoding="utf-8"))
+            return read_object(self.path / "identity.json")
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise Incompatible(f"{self.path / 'identity.json'}: cannot be read ({error}); start a new run") from None
-        return found
 
     def evaluation(self, which: str) -> Path:
         return self.path / f"evaluation-{which}.json"

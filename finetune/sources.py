@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from finetune.errors import EnvironmentProblem, RecipeError
@@ -12,10 +13,10 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def builtin(reference: str) -> Path:
-    """`builtin:reviews-base` -> the file or folder shipped inside the package."""
+    """`builtin:reviews-base` -> the model folder shipped inside the package."""
     path = ASSETS / reference.removeprefix("builtin:")
-    if not path.exists() or ASSETS not in path.resolve().parents:
-        known = ", ".join(sorted(f"builtin:{one.name}" for one in ASSETS.iterdir() if one.is_dir()))
+    if path.resolve().parent != ASSETS.resolve() or not (path / "config.json").exists():
+        known = ", ".join(sorted(f"builtin:{one.parent.name}" for one in ASSETS.glob("*/config.json")))
         raise RecipeError(f"{reference}: not shipped with finetune; there are {known}")
     return path
 
@@ -49,8 +50,11 @@ def _from_hub(model: Model) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    if model.remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
+        raise RecipeError("model.remote_code: needs model.revision, the full commit that you have looked at")
+    wanted = [*_WANTED, "*.py"] if model.remote_code else _WANTED
     try:
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EnvironmentProblem(

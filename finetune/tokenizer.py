@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backends.untrusted import check_folder, needs_code, read_object
+from finetune.data import sandbox
 from finetune.errors import EnvironmentProblem
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase, which is not imported here
 TOGETHER = 2000  # texts in one call of the tokenizer
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder; neither network nor code of the folder is used."""
+def load_tokenizer(folder: Path, remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a model folder; the network is not used, nor code of the folder unless `remote_code`.
+
+    Raises EnvironmentProblem; BackendError where the folder breaks a rule of `backends.untrusted`.
+    """
     from transformers import AutoTokenizer
 
+    check_folder(folder, remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        # transformers raises OSError, ValueError, KeyError, ImportError and bare Exception here.
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=remote_code)
+    except BaseException as error:
+        # transformers raises OSError, ValueError, KeyError, ImportError and bare Exception here, and tokenizers a
+        # PanicException, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if "trust_remote_code" in str(error):
+            raise needs_code(folder, "auto_map in tokenizer_config.json") from None
         raise EnvironmentProblem(
             f"{folder}: the tokenizer cannot be loaded ({error}); the folder needs tokenizer.json "
             "and tokenizer_config.json"
@@ -95,8 +105,8 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zyx"}]
     try:
-        text: str = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template may refuse anything; then it has no turn to end
+        text = sandbox.render(tokenizer, turns, [(2, False)])[0]
+    except ValueError:  # a template may refuse anything; then it has no turn to end
         return None
     tail = text[text.rfind("zyx") + 3 :].strip()
     known = [token for token in special_texts(tokenizer) if tail.startswith(token)]
@@ -108,6 +118,9 @@ def stop_tokens(tokenizer: Tokenizer, folder: Path | None = None) -> frozenset[i
     found = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
     path = (folder or Path(tokenizer.name_or_path or "")) / "generation_config.json"
     if path.is_file():
-        told = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        found.update(told if isinstance(told, list) else [told])
+        try:
+            told = read_object(path).get("eos_token_id")
+        except (OSError, ValueError) as error:
+            raise EnvironmentProblem(f"{path}: cannot be read ({error}); remove it, or download it again") from None
+        found.update(one for one in (told if isinstance(told, list) else [told]) if isinstance(one, int))
     return frozenset(token for token in found if token is not None)

@@ -59,7 +59,7 @@ def tiny_llama(folder: Path, vocab_size: int = 128, tie: bool = False, seed: int
     return family("llama", folder, vocab_size=vocab_size, seed=seed, tie_word_embeddings=tie, **settings)
 
 
-TEXT = "a fine good warm film, a dull bad cold film: it is positive or negative. user assistant what is this yes no " * 3
+TEXT = "a fine good warm film, a dull bad cold film: it is positive or negative. user assistant what is this " * 3
 CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"

@@ -29,7 +29,7 @@ class Speaker:
         adapter = read_adapter(run.adapter)
         folder = model_folder(self.recipe.model)
         check_base(run.adapter, folder)
-        self.tokenizer: Any = load_tokenizer(folder)
+        self.tokenizer: Any = load_tokenizer(folder, self.recipe.model.remote_code)
         self.stop = stop_tokens(self.tokenizer, folder)
         name = registry.choose(backend or self.recipe.backend)
         self.session: Session = registry.open_session(

@@ -42,36 +42,38 @@ def micro_batches(examples: Sequence[Example], micro_tokens: int) -> list[Batch]
     The longest come first, so that memory runs out at once or not at all. An example longer than the budget
     is alone in its batch.
     """
-    return [collate([examples[i] for i in rows]) for rows in _groups(examples, micro_tokens)]
+    return [batch for _, batch in evaluation_batches(examples, micro_tokens)]
 
 
 def evaluation_batches(examples: Sequence[Example], micro_tokens: int) -> Iterator[tuple[list[int], Batch]]:
     """Every example once, in a fixed order: (indices, batch), made one at a time."""
-    for rows in _groups(examples, micro_tokens):
+    for rows in groups([len(one.tokens) for one in examples], micro_tokens):
         yield rows, collate([examples[i] for i in rows])
 
 
-def _groups(examples: Sequence[Example], micro_tokens: int) -> Iterator[list[int]]:
+def groups(lengths: Sequence[int], micro_tokens: int) -> Iterator[list[int]]:
+    """Rows of like lengths (in tokens) that go into one batch, the longest first."""
     rows: list[int] = []
-    width = 0
-    for i in sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens)):
-        if rows and (len(rows) + 1) * width > micro_tokens:
+    wide = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if rows and (len(rows) + 1) * wide > micro_tokens:
             yield rows
             rows = []
         if not rows:
-            width = _width(len(examples[i].tokens) - 1)
+            wide = width(lengths[i] - 1)
         rows.append(i)
     if rows:
         yield rows
 
 
-def _width(positions: int) -> int:
+def width(positions: int) -> int:
+    """Of a batch whose longest row has so many positions."""
     return max(-(-positions // WIDTHS), 1) * WIDTHS
 
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Shifted and padded on the right: inputs, targets, weights [B, T]; T is rounded up to a multiple of 8."""
-    shape = (len(examples), _width(max(len(example.tokens) for example in examples) - 1))
+    shape = (len(examples), width(max(len(example.tokens) for example in examples) - 1))
     inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     weights = np.zeros(shape, np.float32)
     for row, example in enumerate(examples):
@@ -93,5 +95,5 @@ def halve(batch: Batch) -> tuple[Batch, Batch] | None:
 def _narrow(batch: Batch, rows: slice) -> Batch:
     """What stands after the last supervised position of all rows changes nothing, and goes."""
     used = np.flatnonzero((batch.weights[rows] > 0).any(axis=0))  # positions
-    width = min(_width(int(used[-1]) + 1) if used.size else WIDTHS, batch.inputs.shape[1])
-    return Batch(batch.inputs[rows, :width], batch.targets[rows, :width], batch.weights[rows, :width])
+    end = min(width(int(used[-1]) + 1) if used.size else WIDTHS, batch.inputs.shape[1])
+    return Batch(batch.inputs[rows, :end], batch.targets[rows, :end], batch.weights[rows, :end])

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from finetune.data.conversations import Message
+from finetune.data import sandbox
 from finetune.data.records import Record
 from finetune.data.rendered import Rendered, Span
 from finetune.data.templates import LossOn, Pieces, fill_answer
@@ -98,10 +98,16 @@ class ChatRenderer:
 
     def _one(self, record: Record) -> Rendered:
         """Raises Rewritten where a turn cannot be found in the whole text."""
-        messages, last = record.messages, len(record.messages) - 1
-        whole = self._apply(record, messages, False)
+        last = len(record.messages) - 1
         turns = [] if self.loss_on == "all" else self._supervised(record)
-        found = {i: self._turn(record, whole, i) for i in sorted({*turns, last})}
+        places = sorted({*turns, last})
+        prefixes = [prefix for turn in places for prefix in ((turn, True), (turn + 1, False))]
+        texts = self._apply(record, prefixes)
+        whole = texts[-1]
+        found = {
+            turn: self._turn(whole, before, until)
+            for turn, before, until in zip(places, texts[::2], texts[1::2], strict=True)
+        }
         start, content_end, end = found[last]
         text = whole[: end if self.end_token else content_end]
         if self.loss_on == "all":
@@ -111,35 +117,31 @@ class ChatRenderer:
         closed = content_end < end or not self.end_token or (self.loss_on != "all" and last not in turns)
         return Rendered(record, text, supervised, (start, content_end), closed)
 
-    def _turn(self, record: Record, whole: str, turn: int) -> tuple[int, int, int]:
+    def _turn(self, whole: str, before: str, until: str) -> tuple[int, int, int]:
         """Where an assistant turn begins, where its words end, and where its end token does."""
-        messages = record.messages
-        before = self._apply(record, messages[:turn], True)
-        until = whole if turn == len(messages) - 1 else self._apply(record, messages[: turn + 1], False)
         if not whole.startswith(before) or not whole.startswith(until) or len(until) <= len(before):
             raise Rewritten
         end = max(len(before), len(until.rstrip()))
         token = max((len(one) for one in self.specials if one and until.endswith(one, len(before), end)), default=0)
         return len(before), end - token, end
 
-    def _apply(self, record: Record, messages: Sequence[Message], answering: bool) -> str:
+    def _apply(self, record: Record, prefixes: Sequence[tuple[int, bool]]) -> list[str]:
+        """What the template writes for the first n messages, for each (n, with the prompt for an answer)."""
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                list(messages),
+            return sandbox.render(
+                self.tokenizer,
+                record.messages,
+                prefixes,
                 tools=list(record.tools) or None,
-                chat_template=self.template,
-                add_generation_prompt=answering,
-                tokenize=False,
+                template=self.template,
                 date_string=DATE,
             )
-        except Exception as error:
-            # A template is a program: besides its own refusals it may fail in any way on what it did not expect.
+        except ValueError as error:
             raise ValueError(f"the chat template refuses this conversation ({error}); change the turns") from None
-        return text
 
     def question(self, record: Record) -> str:
         record = self._with_system(record if record.messages else self._question_record(record))
-        return self._apply(record, record.messages, True)
+        return self._apply(record, [(len(record.messages), True)])[0]
 
     def _question_record(self, record: Record) -> Record:
         record = self._as_messages(record)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.data.encoding import check_text
+
 Message = Mapping[str, Any]  # role, content (text), and where given tool_calls, name, tool_call_id, weight
 
 _ROLES = {
@@ -95,10 +97,7 @@ def _content(value: Any, where: str) -> str:
         return "".join(_part(part, where) for part in value)
     if not isinstance(value, str):
         raise ValueError(f"{where}: content is {type(value).__name__}; write it as text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: content holds half a character (a lone surrogate); remove it") from None
+    check_text(value, f"{where}: content")
     return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ import numpy as np
 from finetune.data import split as parting
 from finetune.data.formats import Layout, recognise
 from finetune.data.labels import Labels, LabelTokens, find_labels, label_tokens, same_label_tokens, unknown_labels
-from finetune.data.problems import Problem, settle
+from finetune.data.problems import Problem, listed, settle
 from finetune.data.read import Rows, read
 from finetune.data.records import Record, read_records
 from finetune.data.render import make_renderer
@@ -21,7 +21,7 @@ from finetune.data.tokenise import Tokenised, tokenise
 from finetune.data.truncate import Fitted, fit
 from finetune.errors import DataError, RecipeError
 from finetune.examples import Dataset, Example, Prepared
-from finetune.recipe import Recipe
+from finetune.recipe import Data, Recipe
 from finetune.tokenizer import Tokenizer, stop_tokens
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -30,7 +30,7 @@ TOGETHER = 5000  # rows between two reports of progress
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """One split on its way: its records, and what became of the other rows."""
 
     name: str
@@ -41,6 +41,17 @@ class _Source:
     @property
     def rows(self) -> int:
         return len(self.records) + len(self.bad)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All rows of a recipe, read and checked, and how they will be written; not yet tokens."""
+
+    task: Task
+    layout: Layout
+    renderer: Renderer
+    labels: Labels
+    sources: tuple[Source, ...]  # train, valid, and test where there is one
 
 
 def prepare(
@@ -55,30 +66,52 @@ def prepare(
     base: the folder that relative paths start from. Raises DataError for rows, with file and line, and
     RecipeError for settings that do not fit them.
     """
+    found = gather(recipe, tokenizer, base)
+    labels = found.labels
+    fitted = {one.name: _fit(recipe, tokenizer, found.renderer, one, progress) for one in found.sources}
+    scored: LabelTokens = ()
+    if labels:
+        scored, alone = label_tokens(tokenizer, found.renderer, fitted["train"][0].kept[0].rendered.record, labels)
+        for one, _ in fitted.values():
+            one.kept = [same_label_tokens(row, alone[labels.index(_answer(row))]) for row in one.kept]
+    sets = {one.name: _dataset(one, *fitted[one.name]) for one in found.sources}
+    return Prepared(
+        found.task,
+        found.layout.name,
+        found.renderer.name,
+        sets["train"],
+        sets["valid"],
+        sets.get("test"),
+        labels,
+        scored,
+        stop_tokens(tokenizer),
+    )
+
+
+def gather(recipe: Recipe, tokenizer: Tokenizer, base: Path) -> Gathered:
+    """Read and check the rows of every split. Raises as `prepare` does."""
     data = recipe.data
     opened = read(data.train, base)
     if not opened.rows:
         settle(opened.bad, "stop")
-    layout = recognise(opened.rows, data.format, data.columns)
+    layout = _layout(opened, data)
     task = _task(recipe, layout)
     columns = {*layout.columns, *(column for row in opened.rows for column in row.fields)}
     renderer = make_renderer(recipe.prompt, layout.name, columns, tokenizer)
     train = _source("train", opened, layout, recipe)
     labels = find_labels(train.records, data.labels) if task == "classification" else ()
     train, valid = _valid(train, layout, recipe, base, labels)
-    test = _source("test", read(data.test, base), layout, recipe, labels) if data.test else None
+    test = (_source("test", read(data.test, base), layout, recipe, labels),) if data.test else ()
+    return Gathered(task, layout, renderer, labels, (train, valid, *test))
 
-    fitted = {one.name: _fit(recipe, tokenizer, renderer, one, progress) for one in (train, valid, test) if one}
-    scored: LabelTokens = ()
-    if labels:
-        scored, alone = label_tokens(tokenizer, renderer, fitted["train"][0].kept[0].rendered.record, labels)
-        for one, _ in fitted.values():
-            one.kept = [same_label_tokens(row, alone[labels.index(_answer(row))]) for row in one.kept]
-    sets = {one.name: _dataset(one, *fitted[one.name]) for one in (train, valid, test) if one}
-    stop = stop_tokens(tokenizer)
-    return Prepared(
-        task, layout.name, renderer.name, sets["train"], sets["valid"], sets.get("test"), labels, scored, stop
-    )
+
+def _layout(opened: Rows, data: Data) -> Layout:
+    try:
+        return recognise(opened.rows, data.format, data.columns)
+    except DataError as error:
+        if not opened.bad:
+            raise
+        raise DataError(f"{error}\n{listed(opened.bad)}") from None
 
 
 def _task(recipe: Recipe, layout: Layout) -> Task:
@@ -94,7 +127,7 @@ def _task(recipe: Recipe, layout: Layout) -> Task:
     return recipe.task
 
 
-def _source(name: str, found: Rows, layout: Layout, recipe: Recipe, labels: Labels = ()) -> _Source:
+def _source(name: str, found: Rows, layout: Layout, recipe: Recipe, labels: Labels = ()) -> Source:
     """The records of one file. Raises DataError for its bad rows, unless they are to be skipped."""
     allowed = recipe.data.labels if recipe.task in ("auto", "classification") else None
     records, bad = read_records(found.rows, layout, allowed)
@@ -105,31 +138,30 @@ def _source(name: str, found: Rows, layout: Layout, recipe: Recipe, labels: Labe
         records = [record for record in records if record.place not in places]
     bad = [*found.bad, *bad]
     settle(bad, recipe.data.on_error)
-    return _Source(name, records, bad, (*layout.notes, *found.notes))
+    return Source(name, records, bad, (*layout.notes, *found.notes))
 
 
-def _valid(train: _Source, layout: Layout, recipe: Recipe, base: Path, labels: Labels) -> tuple[_Source, _Source]:
+def _valid(train: Source, layout: Layout, recipe: Recipe, base: Path, labels: Labels) -> tuple[Source, Source]:
     data = recipe.data
     if data.valid is not None:
         return train, _source("valid", read(data.valid, base), layout, recipe, labels)
     kept, apart = parting.split(train.records, data.valid_fraction, recipe.seed, stratified=bool(labels))
     how = f"{len(apart)} of {len(train.records)} rows of {data.train} set apart for validation (seed {recipe.seed})"
-    valid = _Source("valid", apart, [], (how + (", stratified by label" if labels else ""),))
+    valid = Source("valid", apart, [], (how + (", stratified by label" if labels else ""),))
     return replace(train, records=kept), valid
 
 
 def _fit(
-    recipe: Recipe, tokenizer: Tokenizer, renderer: Renderer, source: _Source, progress: Progress
+    recipe: Recipe, tokenizer: Tokenizer, renderer: Renderer, source: Source, progress: Progress
 ) -> tuple[Fitted, tuple[str, ...]]:
     """The rows of one split as tokens within max_length, and notes on them."""
     rows: list[Tokenised] = []
     bad: list[Problem] = []
     unrolled = 0
-    for start in range(0, len(source.records), TOGETHER):
-        rendered, more = _render(renderer, source.records[start : start + TOGETHER], bad)
-        unrolled += more
-        rows += tokenise(tokenizer, rendered)
-        progress(f"preparing {source.name}", min(start + TOGETHER, len(source.records)), len(source.records))
+    for chunk in tokenised(tokenizer, renderer, source, progress):
+        rows += chunk.rows
+        bad += chunk.bad
+        unrolled += chunk.unrolled
     settle(bad, recipe.data.on_error)
     fitted = fit(tokenizer, renderer, rows, recipe.train.max_length, recipe.train.truncation)
     fitted.dropped = [*source.bad, *bad, *fitted.dropped]
@@ -140,6 +172,24 @@ def _fit(
     if unrolled:
         notes.append(f"{unrolled} conversations unrolled: the chat template rewrites earlier turns")
     return fitted, tuple(notes)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a split as tokens, of any length yet."""
+
+    rows: list[Tokenised]
+    bad: list[Problem]  # records that the template refuses
+    unrolled: int  # conversations that became several rows
+
+
+def tokenised(tokenizer: Tokenizer, renderer: Renderer, source: Source, progress: Progress) -> Iterator[Chunk]:
+    """The rows of one split in order, so many at a time that memory stays small."""
+    for start in range(0, len(source.records), TOGETHER):
+        bad: list[Problem] = []
+        rendered, unrolled = _render(renderer, source.records[start : start + TOGETHER], bad)
+        yield Chunk(list(tokenise(tokenizer, rendered)), bad, unrolled)
+        progress(f"preparing {source.name}", min(start + TOGETHER, len(source.records)), len(source.records))
 
 
 def _render(renderer: Renderer, records: Sequence[Record], bad: list[Problem]) -> tuple[list[Rendered], int]:
@@ -165,7 +215,7 @@ def _answer(row: Tokenised) -> str:
     return rendered.record.answer if rendered.record.answer is not None else rendered.text[slice(*rendered.answer)]
 
 
-def _dataset(source: _Source, fitted: Fitted, notes: tuple[str, ...]) -> Dataset:
+def _dataset(source: Source, fitted: Fitted, notes: tuple[str, ...]) -> Dataset:
     apart = sum(row.split for row in fitted.kept)
     cut = sum(row.cut for row in fitted.kept)
     more = list(notes)
@@ -173,11 +223,12 @@ def _dataset(source: _Source, fitted: Fitted, notes: tuple[str, ...]) -> Dataset
         more.append(f"{apart} rows: a token lay across the border of an answer; prompt and answer were encoded apart")
     if cut:
         more.append(f"{cut} rows lost their end, and with it their end token")
-    examples = tuple(_example(row) for row in fitted.kept)
+    examples = tuple(example(row) for row in fitted.kept)
     return Dataset(examples, source.rows, tuple(fitted.shortened), tuple(fitted.dropped), (*source.notes, *more))
 
 
-def _example(row: Tokenised) -> Example:
+def example(row: Tokenised) -> Example:
+    """The row as it is trained on."""
     rendered = row.rendered
     return Example(
         np.asarray(row.tokens, np.int32),

@@ -17,11 +17,15 @@ def settle(problems: Sequence[Problem], on_error: OnError) -> None:
     if not problems or on_error == "skip":
         return
     count = len(problems)
-    lines = [f"{place}: {reason}" for place, reason in problems[:SHOWN]]
-    if count > SHOWN:
-        lines.append(f"... and {count - SHOWN} more")
-    lines.append(
-        f"{count} bad row{'s' if count > 1 else ''}; mend {'them' if count > 1 else 'it'}, "
+    raise DataError(
+        f"{listed(problems)}\n{count} bad row{'s' if count > 1 else ''}; mend {'them' if count > 1 else 'it'}, "
         "or set data.on_error: skip to leave bad rows out"
     )
-    raise DataError("\n".join(lines))
+
+
+def listed(problems: Sequence[Problem]) -> str:
+    """The first 20, one a line, and how many more there are."""
+    lines = [f"{place}: {reason}" for place, reason in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        lines.append(f"... and {len(problems) - SHOWN} more")
+    return "\n".join(lines)

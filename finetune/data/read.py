@@ -9,8 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from finetune.data.encoding import decode, unusual
+from finetune.data.json_files import parse_json
 from finetune.data.problems import OnError, Problem, settle
-from finetune.data.text_files import decode, parse_json, parse_table
+from finetune.data.table_files import parse_table
 from finetune.errors import DataError, EnvironmentProblem
 from finetune.examples import Row
 
@@ -82,8 +84,11 @@ def _parse(raw: bytes, source: str, ending: str) -> Rows:
         return _parquet(raw, source)
     text = decode(raw, source)
     if ending in (".csv", ".tsv"):
-        return Rows(*parse_table(text, source, "\t" if ending == ".tsv" else ","))
-    return Rows(*parse_json(text, source))
+        rows, bad, notes = parse_table(text, source, "\t" if ending == ".tsv" else ",")
+    else:
+        rows, bad, notes = parse_json(text, source)
+    notes = [*unusual(raw), *notes]
+    return Rows(rows, bad, (f"{source}: {'; '.join(notes)}",) if notes else ())
 
 
 def _parquet(raw: bytes, source: str) -> Rows:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.data.conversations import Message, read_messages, read_tools
+from finetune.data.encoding import check_text
 from finetune.data.formats import ANSWER, REQUIRED, Layout
 from finetune.data.problems import Problem
 from finetune.examples import Row
@@ -50,7 +51,8 @@ def _record(row: Row, layout: Layout, labels: Sequence[str] | None) -> Record:
     if layout.name in ("chat", "sharegpt"):
         part = "messages" if layout.name == "chat" else "conversations"
         messages = read_messages(row.fields[layout.columns[part]], layout.columns[part])
-        return Record(row.place, repr(messages), messages=messages, tools=read_tools(row.fields, layout.columns))
+        tools = read_tools(row.fields, layout.columns)
+        return Record(row.place, repr(messages), _scalars(row), messages=messages, tools=tools)
     return _plain_record(row, layout, labels)
 
 
@@ -69,23 +71,20 @@ def _plain_record(row: Row, layout: Layout, labels: Sequence[str] | None) -> Rec
     return Record(row.place, key, {**own, **standard}, standard[answer_part] if answer_part else None)
 
 
+def _scalars(row: Row) -> dict[str, str]:
+    """The columns beside a conversation that hold one value: an id, a source, a group."""
+    return {name: str(value) for name, value in row.fields.items() if isinstance(value, (str, int, float))}
+
+
 def _text(value: Any, column: str, part: str) -> str:
     if value is None:
         return ""
     if isinstance(value, float) and value.is_integer() and part == "label":
         return str(int(value))  # tables with gaps hold whole numbers as floats
     if isinstance(value, str):
-        if not value.isascii():
-            _check_unicode(value, column)
+        check_text(value, column)
         return value
     if isinstance(value, (bool, int)) and part in ("label", "completion", "output"):
         return str(value)
     kinds = "text, a whole number or true/false" if part == "label" else "text"
     raise BadRow(f"{column} is {type(value).__name__}, and must be {kinds}; write it as text")
-
-
-def _check_unicode(value: str, column: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{column} holds half a character (a lone surrogate at {error.start}); remove it") from None

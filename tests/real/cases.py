@@ -11,7 +11,7 @@ from typing import Any
 
 BUILT_IN = "builtin:reviews-base"
 STORIES = "stories260K"
-BANKING_TEST_ROWS = 154  # of 3,080, evenly spread, two an intent: each row is measured once for each of 77 labels
+BANKING_TEST_ROWS = 77  # of 3,080, one an intent: every measurement runs each row once for each of the 77 labels
 Settings = dict[str, Any]
 
 
@@ -52,14 +52,15 @@ def banking77(data: Path, out: Path) -> Mapping[str, Path]:
 
 
 LABELS = {"prompt": {"template": "{text} Overall this is a", "completion": " {label}"}}
-SHORT = {"steps": 60, "batch_size": 8, "learning_rate": 2e-3, "max_length": 512}
+SHORT = {"steps": 60, "batch_size": 8, "learning_rate": 2e-3, "max_length": 512, "checkpoint_every": 30}
+OFTEN = {"every": 30}
 CASES: dict[str, Case] = {
     "sst2": Case(
         sst2,
         {
             **LABELS,
             "lora": {"rank": 16, "alpha": 32.0},
-            "train": {"epochs": 3, "learning_rate": 3e-3, "max_length": 256},
+            "train": {"epochs": 3, "learning_rate": 1e-3, "max_length": 256},
         },
         quantize=("none", "4bit"),
     ),
@@ -74,21 +75,21 @@ CASES: dict[str, Case] = {
     ),
     "wikisql": Case(
         as_they_are(train="wikisql/train.jsonl", valid="wikisql/valid.jsonl", test="wikisql/test.jsonl"),
-        {"train": SHORT},
+        {"train": SHORT, "evaluate": OFTEN},
         model=STORIES,
     ),
     "instruct": Case(
         as_they_are(train="instruct/instruction-data.json"),
-        {"prompt": {"template": "alpaca"}, "train": SHORT, "evaluate": {"max_tokens": 16}},
+        {"prompt": {"template": "alpaca"}, "train": SHORT, "evaluate": OFTEN | {"max_tokens": 16}},
     ),
     "banking77": Case(
         banking77,
-        {"data": {"columns": {"label": "category"}}, "train": SHORT},
-        note=f"{BANKING_TEST_ROWS} of 3,080 test rows, spread evenly; they validate too",
+        {"data": {"columns": {"label": "category"}}, "train": SHORT, "evaluate": OFTEN},
+        note=f"{BANKING_TEST_ROWS} of 3,080 test rows, one an intent; they validate too",
     ),
     "shawgpt": Case(
         as_they_are(**{s: f"shawgpt/qlora-mlx_data_{s}.jsonl" for s in ("train", "valid", "test")}),
-        {"train": SHORT | {"batch_size": 5}},
+        {"train": SHORT | {"batch_size": 5}, "evaluate": OFTEN},
         model=STORIES,
     ),
     "shawgpt-chat": Case(
@@ -96,11 +97,15 @@ CASES: dict[str, Case] = {
             train="shawgpt/ai-assistant-openai_data_training-data.jsonl",
             valid="shawgpt/ai-assistant-openai_data_validation-data.jsonl",
         ),
-        {"train": SHORT | {"batch_size": 5}, "evaluate": {"max_tokens": 16}},
+        {"train": SHORT | {"batch_size": 5}, "evaluate": OFTEN | {"max_tokens": 16}},
     ),
     "chat": Case(
         as_they_are(train="chat/toy_chat_fine_tuning.jsonl", valid="chat/weather_chat_fine_tuning.jsonl"),
-        {"train": SHORT | {"batch_size": 5, "max_length": 1024}, "evaluate": {"max_tokens": 16}},
-        note="validated on conversations with tool calls",
+        {
+            "data": {"on_error": "skip"},
+            "train": SHORT | {"batch_size": 5, "max_length": 1024},
+            "evaluate": OFTEN | {"max_tokens": 16},
+        },
+        note="rows without a user's turn are left out; validated on conversations with tool calls",
     ),
 }

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.read import read, read_rows
-from finetune.data.text_files import parse_json
+from finetune.data.json_files import parse_json
 from finetune.errors import DataError
 
 ROWS = [{"text": "good\u2028film", "label": "pos"}, {"text": 'bad, "very" bad\n', "label": "neg"}]
@@ -50,7 +50,7 @@ def test_json_is_told_apart_by_its_content(tmp_path, ending, written, lines):
 @given(st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=20), min_size=1), min_size=1), st.booleans())
 def test_every_json_round_trips(rows, array):
     written = json.dumps(rows) if array else "\n".join(map(json.dumps, rows))
-    found, bad = parse_json(written, "f")
+    found, bad, _ = parse_json(written, "f")
     assert [row.fields for row in found] == rows and not bad
 
 

@@ -1,0 +1,166 @@
+"""Files that came from elsewhere, looked at before any library opens them.
+
+The rules for a model folder, the same for every backend:
+
+- weights are `model*.safetensors` alone, and each is read whole-header by the safetensors library first (MLX's own
+  reader takes files that it refuses); pickles (`pytorch_model.bin`) are never opened;
+- what is read are regular files of that folder. A link may lead to another file of the folder, and in a snapshot of
+  the hub's cache (`<repository>/snapshots/<commit>`) to `<repository>/blobs`, where the hub keeps the files; any
+  other is refused. An index names its shards by their bare names;
+- Python code that comes with a model runs only where the recipe says `model.remote_code: true`;
+- a config claims no more blocks and no greater sizes than the tensors have, so that nothing is built of its claims.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from backends.interface import BackendError
+
+Shapes = Mapping[str, tuple[int, ...]]
+HEADER = 32 * 2**20  # bytes of a safetensors header; the largest published models have some 10 MB
+_MOST = {".json": 16 * 2**20, ".jinja": 2**20, ".txt": 64 * 2**20, ".model": 64 * 2**20, ".safetensors": 2**50}
+_TOKENIZER = 64 * 2**20  # of tokenizer.json; the largest vocabularies take 35 MB
+_FILES, _SHARD = "model*.safetensors", re.compile(r"model[\w.-]*\.safetensors")
+_INDEX = "model.safetensors.index.json"
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "num_attention_heads",
+    "num_key_value_heads", "n_head", "head_dim", "num_experts", "num_local_experts", "n_routed_experts",
+)  # fmt: skip
+_PACKED = 32  # values that one word of a quantised tensor may hold
+
+
+def read_object(file: Path, most: int = _MOST[".json"]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError (not JSON, no object, too large or too deep) or OSError."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError("not a regular file")
+    if file.stat().st_size > most:
+        raise ValueError(f"{file.stat().st_size:,} bytes, and {most:,} are the most")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
+def validate(file: Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor's shape, from a safetensors file whose header and offsets are right. Raises BackendError."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise BackendError(f"{file}: not a regular file")
+        with file.open("rb") as opened:
+            header = int.from_bytes(opened.read(8), "little")
+        if header > HEADER:
+            raise BackendError(f"{file}: its header claims {header:,} bytes, and {HEADER:,} are the most")
+        with safe_open(file, framework="numpy") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BackendError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+
+
+def check_folder(folder: Path, remote_code: bool = False) -> None:
+    """Raises BackendError where a model folder breaks a rule of this module."""
+    root = folder.resolve()
+    inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for file in _entries(folder):
+        target = file.resolve()
+        if not any(place in target.parents for place in inside):
+            raise BackendError(f"{file}: a link out of the model's folder; put the file itself there")
+        _check_file(file)
+    if (folder / "adapter_config.json").exists():  # transformers would load the base that it names instead
+        raise BackendError(f"{folder}: an adapter's folder (adapter_config.json), and a base model is needed")
+    _check_index(folder)
+    if (folder / "config.json").exists():
+        _check_code(folder, _object(folder / "config.json"), remote_code)
+
+
+def needs_code(folder: Path, why: object) -> BackendError:
+    return BackendError(
+        f"{folder}: the model comes with Python code of its own ({why}), which is not run. If you have read it and "
+        "trust it, set model.remote_code: true"
+    )
+
+
+def check_claims(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
+    """Raises BackendError where a config claims more than the tensors have. shapes: of all the folder's tensors."""
+    blocks = 1 + max((int(at) for name in shapes for at in re.findall(r"\.(\d{1,9})\.", name)), default=0)
+    largest = max((size for shape in shapes.values() for size in shape), default=0) * _PACKED
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        limits = dict.fromkeys(_SIZES, largest) | {"num_hidden_layers": blocks, "n_layer": blocks, "num_layers": blocks}
+        for key, most in limits.items():
+            value = part.get(key)
+            if value is None or isinstance(value, list):  # some models have one for each layer
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+                raise BackendError(f"{folder}: config.json says {key}: {_short(value)}, which the weights do not have")
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """The files of a model folder that some library may read."""
+    for place in (folder, folder / "additional_chat_templates"):
+        if place.is_dir():
+            yield from sorted(one for one in place.iterdir() if one.is_symlink() or one.suffix in _MOST)
+
+
+def _check_file(file: Path) -> None:
+    most = _TOKENIZER if file.name == "tokenizer.json" else _MOST.get(file.suffix)
+    if most is None:
+        return
+    if not file.is_file():
+        raise BackendError(f"{file}: not a file")
+    if file.stat().st_size > most:
+        raise BackendError(f"{file}: {file.stat().st_size:,} bytes, and {most:,} are the most")
+    if file.suffix == ".safetensors":
+        validate(file)
+
+
+def _check_index(folder: Path) -> None:
+    if not (folder / _INDEX).exists():
+        return
+    shards = _object(folder / _INDEX).get("weight_map")
+    if not isinstance(shards, dict):
+        raise BackendError(f"{folder / _INDEX}: no weight_map in it")
+    for shard in {str(one) for one in shards.values()}:
+        if not _SHARD.fullmatch(shard):
+            raise BackendError(f"{folder / _INDEX}: {_short(shard)} is not the bare name of one of {_FILES}")
+        if not (folder / shard).is_file():
+            raise BackendError(f"{folder / _INDEX}: {shard} is not there; download the model again")
+
+
+def _check_code(folder: Path, config: Mapping[str, Any], remote_code: bool) -> None:
+    kind = config.get("model_type", "")
+    if not isinstance(kind, str) or not re.fullmatch(r"[\w.-]*", kind) or ".." in kind:
+        raise BackendError(f"{folder}: config.json says model_type: {_short(kind)}, which is no name of a model")
+    if config.get("model_file") is not None and not remote_code:
+        raise needs_code(folder, f"model_file: {_short(config['model_file'])}")
+    weights = config.get("transformers_weights")
+    if weights is not None and not _SHARD.fullmatch(str(weights)):
+        raise BackendError(f"{folder}: config.json says transformers_weights: {_short(weights)}, not {_FILES}")
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+        if "/" in str(config.get(key)) and not remote_code:  # a kernel that would be downloaded
+            raise needs_code(folder, f"{key}: {_short(config[key])}")
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file)
+    except (OSError, ValueError) as error:
+        raise BackendError(f"{file}: cannot be read ({error})") from None
+
+
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        return type(value).__name__
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,125 @@
+"""Labels and groups: how many of each, what gives a label away, and texts whose labels disagree."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from finetune.check.texts import content, everything, words
+from finetune.data.prepare import Source
+from finetune.data.records import Record
+from finetune.errors import RecipeError
+from finetune.recipe import Groups
+
+PRIOR = 1000.0  # words' worth of the whole data in the prior
+TELLING = 4.0  # standard errors of the log-odds from which a word is shown
+FEWEST = 5  # rows that hold the word
+WORDS_SHOWN = 5  # of each label
+ALONE = 0.98  # share of a word's rows under one label, from which the word alone gives it away
+OFTEN = 0.1  # and of that label's rows that must hold it
+
+
+@dataclass(frozen=True)
+class Telling:
+    """A word that goes with one label."""
+
+    word: str
+    z: float  # log-odds against the other labels, in standard errors
+    rows: int  # of this label that hold it
+    elsewhere: int  # rows of other labels that hold it
+    alone: bool  # it gives the label away by itself
+
+
+@dataclass(frozen=True)
+class Group:
+    rows: int
+    share: float
+    labels: Mapping[str, int]
+
+
+@dataclass
+class Balance:
+    labels: dict[str, dict[str, int]] = field(default_factory=dict)  # split -> label -> rows
+    words: dict[str, list[Telling]] = field(default_factory=dict)  # label -> the most telling
+    contradictions: list[list[tuple[str, str]]] = field(default_factory=list)  # (place, label) of one text
+    groups: dict[str, Group] = field(default_factory=dict)  # of all splits together
+
+
+def weigh(sources: Sequence[Source], labels: Sequence[str], groups: Groups | None) -> Balance:
+    """labels: none where rows have open answers; then only the groups are counted."""
+    found = Balance(groups=count_groups(sources, groups) if groups else {})
+    if not labels:
+        return found
+    for source in sources:
+        counts = Counter(record.answer or "" for record in source.records)
+        found.labels[source.name] = {label: counts[label] for label in labels}
+    found.words = telling_words(sources[0].records, labels)
+    found.contradictions = contradictions([record for source in sources for record in source.records])
+    return found
+
+
+def telling_words(records: Sequence[Record], labels: Sequence[str]) -> dict[str, list[Telling]]:
+    """The words whose log-odds under a label stand out: Monroe, Colaresi and Quinn (2008), equations 16 and 22.
+
+    A word counts once a row; the prior is the words' frequency in all rows.
+    """
+    counts: dict[str, Counter[str]] = {label: Counter() for label in labels}
+    rows = Counter(record.answer or "" for record in records)
+    for record in records:
+        counts[record.answer or ""].update(set(words(content(record, labelled=True))))
+    whole: Counter[str] = sum(counts.values(), Counter())
+    total = whole.total()
+    common = [word for word, count in whole.items() if count >= FEWEST]
+    found = {}
+    for label, own in counts.items():
+        size = own.total()
+        scored = ((_z(own[word], size, whole[word], total), word) for word in common if own[word])
+        best = sorted((pair for pair in scored if pair[0] >= TELLING), key=lambda pair: (-pair[0], pair[1]))
+        found[label] = [_telling(word, z, own, whole, rows[label]) for z, word in best[:WORDS_SHOWN]]
+    return found
+
+
+def _z(inside: int, size: int, whole: int, total: int) -> float:
+    prior = PRIOR * whole / total
+    outside = whole - inside
+    own = math.log((inside + prior) / (size + PRIOR - inside - prior))
+    rest = math.log((outside + prior) / (total - size + PRIOR - outside - prior))
+    return (own - rest) / math.sqrt(1 / (inside + prior) + 1 / (outside + prior))
+
+
+def _telling(word: str, z: float, own: Counter[str], whole: Counter[str], rows: int) -> Telling:
+    alone = own[word] >= ALONE * whole[word] and own[word] >= OFTEN * rows
+    return Telling(word, round(z, 1), own[word], whole[word] - own[word], alone)
+
+
+def contradictions(records: Sequence[Record]) -> list[list[tuple[str, str]]]:
+    """Rows of the same text under different labels."""
+    seen: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        seen[" ".join(content(record, labelled=True).casefold().split())].append(record)
+    differing = (same for same in seen.values() if len({record.answer for record in same}) > 1)
+    return [[(record.place, record.answer or "") for record in same] for same in differing]
+
+
+def count_groups(sources: Sequence[Source], groups: Groups) -> dict[str, Group]:
+    """How each group stands in the data. Raises RecipeError for a column that no row has."""
+    records = [record for source in sources for record in source.records]
+    if isinstance(groups, str) and not any(groups in record.values for record in records):
+        raise RecipeError(f"data.groups: no row has a column {groups}; name a column, or give each group its words")
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        for name in _groups_of(record, groups):
+            counts[name][record.answer or ""] += 1
+    if not isinstance(groups, str):
+        counts.update({name: Counter() for name in groups if name not in counts})
+    return {name: Group(one.total(), one.total() / len(records), dict(one)) for name, one in sorted(counts.items())}
+
+
+def _groups_of(record: Record, groups: Groups) -> Iterator[str]:
+    if isinstance(groups, str):
+        yield record.values.get(groups, "").strip() or "(none)"
+        return
+    said = set(words(everything(record)))
+    yield from (name for name, listed in groups.items() if any(word.casefold() in said for word in listed))

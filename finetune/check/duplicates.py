@@ -1,0 +1,157 @@
+"""Rows that say the same, or nearly, and rows that stand on both sides of a split."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.check.texts import asked, content, words
+from finetune.data.prepare import Progress, Source
+from finetune.data.records import Record
+
+NEAR = 0.8  # Jaccard similarity of the three-word runs, from which rows count as nearly the same
+FEWEST_WORDS = 6  # shorter rows are compared exactly alone
+BANDS, BAND = 16, 4  # 64 permutations: a pair at 0.8 shares a band with probability 1 - (1 - 0.8^4)^16 = 0.9998
+_RUN = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row, and the earlier one that it repeats."""
+
+    place: str
+    other: str
+    similarity: float  # 1: the same words
+
+
+@dataclass
+class Duplicates:
+    exact: list[Pair] = field(default_factory=list)  # both in train
+    near: list[Pair] = field(default_factory=list)  # both in train
+    leaks: list[tuple[str, str, Pair]] = field(default_factory=list)  # (split, earlier split, the rows)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of all splits, train first."""
+
+    records: list[Record]
+    splits: list[str]
+    labelled: bool
+
+    def text(self, row: int) -> str:
+        return content(self.records[row], self.labelled)
+
+
+def find_duplicates(sources: Sequence[Source], labelled: bool, progress: Progress) -> Duplicates:
+    """labelled: the answers are labels, and two rows of one text repeat each other whatever they are labelled.
+
+    A held-out row leaks when train holds its question; or, nearly, the whole of it.
+    """
+    records = [record for source in sources for record in source.records]
+    rows = _Rows(records, [source.name for source in sources for _ in source.records], labelled)
+    found = Duplicates()
+    repeated = _exact(rows, found)
+    sets = _Signatures()
+    signatures = np.zeros((len(records), BANDS * BAND), np.uint32)
+    usable = np.zeros(len(records), bool)
+    for row in range(len(records)):
+        if row not in repeated:
+            runs = shingles(rows.text(row))
+            if len(runs) > FEWEST_WORDS - 3:
+                signatures[row], usable[row] = sets.of(runs), True
+        if row % 1000 == 999 or row + 1 == len(records):
+            progress("comparing rows", row + 1, len(records))
+    kept = np.flatnonzero(usable)
+    for row, other in candidates(signatures[kept]):
+        _note(rows, int(kept[row]), int(kept[other]), found)
+    return found
+
+
+def _exact(rows: _Rows, found: Duplicates) -> set[int]:
+    """Notes rows of the same words; returns them."""
+    whole: dict[bytes, int] = {}
+    questions: dict[bytes, int] = {}
+    repeated = set()
+    for row, record in enumerate(rows.records):
+        text = content(record, rows.labelled)
+        first = whole.setdefault(_digest(text), row)
+        question = text if rows.labelled else asked(record)
+        leaked = questions.setdefault(_digest(question), row)
+        if rows.splits[leaked] != rows.splits[row]:
+            pair = Pair(record.place, rows.records[leaked].place, 1.0)
+            found.leaks.append((rows.splits[row], rows.splits[leaked], pair))
+            repeated.add(row)
+        elif first != row:
+            repeated.add(row)
+            if rows.splits[row] == "train":
+                found.exact.append(Pair(record.place, rows.records[first].place, 1.0))
+    return repeated
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
+
+
+def _note(rows: _Rows, row: int, other: int, found: Duplicates) -> None:
+    """Compares the two sets themselves: a signature only estimates."""
+    a, b = shingles(rows.text(row)), shingles(rows.text(other))
+    shared = len(np.intersect1d(a, b, assume_unique=True))
+    similarity = shared / (len(a) + len(b) - shared)
+    if similarity < NEAR:
+        return
+    pair = Pair(rows.records[row].place, rows.records[other].place, round(similarity, 3))
+    if rows.splits[row] != rows.splits[other]:
+        found.leaks.append((rows.splits[row], rows.splits[other], pair))
+    elif rows.splits[row] == "train":
+        found.near.append(pair)
+
+
+def shingles(text: str) -> NDArray[np.uint64]:
+    """The set of all runs of three words, each as a 32-bit number. [k]"""
+    found = np.array([zlib.crc32(word.encode()) for word in words(text)], np.uint64)
+    if len(found) < 3:
+        return found[:0]
+    runs = found[:-2] * _RUN[0] + found[1:-1] * _RUN[1] + found[2:] * _RUN[2]  # wraps modulo 2^64
+    return np.unique(runs >> np.uint64(32))
+
+
+class _Signatures:
+    """MinHash (Broder 1997): the share of equal places estimates the Jaccard similarity of two sets."""
+
+    def __init__(self) -> None:
+        from datasketch import MinHash
+
+        self.hash = MinHash(BANDS * BAND, seed=1, hashfunc=int)
+
+    def of(self, runs: NDArray[np.uint64]) -> NDArray[np.uint32]:
+        self.hash.clear()
+        self.hash.update_batch(runs)
+        found: NDArray[np.uint32] = self.hash.hashvalues.astype(np.uint32)
+        return found
+
+
+def candidates(signatures: NDArray[np.uint32]) -> list[tuple[int, int]]:
+    """Pairs (row, earlier row) that look alike, one at most for each row. signatures: [n, BANDS * BAND].
+
+    In every band a row is compared with the first row of its bucket alone, so that the work grows with the rows
+    and not with their pairs, even where a template makes all rows alike.
+    """
+    best = np.zeros(len(signatures), np.float32)
+    partner = np.zeros(len(signatures), np.int64)
+    for band in range(BANDS):
+        columns = np.ascontiguousarray(signatures[:, band * BAND : (band + 1) * BAND])
+        keys = columns.view(np.dtype((np.void, columns.itemsize * BAND))).ravel()
+        _, first, bucket = np.unique(keys, return_index=True, return_inverse=True)
+        rows = np.flatnonzero(first[bucket] != np.arange(len(keys)))
+        others = first[bucket][rows]
+        alike = (signatures[rows] == signatures[others]).mean(axis=1, dtype=np.float32)
+        better = alike > best[rows]
+        best[rows[better]], partner[rows[better]] = alike[better], others[better]
+    near = np.flatnonzero(best >= NEAR - 0.15)  # the estimate's standard deviation at 0.8 is 0.05
+    return [(int(row), int(partner[row])) for row in near]

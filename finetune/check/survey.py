@@ -1,0 +1,135 @@
+"""Everything that can be said of a recipe's data without its model, in one walk over the rows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from backends.model_files import lora_modules
+from finetune.check.balance import Balance, weigh
+from finetune.check.duplicates import Duplicates, find_duplicates
+from finetune.check.enough import Enough, judge
+from finetune.check.lengths import Lengths, measure
+from finetune.check.personal import Personal
+from finetune.check.texts import everything
+from finetune.check.tokens import TokenCheck
+from finetune.check.walk import Walk
+from finetune.data.prepare import Progress, Source, gather
+from finetune.data.problems import Problem
+from finetune.data.read import read
+from finetune.errors import DataError
+from finetune.examples import Example
+from finetune.recipe import Recipe
+from finetune.schedule import make_plan
+from finetune.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Split:
+    """One file, or what was set apart of it."""
+
+    rows: int
+    good: int  # of those, rows that are whole
+    used: int  # of those, rows that fit train.max_length
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is known of the data; every list is whole, in the rows' order."""
+
+    format: str
+    task: str
+    template: str
+    bad: list[Problem]
+    skipped: bool  # the recipe says that bad rows are left out
+    splits: dict[str, Split]
+    tokens: TokenCheck
+    samples: list[Example]
+    lengths: Lengths
+    label_lengths: dict[str, float]  # label -> median tokens of its training rows
+    duplicates: Duplicates
+    balance: Balance
+    enough: Enough
+    personal: Personal
+
+    @property
+    def faulty(self) -> int:
+        """Rows that must be mended before training."""
+        return (0 if self.skipped else len(self.bad)) + self.tokens.total
+
+
+def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progress: Progress) -> Findings:
+    """model: the folder, of which only the headers are read.
+
+    Raises DataError where the training file as a whole cannot be understood, RecipeError for settings that do
+    not fit the rows.
+    """
+    progress("reading", 0, 1)
+    bad: list[Problem] = []
+    found = gather(_lenient(recipe, base, bad), tokenizer, base)
+    bad += [problem for source in found.sources for problem in source.bad]
+    progress("reading", 1, 1)
+    personal = _personal(found.sources, progress)
+    walk = Walk(recipe, tokenizer, found, hidden=personal.places)
+    for source in found.sources:
+        walk.through(source, progress)
+    bad += walk.bad
+    if not walk.after:
+        reasons = [f"{place}: {reason}" for place, reason in [*bad, *walk.dropped][:1]]
+        raise DataError("\n".join([f"{recipe.data.train}: no row can be trained on; mend the rows", *reasons]))
+    lengths = measure(walk.before, walk.after, recipe, walk.shortened, walk.cut, walk.dropped)
+    duplicates = find_duplicates(found.sources, bool(found.labels), progress)
+    balance = weigh(found.sources, found.labels, recipe.data.groups)
+    return Findings(
+        found.layout.name,
+        found.task,
+        found.renderer.name,
+        bad,
+        recipe.data.on_error == "skip",
+        {one.name: Split(one.rows, len(one.records), walk.used[one.name], one.notes) for one in found.sources},
+        walk.checker.found,
+        walk.samples,
+        lengths,
+        {label: statistics.median(sizes) for label, sizes in sorted(walk.by_label.items())},
+        duplicates,
+        balance,
+        _enough(recipe, model, walk, balance),
+        personal,
+    )
+
+
+def _lenient(recipe: Recipe, base: Path, bad: list[Problem]) -> Recipe:
+    """The recipe with bad rows left out, and with the held-out files that can be read at all."""
+    data = recipe.data.model_copy(update={"on_error": "skip"})
+    for name in ("valid", "test"):
+        try:
+            if source := getattr(data, name):
+                read(source, base)
+        except DataError as error:
+            bad.append((f"data.{name}", str(error)))
+            data = data.model_copy(update={name: None})
+    return recipe.model_copy(update={"data": data})
+
+
+def _personal(sources: Sequence[Source], progress: Progress) -> Personal:
+    found = Personal()
+    records = [record for source in sources for record in source.records]
+    for number, record in enumerate(records, 1):
+        found.look(everything(record), record.place)
+        if number % 1000 == 0 or number == len(records):
+            progress("looking for personal data", number, len(records))
+    return found
+
+
+def _enough(recipe: Recipe, model: Path, walk: Walk, balance: Balance) -> Enough:
+    from finetune.job import lora_spec
+
+    modules = lora_modules(model, lora_spec(recipe))
+    trainable = sum(recipe.lora.rank * (out + inputs) for out, inputs in modules.values())
+    plan = make_plan(recipe, len(walk.after))
+    held_out = walk.used["test"] or walk.used["valid"]
+    labels = balance.labels.get("train", {})
+    return judge(len(walk.after), labels, held_out, walk.supervised, trainable, plan.steps / plan.steps_per_epoch)

@@ -1,0 +1,35 @@
+"""The words of a record, as people compare them."""
+
+from __future__ import annotations
+
+import re
+
+from finetune.data.records import Record
+
+_WORD = re.compile(r"\w+(?:'\w+)?")
+
+
+def asked(record: Record) -> str:
+    """What a model is given: without the answer, and without the system message that many rows share."""
+    if not record.messages:
+        return record.key.replace("\0", "\n")
+    last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
+    return "\n".join(one["content"] for one in record.messages[:last] if one["role"] != "system")
+
+
+def content(record: Record, labelled: bool) -> str:
+    """The question and, unless it is a label, its answer."""
+    if record.messages:
+        return "\n".join(one["content"] for one in record.messages if one["role"] != "system")
+    return asked(record) if labelled or record.answer is None else f"{asked(record)}\n{record.answer}"
+
+
+def everything(record: Record) -> str:
+    """All text that comes to the model's eyes, tool calls included."""
+    if record.messages:
+        return "\n".join(f"{one['content']}\n{one.get('tool_calls', '')}" for one in record.messages)
+    return content(record, labelled=False)
+
+
+def words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())

@@ -1,0 +1,82 @@
+"""What training sees of each row: every row checked, a few shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.tokenise import Tokenised
+from finetune.tokenizer import Tokenizer, begin_tokens, encode_prompts, stop_tokens
+
+REMEDIES = {
+    "no supervised token": "raise train.max_length, or mend prompt.completion and loss_on",
+    "no end token": "the model would never learn to stop; set prompt.end_token: true, or raise train.max_length",
+    "begin token doubled": "take the begin token out of the text or of the chat template",
+    "prompt is not the beginning": "the model would be asked otherwise than it was trained; set prompt.template: plain",
+}
+
+
+@dataclass
+class TokenCheck:
+    """Faults of rows as they are trained on, kind -> places."""
+
+    end_token: bool  # whether answers must end in a stop token
+    rows: int = 0
+    apart: int = 0  # rows whose prompt and answer were encoded one by one
+    faults: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in REMEDIES})
+
+    @property
+    def total(self) -> int:
+        return sum(map(len, self.faults.values()))
+
+    def summary(self) -> Mapping[str, Any]:
+        return {"rows_checked": self.rows, "encoded_apart": self.apart, "faults": self.faults}
+
+
+class TokenChecker:
+    """Looks at rows that fit, some at a time."""
+
+    def __init__(self, tokenizer: Tokenizer, end_token: bool) -> None:
+        self.tokenizer = tokenizer
+        self.stop = np.array(sorted(stop_tokens(tokenizer)), np.int64)
+        self.begin = begin_tokens(tokenizer)
+        self.found = TokenCheck(end_token)
+
+    def look(self, rows: Sequence[Tokenised]) -> int:
+        """Returns how many tokens of these rows are supervised."""
+        apart = [row for row in rows if row.split]
+        self.found.rows += len(rows)
+        self.found.apart += len(apart)
+        count = 0
+        for row in rows:
+            supervised = np.asarray(row.weights) > 0  # [n]
+            count += int(supervised.sum())
+            for kind in self._faults(row, supervised):
+                self._note(kind, row)
+        # For all others the tokeniser itself has compared the prompt's tokens with the whole's.
+        prompts = encode_prompts(self.tokenizer, [row.rendered.prompt for row in apart])
+        for row, prompt in zip(apart, prompts, strict=True):
+            if row.answer is not None and row.tokens[: row.answer[0]] != prompt:
+                self._note("prompt is not the beginning", row)
+        return count
+
+    def _faults(self, row: Tokenised, supervised: NDArray[np.bool_]) -> list[str]:
+        found = []
+        ends = np.flatnonzero(supervised[:-1] & ~supervised[1:]).tolist()  # an answer's last token
+        if supervised[-1]:
+            ends.append(len(supervised) - 1)
+        if not ends:
+            found.append("no supervised token")
+        elif self.found.end_token and not all(row.tokens[end] in self.stop for end in ends):
+            found.append("no end token")
+        twice = self.begin * 2
+        if self.begin and row.tokens[: len(twice)] == twice:
+            found.append("begin token doubled")
+        return found
+
+    def _note(self, kind: str, row: Tokenised) -> None:
+        self.found.faults[kind].append(row.rendered.record.place)

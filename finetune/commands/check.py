@@ -1,0 +1,71 @@
+"""`check`: everything that can be said of the data before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from finetune.errors import DataError, RecipeError
+from finetune.recipe import Data, Model, Prompt, Recipe
+from finetune.recipe_file import load_recipe
+
+RECIPES = (".yaml", ".yml")
+
+
+def check(target: str, overrides: Sequence[str], json_file: Path | None) -> None:
+    """target: a recipe, or data that are read as an ordinary recipe would have them.
+
+    Raises DataError, after everything is shown, where rows must be mended.
+    """
+    from finetune.atomic import write_file
+    from finetune.check.record import as_json
+    from finetune.check.show import show
+    from finetune.check.survey import survey
+    from finetune.sources import model_folder
+    from finetune.tokenizer import load_tokenizer
+
+    recipe = recipe_of(target, overrides)
+    model = model_folder(recipe.model)
+    tokenizer = load_tokenizer(model)
+    with Bar() as bar:
+        found = survey(recipe, model, tokenizer, Path.cwd(), bar.report)
+    show(Console(), found, tokenizer)
+    if json_file is not None:
+        write_file(json_file, json.dumps(as_json(found, tokenizer), indent=2, ensure_ascii=False) + "\n")
+    if found.faulty:
+        rows = f"{found.faulty:,} row{'s' * (found.faulty > 1)}"
+        raise DataError(f"{rows} to mend; or leave bad rows out with data.on_error: skip")
+
+
+def recipe_of(target: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe that is named, or one around a data file with the embedded tokenizer and every default."""
+    if target.lower().endswith(RECIPES):
+        return load_recipe(Path(target), overrides)
+    if overrides:
+        raise RecipeError(f"{overrides[0]}: changes belong to a recipe, and {target} is data; write one: finetune init")
+    return Recipe(model=Model(path="builtin:reviews-base"), data=Data(train=target), prompt=Prompt(template="plain"))
+
+
+class Bar:
+    """One progress bar on standard error, that names what is under way."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def report(self, what: str, done: int, total: int) -> None:
+        if what not in self.tasks:
+            self.tasks[what] = self.progress.add_task(what, total=total)
+        self.progress.update(self.tasks[what], completed=done)

@@ -1,0 +1,74 @@
+"""Bytes of a text file to text, with what is unusual about them."""
+
+from __future__ import annotations
+
+import codecs
+import re
+
+from finetune.errors import DataError
+
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_UNFIT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
+_ESCAPED = 0xDC00  # a byte that is no UTF-8 is held as this plus the byte, a lone surrogate
+
+
+def decode(raw: bytes, file: str) -> str:
+    """UTF-8 text without its byte order mark; bytes that are none stand as lone surrogates.
+
+    Raises DataError for UTF-16.
+    """
+    if raw.startswith(_UTF16) or (b"\x00" in raw[:64] and raw[:64].count(b"\x00") * 3 >= len(raw[:64])):
+        raise DataError(f"{file}:1: the file is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    return raw.decode("utf-8-sig", "surrogateescape")
+
+
+def bad_byte(text: str) -> str | None:
+    """What is wrong with the first byte that was not UTF-8; None where all were. Only for text from `decode`."""
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) - _ESCAPED
+        return (
+            f"byte 0x{byte:02x} is not UTF-8{_meant(byte)}; "
+            "save the file as UTF-8 (for Latin-1: iconv -f LATIN1 -t UTF-8)"
+        )
+    return None
+
+
+def _meant(byte: int) -> str:
+    """The character that the byte is in Windows-1252, the superset of Latin-1 that files really hold."""
+    char = bytes([byte]).decode("cp1252", "replace")
+    return "" if char == "\ufffd" else f" (in Latin-1 or Windows-1252 it is {char})"
+
+
+def refuse_bad_bytes(text: str, file: str) -> None:
+    """Raises DataError at the first byte that is not UTF-8, in files whose rows are not lines."""
+    if bad_byte(text) is None:
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if reason := bad_byte(line):
+            raise DataError(f"{file}:{number}: {reason}")
+
+
+def unusual(raw: bytes) -> list[str]:
+    """What a person should know of the encoding and the line ends."""
+    found = []
+    if raw.startswith(codecs.BOM_UTF8):
+        found.append("UTF-8 with a byte order mark")
+    lines, crlf = raw.count(b"\n"), raw.count(b"\r\n")
+    if crlf:
+        found.append("CRLF line ends" if crlf == lines else f"mixed line ends ({crlf} CRLF, {lines - crlf} LF)")
+    return found
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises ValueError for text that no tokenizer should see: half characters, control characters but white space."""
+    found = _UNFIT.search(text)
+    if found is None:
+        return
+    char, at = ord(found[0]), found.start() + 1
+    if char >= 0xD800:
+        raise ValueError(f"{what} holds half a character (a lone surrogate, character {at}); remove it")
+    raise ValueError(f"{what} holds the control character U+{char:04X} (character {at}); remove it")

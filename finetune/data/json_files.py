@@ -1,0 +1,202 @@
+"""JSON files to rows, every row with the line it begins on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from finetune.data.encoding import bad_byte, refuse_bad_bytes
+from finetune.data.problems import Problem
+from finetune.errors import DataError
+from finetune.examples import Row
+
+Found = tuple[list[Row], list[Problem], list[str]]  # rows, bad rows, notes
+_WHITE = " \t\r\n"
+_LOOKED_AT = 20  # lines that tell JSON Lines from one value over many lines
+
+
+class _Twice(ValueError):
+    """An object holds the same key twice; a parser would keep the last in silence."""
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(f"the key {next(name for name in names if names.count(name) > 1)} stands twice; keep one of them")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def parse_json(text: str, file: str) -> Found:
+    """JSON Lines, one array, or objects one after the other, told apart by their content and not by the ending."""
+    start = _skip(text, 0)
+    if start == len(text):
+        return [], [], []
+    named_json = file.lower().endswith(".json")
+    if not _is_lines(text):
+        if text[start] == "[" and not _is_line_of_values(text, start):
+            refuse_bad_bytes(text, file)
+            notes = [] if named_json else ["one JSON array, not JSON Lines"]
+            return (*_collect(_array(text, start + 1, file), file), notes)
+        if _spans_lines(text, start):
+            refuse_bad_bytes(text, file)
+            return (*_collect(_stream(text, start, file), file), ["JSON objects that span lines, not JSON Lines"])
+    return _lines(text, file, ["JSON Lines, not one JSON value"] if named_json and "\n" in text.strip() else [])
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at] in _WHITE:
+        at += 1
+    return at
+
+
+def _is_lines(text: str) -> bool:
+    """Whether at least half of the first lines are whole objects: a broken first line does not change the kind."""
+    lines = list(islice(_nonblank(text), _LOOKED_AT))
+    return 2 * sum(_is_object(line) for line in lines) >= len(lines)
+
+
+def _nonblank(text: str) -> Iterator[str]:
+    at = 0
+    while at < len(text):
+        end = text.find("\n", at)
+        end = len(text) if end < 0 else end
+        if line := text[at:end].strip(_WHITE):
+            yield line
+        at = end + 1
+
+
+def _is_object(line: str) -> bool:
+    if not (line.startswith("{") and line.endswith("}")):
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _is_line_of_values(text: str, start: int) -> bool:
+    """Whether the first line is an array of its own with more lines after it: JSON Lines of arrays."""
+    end = text.find("\n", start)
+    if end < 0 or _skip(text, end) == len(text):
+        return False
+    try:
+        json.loads(text[start:end])
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _spans_lines(text: str, start: int) -> bool:
+    """Whether the first value goes on beyond its line: pretty-printed objects, not JSON Lines."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return text[start:].split("\n", 1)[0].strip() in ("{", "[")
+    return "\n" in text[start:end]
+
+
+def _value(text: str, at: int, file: str) -> tuple[Any, int]:
+    """One JSON value; an error here ends the file, since nothing says where the next value begins."""
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}: column {error.colno}: {error.msg}; mend the JSON here") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}:{_line(text, at)}: {error}; mend the JSON here") from None
+    return value, end
+
+
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
+def _array(text: str, at: int, file: str) -> Iterator[tuple[Any, int]]:
+    """The array's elements and their lines."""
+    line, counted = _line(text, at), at
+    at = _skip(text, at)
+    while at < len(text) and text[at] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        value, end = _value(text, at, file)
+        yield value, line
+        at = _skip(text, end)
+        if at < len(text) and text[at] == ",":
+            at = _skip(text, at + 1)
+            if at < len(text) and text[at] == "]":
+                raise DataError(f"{file}:{_line(text, at)}: a comma before the closing ]; remove it")
+        elif at < len(text) and text[at] != "]":
+            raise DataError(f"{file}:{_line(text, at)}: a comma is missing between two elements of the array; add it")
+    if at == len(text):
+        raise DataError(f"{file}:{_line(text, at)}: the array is not closed; the file may be cut short")
+    if _skip(text, at + 1) != len(text):
+        raise DataError(f"{file}:{_line(text, at)}: there is more after the array; keep one array in a file")
+
+
+def _stream(text: str, at: int, file: str) -> Iterator[tuple[Any, int]]:
+    """Values one after the other, and their lines."""
+    line, counted = 1, 0
+    while at < len(text):
+        line, counted = line + text.count("\n", counted, at), at
+        value, end = _value(text, at, file)
+        yield value, line
+        at = _skip(text, end)
+
+
+def _collect(values: Iterator[tuple[Any, int]], file: str) -> tuple[list[Row], list[Problem]]:
+    rows: list[Row] = []
+    bad: list[Problem] = []
+    for value, line in values:
+        _add(value, line, file, rows, bad)
+    return rows, bad
+
+
+def _add(value: Any, line: int, file: str, rows: list[Row], bad: list[Problem]) -> None:
+    if isinstance(value, dict):
+        rows.append(Row(value, file, line))
+    else:
+        reason = f"a row must be a JSON object, not {type(value).__name__}; give its fields names"
+        bad.append((f"{file}:{line}", reason))
+
+
+def _lines(text: str, file: str, notes: list[str]) -> Found:
+    """JSON Lines. Lines end at a newline only: U+2028 and its like may stand inside a string."""
+    rows: list[Row] = []
+    bad: list[Problem] = []
+    blank = 0
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        line = line.rstrip(_WHITE)
+        if not line:
+            blank += 1
+        elif reason := bad_byte(line):
+            bad.append((f"{file}:{number}", reason))
+        else:
+            _read_line(line, number, file, rows, bad)
+    return rows, bad, [*notes, f"{blank} blank lines left out"] if blank else notes
+
+
+def _read_line(line: str, number: int, file: str, rows: list[Row], bad: list[Problem]) -> None:
+    try:
+        _add(_DECODER.decode(line), number, file, rows, bad)
+    except json.JSONDecodeError as error:
+        bad.append((f"{file}:{number}", _reason(line, error)))
+    except RecursionError:
+        bad.append((f"{file}:{number}", "the values are nested too deeply; mend the JSON here"))
+    except ValueError as error:
+        bad.append((f"{file}:{number}", str(error) if isinstance(error, _Twice) else f"{error}; mend the JSON here"))
+
+
+def _reason(line: str, error: json.JSONDecodeError) -> str:
+    where = f"column {error.colno}: {error.msg}"
+    if line.endswith(",") and error.msg == "Extra data":
+        return f"{where}; remove the comma at the end of the line (JSON Lines has none)"
+    if "'" in line.lstrip()[:3]:
+        return f"{where}; JSON strings stand in double quotes, this looks like Python"
+    if error.msg.startswith("Invalid control character"):
+        return f"{where} (U+{ord(line[error.pos]):04X}); write it as an escape, such as \\t, or remove it"
+    return f"{where}; every line must be one whole JSON object"

@@ -1,0 +1,90 @@
+"""The child process of `finetune.data.sandbox`: it renders what it is sent, and can do nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import IO, Any
+
+GROWTH = 384 * 2**20  # bytes of address space it may add to what its libraries took
+EXTRA, FACTOR = 20_000, 20  # characters of output: so many, and so many for each byte of input
+# What these need is imported when it is first used, and later that cannot be.
+_WARM_UP = (
+    "{{ 'a\\n' | wordwrap(9) | pprint }}{{ lipsum(1) }}{{ strftime_now('%d %b') }}{{ [1] | random | tojson }}",
+    "{{ raise_exception('') }}",
+    "{% if",
+    "{{ none.a.b }}",
+)
+
+
+def serve() -> None:
+    """The child: answers requests on its standard input until that ends."""
+    pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
+    try:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        for template in _WARM_UP:
+            with suppress(Exception):
+                render_jinja_template([[]], chat_template=template)
+        _restrict()
+    except Exception as error:
+        send(pipe_out, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+        return
+    send(pipe_out, b"{}")
+    template = ""
+    while (size := pipe_in.read(8)) and (data := pipe_in.read(int.from_bytes(size, "little"))):
+        request = json.loads(data)
+        template = request["template"] or template
+        try:
+            texts = _texts(render_jinja_template, template, request)
+            written, allowed = sum(map(len, texts)), most(texts, len(data))
+            over = f"wrote {written:,} characters where {allowed:,} are the most for these messages"
+            reply = json.dumps({"texts": texts} if written <= allowed else {"over": over})
+        except MemoryError:
+            reply = json.dumps({"over": "asked for more memory than a template may have"})
+        except Exception as error:  # a template is a program: it may fail in any way
+            reply = json.dumps({"error": str(error)[:500] or type(error).__name__})
+        send(pipe_out, reply.encode())
+
+
+def _texts(renderer: Any, template: str, request: Mapping[str, Any]) -> list[str]:
+    messages, values = request["messages"], request["values"]
+    return [
+        renderer([messages[:count]], chat_template=template, add_generation_prompt=answering, **values)[0][0]
+        for count, answering in request["prefixes"]
+    ]
+
+
+def _restrict() -> None:
+    """Bounds of this process: memory, no new file or socket, nothing written to disk, no new process."""
+    try:
+        import resource
+    except ImportError:  # Windows: the watching thread alone
+        return
+    import psutil
+
+    memory = psutil.Process().memory_info().vms + GROWTH
+    for name, bound in (("AS", memory), ("NOFILE", 3), ("FSIZE", 0), ("NPROC", 0), ("CORE", 0)):
+        with suppress(ValueError, OSError, AttributeError):  # macOS knows no bound of the address space
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (bound, bound))
+
+
+def most(texts: Sequence[Any], given: int) -> int:
+    """Characters that so many texts may have together, for a request of `given` bytes."""
+    return len(texts) * (EXTRA + FACTOR * given)
+
+
+def send(pipe: IO[bytes], data: bytes) -> None:
+    pipe.write(len(data).to_bytes(8, "little") + data)
+    pipe.flush()
+
+
+def receive(pipe: IO[bytes], limit: int) -> dict[str, Any] | None:
+    """The next message; None at the end of the pipe, or for one that is longer than `limit` bytes."""
+    size = int.from_bytes(head, "little") if len(head := pipe.read(8)) == 8 else -1
+    if not 0 <= size <= limit:
+        return None
+    found: dict[str, Any] = json.loads(pipe.read(size))
+    return found

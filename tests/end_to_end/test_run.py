@@ -1,0 +1,184 @@
+"""A run on every backend: what it leaves, what can be done with it, and that nothing it is stopped by changes it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from backends import registry
+from tests.end_to_end.command import (
+    SIGINT,
+    SIGKILL,
+    SIGTERM,
+    Work,
+    ended,
+    losses,
+    newest,
+    same,
+    steps_done,
+    stopped,
+    wait_for,
+)
+
+RECIPE = """\
+data: {train: train.jsonl, test: test.jsonl}
+lora: {rank: 2, alpha: 4, dropout: 0.1, targets: [q_proj, down_proj]}
+train: {steps: 40, batch_size: 4, learning_rate: 1e-2, checkpoint_every: 3}
+evaluate: {every: 8}
+"""
+FILES = {
+    "recipe.yaml", "environment.json", "identity.json", "data.json", "metrics.jsonl", "evaluation-base.json",
+    "evaluation-tuned.json", "rows.jsonl", "report.json", "report.txt", "loss.png", "confusion.png", "adapter",
+    "checkpoints",
+}  # fmt: skip
+ADAPTER = {
+    "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "chat_template.jinja",
+}  # fmt: skip
+Trained = tuple[Work, str, Path]
+
+
+@pytest.fixture(scope="module")
+def trained(make_work: Callable[[], Work], backend: str) -> Trained:
+    """A finished run that nobody stopped, on each backend."""
+    work = make_work()
+    answer = work.finetune("train", work.recipe(RECIPE), "--backend", backend).good()
+    (run,) = work.runs()
+    assert "accuracy" in answer.out
+    assert str(run.relative_to(work.folder)) in answer.out
+    return work, backend, run
+
+
+def test_a_run_leaves_what_was_promised(trained: Trained) -> None:
+    _, backend, run = trained
+    assert {path.name for path in run.iterdir()} == FILES
+    assert {path.name for path in (run / "adapter").iterdir()} == ADAPTER
+    assert len(losses(run)) == 40
+    report = json.loads((run / "report.json").read_text())
+    assert report["backend"] == backend
+    assert report["tuned"]["rows"] == 9
+    assert report["tuned"]["loss"] < report["base"]["loss"]
+    assert [one["step"] for one in report["validations"]] == [0, 8, 16, 24, 32, 40]
+    assert "numpy" in json.loads((run / "environment.json").read_text())["libraries"]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "\x1b" not in (run / "report.txt").read_text()
+
+
+def test_a_finished_run_says_so(trained: Trained) -> None:
+    work, backend, run = trained
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert "is finished" in work.finetune("resume", str(run), "--backend", backend).good().out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_the_run_can_be_measured_and_asked(trained: Trained) -> None:
+    work, backend, run = trained
+    end = ["--backend", backend]
+    ask = ["generate", str(run), "a fine film", "--max-tokens", "4"]
+    measured, other, tuned, base, again = work.several(
+        ["eval", str(run), *end],
+        ["eval", str(run), "--data", "train.jsonl", *end],
+        [*ask, *end],
+        [*ask, "--base", *end],
+        ["generate", str(run), "-", "--max-tokens", "4", *end],
+        typed="a fine film",
+    )
+    report = json.loads((run / "report.json").read_text())
+    assert "on 9 rows" in measured.good().out
+    assert report["comparison"]["verdict"].split(":")[0] in measured.out
+    assert "on 26 rows" in other.good().out
+    assert tuned.good().out.strip()
+    assert base.good().out != tuned.out, "forty steps should have changed the answer"
+    assert again.good().out == tuned.out
+    (chat,) = work.several(["chat", str(run), "--max-tokens", "3", *end], typed="hello\n\n")
+    assert chat.good().out.startswith(f"{run.name}: tuned model.")
+
+
+def test_the_saved_recipe_runs_again_to_the_same_losses(trained: Trained) -> None:
+    work, _, run = trained
+    work.finetune("train", str(run / "recipe.yaml")).good()
+    same(work.runs()[-1], run)
+
+
+def test_interrupted_terminated_and_killed_it_goes_on_to_the_same_bytes(trained: Trained) -> None:
+    work, backend, run = trained
+    making = newest(work, len(work.runs()))
+    answer = stopped(work, work.start("train", "recipe.yaml", "--backend", backend), making, 4, SIGINT)
+    again = making()
+    assert again is not None
+    assert answer.code == 130, answer
+    assert f"finetune resume {again.relative_to(work.folder)}" in answer.err
+    assert "Traceback" not in answer.err
+    done = steps_done(again)
+    answer = stopped(work, work.start("resume", str(again), "--backend", backend), lambda: again, done + 4, SIGTERM)
+    assert answer.code == 143, answer
+    assert "Traceback" not in answer.err
+    done = steps_done(again)
+    answer = stopped(work, work.start("resume", str(again), "--backend", backend), lambda: again, done + 5, SIGKILL)
+    assert answer.code == -9, answer
+    work.finetune("resume", str(again), "--backend", backend).good()
+    same(again, run)
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_still_ends_the_same(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten times a run of its own, killed once it has done a random number of events, and resumed."""
+    work, backend, run = trained
+    rng = random.Random(7)
+    lines = len((run / "metrics.jsonl").read_text().splitlines())
+    for number in range(10):
+        moment, making = rng.randrange(lines), newest(work, len(work.runs()))
+        process = work.start("train", "recipe.yaml", "--backend", backend)
+
+        def reached(making: Callable[[], Path | None] = making, moment: int = moment) -> bool:
+            found = making()
+            if found is None or not (found / "metrics.jsonl").exists():
+                return False
+            return len((found / "metrics.jsonl").read_bytes().splitlines()) >= moment
+
+        wait_for(reached, process)
+        process.kill()
+        ended(process)
+        again = making()
+        assert again is not None
+        done = steps_done(again)
+        work.finetune("resume", str(again), "--backend", backend).good()
+        same(again, run)
+        with capsys.disabled():
+            print(f"\n{backend}: kill {number + 1} after step {done} of 40, resumed: the same bytes", end="")
+
+
+@pytest.mark.parametrize("name", [name for name in registry.NAMES if name != "reference"])
+def test_four_bit_training_leaves_the_same_files(work: Work, name: str) -> None:
+    if reason := registry.probe(name):
+        pytest.skip(reason)
+    recipe = work.recipe(RECIPE.replace("steps: 40", "steps: 6"))
+    work.finetune("train", recipe, "quantize=4bit", "--backend", name).good()
+    (run,) = work.runs()
+    assert {path.name for path in run.iterdir()} == FILES
+    assert {path.name for path in (run / "adapter").iterdir()} == ADAPTER
+    assert json.loads((run / "report.json").read_text())["scheme"] != "none"
+
+
+@pytest.mark.parametrize(("first", "second"), [("torch", "mlx"), ("mlx", "torch")])
+def test_a_run_begun_on_one_backend_goes_on_on_the_other(work: Work, first: str, second: str) -> None:
+    for name in (first, second):
+        if reason := registry.probe(name):
+            pytest.skip(reason)
+    recipe = work.recipe(RECIPE.replace("dropout: 0.1", "dropout: 0"))
+    arguments = ("train", recipe, "train.steps=16", "--backend", first)
+    work.finetune(*arguments).good()
+    making = newest(work, 1)
+    assert stopped(work, work.start(*arguments), making, 5, SIGINT).code == 130
+    whole, run = work.runs()
+    work.finetune("resume", str(run), "--backend", second).good()
+    ours, theirs = losses(run), losses(whole)
+    assert [one[0] for one in ours] == [one[0] for one in theirs] == list(range(1, 17))
+    for mine, its in zip(ours, theirs, strict=True):
+        assert mine[1] == pytest.approx(its[1], rel=1e-4), f"step {mine[0]}"

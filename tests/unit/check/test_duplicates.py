@@ -1,0 +1,100 @@
+"""Exact and near duplicates, and leaks, with the rows named."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from finetune.check import duplicates
+from finetune.check.duplicates import Pair, find_duplicates, shingles
+from finetune.data.prepare import Source
+from finetune.data.records import Record
+
+WORDS = [f"word{i}" for i in range(2000)]
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def source(name: str, *texts: str, answers: list[str] | None = None) -> Source:
+    answers = answers or ["yes"] * len(texts)
+    records = [Record(f"{name}:{i}", text, answer=answer) for i, (text, answer) in enumerate(zip(texts, answers), 1)]
+    return Source(name, records, [], ())
+
+
+def sentence(draw: random.Random, words: int = 40) -> list[str]:
+    return draw.choices(WORDS, k=words)
+
+
+def test_exact_duplicates_whatever_their_case_and_spaces():
+    found = find_duplicates([source("train", "A good film", "another", "a  GOOD\nfilm")], True, quiet)
+    assert found.exact == [Pair("train:3", "train:1", 1.0)]
+    assert not found.near and not found.leaks
+
+
+def test_the_answer_counts_where_it_is_no_label():
+    rows = source("train", "how are you", "how are you", answers=["fine", "well"])
+    assert not find_duplicates([rows], False, quiet).exact
+    assert len(find_duplicates([rows], True, quiet).exact) == 1
+
+
+def test_near_duplicates_are_found_with_their_similarity():
+    draw = random.Random(0)
+    rows = [sentence(draw) for _ in range(200)]
+    for i in range(0, 100, 5):
+        rows.append([*rows[i][:-1], "other"])
+    found = find_duplicates([source("train", *map(" ".join, rows))], True, quiet)
+    assert [(one.place, one.other) for one in found.near] == [
+        (f"train:{201 + k}", f"train:{5 * k + 1}") for k in range(20)
+    ]
+    assert {one.similarity for one in found.near} == {round(37 / 39, 3)}
+
+
+def test_leaks_name_both_rows_and_are_found_through_every_split():
+    draw = random.Random(1)
+    shared, near = sentence(draw), sentence(draw)
+    train = source("train", " ".join(shared), " ".join(near))
+    valid = source("valid", " ".join(shared).upper())
+    test = source("test", " ".join([*near[1:], "x"]), "fresh words that stand nowhere else at all")
+    found = find_duplicates([train, valid, test], True, quiet)
+    assert [(a, b, one.place, one.other) for a, b, one in found.leaks] == [
+        ("valid", "train", "valid:1", "train:1"),
+        ("test", "train", "test:1", "train:2"),
+    ]
+
+
+def test_the_same_question_leaks_whatever_its_answer():
+    found = find_duplicates(
+        [source("train", "who is it"), source("test", "who is it", answers=["nobody"])], False, quiet
+    )
+    assert len(found.leaks) == 1
+
+
+@pytest.mark.parametrize(("changed", "is_near"), [(0, True), (1, True), (8, False), (20, False)])
+def test_near_is_decided_by_the_sets_themselves(changed, is_near):
+    draw = random.Random(2)
+    for _ in range(30):
+        first = sentence(draw, 60)
+        other = [f"new{i}" for i in range(changed)] + first[changed:]
+        found = find_duplicates([source("train", " ".join(first), " ".join(other) + " .")], True, quiet)
+        assert bool(found.near or found.exact) == is_near
+
+
+def test_rows_of_one_template_cost_no_more(monkeypatch):
+    """All 3,000 rows share most of their words, and each is compared once, not with every other."""
+    draw = random.Random(3)
+    frame = " ".join(sentence(draw, 60))
+    rows = [f"{frame} {' '.join(sentence(draw, 6))}" for _ in range(3000)]
+    compared = []
+    monkeypatch.setattr(duplicates, "_note", lambda *args: compared.append(args[1:3]))
+    find_duplicates([source("train", *rows)], True, quiet)
+    assert 2900 < len(compared) < 3000
+
+
+def test_shingles_are_a_set_of_runs():
+    assert len(shingles("a b c a b c a b c")) == 3
+    assert len(shingles("two words")) == 0
+    assert np.array_equal(shingles("Some, words here!"), shingles("some words HERE"))

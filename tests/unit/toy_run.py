@@ -1,0 +1,130 @@
+"""A short run on the reference backend: rows of random tokens, a recipe, and sessions that fail when told to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends import registry
+from backends.interface import Batch, LoraSpec, ModelSpec, NonFinite, OptimSpec, OutOfMemory, Scores, Session
+from finetune.events import StepDone
+from finetune.examples import Dataset, Example, Prepared
+from finetune.recipe import Recipe
+from finetune.recipe_file import check_recipe
+from finetune.train import Trainer
+
+LABELS = ("no", "yes", "perhaps")
+LABEL_TOKENS = ((5,), (6, 7), (6, 8, 9))
+STOP = frozenset({2})
+VOCABULARY = 32
+
+
+def model_folder(folder: Path) -> Path:
+    """All that the reference backend needs: it makes its own weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": VOCABULARY}))
+    return folder
+
+
+def session(folder: Path, dropout: float = 0.2, seed: int = 0) -> Session:
+    lora = LoraSpec(rank=2, alpha=4.0, dropout=dropout)
+    return registry.open_session("reference", ModelSpec(model_folder(folder)), lora, OptimSpec(), seed)
+
+
+def dataset(name: str, rows: int, seed: int) -> Dataset:
+    """Random prompts of 2 to 20 tokens, each with a label and the end token after it."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for row in range(rows):
+        prompt = rng.integers(10, VOCABULARY, rng.integers(2, 21))
+        label = row % len(LABELS)
+        tokens = np.array([*prompt, *LABEL_TOKENS[label], *STOP], np.int32)
+        weights = (np.arange(len(tokens)) >= len(prompt)).astype(np.float32)
+        place, text = f"{name}.jsonl:{row + 1}", f"question {row}"
+        examples.append(Example(tokens, weights, place, LABELS[label], text, len(prompt)))
+    return Dataset(tuple(examples), rows)
+
+
+def prepared(train: int = 13, valid: int = 7, task: str = "classification") -> Prepared:
+    labels = (LABELS, LABEL_TOKENS) if task == "classification" else ((), ())
+    rows = dataset("train", train, 1), dataset("valid", valid, 2)
+    return Prepared(task, "classification", "plain", *rows, None, *labels, STOP)  # type: ignore[arg-type]
+
+
+def recipe(**sections: Any) -> Recipe:
+    """13 rows in steps of 4: 4 steps an epoch, the last of one row."""
+    train = {"epochs": 2, "batch_size": 4, "learning_rate": 0.02, "checkpoint_every": 3} | sections.pop("train", {})
+    values = {"model": {"path": "."}, "data": {"train": "train.jsonl"}, "evaluate": {"every": 2}, "train": train}
+    return check_recipe(values | sections)
+
+
+def trainer(folder: Path, live: Session | None = None, **settings: Any) -> Trainer:
+    rows = settings.pop("rows", None) or prepared()
+    plan = settings.pop("recipe", None) or recipe()
+    return Trainer(live or session(folder / "model"), rows, plan, folder / "checkpoints", {"who": "a toy"}, **settings)
+
+
+def curve(events: Sequence[object]) -> list[tuple[int, float, float, float, int]]:
+    """What of the steps is the same in every run; seconds and memory are not."""
+    return [(e.step, e.loss, e.grad_norm, e.learning_rate, e.tokens) for e in events if isinstance(e, StepDone)]
+
+
+class Wrapped:
+    """A session that is another's, but for what a subclass changes."""
+
+    def __init__(self, inner: Session) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class Small(Wrapped):
+    """Out of memory above `limit` padded tokens in one batch, or above `prompts` prompts at once."""
+
+    def __init__(self, inner: Session, limit: int, prompts: int = 100) -> None:
+        super().__init__(inner)
+        self.limit, self.prompts, self.largest = limit, prompts, 0
+
+    def _take(self, size: int) -> None:
+        if size > self.limit:
+            raise OutOfMemory(f"{size} tokens")
+        self.largest = max(self.largest, size)
+
+    def step(self, micro: Sequence[Batch], lr: float) -> Any:
+        for batch in micro:
+            self._take(batch.inputs.size)
+        return self.inner.step(micro, lr)
+
+    def score(self, batch: Batch) -> Scores:
+        self._take(batch.inputs.size)
+        return self.inner.score(batch)
+
+    def generate(self, prompts: Sequence[Sequence[int]], *rest: Any, **named: Any) -> list[list[int]]:
+        if len(prompts) > self.prompts:
+            raise OutOfMemory(f"{len(prompts)} prompts")
+        return self.inner.generate(prompts, *rest, **named)
+
+
+class Poisoned(Wrapped):
+    """A loss that is not finite: in training step `step`, or in every score from `scores` steps on."""
+
+    def __init__(self, inner: Session, step: int | None = None, scores: int | None = None) -> None:
+        super().__init__(inner)
+        self.bad_step, self.bad_scores = step, scores
+
+    def step(self, micro: Sequence[Batch], lr: float) -> Any:
+        if self.inner.get_state().step + 1 == self.bad_step:
+            raise NonFinite("the loss is nan")
+        return self.inner.step(micro, lr)
+
+    def score(self, batch: Batch) -> Scores:
+        found = self.inner.score(batch)
+        if self.bad_scores is None or self.inner.get_state().step < self.bad_scores:
+            return found
+        return replace(found, logprob=found.logprob * np.float32(np.nan))
