@@ -24,11 +24,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_object(folder / "config.json")
     except (OSError, ValueError) as error:
-        raise BackendError(f"{folder}: config.json cannot be read ({error}); is this a model folder?") from None
+        raise BackendError(f"{folder}: config.json cannot be read ({error!s:.200}); is this a model folder?") from None
     try:
         return config | legacy_rope(config)
     except (TypeError, ValueError, AttributeError) as error:
-        raise BackendError(f"{folder}: config.json has rope_parameters that are none ({error})") from None
+        raise BackendError(f"{folder}: config.json has rope_parameters that are none ({error!s:.200})") from None
 
 
 def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,10 @@ def describe() -> dict[str, Any]:
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> ReferenceSession:
     if model.quantize != "none" or model.dtype == "bfloat16":
         raise BackendError("the reference backend computes in float32 alone; use quantize: none and dtype: auto")
-    return ReferenceSession(_modules(model.path, lora), int(read_config(model.path)["vocab_size"]), lora, optim, seed)
+    modules, vocabulary = _modules(model, lora), read_config(model.path).get("vocab_size")
+    if type(vocabulary) is not int or vocabulary < 1:
+        raise BackendError(f"{model.path}: config.json has no vocab_size")
+    return ReferenceSession(modules, vocabulary, lora, optim, seed)
 
 
 def clipped(grads: Arrays, limit: float | None) -> tuple[float, Arrays]:
@@ -201,9 +203,10 @@ def _memory_guard() -> Iterator[None]:
         raise OutOfMemory(f"cpu: {error}") from error
 
 
-def _modules(folder: Path, lora: LoraSpec) -> dict[str, tuple[int, int]]:
+def _modules(model: ModelSpec, lora: LoraSpec) -> dict[str, tuple[int, int]]:
+    folder = model.path
     if any(folder.glob("model*.safetensors")):
-        return lora_modules(folder, lora)
+        return lora_modules(folder, lora, model.remote_code)
     unknown = [target for target in lora.targets if target != "proj"]
     if unknown:
         raise BackendError(f"{folder}: no linear layer named {', '.join(unknown)}; there is proj")

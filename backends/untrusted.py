@@ -58,13 +58,14 @@ def validate(file: Path) -> dict[str, tuple[int, ...]]:
         if not stat.S_ISREG(file.stat().st_mode):
             raise BackendError(f"{file}: not a regular file")
         with file.open("rb") as opened:
-            header = int.from_bytes(opened.read(8), "little")
-        if header > HEADER:
-            raise BackendError(f"{file}: its header claims {header:,} bytes, and {HEADER:,} are the most")
+            size = int.from_bytes(opened.read(8), "little")
+            if size > HEADER:
+                raise BackendError(f"{file}: its header claims {size:,} bytes, and {HEADER:,} are the most")
+            json.loads(opened.read(size), object_pairs_hook=_once)  # of two, readers take one or the other
         with safe_open(file, framework="numpy") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BackendError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise BackendError(f"{file}: not a whole safetensors file ({error!s:.200}); download it again") from None
 
 
 def check_folder(folder: Path, remote_code: bool = False) -> None:
@@ -99,10 +100,17 @@ def check_claims(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Non
         limits = dict.fromkeys(_SIZES, largest) | {"num_hidden_layers": blocks, "n_layer": blocks, "num_layers": blocks}
         for key, most in limits.items():
             value = part.get(key)
-            if value is None or isinstance(value, list):  # some models have one for each layer
-                continue
+            if value is None or (isinstance(value, list) and key not in ("vocab_size", "hidden_size")):
+                continue  # some models have a value for each layer
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
                 raise BackendError(f"{folder}: config.json says {key}: {_short(value)}, which the weights do not have")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key of its header stands twice")
+    return found
 
 
 def _entries(folder: Path) -> Iterator[Path]:
@@ -155,7 +163,7 @@ def _object(file: Path) -> dict[str, Any]:
     try:
         return read_object(file)
     except (OSError, ValueError) as error:
-        raise BackendError(f"{file}: cannot be read ({error})") from None
+        raise BackendError(f"{file}: cannot be read ({error!s:.200})") from None
 
 
 def _short(value: object) -> str:

@@ -96,7 +96,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise Incompatible(f"{file}: missing; an adapter folder of PEFT or mlx-lm has it") from None
     except (OSError, ValueError) as error:
-        raise Incompatible(f"{file}: cannot be read ({error})") from None
+        raise Incompatible(f"{file}: cannot be read ({error!s:.200})") from None
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -108,7 +108,8 @@ def read_adapter(folder: Path) -> Adapter:
     if config.get("peft_type", "LORA") != "LORA":
         raise Incompatible(f"{config_file}: peft_type is {config['peft_type']!r:.40}; only LORA can be a start")
     if config.get("fine_tune_type", "lora") != "lora":
-        raise Incompatible(f"{config_file}: fine_tune_type is {config['fine_tune_type']!r:.40}; only lora can be a start")
+        kind = config["fine_tune_type"]
+        raise Incompatible(f"{config_file}: fine_tune_type is {kind!r:.40}; only lora can be a start")
     if (folder / PEFT_FILE).exists():
         tensors = _canonical(folder / PEFT_FILE, _from_peft)
     else:
@@ -142,7 +143,7 @@ def _canonical(file: Path, convert: Any) -> dict[str, FloatArray]:
     except BackendError as error:
         raise Incompatible(str(error)) from None
     except (OSError, SafetensorError, ValueError, KeyError) as error:  # KeyError: numbers that numpy lacks
-        raise Incompatible(f"{file}: cannot be read ({error!r})") from None
+        raise Incompatible(f"{file}: cannot be read ({error!r:.200})") from None
     tensors: dict[str, FloatArray] = {}
     for name, tensor in found.items():
         canonical, value = convert(name, tensor)

@@ -6,11 +6,9 @@ any), `loop.json`, `identity.json`, and, written last, `manifest.json` with size
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,7 @@ from safetensors.numpy import save as serialise
 from backends.interface import FloatArray, TrainState
 from finetune.atomic import disk_errors, new_folder, recover
 from finetune.errors import Diverged, Incompatible
-
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})")
-_MANIFEST = "manifest.json"
-_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file browsers leave in any folder they show
+from finetune.manifest import MANIFEST, Broken, json_bytes, manifest_of, newest_first, read_verified
 
 
 @dataclass(frozen=True)
@@ -36,10 +30,6 @@ class Checkpoint:
     loop: dict[str, Any]  # the loop's own state; JSON with finite numbers
     best: Mapping[str, FloatArray] | None  # the best adapter so far
     identity: dict[str, Any]  # base, recipe, data, rank, ...: what a resumed run must share; JSON
-
-
-class _Broken(Exception):
-    """Why a checkpoint does not verify."""
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
@@ -52,7 +42,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     with new_folder(path) as temporary:
         for name, data in files.items():
             (temporary / name).write_bytes(data)
-        (temporary / _MANIFEST).write_bytes(_manifest(files))
+        (temporary / MANIFEST).write_bytes(manifest_of(files))
     with disk_errors(folder):
         _prune(folder, checkpoint.state.step, keep)
     return path
@@ -69,10 +59,10 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         return None, messages
     recover(folder)
     with disk_errors(folder):
-        for step, path in _newest_first(folder):
+        for step, path in newest_first(folder):
             try:
-                return _parse(step, _read(path)), messages
-            except _Broken as reason:
+                return _parse(step, read_verified(path)), messages
+            except Broken as reason:
                 aside = _set_aside(path)
                 messages.append(f"checkpoint {path} is broken ({reason}); it is now {aside.name}")
     return None, messages
@@ -104,8 +94,8 @@ def _serialise(checkpoint: Checkpoint) -> dict[str, bytes]:
     if checkpoint.best is not None:
         files["best.safetensors"] = _tensor_bytes(checkpoint.best, state.step)
     try:
-        files["loop.json"] = _json_bytes({"step": state.step, "loop": checkpoint.loop})
-        files["identity.json"] = _json_bytes(checkpoint.identity)
+        files["loop.json"] = json_bytes({"step": state.step, "loop": checkpoint.loop})
+        files["identity.json"] = json_bytes(checkpoint.identity)
     except ValueError as error:
         raise Diverged(f"step {state.step}: the loop's state holds a number that is not finite ({error})") from error
     return files
@@ -122,89 +112,35 @@ def _tensor_bytes(tensors: Mapping[str, FloatArray], step: int) -> bytes:
     return serialise({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()})
 
 
-def _json_bytes(value: Any) -> bytes:
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode()
-
-
-def _manifest(files: Mapping[str, bytes]) -> bytes:
-    """The one possible manifest of these files, so that any change to it or to them can be seen."""
-    entries = {
-        name: {"bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()} for name in sorted(files)
-    }
-    return _json_bytes({"format": FORMAT, "files": entries})
-
-
-def _read(path: Path) -> dict[str, bytes]:
-    """The verified bytes of every file but the manifest. Raises _Broken; PermissionError."""
-    try:
-        entries = [entry for entry in path.iterdir() if entry.name not in _LITTER]
-        if strange := [one.name for one in entries if one.is_symlink() or not one.is_file()]:
-            raise _Broken(f"{strange[0]} is not a plain file")
-        files = {entry.name: entry.read_bytes() for entry in entries}
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise _Broken(str(error)) from error
-    manifest = files.pop(_MANIFEST, None)
-    if manifest is None:
-        raise _Broken(f"{_MANIFEST} is missing")
-    if manifest != _manifest(files):
-        raise _Broken(_difference(manifest, files))
-    return files
-
-
-def _difference(manifest: bytes, files: Mapping[str, bytes]) -> str:
-    try:
-        listed = json.loads(manifest)
-        if listed["format"] != FORMAT:
-            return f"its format is {listed['format']!r}, this version reads {FORMAT}"
-        for name, entry in listed["files"].items():
-            if name not in files:
-                return f"{name} is missing"
-            if len(files[name]) != entry["bytes"]:
-                return f"{name} has {len(files[name])} bytes, and {entry['bytes']} in {_MANIFEST}"
-            if hashlib.sha256(files[name]).hexdigest() != entry["sha256"]:
-                return f"{name} does not have the SHA-256 in {_MANIFEST}"
-        extra = sorted(set(files) - set(listed["files"]))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{_MANIFEST} cannot be read"
-    return f"{extra[0]} does not belong there" if extra else f"{_MANIFEST} is not what was written"
-
-
 def _parse(step: int, files: Mapping[str, bytes]) -> Checkpoint:
     try:
         loop = json.loads(files["loop.json"])
         if loop["step"] != step:
-            raise _Broken(f"it is of step {loop['step']}, not {step}")
+            raise Broken(f"it is of step {loop['step']}, not {step}")
         tensors = load(files["state.safetensors"])
         best = load(files["best.safetensors"]) if "best.safetensors" in files else None
         state = TrainState(step, _part(tensors, "adapter."), _part(tensors, "moments."))
         return Checkpoint(state, loop["loop"], best, json.loads(files["identity.json"]))
     except KeyError as error:
-        raise _Broken(f"{error.args[0]} is missing") from error
+        raise Broken(f"{error.args[0]} is missing") from error
     except (ValueError, TypeError, RecursionError, SafetensorError) as error:
-        raise _Broken(f"it holds what was never written by a run ({error})") from error
+        raise Broken(f"it holds what was never written by a run ({error})") from error
 
 
 def _part(tensors: Mapping[str, FloatArray], prefix: str) -> dict[str, FloatArray]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _newest_first(folder: Path) -> Iterator[tuple[int, Path]]:
-    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
-    yield from sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
-
-
 def _prune(folder: Path, newest: int, keep: int) -> None:
     kept = 0
-    for _, path in [(step, path) for step, path in _newest_first(folder) if step <= newest]:
+    for _, path in [(step, path) for step, path in newest_first(folder) if step <= newest]:
         if kept >= keep:
             shutil.rmtree(path)
             continue
         try:
-            _read(path)
+            read_verified(path)
             kept += 1
-        except _Broken:
+        except Broken:
             continue  # load_newest will set it aside and say so
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -26,14 +27,19 @@ Overrides = Annotated[
 ]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
 Backend = Annotated[str | None, typer.Option("--backend", help="mlx, torch or reference, instead of the recipe's.")]
+Alone = Annotated[
+    bool, typer.Option("--no-supervisor", help="Train in this very process, as a debugger needs it.", show_default=False)
+]
 
 
 @app.command()
 def demo(
     backend: Backend = None,
     output: Annotated[str, typer.Option(help="The folder in which the run makes its folder.")] = "runs",
+    alone: Alone = False,
 ) -> None:
     """Measure, fine-tune with QLoRA and measure again: an embedded model on embedded reviews, offline."""
+    _supervised(alone)
     from finetune.commands.train import train as run
     from finetune.sources import demo_recipe
 
@@ -65,16 +71,30 @@ def plan(
 
 
 @app.command()
-def train(recipe: RecipeFile, overrides: Overrides = None, backend: Backend = None) -> None:
+def check(
+    target: Annotated[str, typer.Argument(metavar="DATA|RECIPE", help="A data file, or a recipe.", show_default=False)],
+    overrides: Overrides = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write what is found to this file too.")] = None,
+) -> None:
+    """Say what the data are, what is wrong with them and how they will be trained on; load no model."""
+    from finetune.commands.check import check as run
+
+    run(target, overrides or [], json_file)
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None, backend: Backend = None, alone: Alone = False) -> None:
     """Measure the base model, fine-tune it, measure the tuned one, and keep the adapter."""
+    _supervised(alone)
     from finetune.commands.train import train as run
 
     run(recipe, overrides or [], backend)
 
 
 @app.command()
-def resume(run: RunPath, backend: Backend = None) -> None:
+def resume(run: RunPath, backend: Backend = None, alone: Alone = False) -> None:
     """Go on with a stopped run from its newest good checkpoint, on any backend."""
+    _supervised(alone)
     from finetune.commands.train import resume as go_on
 
     go_on(run, backend)
@@ -139,6 +159,14 @@ def doctor() -> None:
     run()
 
 
+def _supervised(alone: bool) -> None:
+    """From here on in a child process, but for `alone`, and for Windows, which has no signals to hand on."""
+    if not alone and os.name == "posix":
+        from finetune.supervisor import supervise
+
+        supervise()
+
+
 def main() -> None:
     """Run the command; every error of the user's is one message and its own exit code."""
     try:
@@ -152,7 +180,7 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        _fail(f"{error.filename}: {error.strerror}", DiskError.exit_code)
+        _fail(f"{error.filename or 'output'}: {error.strerror}", DiskError.exit_code)
     except Exception as error:
         code = _backend_code(error)
         if code is None:

@@ -98,7 +98,8 @@ def _beyond_bounds(text: str) -> str | None:
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
         line = event.start_mark.line + 1
         if getattr(event, "tag", None) is not None:
-            return f"{line}: tags such as {str(event.tag).replace('tag:yaml.org,2002:', '!!')[:40]} have no place in a recipe; write the plain value"
+            tag = str(event.tag).replace("tag:yaml.org,2002:", "!!")
+            return f"{line}: a tag ({tag:.40}) has no place in a recipe; write the plain value"
         if getattr(event, "anchor", None) is not None:  # aliases of aliases grow without bound
             return f"{line}: anchors and aliases (& and *) have no place in a recipe; write the value out"
         if depth > MAX_DEPTH or values > MAX_VALUES:

@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from backends.untrusted import read_object
 from finetune.atomic import disk_errors, write_file
 from finetune.errors import Incompatible, RecipeError
 from finetune.recipe import Recipe
@@ -52,6 +51,8 @@ class RunFolder:
 
     def read_identity(self) -> dict[str, Any] | None:
         """What the run began with; None where it ended before that was written. Raises Incompatible."""
+        from backends.untrusted import read_object  # not before a recipe is known to be right: it needs numpy
+
         try:
             return read_object(self.path / "identity.json")
         except FileNotFoundError:

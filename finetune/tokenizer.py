@@ -25,6 +25,7 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Tokenizer:
     check_folder(folder, remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=remote_code)
+        tokenizer.decode(tokenizer("a trial")["input_ids"])
     except BaseException as error:
         # transformers raises OSError, ValueError, KeyError, ImportError and bare Exception here, and tokenizers a
         # PanicException, which is none.
@@ -33,7 +34,7 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Tokenizer:
         if "trust_remote_code" in str(error):
             raise needs_code(folder, "auto_map in tokenizer_config.json") from None
         raise EnvironmentProblem(
-            f"{folder}: the tokenizer cannot be loaded ({error}); the folder needs tokenizer.json "
+            f"{folder}: the tokenizer cannot be loaded ({error!s:.200}); the folder needs tokenizer.json "
             "and tokenizer_config.json"
         ) from None
     if not tokenizer.is_fast:

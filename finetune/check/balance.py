@@ -13,8 +13,8 @@ from finetune.data.records import Record
 from finetune.errors import RecipeError
 from finetune.recipe import Groups
 
-PRIOR = 1000.0  # words' worth of the whole data in the prior
-TELLING = 4.0  # standard errors of the log-odds from which a word is shown
+PRIOR = 0.1  # the weight of the prior, as a share of all words
+TELLING = 3.0  # standard errors of the log-odds from which a word is shown
 FEWEST = 5  # rows that hold the word
 WORDS_SHOWN = 5  # of each label
 ALONE = 0.98  # share of a word's rows under one label, from which the word alone gives it away
@@ -82,10 +82,9 @@ def telling_words(records: Sequence[Record], labels: Sequence[str]) -> dict[str,
 
 
 def _z(inside: int, size: int, whole: int, total: int) -> float:
-    prior = PRIOR * whole / total
-    outside = whole - inside
-    own = math.log((inside + prior) / (size + PRIOR - inside - prior))
-    rest = math.log((outside + prior) / (total - size + PRIOR - outside - prior))
+    prior, outside = PRIOR * whole, whole - inside
+    own = math.log((inside + prior) / (size + PRIOR * total - inside - prior))
+    rest = math.log((outside + prior) / (total - size + PRIOR * total - outside - prior))
     return (own - rest) / math.sqrt(1 / (inside + prior) + 1 / (outside + prior))
 
 

@@ -58,18 +58,17 @@ def find_duplicates(sources: Sequence[Source], labelled: bool, progress: Progres
     found = Duplicates()
     repeated = _exact(rows, found)
     sets = _Signatures()
+    kept: list[int] = []
     signatures = np.zeros((len(records), BANDS * BAND), np.uint32)
-    usable = np.zeros(len(records), bool)
     for row in range(len(records)):
-        if row not in repeated:
-            runs = shingles(rows.text(row))
-            if len(runs) > FEWEST_WORDS - 3:
-                signatures[row], usable[row] = sets.of(runs), True
+        runs = shingles("" if row in repeated else rows.text(row))
+        if len(runs) > FEWEST_WORDS - 3:
+            signatures[len(kept)] = sets.of(runs)
+            kept.append(row)
         if row % 1000 == 999 or row + 1 == len(records):
             progress("comparing rows", row + 1, len(records))
-    kept = np.flatnonzero(usable)
-    for row, other in candidates(signatures[kept]):
-        _note(rows, int(kept[row]), int(kept[other]), found)
+    for row, other in candidates(signatures[: len(kept)]):
+        _note(rows, kept[row], kept[other], found)
     return found
 
 

@@ -49,11 +49,12 @@ def judge(
         )
         if ratio > 10 and epochs >= MANY_PASSES:
             reasons.append("so the rows can be learned by heart: watch the validation loss, or set early_stopping")
-    reasons.append(_resolution(held_out))
+    if held_out:
+        reasons.append(_resolution(held_out))
     return Enough(level, tuple(reasons), examples, trainable, supervised_tokens, epochs)
 
 
 def _resolution(held_out: int) -> str:
     """The widest 95 % interval of a share of so many rows (Wald's, at one half)."""
-    points = 100 * 1.96 * (0.25 / max(held_out, 1)) ** 0.5
-    return f"{held_out:,} held-out rows place an accuracy within {points:.0f} points either way, no finer"
+    points = 100 * 1.96 * (0.25 / held_out) ** 0.5
+    return f"{held_out:,} held-out rows: an accuracy on them is known to within {points:.0f} points either way"

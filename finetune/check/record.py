@@ -19,7 +19,8 @@ def as_json(found: Findings, tokenizer: Tokenizer) -> dict[str, Any]:
         "template": found.template,
         "bad_rows": _problems(found.bad),
         "bad_rows_skipped": found.skipped,
-        "faulty": found.faulty,
+        "broken": _problems(found.broken),
+        "faults": found.faults,
         "splits": {name: asdict(split) for name, split in found.splits.items()},
         "tokens": found.tokens.summary(),
         "samples": [

@@ -15,7 +15,9 @@ from finetune.check.lengths import Lengths
 from finetune.check.personal import Personal
 from finetune.check.survey import Findings
 from finetune.check.tokens import REMEDIES, TokenCheck
+from finetune.data.encoding import harmless
 from finetune.data.problems import listed
+from finetune.highlight import highlighted
 from finetune.tables import shorten
 from finetune.tokenizer import Tokenizer
 
@@ -29,6 +31,8 @@ def show(console: Console, found: Findings, tokenizer: Tokenizer) -> None:
     for title, parts in sections(found, tokenizer):
         console.rule(title, align="left")
         for part in parts:
+            if isinstance(part, Text):
+                part.plain = harmless(part.plain)
             console.print(part, soft_wrap=isinstance(part, Text))
 
 
@@ -64,12 +68,12 @@ def _rows(found: Findings) -> list[RenderableType]:
         verdict = "left out, as data.on_error says" if found.skipped else "to be mended"
         parts.append(Text(f"{len(found.bad):,} bad row{'s' * (len(found.bad) > 1)}, {verdict}:", "bold red"))
         parts.append(Text(listed(found.bad)))
+    if found.broken:
+        parts.append(Text(f"to be mended before training:\n{listed(found.broken)}", "bold red"))
     return parts
 
 
 def _training(found: Findings, tokenizer: Tokenizer) -> list[RenderableType]:
-    from finetune.commands.plan import highlighted
-
     parts: list[RenderableType] = []
     for example in found.samples:
         last = example.tokens[example.weights > 0][-1:].tolist()
@@ -85,12 +89,26 @@ def _verdict(checked: TokenCheck) -> Text:
     apart = f" ({checked.apart:,} with prompt and answer encoded apart)" if checked.apart else ""
     end = "learned tokens, an end token" if checked.end_token else "learned tokens (no end token, as the recipe says)"
     if not faults:
-        return Text(f"all {checked.rows:,} rows have {end}, one begin token and a true prompt{apart}", "green")
+        return Text(
+            f"checked {_counted(checked.rows)}: all have {end}, one begin token and a true prompt{apart}", "green"
+        )
     lines = [
         f"{len(places):,} of {checked.rows:,} rows: {kind}; {REMEDIES[kind]}\n{_places(places)}"
         for kind, places in faults.items()
     ]
     return Text("\n".join(lines), "bold red")
+
+
+def _one_line(text: str, length: int = 40) -> str:
+    return harmless(shorten(text, length))
+
+
+def _rows_of(rows: Sequence[object]) -> str:
+    return _counted(len(rows))
+
+
+def _counted(rows: int) -> str:
+    return f"{rows:,} row{'s' * (rows != 1)}"
 
 
 def _places(places: Sequence[str]) -> str:
@@ -113,7 +131,7 @@ def _lengths(found: Lengths) -> list[RenderableType]:
         ("dropped", [f"{place} ({reason})" for place, reason in found.dropped]),
     ):
         if places:
-            parts.append(Text(f"{len(places):,} rows {what} at train.max_length {found.max_length}\n{_places(places)}"))
+            parts.append(Text(f"{_rows_of(places)} {what} at train.max_length {found.max_length}\n{_places(places)}"))
     said = f"padding: {found.padding:.1%} of the positions; {found.padding_naive:.1%} in batches in the file's order"
     return [*parts, Text(said)]
 
@@ -126,13 +144,13 @@ def _duplicates(found: Duplicates) -> list[RenderableType]:
                 f"{one.place} and {one.other}" + (f" ({one.similarity:.0%})" if one.similarity < 1 else "")
                 for one in pairs
             ]
-            parts.append(Text(f"{len(pairs):,} training rows are {what} an earlier one\n{_places(rows)}"))
+            parts.append(Text(f"repeated: {_rows_of(pairs)} of train {what} an earlier one\n{_places(rows)}"))
     if found.leaks:
         rows = [
             f"{split} {one.place} is in {other}: {one.other} ({one.similarity:.0%})"
             for split, other, one in found.leaks
         ]
-        said = f"{len(found.leaks):,} held-out rows leak; take them out of one side, or the figures flatter"
+        said = f"leaked: {_rows_of(found.leaks)} held out; take them out of one side, or the figures flatter"
         parts.append(Text(f"{said}\n{_places(rows)}", "bold red"))
     return parts or [Text("none", "green")]
 
@@ -146,13 +164,14 @@ def _balance(found: Balance, lengths: dict[str, float]) -> list[RenderableType]:
         for label in sorted(found.labels["train"], key=lambda label: -found.labels["train"][label])[:LABELS_SHOWN]:
             words = (f"{'!' * one.alone}{one.word} {one.rows}/{one.elsewhere}" for one in found.words.get(label, ()))
             counts = (f"{found.labels[split].get(label, 0):,}" for split in splits)
-            table.add_row(Text(shorten(label, 40)), *counts, f"{lengths.get(label, 0):g}", Text(", ".join(words)))
+            table.add_row(Text(_one_line(label, 40)), *counts, f"{lengths.get(label, 0):g}", Text(", ".join(words)))
         if len(found.labels["train"]) > LABELS_SHOWN:
             table.caption = f"the {LABELS_SHOWN} commonest of {len(found.labels['train'])} labels"
         parts.append(table)
     if found.contradictions:
         rows = [" and ".join(f"{place} {label}" for place, label in same[:4]) for same in found.contradictions]
-        text = f"{len(rows):,} texts stand under different labels; decide which is right\n{_places(rows)}"
+        said = f"contradictory: {len(rows):,} text{'s' * (len(rows) > 1)} under different labels; decide which is right"
+        text = f"{said}\n{_places(rows)}"
         parts.append(Text(text, "bold red"))
     if found.groups:
         parts.append(_groups(found))
@@ -161,10 +180,10 @@ def _balance(found: Balance, lengths: dict[str, float]) -> list[RenderableType]:
 
 def _groups(found: Balance) -> Table:
     labels = list(found.labels.get("train", {}))[:LABELS_SHOWN]
-    table = _table("group", "rows", "share", *(Text(shorten(label, 20)).plain for label in labels))
+    table = _table("group", "rows", "share", *(Text(_one_line(label, 20)).plain for label in labels))
     for name, group in found.groups.items():
         shares = (f"{group.labels.get(label, 0) / max(group.rows, 1):.0%}" for label in labels)
-        table.add_row(Text(shorten(name, 40)), f"{group.rows:,}", f"{group.share:.1%}", *shares)
+        table.add_row(Text(_one_line(name, 40)), f"{group.rows:,}", f"{group.share:.1%}", *shares)
     return table
 
 
@@ -176,5 +195,5 @@ def _personal(found: Personal) -> list[RenderableType]:
     lines = []
     for kind, one in found.kinds.items():
         shown = [f"{place} {value}" for place, value in one.shown]
-        lines.append(f"{kind}: {one.count:,} in {one.rows:,} rows\n{_places(shown)}")
+        lines.append(f"{kind}: {one.count:,} in {_counted(one.rows)}\n{_places(shown)}")
     return [Text("\n".join(lines), "yellow")]

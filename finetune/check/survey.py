@@ -16,7 +16,8 @@ from finetune.check.personal import Personal
 from finetune.check.texts import everything
 from finetune.check.tokens import TokenCheck
 from finetune.check.walk import Walk
-from finetune.data.prepare import Progress, Source, gather
+from finetune.data import split as parting
+from finetune.data.prepare import Gathered, Progress, Source, gather
 from finetune.data.problems import Problem
 from finetune.data.read import read
 from finetune.errors import DataError
@@ -24,6 +25,8 @@ from finetune.examples import Example
 from finetune.recipe import Recipe
 from finetune.schedule import make_plan
 from finetune.tokenizer import Tokenizer
+
+_REMEDY = "mend its rows, add some, or raise train.max_length"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Findings:
     template: str
     bad: list[Problem]
     skipped: bool  # the recipe says that bad rows are left out
+    broken: list[Problem]  # what no such word of the recipe mends: a file without a row, a row that is too long
     splits: dict[str, Split]
     tokens: TokenCheck
     samples: list[Example]
@@ -56,9 +60,9 @@ class Findings:
     personal: Personal
 
     @property
-    def faulty(self) -> int:
-        """Rows that must be mended before training."""
-        return (0 if self.skipped else len(self.bad)) + self.tokens.total
+    def faults(self) -> int:
+        """Rows and files that must be mended before training."""
+        return (0 if self.skipped else len(self.bad)) + len(self.broken) + self.tokens.total
 
 
 def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progress: Progress) -> Findings:
@@ -68,15 +72,16 @@ def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progre
     not fit the rows.
     """
     progress("reading", 0, 1)
-    bad: list[Problem] = []
-    found = gather(_lenient(recipe, base, bad), tokenizer, base)
-    bad += [problem for source in found.sources for problem in source.bad]
+    broken: list[Problem] = []
+    found = _gather(_lenient(recipe, base, broken), tokenizer, base, broken)
     progress("reading", 1, 1)
     personal = _personal(found.sources, progress)
     walk = Walk(recipe, tokenizer, found, hidden=personal.places)
     for source in found.sources:
         walk.through(source, progress)
-    bad += walk.bad
+    bad = [problem for source in found.sources for problem in source.bad] + walk.bad
+    broken += walk.refused
+    broken += [(f"data.{one.name}", f"no row is left; {_REMEDY}") for one in found.sources if not walk.used[one.name]]
     if not walk.after:
         reasons = [f"{place}: {reason}" for place, reason in [*bad, *walk.dropped][:1]]
         raise DataError("\n".join([f"{recipe.data.train}: no row can be trained on; mend the rows", *reasons]))
@@ -89,6 +94,7 @@ def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progre
         found.renderer.name,
         bad,
         recipe.data.on_error == "skip",
+        broken,
         {one.name: Split(one.rows, len(one.records), walk.used[one.name], one.notes) for one in found.sources},
         walk.checker.found,
         walk.samples,
@@ -101,7 +107,16 @@ def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progre
     )
 
 
-def _lenient(recipe: Recipe, base: Path, bad: list[Problem]) -> Recipe:
+def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path, broken: list[Problem]) -> Gathered:
+    """All rows; as training rows alone where none can be set apart for validation."""
+    try:
+        return gather(recipe, tokenizer, base)
+    except parting.TooFewRows as error:
+        broken.append(_problem(error))
+        return gather(recipe, tokenizer, base, set_apart=False)
+
+
+def _lenient(recipe: Recipe, base: Path, broken: list[Problem]) -> Recipe:
     """The recipe with bad rows left out, and with the held-out files that can be read at all."""
     data = recipe.data.model_copy(update={"on_error": "skip"})
     for name in ("valid", "test"):
@@ -109,9 +124,14 @@ def _lenient(recipe: Recipe, base: Path, bad: list[Problem]) -> Recipe:
             if source := getattr(data, name):
                 read(source, base)
         except DataError as error:
-            bad.append((f"data.{name}", str(error)))
+            broken.append(_problem(error))
             data = data.model_copy(update={name: None})
     return recipe.model_copy(update={"data": data})
+
+
+def _problem(error: DataError) -> Problem:
+    place, _, reason = str(error).partition(": ")
+    return place, reason
 
 
 def _personal(sources: Sequence[Source], progress: Progress) -> Personal:
@@ -127,7 +147,7 @@ def _personal(sources: Sequence[Source], progress: Progress) -> Personal:
 def _enough(recipe: Recipe, model: Path, walk: Walk, balance: Balance) -> Enough:
     from finetune.job import lora_spec
 
-    modules = lora_modules(model, lora_spec(recipe))
+    modules = lora_modules(model, lora_spec(recipe), recipe.model.remote_code)
     trainable = sum(recipe.lora.rank * (out + inputs) for out, inputs in modules.values())
     plan = make_plan(recipe, len(walk.after))
     held_out = walk.used["test"] or walk.used["valid"]

@@ -37,6 +37,7 @@ class Walk:
         self.shortened: list[str] = []
         self.cut: list[str] = []
         self.dropped: list[Problem] = []
+        self.refused: list[Problem] = []  # too long, where the recipe allows none
         self.bad: list[Problem] = []
 
     def through(self, source: Source, progress: Progress) -> None:
@@ -49,7 +50,7 @@ class Walk:
             supervised = self.checker.look(fitted.kept)
             self.used[source.name] += len(fitted.kept)
             self.bad += chunk.bad
-            (self.bad if strict else self.dropped).extend(fitted.dropped)
+            (self.refused if strict else self.dropped).extend(fitted.dropped)
             self.shortened += fitted.shortened
             self.cut += [row.rendered.record.place for row in fitted.kept if row.cut]
             if source.name == "train":

@@ -30,15 +30,15 @@ def check(target: str, overrides: Sequence[str], json_file: Path | None) -> None
 
     recipe = recipe_of(target, overrides)
     model = model_folder(recipe.model)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, recipe.model.remote_code)
     with Bar() as bar:
         found = survey(recipe, model, tokenizer, Path.cwd(), bar.report)
     show(Console(), found, tokenizer)
     if json_file is not None:
         write_file(json_file, json.dumps(as_json(found, tokenizer), indent=2, ensure_ascii=False) + "\n")
-    if found.faulty:
-        rows = f"{found.faulty:,} row{'s' * (found.faulty > 1)}"
-        raise DataError(f"{rows} to mend; or leave bad rows out with data.on_error: skip")
+    if found.faults:
+        skip = "" if found.skipped or not found.bad else "; or leave bad rows out with data.on_error: skip"
+        raise DataError(f"{found.faults:,} fault{'s' * (found.faults > 1)} to mend before training{skip}")
 
 
 def recipe_of(target: str, overrides: Sequence[str]) -> Recipe:

@@ -13,6 +13,7 @@ from types import FrameType
 from finetune.recipe import Recipe
 from finetune.recipe_file import load_recipe
 from finetune.run_folder import RunFolder, create, open_existing
+from finetune.supervisor import tell_run
 
 
 class StopFlag:
@@ -67,6 +68,7 @@ def _go(recipe: Recipe, run: RunFolder | None, name: str) -> None:
         job = load_job(recipe)
         resuming = run is not None
         run = run or create(recipe, name)
+        tell_run(run.path)
         print_account(job, run)
         try:
             with open_screen() as screen:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.data.encoding import harmless
 from finetune.errors import DataError, RecipeError
 from finetune.examples import Row
 
@@ -59,7 +60,9 @@ def recognise(rows: Sequence[Row], wanted: str = "auto", mapping: Mapping[str, s
         raise DataError(_no_format(rows[0].file, columns, wanted))
     if len(chosen) > 1:
         names = " and ".join(chosen)
-        raise DataError(f"{rows[0].place}: the columns {', '.join(columns)} fit {names}; say which with data.format")
+        raise DataError(
+            f"{rows[0].place}: the columns {harmless(', '.join(columns))} fit {names}; say which with data.format"
+        )
     name = chosen[0]
     return Layout(name, fitting[name], _renamed(name, fitting[name], mapping))
 
@@ -73,7 +76,9 @@ def _check_mapping(mapping: Mapping[str, str], columns: Sequence[str], file: str
         if standard not in STANDARD:
             raise RecipeError(f"data.columns.{standard}: not a standard name; there are {', '.join(STANDARD)}")
         if own not in columns:
-            raise RecipeError(f"data.columns.{standard}: {file} has no column {own}; it has {', '.join(columns)}")
+            raise RecipeError(
+                f"data.columns.{standard}: {file} has no column {own}; it has {harmless(', '.join(columns))}"
+            )
 
 
 def _resolve(name: Format, columns: Sequence[str], mapping: Mapping[str, str]) -> dict[str, str]:
@@ -110,13 +115,13 @@ def _choose(counts: Mapping[Format, int], layouts: Mapping[Format, Mapping[str, 
 
 
 def _renamed(name: Format, found: Mapping[str, str], mapping: Mapping[str, str]) -> tuple[str, ...]:
-    taken = [f"{own} as {part}" for part, own in found.items() if own != part and part not in mapping]
+    taken = [f"{harmless(own)} as {part}" for part, own in found.items() if own != part and part not in mapping]
     note = f"rows are {name}"
     return (f"{note}; took {', '.join(taken)}" if taken else note,)
 
 
 def _no_format(file: str, columns: Sequence[str], wanted: str) -> str:
-    shown = ", ".join(column[:40] for column in columns[:20]) + (", ..." if len(columns) > 20 else "")
+    shown = ", ".join(harmless(column[:40]) for column in columns[:20]) + (", ..." if len(columns) > 20 else "")
     needs = {name: "+".join(parts) for name, parts in REQUIRED.items() if wanted in ("auto", name)}
     listed = "; ".join(f"{name}: {parts}" for name, parts in needs.items())
     what = "fit no known format" if wanted == "auto" else f"do not fit data.format {wanted}"

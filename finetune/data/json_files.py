@@ -57,22 +57,22 @@ def _skip(text: str, at: int) -> int:
 
 def _is_lines(text: str) -> bool:
     """Whether at least half of the first lines are whole objects: a broken first line does not change the kind."""
-    lines = list(islice(_nonblank(text), _LOOKED_AT))
+    lines = list(islice(filter(None, _each_line(text)), _LOOKED_AT))
     return 2 * sum(_is_object(line) for line in lines) >= len(lines)
 
 
-def _nonblank(text: str) -> Iterator[str]:
+def _each_line(text: str) -> Iterator[str]:
+    """One at a time, so that the file is not held twice; without white space at its end."""
     at = 0
     while at < len(text):
         end = text.find("\n", at)
         end = len(text) if end < 0 else end
-        if line := text[at:end].strip(_WHITE):
-            yield line
+        yield text[at:end].rstrip(_WHITE)
         at = end + 1
 
 
 def _is_object(line: str) -> bool:
-    if not (line.startswith("{") and line.endswith("}")):
+    if not (line.lstrip(_WHITE).startswith("{") and line.endswith("}")):
         return False
     try:
         json.loads(line)
@@ -169,8 +169,7 @@ def _lines(text: str, file: str, notes: list[str]) -> Found:
     rows: list[Row] = []
     bad: list[Problem] = []
     blank = 0
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        line = line.rstrip(_WHITE)
+    for number, line in enumerate(_each_line(text), 1):
         if not line:
             blank += 1
         elif reason := bad_byte(line):

@@ -26,7 +26,7 @@ from finetune.tokenizer import Tokenizer, stop_tokens
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 Task = Literal["classification", "generation", "text"]
-TOGETHER = 5000  # rows between two reports of progress
+TOGETHER = 2000  # rows between two reports of progress
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,11 @@ def prepare(
     )
 
 
-def gather(recipe: Recipe, tokenizer: Tokenizer, base: Path) -> Gathered:
-    """Read and check the rows of every split. Raises as `prepare` does."""
+def gather(recipe: Recipe, tokenizer: Tokenizer, base: Path, set_apart: bool = True) -> Gathered:
+    """Read and check the rows of every split. Raises as `prepare` does.
+
+    set_apart: take validation rows from the training rows where no file has them; else there are none.
+    """
     data = recipe.data
     opened = read(data.train, base)
     if not opened.rows:
@@ -100,9 +103,14 @@ def gather(recipe: Recipe, tokenizer: Tokenizer, base: Path) -> Gathered:
     renderer = make_renderer(recipe.prompt, layout.name, columns, tokenizer)
     train = _source("train", opened, layout, recipe)
     labels = find_labels(train.records, data.labels) if task == "classification" else ()
-    train, valid = _valid(train, layout, recipe, base, labels)
-    test = (_source("test", read(data.test, base), layout, recipe, labels),) if data.test else ()
-    return Gathered(task, layout, renderer, labels, (train, valid, *test))
+    sources = [train]
+    if data.valid is not None:
+        sources.append(_source("valid", read(data.valid, base), layout, recipe, labels))
+    elif set_apart:
+        sources = [*_set_apart(train, recipe, labels)]
+    if data.test is not None:
+        sources.append(_source("test", read(data.test, base), layout, recipe, labels))
+    return Gathered(task, layout, renderer, labels, tuple(sources))
 
 
 def _layout(opened: Rows, data: Data) -> Layout:
@@ -141,10 +149,8 @@ def _source(name: str, found: Rows, layout: Layout, recipe: Recipe, labels: Labe
     return Source(name, records, bad, (*layout.notes, *found.notes))
 
 
-def _valid(train: Source, layout: Layout, recipe: Recipe, base: Path, labels: Labels) -> tuple[Source, Source]:
+def _set_apart(train: Source, recipe: Recipe, labels: Labels) -> tuple[Source, Source]:
     data = recipe.data
-    if data.valid is not None:
-        return train, _source("valid", read(data.valid, base), layout, recipe, labels)
     kept, apart = parting.split(train.records, data.valid_fraction, recipe.seed, stratified=bool(labels))
     how = f"{len(apart)} of {len(train.records)} rows of {data.train} set apart for validation (seed {recipe.seed})"
     valid = Source("valid", apart, [], (how + (", stratified by label" if labels else ""),))

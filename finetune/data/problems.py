@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from finetune.data.encoding import harmless
 from finetune.errors import DataError
 
 Problem = tuple[str, str]  # (place, reason with its remedy)
@@ -25,7 +26,7 @@ def settle(problems: Sequence[Problem], on_error: OnError) -> None:
 
 def listed(problems: Sequence[Problem]) -> str:
     """The first 20, one a line, and how many more there are."""
-    lines = [f"{place}: {reason}" for place, reason in problems[:SHOWN]]
+    lines = [harmless(f"{place}: {reason}") for place, reason in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"... and {len(problems) - SHOWN} more")
     return "\n".join(lines)

@@ -82,12 +82,13 @@ def _local(source: str, base: Path, ending: str) -> bytes:
 def _parse(raw: bytes, source: str, ending: str) -> Rows:
     if ending == ".parquet":
         return _parquet(raw, source)
-    text = decode(raw, source)
+    encoding, text = unusual(raw), decode(raw, source)
+    del raw  # a large file is not held twice
     if ending in (".csv", ".tsv"):
         rows, bad, notes = parse_table(text, source, "\t" if ending == ".tsv" else ",")
     else:
         rows, bad, notes = parse_json(text, source)
-    notes = [*unusual(raw), *notes]
+    notes = [*encoding, *notes]
     return Rows(rows, bad, (f"{source}: {'; '.join(notes)}",) if notes else ())
 
 

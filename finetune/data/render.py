@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 
 from finetune.data.chat import PLAIN_CHAT, ChatRenderer
-from finetune.data.formats import OPTIONAL, QUESTION, REQUIRED, Format, recognise
-from finetune.data.read import read
+from finetune.data.formats import OPTIONAL, QUESTION, REQUIRED, Format
 from finetune.data.records import Record
 from finetune.data.rendered import Renderer
-from finetune.data.templates import ALPACA, PLAIN, TemplateRenderer, answer_form
+from finetune.data.templates import ALPACA, PLAIN, TemplateRenderer, answer_form, placeholders
 from finetune.errors import RecipeError
 from finetune.recipe import Prompt, Recipe
 from finetune.tokenizer import Tokenizer, encode_prompt
@@ -60,16 +58,16 @@ def _need_chat_template(tokenizer: Tokenizer) -> None:
         )
 
 
-def question_tokens(
-    recipe: Recipe, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], base: Path | None = None
-) -> list[int]:
+def question_tokens(recipe: Recipe, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """The tokens of a new question, as training writes its prompts.
 
-    messages: a conversation that ends with the user; templates over columns take the last message alone. Where
-    data.format is auto the rows of data.train (relative to base, the working folder if None) are looked at.
+    recipe: that of a run, which names its format. messages: a conversation that ends with the user; templates
+    over columns take the last message alone.
     """
-    layout, columns = _layout(recipe, base or Path.cwd())
-    renderer = make_renderer(recipe.prompt, layout, columns, tokenizer)
+    layout = recipe.data.format
+    if layout == "auto":
+        raise ValueError("the recipe does not name its data's format; that of a run does")
+    renderer = make_renderer(recipe.prompt, layout, placeholders(recipe.prompt.template), tokenizer)
     if layout in CONVERSATIONS:
         record = Record("question", messages=tuple(messages))
     else:
@@ -81,12 +79,3 @@ def _asked(renderer: Renderer, layout: str) -> str:
     """The placeholder that takes the question: the format's own, or the first of the recipe's template."""
     names = [name for _, name in renderer.pieces if name] if isinstance(renderer, TemplateRenderer) else []
     return QUESTION[layout] if QUESTION[layout] in names or not names else names[0]
-
-
-def _layout(recipe: Recipe, base: Path) -> tuple[Format, Collection[str]]:
-    known = set(recipe.data.columns) | set(recipe.data.columns.values())
-    if recipe.data.format == "chat" or recipe.data.format == "sharegpt":
-        return recipe.data.format, known
-    rows = read(recipe.data.train, base).rows
-    found = recognise(rows, recipe.data.format, recipe.data.columns)
-    return found.name, {*found.columns, *(column for row in rows for column in row.fields)}

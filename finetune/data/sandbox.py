@@ -52,8 +52,13 @@ def render(
     template finds beside the messages. Raises ValueError with the template's own words where it refuses the
     messages or fails on them, and EnvironmentProblem where it goes beyond its bounds.
     """
-    text = tokenizer.get_chat_template(template, tools)
     where = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+    try:
+        text = tokenizer.get_chat_template(template, tools)
+    except (TypeError, AttributeError, KeyError):  # of what a damaged tokenizer_config.json gives as templates
+        text = None
+    if not isinstance(text, str):
+        raise EnvironmentProblem(f"{where} is not text; {_REMEDY}")
     if len(text) > TEMPLATE_LENGTH:
         raise EnvironmentProblem(f"{where} has {len(text):,} characters; {_REMEDY}")
     request = {

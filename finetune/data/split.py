@@ -10,6 +10,11 @@ from collections.abc import Mapping, Sequence
 from finetune.data.records import Record
 from finetune.errors import DataError
 
+
+class TooFewRows(DataError):
+    """No row can be set apart."""
+
+
 Group = list[int]  # rows that ask the same thing
 
 
@@ -20,7 +25,7 @@ def split(
 
     Rows of the same key stay on one side. stratified: by the record's answer, the label. The order in which
     groups are taken is a hash of seed and key, so it depends neither on the rows' order nor on a library's
-    generator. Raises DataError where there are not two groups of rows to part.
+    generator. Raises TooFewRows where there are not two groups of rows to part.
     """
     strata = _strata(records, seed, stratified)
     quotas = _quotas(strata, fraction)
@@ -28,7 +33,7 @@ def split(
     if not chosen:
         movable = [groups for groups in strata.values() if len(groups) > 1]
         if not movable:
-            raise DataError(
+            raise TooFewRows(
                 f"{records[0].place if records else 'data.train'}: too few different rows to set some apart for "
                 "validation; add rows, or name a file with data.valid"
             )

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from finetune.data.encoding import refuse_bad_bytes
+from finetune.data.encoding import harmless, refuse_bad_bytes
 from finetune.data.problems import Problem
 from finetune.errors import DataError
 from finetune.examples import Row
@@ -67,6 +67,8 @@ def _header(records: Iterator[tuple[list[str], int]], file: str) -> list[str]:
         raise DataError(f"{file}:{line}: the file is empty; its first line must name the columns")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or "" in names:
-        what = f"columns {', '.join(twice)} occur twice" if twice and twice != [""] else "a column has no name"
+        what = (
+            f"columns {harmless(', '.join(twice))} occur twice" if twice and twice != [""] else "a column has no name"
+        )
         raise DataError(f"{file}:{line}: {what}; the first line must name every column once")
     return names

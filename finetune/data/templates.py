@@ -48,6 +48,12 @@ def parse_template(template: str, known: Collection[str], where: str = "prompt.t
 _FORMATTER = string.Formatter()
 
 
+def placeholders(template: str) -> set[str]:
+    """Every name a question may use: the template's own, which training has checked, and the formats' standard ones."""
+    known = [template, *PLAIN.values(), *ALPACA.values()]
+    return {name for one in known for _, name, _, _ in _FORMATTER.parse(one) if name}
+
+
 def fill(pieces: Pieces, values: Mapping[str, str]) -> str:
     return "".join(literal + (values.get(name, "") if name is not None else "") for literal, name in pieces)
 

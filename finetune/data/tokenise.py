@@ -6,6 +6,7 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 from finetune.data.rendered import Rendered, Span
 from finetune.errors import RecipeError
@@ -49,7 +50,7 @@ def _place(rendered: Rendered, encoded: Encoded, prefix: list[int]) -> Tokenised
     """Spans of characters to spans of tokens; None where a token lies across the beginning of an answer."""
     tokens = with_begin(encoded.tokens, prefix)
     added = len(tokens) - len(encoded.tokens)
-    ends = list(itertools.accumulate((end for _, end in encoded.spans), max))
+    ends = list(itertools.accumulate(map(itemgetter(1), encoded.spans), max))
 
     def index(character: int) -> int | None:
         at = bisect_right(ends, character)

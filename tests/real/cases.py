@@ -34,11 +34,29 @@ def sst2(data: Path, out: Path) -> Mapping[str, Path]:
     """`0 text` lines -> JSONL of text and label."""
     files = {}
     for split, part in (("train", "train"), ("valid", "dev"), ("test", "test")):
-        lines = (data / "sst2" / f"stsa.binary.{part}").read_text(encoding="utf-8").splitlines()
-        rows = [{"text": line[2:].strip(), "label": ("negative", "positive")[int(line[0])]} for line in lines]
-        files[split] = out / f"sst2-{split}.jsonl"
-        files[split].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        lines = lines_of(data / "sst2" / f"stsa.binary.{part}")
+        files[split] = write_labelled(out / f"sst2-{split}.jsonl", [(line[2:].strip(), int(line[0])) for line in lines])
     return files
+
+
+def imdb(data: Path, out: Path) -> Mapping[str, Path]:
+    """The same rows with the labels' names for 0 and 1."""
+    files = {}
+    for split, part in (("train", "train"), ("valid", "test")):
+        rows = [(row["text"], row["label"]) for row in map(json.loads, lines_of(data / "imdb" / f"{part}_1000.jsonl"))]
+        files[split] = write_labelled(out / f"imdb-{split}.jsonl", rows)
+    return files
+
+
+def lines_of(path: Path) -> list[str]:
+    """By line feeds alone: the reviews hold other characters at which `str.splitlines` would part them."""
+    return path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+
+
+def write_labelled(path: Path, rows: list[tuple[str, int]]) -> Path:
+    lines = (json.dumps({"text": text, "label": ("negative", "positive")[label]}) for text, label in rows)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def banking77(data: Path, out: Path) -> Mapping[str, Path]:
@@ -65,7 +83,7 @@ CASES: dict[str, Case] = {
         quantize=("none", "4bit"),
     ),
     "imdb": Case(
-        as_they_are(train="imdb/train_1000.jsonl", valid="imdb/test_1000.jsonl"),
+        imdb,
         {
             **LABELS,
             "lora": {"rank": 4, "alpha": 32.0, "dropout": 0.01},

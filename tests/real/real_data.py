@@ -151,6 +151,15 @@ def show(results: list[Settings]) -> None:
         where = f"{one['case']} {one['backend']} {one['quantize']}"
         lines = [one["note"], *one["warnings"], *(f"{k}: {v:g} s" for k, v in one.get("phases", {}).items())]
         console.print(f"{where}: {'; '.join(line for line in lines if line)}", markup=False, soft_wrap=True)
+        if not one["rc"]:
+            verdicts = [one["overfitting"]["message"], *([one["comparison"]["verdict"]] if one["comparison"] else [])]
+            console.print("\n".join([*map(epoch_line, one["validations"]), *verdicts]), markup=False, soft_wrap=True)
+
+
+def epoch_line(one: Settings) -> str:
+    train = "" if one["train_loss"] is None else f"  train loss {one['train_loss']:.4f}"
+    right = "" if one["accuracy"] is None else f"  accuracy {one['accuracy']:.3f}"
+    return f"  epoch {one['epoch']:.2f}{train}  validation loss {one['loss']:.4f}{right}"
 
 
 def main() -> int:
@@ -159,7 +168,7 @@ def main() -> int:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--backends", default="torch,mlx")
-    parser.add_argument("--quantize", help="none, 4bit or both, instead of the case's own")
+    parser.add_argument("--quantize", help="none, 4bit or none,4bit, instead of what the case has")
     parser.add_argument("--out", type=Path, default=Path("real-data"))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to every recipe")
     asked = parser.parse_args()

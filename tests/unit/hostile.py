@@ -42,43 +42,41 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_audit)
 
 
-@contextmanager
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No code, no network, no canary file, and no more than 512 MB more than before."""
-    global _watching
-
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a socket was opened")
 
     monkeypatch.setattr(socket, "socket", refuse)
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    _watching = []
-    if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MEMORY, before[1]))
-    try:
-        yield
-        assert _watching == []
-    finally:
-        _watching = None
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @contextmanager
-def in_time() -> Iterator[None]:
-    """Two seconds of processor time, ours and our children's: a busy machine makes no test fail."""
+def harmless() -> Iterator[None]:
+    """No code run, no canary file opened, no more than 512 MB more than before, and 2 s of processor time.
+
+    Of processor time, ours and our children's, so that a busy machine makes no test fail.
+    """
+    global _watching
 
     def spent() -> float:
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
         return time.process_time() + children.ru_utime + children.ru_stime
 
-    began = spent()
-    yield
+    before, began, _watching = resource.getrlimit(resource.RLIMIT_AS), spent(), []
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        seen, _watching = _watching, None
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert seen == []
     assert spent() - began < SECONDS
 
 
 def refused(call: Any, *arguments: Any, **named: Any) -> str | None:
     """The refusal's message; None where the file was taken. Any other error goes on, and fails the test."""
-    with in_time():
+    with harmless():
         try:
             call(*arguments, **named)
         except REFUSALS as error:

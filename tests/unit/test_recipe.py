@@ -102,7 +102,7 @@ def test_integers_are_integers(tmp_path: Path, key: str, value: str) -> None:
         ("model: {}\ndata:\n  train: x\n", 1, "model.path is missing"),
         (LEAST + "  format: chat\ntask: classification\n", 1, "task classification needs rows"),
         ("- 1\n", 1, "mapping of sections"),
-        (LEAST + "seed: !!python/object/apply:os.system ['true']\n", 5, "seed"),
+        (LEAST + "seed: !!python/object/apply:os.system ['true']\n", 5, "a tag (!!python"),
     ],
 )
 def test_mistakes_name_their_line(tmp_path: Path, text: str, line: int, words: str) -> None:

@@ -77,7 +77,7 @@ DAMAGES: dict[str, Damage] = {
     "half a character": _inserted(b"\\ud83d"),
     "Latin-1": _inserted(b"caf\xe9 "),
     "broken UTF-8": _inserted(b"\xe2\x82"),
-    "key twice": _text(lambda text: text[:-1] + ', "messages": []}'),
+    "key twice": _text(lambda text: '{"messages": [], ' + text[1:]),
     "column missing": _row(lambda row: {"text": "other"}),
     "column null": _row(lambda row: {"messages": None}),
     "no turns": _turns(lambda turns: []),

@@ -21,7 +21,10 @@ def quiet(what: str, done: int, total: int) -> None:
 
 def source(name: str, *texts: str, answers: list[str] | None = None) -> Source:
     answers = answers or ["yes"] * len(texts)
-    records = [Record(f"{name}:{i}", text, answer=answer) for i, (text, answer) in enumerate(zip(texts, answers), 1)]
+    records = [
+        Record(f"{name}:{i}", text, answer=answer)
+        for i, (text, answer) in enumerate(zip(texts, answers, strict=True), 1)
+    ]
     return Source(name, records, [], ())
 
 

@@ -13,24 +13,28 @@ from finetune.data.read import read
 from finetune.data.records import read_records
 from tests.unit.check.messes import DAMAGES, good_row, line_of
 
-ROWS = 40  # in a file, half of them damaged at most
+ROWS = 40  # lines of a file, half of them damaged at most
+BLANK = 2
 
 
 def one_file(path: Path, draw: random.Random, kinds: list[str]) -> None:
     lines = [line_of(good_row(draw)) for _ in range(ROWS)]
-    damaged = dict(zip(draw.sample(range(ROWS), len(kinds)), kinds, strict=True))
+    chosen = draw.sample(range(ROWS), len(kinds) + BLANK)
+    damaged, blank = dict(zip(chosen, kinds, strict=False)), chosen[len(kinds) :]
     for number, kind in damaged.items():
         lines[number] = DAMAGES[kind](lines[number], draw)
+    for number in blank:
+        lines[number] = draw.choice([b"", b" \t"])
     end = draw.choice([b"\n", b"\r\n"])
     path.write_bytes(draw.choice([b"", b"\xef\xbb\xbf"]) + end.join(lines) + draw.choice([b"", end]))
 
     found = read(path.name, path.parent)
     records, bad = read_records(found.rows, recognise(found.rows))
-    named = {place: reason for place, reason in [*found.bad, *bad]}
+    named = dict([*found.bad, *bad])
     wanted = {f"{path.name}:{number + 1}": kind for number, kind in damaged.items()}
     assert named.keys() == wanted.keys(), {wanted.get(place, place) for place in named.keys() ^ wanted.keys()}
     assert Counter(record.place for record in records) == Counter(
-        f"{path.name}:{number + 1}" for number in range(ROWS) if number not in damaged
+        f"{path.name}:{number + 1}" for number in range(ROWS) if number not in chosen
     )
     assert all(len(reason) > 20 for reason in named.values()), named
 

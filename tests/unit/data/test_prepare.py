@@ -266,7 +266,8 @@ def test_a_question_is_asked_as_in_training(tmp_path, kind):
         recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "train.jsonl"}, "prompt": prompt})
         found = prepare(recipe, tokenizer, base=tmp_path)
         rows_by_place = {one.place: one for one in (*found.train.examples, *found.valid.examples)}
-        asked = question_tokens(recipe, tokenizer, [{"role": "user", "content": question}], tmp_path)
+        named = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": found.format})})
+        asked = question_tokens(named, tokenizer, [{"role": "user", "content": question}])
         assert asked == rows_by_place["train.jsonl:1"].prompt_tokens.tolist()
 
 
