@@ -27,9 +27,7 @@ Overrides = Annotated[
 ]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
 Backend = Annotated[str | None, typer.Option("--backend", help="mlx, torch or reference, instead of the recipe's.")]
-Alone = Annotated[
-    bool, typer.Option("--no-supervisor", help="Train in this very process, as a debugger needs it.", show_default=False)
-]
+Alone = Annotated[bool, typer.Option("--no-supervisor", help="Train in this very process, as debuggers need it.")]
 
 
 @app.command()

@@ -81,10 +81,12 @@ class PlainScreen:
     def _progress(self, event: Progress) -> str | None:
         if event.total == 0:
             return event.what
-        if not self._pause_over(event.what) and event.done < event.total:
-            return None
-        self._said_at[event.what] = self._status.clock()
-        return f"{event.what} {event.done}/{event.total}"
+        over = self._pause_over(event.what)
+        if event.done >= event.total:
+            del self._said_at[event.what]  # the next time this work begins anew
+        elif over:
+            self._said_at[event.what] = self._status.clock()
+        return f"{event.what} {event.done}/{event.total}" if over else None
 
     def _pause_over(self, what: str) -> bool:
         now = self._status.clock()

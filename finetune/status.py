@@ -28,8 +28,10 @@ class Status:
 
     def note(self, event: Event) -> None:
         if isinstance(event, RunStarted):
-            self.steps, self.first_step, self._began = event.steps, event.step, self.clock()
+            self.steps, self.first_step = event.steps, event.step
         elif isinstance(event, StepDone):
+            if self.last is None:  # the validation before the first step is not part of the pace
+                self._began = self.clock() - event.seconds
             self.last = event
             self.losses.append(event.loss)
             self._recent.append(event)

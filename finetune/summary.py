@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -31,24 +33,32 @@ def print_account(job: Job, run: RunFolder) -> None:
 def account_table(prepared: Prepared) -> Table:
     """Rows read, used, shortened and dropped in each split, with the first places of the last two."""
     table = Table("split", "rows", "used", "tokens", "supervised", "shortened", "dropped")
-    for name, split in (("train", prepared.train), ("valid", prepared.valid), ("test", prepared.test)):
-        if split is None:
-            continue
+    splits = {"train": prepared.train, "valid": prepared.valid} | ({"test": prepared.test} if prepared.test else {})
+    for name, split in splits.items():
         table.add_row(
             name,
             f"{split.rows:,}",
             f"{len(split.examples):,}",
             f"{sum(len(one.tokens) for one in split.examples):,}",
             f"{int(sum(one.weights.sum() for one in split.examples)):,}",
-            Text(_counted(split.shortened)),
-            Text(_counted([f"{place} ({reason})" for place, reason in split.dropped])),
+            Text(_counted([PurePath(place).name for place in split.shortened])),
+            Text(_counted([f"{PurePath(place).name}: {reason}" for place, reason in split.dropped])),
         )
-    notes = [note for split in (prepared.train, prepared.valid, prepared.test) if split for note in split.notes]
-    table.caption = Text("\n".join(dict.fromkeys(notes))) if notes else None
+    table.caption = Text("\n".join(_notes({name: split.notes for name, split in splits.items()})))
     return table
 
 
-def _counted(places: Any) -> str:
+def _notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """Each note once; with its split's name unless every split says it."""
+    said = dict.fromkeys(note for split in notes.values() for note in split)
+    return [
+        note if all(note in split for split in notes.values()) else f"{name}: {note}"
+        for note in said
+        for name in [next(name for name, split in notes.items() if note in split)]
+    ]
+
+
+def _counted(places: Sequence[str]) -> str:
     if not places:
         return "0"
     shown = "\n".join(places[:SHOWN_PLACES])
@@ -77,11 +87,15 @@ def render(console: Console, report: Report) -> None:
         console.print(comparison_table({}, report.tuned.summary(), title=report.held_out))
     console.print(
         f"base weights: {report.scheme}; {report.backend} on {report.device}\n"
-        f"adapter: {report.adapter} (of step {report.best_step}; PEFT and mlx-lm load it as it is)\n"
+        f"adapter: {report.adapter} ({_which(report.best_step)}; PEFT and mlx-lm load it as it is)\n"
         f"everything else: {report.run} (report.json, rows.jsonl, loss.png, metrics.jsonl)",
         markup=False,
         soft_wrap=True,
     )
+
+
+def _which(best_step: int) -> str:
+    return f"of step {best_step}" if best_step else "untrained: no validation was better than the one before step 1"
 
 
 def print_comparison(console: Console, base: Evaluation, tuned: Evaluation, comparison: Comparison, rows: str) -> None:

@@ -11,7 +11,6 @@ supervisor is gone ends at once, so that no two processes ever write to one run.
 from __future__ import annotations
 
 import os
-import resource
 import shlex
 import signal
 import socket
@@ -113,15 +112,16 @@ def _awake(child: int) -> Iterator[None]:
     if sys.platform != "darwin":
         yield
         return
+    nothing = subprocess.DEVNULL
+    helper = None
     with suppress(OSError):
-        subprocess.Popen(
-            ["caffeinate", "-is", "-w", str(child)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    yield
+        helper = subprocess.Popen(["caffeinate", "-is", "-w", str(child)], stdin=nothing, stdout=nothing, stderr=nothing)
+    try:
+        yield
+    finally:
+        if helper is not None:
+            helper.terminate()
+            helper.wait()
 
 
 def _end_when_alone(end: socket.socket) -> None:
@@ -181,6 +181,8 @@ def _oom_kills() -> int:
 
 def _memory_short() -> str | None:
     """Why memory was most likely what the killed child had run out of."""
+    import resource  # not on Windows, where `tell_run` is imported too
+
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -25,7 +25,7 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Tokenizer:
     check_folder(folder, remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=remote_code)
-        tokenizer.decode(tokenizer("a trial")["input_ids"])
+        tokenizer.decode(tokenizer("a trial", verbose=False)["input_ids"])
     except BaseException as error:
         # transformers raises OSError, ValueError, KeyError, ImportError and bare Exception here, and tokenizers a
         # PanicException, which is none.

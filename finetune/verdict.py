@@ -84,11 +84,15 @@ def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | Non
     """
     if base.accuracy is None or tuned.accuracy is None or p_value is None:
         return _by_loss(base, tuned)
+    same = all(before.correct == after.correct for before, after in zip(base.results, tuned.results, strict=True))
+    if same and not tuned.labels:  # open answers may all miss the expected words and still come closer
+        return _by_loss(base, tuned)
+    measure = "accuracy" if tuned.labels else "exact match"
     change = tuned.accuracy - base.accuracy
     word = _word(change) if p_value < SIGNIFICANT else "No clear difference"
     p = "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
     return (
-        f"{word}: accuracy {base.accuracy:.3f}{_between(base.interval)} before, {tuned.accuracy:.3f}"
+        f"{word}: {measure} {base.accuracy:.3f}{_between(base.interval)} before, {tuned.accuracy:.3f}"
         f"{_between(tuned.interval)} after, on the same {tuned.rows} rows (McNemar's exact test: {p})."
     )
 

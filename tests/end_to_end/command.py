@@ -27,7 +27,8 @@ import contextlib, io, json, sys
 from finetune.cli import main
 answers = []
 for arguments, typed in json.loads(sys.argv[1]):
-    sys.argv, sys.stdin, code = ["finetune", *arguments], io.StringIO(typed), 0
+    alone = ["--no-supervisor"] if arguments[0] in ("train", "resume", "demo") else []
+    sys.argv, sys.stdin, code = ["finetune", *arguments, *alone], io.StringIO(typed), 0
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
             main()

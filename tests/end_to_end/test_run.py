@@ -27,7 +27,7 @@ from tests.end_to_end.command import (
 RECIPE = """\
 data: {train: train.jsonl, test: test.jsonl}
 lora: {rank: 2, alpha: 4, dropout: 0.1, targets: [q_proj, down_proj]}
-train: {steps: 40, batch_size: 4, learning_rate: 1e-2, checkpoint_every: 3}
+train: {steps: 40, batch_size: 4, micro_tokens: 160, learning_rate: 1e-2, checkpoint_every: 3}
 evaluate: {every: 8}
 """
 FILES = {

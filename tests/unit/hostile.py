@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import resource
@@ -118,7 +119,7 @@ def damaged_json(rng: random.Random, value: Any) -> str:
             keys.append((node, key))
             node = node[key]
         if keys:
-            keys[-1][0][keys[-1][1]] = rng.choice(VALUES)
+            keys[-1][0][keys[-1][1]] = copy.deepcopy(rng.choice(VALUES))
     text = json.dumps(value)
     how = rng.random()
     if how < 0.1:

@@ -15,6 +15,9 @@ import pytest
 
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec
+from finetune.errors import RecipeError
+from finetune.recipe import Model
+from finetune.sources import model_folder
 from finetune.tokenizer import load_tokenizer
 from tests.unit.hostile import harmless, no_network, refused  # noqa: F401
 
@@ -160,3 +163,9 @@ def test_a_tokenizer_config_leads_to_no_other_file(folder: Path, tmp_path: Path,
     load_tokenizer(folder)
     with harmless():
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("revision", [None, "main", "0123abc"])
+def test_code_from_the_hub_needs_the_commit_that_was_read(revision: str | None) -> None:
+    with pytest.raises(RecipeError, match=r"model\.revision"):
+        model_folder(Model(path="who/what", remote_code=True, revision=revision))

@@ -87,7 +87,9 @@ def test_the_verdict_is_its_definition(rows, with_base):
     assert ("Stop at" in found.message) == overfits
 
 
-def evaluation(correct: list[bool | None], losses: list[float] | None = None) -> Evaluation:
+def evaluation(
+    correct: list[bool | None], losses: list[float] | None = None, labels: tuple[str, ...] = ("bad", "good")
+) -> Evaluation:
     losses = losses or [1.0] * len(correct)
     rows = tuple(
         RowResult(f"test.jsonl:{i + 1}", "", None, None, ok, loss, tokens=2 + i % 3)
@@ -105,10 +107,17 @@ def evaluation(correct: list[bool | None], losses: list[float] | None = None) ->
         accuracy=right / len(judged) if judged else None,
         interval=wilson_interval(right, len(judged)) if judged else None,
         macro_f1=None,
-        labels=(),
+        labels=labels,
         confusion=None,
         results=rows,
     )
+
+
+def test_open_answers_are_judged_word_for_word_or_else_by_their_loss():
+    some, more = evaluation([False] * 90 + [True] * 10, labels=()), evaluation([True] * 100, labels=())
+    assert comparison_verdict(some, more, mcnemar_exact(90, 0)).startswith("Better: exact match 0.100")
+    none = evaluation([False] * 100, labels=())
+    assert comparison_verdict(none, none, 1.0).startswith("No clear difference: loss")
 
 
 def verdict_of(before: list[bool], after: list[bool]) -> str:
