@@ -45,10 +45,22 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise DiskError(f"{place}: {os.strerror(error.errno)}{room}. {_REMEDIES[error.errno]}") from error
 
 
+def make_folder(path: Path) -> None:
+    """Makes `path` and its parents where they are missing, and they stay: a name is safe once its folder is flushed.
+
+    Raises DiskError.
+    """
+    with disk_errors(path):
+        missing = [place for place in (path, *path.parents) if not place.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for place in missing:
+            sync_directory(place.parent)
+
+
 def write_file(path: Path, data: bytes | str) -> None:
     """Replaces `path`, or leaves it as it was; text is written as UTF-8. Raises DiskError."""
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary = _beside(path, "new")
         try:
             _write(temporary, data.encode() if isinstance(data, str) else data)
@@ -57,7 +69,7 @@ def write_file(path: Path, data: bytes | str) -> None:
             with suppress(OSError):
                 temporary.unlink()
             raise
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 @contextmanager
@@ -69,7 +81,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises DiskError.
     """
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         recover(path.parent, path.name)
         temporary = _beside(path, "new")
         temporary.mkdir()
@@ -101,7 +113,7 @@ def recover(folder: Path, name: str | None = None) -> None:
 def _commit(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
         return
     old = _beside(path, "old")
     path.replace(old)
@@ -111,7 +123,7 @@ def _commit(temporary: Path, path: Path) -> None:
         if not path.exists():
             old.replace(path)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
     shutil.rmtree(old)
 
 
@@ -135,10 +147,11 @@ def _sync_tree(folder: Path) -> None:
         for name in files:
             # Windows flushes only handles that may write.
             _sync(Path(place, name), os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-        _sync_directory(Path(place))
+        sync_directory(Path(place))
 
 
-def _sync_directory(folder: Path) -> None:
+def sync_directory(folder: Path) -> None:
+    """Flushes the names in `folder` to the disk."""
     if os.name != "nt":  # which cannot open directories
         _sync(folder, os.O_RDONLY)
 

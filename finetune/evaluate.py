@@ -77,10 +77,10 @@ def evaluate(
     Raises MemoryExhausted when even a single row does not fit.
     """
     examples = dataset.examples
-    loss, correct, tokens = row_losses(session, examples, micro_tokens, report)
+    loss, correct, tokens, first = row_losses(session, examples, micro_tokens, report)
     predicted: list[str | None] = [None] * len(examples)
     if prepared.task == "classification":
-        chosen = choose_labels(session, examples, prepared.label_tokens, micro_tokens, report)
+        chosen = choose_labels(session, examples, prepared.label_tokens, micro_tokens, report, first)
         predicted = [prepared.labels[index] for index in chosen]
     elif prepared.task == "generation" and max_tokens and decode:
         predicted = list(write_answers(session, examples, prepared.stop_tokens, max_tokens, decode, report))
@@ -155,20 +155,26 @@ def scored(
 
 def row_losses(
     session: Session, examples: Sequence[Example], micro_tokens: int, report: Report
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Summed negative log-likelihood, greedy hits and supervised tokens of each example: float64, int, int [n]."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each example: summed negative log-likelihood (float64), greedy hits, supervised tokens, and the most
+    probable token of all where its answer begins (-1 where that is not scored). [n] each
+    """
     loss = np.zeros(len(examples))
     hits = np.zeros(len(examples), dtype=np.int64)
     tokens = np.zeros(len(examples), dtype=np.int64)
+    first = np.full(len(examples), -1, dtype=np.int64)
     done = 0
     for rows, batch, logprob, greedy in scored(session, examples, micro_tokens):
         supervised = batch.weights > 0  # [B, T]
         loss[rows] = -(logprob.astype(np.float64) * supervised).sum(axis=1)
         hits[rows] = ((greedy == batch.targets) & supervised).sum(axis=1)
         tokens[rows] = supervised.sum(axis=1)
+        begins = np.array([len(examples[i].prompt_tokens) - 1 for i in rows])  # the position that predicts the answer
+        each, place = np.arange(len(rows)), begins.clip(0, supervised.shape[1] - 1)
+        first[rows] = np.where(supervised[each, place] & (begins == place), greedy[each, place], -1)
         done += len(rows)
         report("loss", done, len(examples))
-    return loss, hits, tokens
+    return loss, hits, tokens, first
 
 
 def choose_labels(
@@ -177,10 +183,18 @@ def choose_labels(
     label_tokens: Sequence[Sequence[int]],
     micro_tokens: int,
     report: Report = lambda what, done, total: None,
+    first: Sequence[int] | np.ndarray | None = None,
 ) -> list[int]:
-    """For each example the index of the label whose tokens are the most probable after its prompt."""
+    """For each example the index of the label whose tokens are the most probable after its prompt.
+
+    `first` is the most probable token of all after each prompt, where it is known: where every label is a single
+    token and `first` is one of them, that label is the choice, and the example need not be run again. [n]
+    """
+    single = {label[0]: i for i, label in enumerate(label_tokens)} if all(len(x) == 1 for x in label_tokens) else {}
+    best = [single.get(int(token), -1) for token in first] if first is not None else [-1] * len(examples)
+    open_ones = [i for i, label in enumerate(best) if label < 0]
     candidates = []
-    for example in examples:
+    for example in (examples[i] for i in open_ones):
         prompt = example.prompt_tokens
         for label in label_tokens:
             tokens = np.concatenate([prompt, np.asarray(label, dtype=np.int32)])
@@ -191,8 +205,9 @@ def choose_labels(
     for rows, _, logprob, _ in scored(session, candidates, micro_tokens):
         total[rows] = logprob.astype(np.float64).sum(axis=1)
         done += len(rows)
-        report("labels", done // max(len(label_tokens), 1), len(examples))
-    best: list[int] = total.reshape(len(examples), -1).argmax(axis=1).tolist()
+        report("labels", done // max(len(label_tokens), 1), len(open_ones))
+    for i, label in zip(open_ones, total.reshape(-1, len(label_tokens)).argmax(axis=1).tolist(), strict=True):
+        best[i] = label
     return best
 
 

@@ -33,6 +33,12 @@ class MetricsFile:
             self._file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
             self._file.flush()
 
+    def sync(self) -> None:
+        """What was handled is on the disk, whatever becomes of the machine. Raises DiskError."""
+        assert self._file is not None
+        with disk_errors(self._path):
+            os.fsync(self._file.fileno())
+
     def truncate_after(self, step: int) -> None:
         """Drops every event of a later step, whole or not at all. Raises DiskError, Incompatible."""
         self.close()

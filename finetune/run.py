@@ -40,8 +40,8 @@ def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], re
     run.write_json("data.json", account_of(job.prepared))
     base = _measure_base(job, run, session, sink, stop)
     showing = reporter("validation", sink, stop)
-    trainer = Trainer(session, job.prepared, job.recipe, run.checkpoints, identity, stop, showing)
     with MetricsFile(run.metrics) as metrics:
+        trainer = Trainer(session, job.prepared, job.recipe, run.checkpoints, identity, stop, showing, metrics.sync)
         metrics.truncate_after(-1 if saved is None else saved.state.step)
         if saved is not None:
             trainer.restore(saved)

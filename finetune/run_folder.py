@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetune.atomic import disk_errors, write_file
+from finetune.atomic import make_folder, sync_directory, write_file
 from finetune.errors import Incompatible, RecipeError
 from finetune.recipe import Recipe
 from finetune.recipe_file import dump_recipe, load_recipe
@@ -74,13 +74,13 @@ def create(recipe: Recipe, name: str) -> RunFolder:
     for attempt in range(1000):
         path = output / (f"{name}-{stamp}" + (f"-{attempt}" if attempt else ""))
         try:
-            with disk_errors(path):
-                output.mkdir(parents=True, exist_ok=True)
+            make_folder(output)
             path.mkdir()
         except FileExistsError:
             continue
         folder = RunFolder(path)
         write_file(folder.recipe, dump_recipe(recipe))
+        sync_directory(output)
         return folder
     raise RecipeError(f"output: no free name for a run in {output}")
 

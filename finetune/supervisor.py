@@ -112,10 +112,9 @@ def _awake(child: int) -> Iterator[None]:
     if sys.platform != "darwin":
         yield
         return
-    nothing = subprocess.DEVNULL
-    helper = None
+    command, helper = ["caffeinate", "-is", "-w", str(child)], None
     with suppress(OSError):
-        helper = subprocess.Popen(["caffeinate", "-is", "-w", str(child)], stdin=nothing, stdout=nothing, stderr=nothing)
+        helper = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         yield
     finally:

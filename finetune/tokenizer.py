@@ -70,16 +70,21 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _call(tokenizer: Tokenizer, texts: list[str], offsets: bool) -> Any:
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_offsets_mapping=offsets,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        padding=False,
-        truncation=False,
-        verbose=False,
-    )
+    try:
+        return tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=offsets,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            padding=False,
+            truncation=False,
+            verbose=False,
+        )
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a pattern in tokenizer.json that backtracks without end
+            raise
+        raise EnvironmentProblem(f"{tokenizer.name_or_path}: the tokenizer fails on a text ({error!s:.200})") from None
 
 
 def begin_tokens(tokenizer: Tokenizer) -> list[int]:

@@ -69,6 +69,7 @@ class Trainer:
     identity: dict[str, Any]
     stop_asked: Callable[[], bool] = lambda: False
     report: Report = lambda what, done, total: None  # of a validation's progress; may raise Interrupted
+    before_save: Callable[[], None] = lambda: None  # what a checkpoint goes on from is on the disk before it
 
     def __post_init__(self) -> None:
         self.plan: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
@@ -202,6 +203,7 @@ class Trainer:
             self.report(what, done, total)
 
     def _save(self) -> CheckpointSaved:
+        self.before_save()
         state = self.session.get_state()
         saved = checkpoints.Checkpoint(state, self.state.to_json(), self.best, self.identity)
         return CheckpointSaved(state.step, str(checkpoints.save(self.folder, saved)))

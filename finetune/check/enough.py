@@ -18,7 +18,7 @@ class Enough:
     level: Level
     reasons: tuple[str, ...]
     examples: int
-    trainable: int | None  # parameters of the adapter
+    trainable: int  # parameters of the adapter
     supervised_tokens: int
     epochs: float
 
@@ -28,7 +28,7 @@ def judge(
     labels: Mapping[str, int],
     held_out: int,
     supervised_tokens: int,
-    trainable: int | None,
+    trainable: int,
     epochs: float,
 ) -> Enough:
     """labels: training rows of each; empty where answers are open. held_out: rows of the final figures."""
@@ -41,7 +41,7 @@ def judge(
     most = max(labels.values(), default=0)
     if labels and most > IMBALANCE * max(scarce, 1):
         reasons.append(f"the commonest label has {most:,} rows: macro F1 says more than accuracy here")
-    if trainable and supervised_tokens:
+    if supervised_tokens:
         ratio = trainable / supervised_tokens
         reasons.append(
             f"{trainable:,} trainable parameters for {supervised_tokens:,} supervised tokens, {ratio:.1f} to one, "

@@ -18,7 +18,7 @@ from finetune.check.tokens import TokenCheck
 from finetune.check.walk import Walk
 from finetune.data import split as parting
 from finetune.data.prepare import Gathered, Progress, Source, gather
-from finetune.data.problems import Problem
+from finetune.data.problems import Problem, listed
 from finetune.data.read import read
 from finetune.errors import DataError
 from finetune.examples import Example
@@ -72,8 +72,10 @@ def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progre
     not fit the rows.
     """
     progress("reading", 0, 1)
+    trainable = _trainable(recipe, model)
     broken: list[Problem] = []
     found = _gather(_lenient(recipe, base, broken), tokenizer, base, broken)
+    balance = weigh(found.sources, found.labels, recipe.data.groups)
     progress("reading", 1, 1)
     personal = _personal(found.sources, progress)
     walk = Walk(recipe, tokenizer, found, hidden=personal.places)
@@ -83,11 +85,9 @@ def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progre
     broken += walk.refused
     broken += [(f"data.{one.name}", f"no row is left; {_REMEDY}") for one in found.sources if not walk.used[one.name]]
     if not walk.after:
-        reasons = [f"{place}: {reason}" for place, reason in [*bad, *walk.dropped][:1]]
-        raise DataError("\n".join([f"{recipe.data.train}: no row can be trained on; mend the rows", *reasons]))
+        raise DataError(f"{recipe.data.train}: no row can be trained on; {_REMEDY}\n{listed([*bad, *walk.dropped])}")
     lengths = measure(walk.before, walk.after, recipe, walk.shortened, walk.cut, walk.dropped)
     duplicates = find_duplicates(found.sources, bool(found.labels), progress)
-    balance = weigh(found.sources, found.labels, recipe.data.groups)
     return Findings(
         found.layout.name,
         found.task,
@@ -102,7 +102,7 @@ def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progre
         {label: statistics.median(sizes) for label, sizes in sorted(walk.by_label.items())},
         duplicates,
         balance,
-        _enough(recipe, model, walk, balance),
+        _enough(recipe, trainable, walk, balance),
         personal,
     )
 
@@ -144,11 +144,15 @@ def _personal(sources: Sequence[Source], progress: Progress) -> Personal:
     return found
 
 
-def _enough(recipe: Recipe, model: Path, walk: Walk, balance: Balance) -> Enough:
+def _trainable(recipe: Recipe, model: Path) -> int:
+    """Parameters of the adapter. Raises BackendError where lora.targets fit no layer."""
     from finetune.job import lora_spec
 
-    modules = lora_modules(model, lora_spec(recipe), recipe.model.remote_code)
-    trainable = sum(recipe.lora.rank * (out + inputs) for out, inputs in modules.values())
+    modules = lora_modules(model, lora_spec(recipe))
+    return sum(recipe.lora.rank * (out + inputs) for out, inputs in modules.values())
+
+
+def _enough(recipe: Recipe, trainable: int, walk: Walk, balance: Balance) -> Enough:
     plan = make_plan(recipe, len(walk.after))
     held_out = walk.used["test"] or walk.used["valid"]
     labels = balance.labels.get("train", {})

@@ -67,7 +67,7 @@ def _go(recipe: Recipe, run: RunFolder | None, name: str) -> None:
     with StopFlag().listening() as stop:
         job = load_job(recipe)
         resuming = run is not None
-        run = run or create(recipe, name)
+        run = run or create(job.recipe, name)  # with the format and the task that were recognised
         tell_run(run.path)
         print_account(job, run)
         try:

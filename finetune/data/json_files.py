@@ -194,6 +194,8 @@ def _reason(line: str, error: json.JSONDecodeError) -> str:
     where = f"column {error.colno}: {error.msg}"
     if line.endswith(",") and error.msg == "Extra data":
         return f"{where}; remove the comma at the end of the line (JSON Lines has none)"
+    if "\r" in line:
+        return f"{where}; the lines seem to end in CR alone, end them in LF (tr '\\r' '\\n')"
     if "'" in line.lstrip()[:3]:
         return f"{where}; JSON strings stand in double quotes, this looks like Python"
     if error.msg.startswith("Invalid control character"):

@@ -13,7 +13,7 @@ import pytest
 
 from backends.interface import Batch, Scores, Session, TrainState
 from finetune.errors import MemoryExhausted
-from finetune.evaluate import Evaluation, choose_labels, evaluate, scored, write_answers
+from finetune.evaluate import Evaluation, choose_labels, evaluate, row_losses, scored, write_answers
 from finetune.examples import Example
 from tests.unit.toy_run import LABEL_TOKENS, LABELS, STOP, Small, Wrapped, dataset, prepared, session
 
@@ -204,6 +204,37 @@ def test_a_label_that_is_the_beginning_of_another_is_told_apart_by_its_end() -> 
     assert chosen == [0]
     chosen = choose_labels(Fixed(), [example], [(5, 5, 2), (5, 6, 2)], 64)  # type: ignore[arg-type]
     assert chosen == [1]
+
+
+def test_a_label_that_is_the_most_probable_token_of_all_is_not_run_again() -> None:
+    """And the choice is what running every label would have made."""
+    runs = []
+
+    class Noisy:
+        def score(self, batch: Batch) -> Scores:
+            runs.append(batch)
+            logits = np.random.default_rng(batch.inputs).normal(size=(*batch.inputs.shape, 8))
+            logits[..., 5:7] += 2.0
+            table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            logprob = np.take_along_axis(table, batch.targets[..., None], -1)[..., 0] * (batch.weights > 0)
+            return Scores(logprob.astype(np.float32), table.argmax(-1).astype(np.int32) * (batch.weights > 0))
+
+    def example(row: int) -> Example:
+        return Example(np.array([row, 5, 2], np.int32), np.array([0, 1, 1], np.float32), "a:1", answer_start=1)
+
+    chosen, again = [], []
+    for row in range(8):  # one at a time: Noisy's logits are a function of the whole batch's inputs
+        one = [replace(example(row), tokens=np.array([row, 5], np.int32), weights=np.array([0, 1], np.float32))]
+        first = row_losses(Noisy(), one, 64, lambda *_: None)[3]  # type: ignore[arg-type]
+        before = len(runs)
+        chosen += choose_labels(Noisy(), one, [(5,), (6,)], 64, first=first)  # type: ignore[arg-type]
+        again.append(len(runs) > before)
+        assert again[-1] == (first[0] not in (5, 6))
+        table = {label: -row_losses(Noisy(), [replace(one[0], tokens=np.array([row, label], np.int32))], 64,
+                                    lambda *_: None)[0][0] for label in (5, 6)}  # type: ignore[arg-type]  # fmt: skip
+        assert chosen[-1] == max((0, 1), key=lambda i: table[(5, 6)[i]])
+    assert any(again)
+    assert not all(again)
 
 
 def test_a_loss_beyond_the_exponential_is_still_a_number(live: Session) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec
+from backends.untrusted import validate
 from finetune.errors import RecipeError
 from finetune.recipe import Model
 from finetune.sources import model_folder
@@ -169,3 +170,8 @@ def test_a_tokenizer_config_leads_to_no_other_file(folder: Path, tmp_path: Path,
 def test_code_from_the_hub_needs_the_commit_that_was_read(revision: str | None) -> None:
     with pytest.raises(RecipeError, match=r"model\.revision"):
         model_folder(Model(path="who/what", remote_code=True, revision=revision))
+
+
+def test_a_pipe_is_no_weight_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert refused(validate, tmp_path / "model.safetensors")

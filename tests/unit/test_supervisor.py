@@ -20,8 +20,9 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has
 
 def child(code: str) -> list[str]:
     """A command that is supervised: `told` is the module."""
-    start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom finetune import supervisor as told\ntold._PATIENCE = 1\n"
-    return [sys.executable, "-c", f"{start}import os, signal, time\nfrom pathlib import Path\ntold.supervise()\n{code}"]
+    start = f"import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"
+    begin = "from finetune import supervisor as told\ntold._PATIENCE = 1\ntold.supervise()\n"
+    return [sys.executable, "-c", start + begin + code]
 
 
 def kill(number: int) -> str:

@@ -2,81 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
-import re
-from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from finetune.check.record import as_json
-from finetune.check.show import show
-from finetune.check.survey import survey
 from finetune.check.tokens import TokenChecker
 from finetune.commands.check import check, recipe_of
 from finetune.data.records import Record
 from finetune.data.rendered import Rendered
 from finetune.data.tokenise import tokenise
 from finetune.errors import DataError, RecipeError
-from finetune.recipe import Recipe
-from finetune.sources import builtin
 from finetune.tokenizer import load_tokenizer
-
-MODEL = builtin("builtin:reviews-base")
-WORDS = [
-    "a",
-    "warm",
-    "film",
-    "with",
-    "a",
-    "good",
-    "cast",
-    "and",
-    "a",
-    "story",
-    "that",
-    "moves",
-    "slowly",
-    "but",
-    "ends",
-    "very",
-    "well",
-    "indeed",
-]
+from tests.unit.check.surveys import MODEL, WORDS, page, recipe, rows, surveyed, write
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(MODEL)
-
-
-def rows(count: int) -> list[dict[str, str]]:
-    return [
-        {"prompt": f"Number {i}: {' '.join(WORDS[i % 9 :])}?", "completion": f"yes, {i} times"} for i in range(count)
-    ]
-
-
-def write(path: Path, found: list, end: str = "\n") -> str:
-    path.write_text(end.join(json.dumps(row) for row in found) + end, encoding="utf-8", newline="")
-    return str(path)
-
-
-def recipe(path: str, **keys) -> Recipe:
-    values = {"model": {"path": "builtin:reviews-base"}, "prompt": {"template": "plain"}, "data": {"train": path}}
-    return Recipe.model_validate(values | {k: values.get(k, {}) | v for k, v in keys.items()})
-
-
-def surveyed(tokenizer, settings: Recipe):
-    return survey(settings, MODEL, tokenizer, Path.cwd(), lambda what, done, total: None)
-
-
-def page(found, tokenizer) -> str:
-    console = Console(width=200, record=True, file=io.StringIO())
-    show(console, found, tokenizer)
-    return console.export_text()
 
 
 def test_clean_data_have_no_faults_and_every_section(tmp_path, tokenizer):
@@ -172,67 +116,6 @@ def test_planted_faults_are_named(tokenizer, kind):
     assert {one: len(places) for one, places in checker.found.faults.items() if places} == {kind: 1}
 
 
-def messy(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Files as people have them, and what must be said of each: what it is, or why it is refused and where."""
-    data = rows(30)
-    lines = [json.dumps(row) for row in data]
-    pretty = "\n".join(json.dumps(row, indent=2) for row in data)
-    table = [("Prompt", "Completion"), *((row["prompt"] + '\nwith "quotes",', row["completion"]) for row in data)]
-    turns = [
-        {"id": str(i), "conversations": [{"from": "human", "value": r["prompt"]}, {"from": "gpt", "value": "x"}]}
-        for i, r in enumerate(data)
-    ]
-    typed = [{"type": "text", "value": "hi"}]
-    asked = [[{"type": "text", "text": f"say {i}"}] for i in range(20)]
-    parts = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": typed}]} for a in asked]
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
-    calls = [{"messages": [{"role": "user", "content": f"do {i}"}, calling]} for i in range(20)]
-    with (folder / "quotes.csv").open("w", encoding="utf-8-sig", newline="") as file:
-        csv.writer(file).writerows(table)
-    texts: dict[str, tuple[str | bytes, str]] = {
-        "crlf.jsonl": ("\r\n".join(lines), "CRLF line ends"),
-        "named.json": ("\n".join(lines), "JSON Lines, not one JSON value"),
-        "pretty.jsonl": (pretty, "JSON objects that span lines"),
-        "array.jsonl": (json.dumps(data), "one JSON array, not JSON Lines"),
-        "comma.jsonl": ("\n".join([*lines[:3], lines[3] + ",", "", *lines[4:]]), r"comma.jsonl:4: .*remove the comma"),
-        "capital.jsonl": ("\n".join(json.dumps({k.title(): v for k, v in r.items()}) for r in data), "took Prompt as"),
-        "python.jsonl": ("\n".join([*lines, repr(data[0])]), r"python.jsonl:31: .*looks like Python"),
-        "latin.jsonl": ("\n".join([*lines, '{"prompt": "é", "completion": "x"}']).encode("latin-1"), "it is é"),
-        "wide.jsonl": ("\n".join(lines).encode("utf-16"), "wide.jsonl:1: the file is UTF-16"),
-        "nested.json": ("\n".join(json.dumps({"translation": r}) for r in data), r"nested.json:1: the columns"),
-        "schemas.jsonl": ("\n".join([*lines, '{"turns": ["a"]}']), "schemas.jsonl:31: prompt, completion is missing"),
-        "ragged.csv": (
-            "You are a bot,Hi,Hello\nYou are,Hi,Hello,And,So\nYou are,Hi,Hi\n",
-            r"ragged.csv:1: .*\n.*ragged.csv:2: 5 cells",
-        ),
-        "sharegpt.json": (json.dumps(turns, indent=1), "read as sharegpt"),
-        "typed.jsonl": ("\n".join(map(json.dumps, parts)), "read as chat"),
-        "calls.jsonl": ("\n".join(map(json.dumps, calls)), "read as chat"),
-        "pair.tsv": ("prompt\tcompletion\n" + "\n".join(f'"{i} is\ta "quoted" {i}' for i in range(20)), "do not pair"),
-        "mixed.csv": ("prompt,completion\r\n" + "\n".join(f"ask {i},yes" for i in range(20)) + "\n", "mixed line ends"),
-    }
-    found = {"quotes.csv": (folder / "quotes.csv", "UTF-8 with a byte order mark")}
-    for name, (text, said) in texts.items():
-        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        found[name] = (folder / name, said)
-    return found
-
-
-MESSY = """quotes.csv crlf.jsonl named.json pretty.jsonl array.jsonl comma.jsonl capital.jsonl python.jsonl latin.jsonl
-wide.jsonl nested.json schemas.jsonl ragged.csv sharegpt.json typed.jsonl calls.jsonl pair.tsv mixed.csv"""
-
-
-@pytest.mark.parametrize("name", re.findall(r"\S+", MESSY))
-def test_messy_files_are_understood_or_refused(tmp_path, tokenizer, name):
-    path, said = messy(tmp_path)[name]
-    try:
-        text = page(surveyed(tokenizer, recipe(str(path))), tokenizer)
-    except DataError as error:
-        text = str(error)
-    assert re.search(said, text, re.DOTALL), text
-
-
 def test_parquet(tmp_path, tokenizer):
     pa = pytest.importorskip("pyarrow")
     from pyarrow.parquet import write_table
@@ -253,3 +136,9 @@ def test_the_command_ends_with_3_after_writing_json(tmp_path, capsys):
 def test_changes_need_a_recipe(tmp_path):
     with pytest.raises(RecipeError, match="changes belong to a recipe"):
         recipe_of(str(tmp_path / "a.jsonl"), ["lora.rank=4"])
+
+
+def test_a_character_of_several_tokens_is_shown_whole(tmp_path, tokenizer):
+    data = [row | {"completion": "漢字 ¿Qué?"} for row in rows(30)]
+    text = page(surveyed(tokenizer, recipe(write(tmp_path / "a.jsonl", data))), tokenizer)
+    assert "漢" in text and "¿" in text and "\ufffd" not in text
