@@ -127,7 +127,11 @@ def optim_spec(recipe: Recipe) -> OptimSpec:
 
 def identity_of(job: Job) -> dict[str, Any]:
     """What a resumed run must share with the one that wrote the checkpoint, key by key."""
-    recipe = {f"{key}": value for key, value in _flat(job.recipe.model_dump(mode="json")) if key not in _NOT_IDENTITY}
+    recipe = {
+        f"{key}": value
+        for key, value in _flat(job.recipe.model_dump(mode="json", exclude={"data": {"groups"}}))
+        if key not in _NOT_IDENTITY
+    }
     digest = hashlib.sha256()
     for dataset in (job.prepared.train, job.prepared.valid, job.prepared.test):
         for example in dataset.examples if dataset else ():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -17,10 +16,9 @@ from backends.interface import BackendError
 from backends.model_files import lora_modules, tensor_shapes
 from finetune.commands.doctor import described
 from finetune.examples import Example
+from finetune.highlight import highlighted
 from finetune.recipe import Recipe
 from finetune.recipe_file import dump_recipe, load_recipe
-
-SHOWN_TOKENS = 160  # of a sample row; the middle of a longer one is left out
 
 
 def plan(recipe_file: Path, overrides: Sequence[str], compare: bool) -> None:
@@ -55,22 +53,6 @@ def plan(recipe_file: Path, overrides: Sequence[str], compare: bool) -> None:
     console.print(backends_table(recipe))
     if compare:
         console.print(compare_backends(recipe, model, prepared.train.examples[:4]))
-
-
-def highlighted(example: Example, tokenizer: Any) -> Text:
-    """The row's tokens, each between bars, the supervised ones marked."""
-    tokens, weights = example.tokens.tolist(), example.weights
-    half = SHOWN_TOKENS // 2
-    shown = range(len(tokens))
-    skipped = [*shown[:half], None, *shown[-half:]] if len(tokens) > SHOWN_TOKENS else list(shown)
-    text = Text()
-    for i in skipped:
-        if i is None:
-            text.append(" ... ", style="dim")
-            continue
-        piece = tokenizer.decode([tokens[i]]).replace("\n", "\\n")
-        text.append(f"[{piece}]" if weights[i] else piece, style="bold green" if weights[i] else "dim")
-    return text
 
 
 def steps_table(recipe: Recipe, rows: int, examples: Sequence[Example]) -> Table:
