@@ -54,6 +54,9 @@ def smooth(losses: ArrayLike, tokens: ArrayLike) -> NDArray[np.float64]:
     return mean
 
 
+WIDE = 20  # losses further apart than this are drawn on a logarithmic scale, or the end would be a flat line
+
+
 def loss_plot(steps: Sequence[StepDone], validations: Sequence[Validated], path: Path) -> None:
     """Training and validation loss against steps, epochs on top, the best validation marked. Writes a PNG."""
     from matplotlib.figure import Figure
@@ -64,6 +67,9 @@ def loss_plot(steps: Sequence[StepDone], validations: Sequence[Validated], path:
     _validation_curve(axes, validations)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per token)")
+    losses = [one.loss for one in (*steps, *validations) if one.loss > 0]
+    if losses and max(losses) > WIDE * min(losses):
+        axes.set_yscale("log")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines["right"].set_visible(False)
     _epochs_on_top(axes, [*steps, *validations])
