@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from backends.interface import (
     Batch,
@@ -58,8 +57,9 @@ def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSe
     """Raises BackendError where the model or what is asked of it cannot be had in MLX."""
     device = mx.Device(mx.cpu) if model.device == "cpu" else mx.default_device()
     with mx.stream(device):
-        if device.type != mx.cpu:
-            maybe_set_recommended_wired_limit()
+        room = None if device.type == mx.cpu else mx.device_info(device).get("max_recommended_working_set_size")
+        if room is not None:  # Apple's GPUs: keep the weights resident, as mlx-lm does
+            mx.set_wired_limit(room)
         return MlxSession(model, lora, optim, seed, device)
 
 

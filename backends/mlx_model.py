@@ -34,11 +34,12 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
     if method == "bitsandbytes":
         raise BackendError(f"{spec.path}: quantised by bitsandbytes, which MLX cannot read; give the unquantised model")
     said = io.StringIO()
+    # The folder was checked before: it needs code of its own only where the recipe allows that. mlx-lm 0.31, the
+    # last for Python 3.10, has no such parameter.
+    trust = {"trust_remote_code": True} if spec.remote_code else {}
     try:
         with contextlib.redirect_stdout(said):  # mlx-lm prints what it leaves out of a config
-            model, loaded = load_model(
-                spec.path, lazy=True, model_config=legacy_rope(config), trust_remote_code=spec.remote_code
-            )
+            model, loaded = load_model(spec.path, lazy=True, model_config=legacy_rope(config), **trust)
     except Exception as error:  # whatever a model's own code makes of a config or weights it was not written for
         raise BackendError(f"{spec.path}: mlx-lm cannot load this model ({type(error).__name__}: {error})") from error
     if said.getvalue():

