@@ -59,7 +59,7 @@ def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSe
     with mx.stream(device):
         room = None if device.type == mx.cpu else mx.device_info(device).get("max_recommended_working_set_size")
         if room is not None:  # Apple's GPUs: keep the weights resident, as mlx-lm does
-            mx.set_wired_limit(room)
+            mx.set_wired_limit(int(room))
         return MlxSession(model, lora, optim, seed, device)
 
 

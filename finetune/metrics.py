@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from finetune.atomic import disk_errors, write_file
 from finetune.errors import Incompatible
-from finetune.events import Event
+from finetune.events import Event, StepDone
 
 _EVENTS = {kind.__name__: kind for kind in Event.__subclasses__()}
 
@@ -51,10 +51,17 @@ class MetricsFile:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8", newline="\n")
 
+    def missing(self, step: int) -> int:
+        """How many of the first `step` steps the file does not tell of. Raises DiskError, Incompatible."""
+        told = {values["step"] for _, values in _lines(self._path) if values["event"] == StepDone.__name__}
+        return len(set(range(1, step + 1)) - told)
+
     def close(self) -> None:
+        """Raises DiskError where the last lines no longer fit."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with disk_errors(self._path):
+                file.close()
 
     def __enter__(self) -> MetricsFile:
         return self

@@ -67,7 +67,7 @@ def loss_plot(steps: Sequence[StepDone], validations: Sequence[Validated], path:
     _validation_curve(axes, validations)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per token)")
-    losses = [one.loss for one in (*steps, *validations) if one.loss > 0]
+    losses = [loss for loss in (*(one.loss for one in steps), *(one.loss for one in validations)) if loss > 0]
     if losses and max(losses) > WIDE * min(losses):
         axes.set_yscale("log")
     axes.grid(alpha=0.25, linewidth=0.6)

@@ -37,6 +37,7 @@ class Report:
     backend: str
     device: str
     scheme: str
+    check: str  # what `finetune check` found in the data, in a line
     held_out: str  # which rows the final figures are of
     base: Evaluation | None
     tuned: Evaluation
@@ -58,6 +59,7 @@ class Report:
             "backend": self.backend,
             "device": self.device,
             "scheme": self.scheme,
+            "check": self.check,
             "held_out": self.held_out,
             "base": self.base and self.base.summary(),
             "tuned": self.tuned.summary(),

@@ -13,7 +13,10 @@ from backends.interface import FloatArray, IncompatibleState, LoraSpec, Session,
 from backends.model_files import fingerprint, read_config
 from finetune import checkpoint as checkpoints
 from finetune.adapter import adapter_config, read_adapter, write_adapter
-from finetune.atomic import new_folder
+from finetune.atomic import new_folder, write_file
+from finetune.check.record import as_json, headline
+from finetune.check.show import as_text
+from finetune.check.survey import survey
 from finetune.errors import Incompatible
 from finetune.evaluate import Evaluation
 from finetune.events import Progress
@@ -36,8 +39,9 @@ def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], re
     run.write_identity(identity)
     facts = environment(job.backend, registry.describe(job.backend)) | {"remote_code": job.recipe.model.remote_code}
     run.write_json("environment.json", facts)
-    session = job.open()
     run.write_json("data.json", account_of(job.prepared))
+    checked = _check_data(job, run, sink, stop)
+    session = job.open()
     base = _measure_base(job, run, session, sink, stop)
     showing = reporter("validation", sink, stop)
     with MetricsFile(run.metrics) as metrics:
@@ -45,6 +49,9 @@ def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], re
         metrics.truncate_after(-1 if saved is None else saved.state.step)
         if saved is not None:
             trainer.restore(saved)
+            if lost := metrics.missing(saved.state.step):
+                steps = f"{lost} of the {saved.state.step} steps done"
+                sink(Progress(0, f"{run.metrics} has lost {steps}; the loss curve will lack them", 0, 0))
             for one in trainer.state.history():
                 sink(one)  # so that the table on the screen is whole
         elif job.recipe.lora.start_from:
@@ -57,13 +64,21 @@ def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], re
     save_adapter(job, run, trainer.best, session.scheme, trainer.state.best_step)
     tuned = job.measure(session, job.prepared.held_out, "tuned model", sink, stop)
     save_evaluation(run.evaluation("tuned"), tuned)
-    report = build_report(job, run, session, trainer, base, tuned)
+    report = build_report(job, run, session, trainer, base, tuned, checked)
     write_report(run, report)
     return report
 
 
+def _check_data(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool]) -> str:
+    """`finetune check` of the run's data, in check.json and check.txt; its headline."""
+    found = survey(job.recipe, job.model, job.tokenizer, Path.cwd(), reporter("data", sink, stop))
+    run.write_json("check.json", values := as_json(found, job.tokenizer))
+    write_file(run.path / "check.txt", as_text(found, job.tokenizer))
+    return headline(values)
+
+
 def build_report(
-    job: Job, run: RunFolder, session: Session, trainer: Trainer, base: Evaluation | None, tuned: Evaluation
+    job: Job, run: RunFolder, session: Session, trainer: Trainer, base: Evaluation | None, tuned: Evaluation, check: str
 ) -> Report:
     """The figures and verdicts of a finished run."""
     validations = tuple(trainer.state.history())
@@ -74,6 +89,7 @@ def build_report(
         backend=job.backend,
         device=session.device,
         scheme=session.scheme,
+        check=check,
         held_out=f"{len(job.prepared.held_out.examples)} {kind} rows",
         base=base,
         tuned=tuned,

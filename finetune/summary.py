@@ -85,6 +85,7 @@ def render(console: Console, report: Report) -> None:
         print_comparison(console, report.base, report.tuned, report.comparison, report.held_out)
     else:
         console.print(comparison_table({}, report.tuned.summary(), title=report.held_out))
+    console.print(f"data: {report.check} (check.txt)", markup=False)
     console.print(
         f"base weights: {report.scheme}; {report.backend} on {report.device}\n"
         f"adapter: {report.adapter} ({_which(report.best_step)}; PEFT and mlx-lm load it as it is)\n"

@@ -44,7 +44,10 @@ def supervise() -> None:
         _told.set_inheritable(False)
         threading.Thread(target=_end_when_alone, args=(_told,), daemon=True).start()
         return
-    sys.exit(run([sys.executable, *sys.orig_argv[1:]]))
+    code = run([sys.executable, *sys.orig_argv[1:]])
+    for number in (signal.SIGINT, signal.SIGTERM):  # one too many changes nothing now
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def tell_run(path: Path) -> None:
@@ -64,13 +67,13 @@ def run(command: Sequence[str]) -> int:
         theirs.close()
         with _Signals(child) as asked, _awake(child.pid):
             child.wait()
-        path = _run_told(ours)
-    code, reason = _ending(child.returncode, asked.number, _oom_kills() > killed_before)
-    if child.returncode < 0 and sys.stderr.isatty():
-        print("\x1b[?25h", file=sys.stderr)  # the live screen had hidden the cursor
-    if reason or code in _TELLS:
-        lines = [f"finetune: {reason}"] if reason else [f"exit code {code}: {EXIT_CODES[code]}."]
-        print("\n".join([*lines, *_where(path, code)]), file=sys.stderr)
+            path = _run_told(ours)
+            code, reason = _ending(child.returncode, asked.number, _oom_kills() > killed_before)
+            if child.returncode < 0 and sys.stderr.isatty():
+                print("\x1b[?25h", file=sys.stderr)  # the live screen had hidden the cursor
+            if reason or code in _TELLS:
+                lines = [f"finetune: {reason}"] if reason else [f"exit code {code}: {EXIT_CODES[code]}."]
+                print("\n".join([*lines, *_where(path, code)]), file=sys.stderr)
     return code
 
 
@@ -97,7 +100,7 @@ class _Signals:
         if self.number:
             signal.alarm(_PATIENCE)
         self.number = self.number or number
-        self._child.send_signal(number)
+        self._child.send_signal(number)  # nothing, where the child has ended
 
     def _pause(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-Z stops both; `fg` and `bg` let both go on."""
@@ -161,6 +164,8 @@ def _where(path: Path | None, code: int) -> list[str]:
         return []
     with suppress(ValueError):
         path = path.relative_to(Path.cwd())
+    if (path / "report.json").exists():
+        return [f"The run is finished: its report is {path / 'report.txt'}"]
     found = newest_good(path / "checkpoints")
     good = f"its newest good checkpoint is of step {found[0]}" if found else "it has no checkpoint yet"
     if code == 4:  # the same steps would end the same

@@ -54,3 +54,18 @@ def _problems(problems: list[Problem]) -> list[dict[str, str]]:
 
 def _shown(findings: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"place": place, "masked": value} for place, value in findings]
+
+
+def headline(found: dict[str, Any]) -> str:
+    """One line of what `as_json` gave, for the end of a run."""
+    pairs = found["duplicates"]
+    personal = sum(one["rows"] for one in found["personal"].values())
+    counts = {
+        "repeated": len(pairs["exact"]) + len(pairs["near"]),
+        "leaked from one split to another": len(pairs["leaks"]),
+        "with personal data": personal,
+        "faulty": found["faults"],
+    }
+    said = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    enough = found["enough"]
+    return f"rows: {said or 'none repeated, leaked or faulty'}; {enough['level']}: {enough['reasons'][0]}"

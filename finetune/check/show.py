@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 
 from rich import box
@@ -34,6 +35,14 @@ def show(console: Console, found: Findings, tokenizer: Tokenizer) -> None:
             if isinstance(part, Text):
                 part.plain = harmless(part.plain)
             console.print(part, soft_wrap=isinstance(part, Text))
+
+
+def as_text(found: Findings, tokenizer: Tokenizer) -> str:
+    """The same page without colour, 100 columns wide."""
+    console = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False, legacy_windows=False)
+    show(console, found, tokenizer)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def sections(found: Findings, tokenizer: Tokenizer) -> Iterator[tuple[str, Sequence[RenderableType]]]:

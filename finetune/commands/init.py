@@ -41,7 +41,7 @@ train:
   epochs: 3
   batch_size: 16            # examples in one optimiser step, on every machine
   learning_rate: 2e-4{rate}
-  max_length: {max_length:<12} # the longest row has about {longest} words
+  max_length: {max_length:<13} # the longest row has about {longest} words
   early_stopping: 2         # stop after two validations without a better loss
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -73,7 +74,8 @@ def _go(recipe: Recipe, run: RunFolder | None, name: str) -> None:
         try:
             with open_screen() as screen:
                 report = train_run(job, run, screen.handle, stop, resume=resuming)
-        except Interrupted as end:
-            print(f"{end}; go on with: finetune resume {run.path}", file=sys.stderr)
+            print_report(report, run)
+        except (Interrupted, KeyboardInterrupt) as end:
+            how = str(end) or "stopped at once"
+            print(f"{how}; go on with: finetune resume {shlex.quote(str(run.path))}", file=sys.stderr)
             sys.exit(128 + (stop.signal or signal.SIGINT))
-    print_report(report, run)

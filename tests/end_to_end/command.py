@@ -25,6 +25,7 @@ PATIENCE = 120.0  # seconds
 _SEVERAL = """
 import contextlib, io, json, sys
 from finetune.cli import main
+exec(sys.argv[2])
 answers = []
 for arguments, typed in json.loads(sys.argv[1]):
     alone = ["--no-supervisor"] if arguments[0] in ("train", "resume", "demo") else []
@@ -94,10 +95,10 @@ class Work:
     def finetune(self, *arguments: str, **settings: Any) -> Answer:
         return ended(self.start(*arguments, **settings))
 
-    def several(self, *commands: Sequence[str], typed: str = "") -> list[Answer]:
-        """Each command's answer, all of one process; `typed` is standard input to each."""
+    def several(self, *commands: Sequence[str], typed: str = "", before: str = "") -> list[Answer]:
+        """Each command's answer, all of one process; `typed` is standard input to each, `before` is code run first."""
         given = json.dumps([[list(command), typed] for command in commands])
-        command = [sys.executable, "-c", _SEVERAL, given]
+        command = [sys.executable, "-c", _SEVERAL, given, before]
         done = subprocess.run(
             command, cwd=self.folder, env=self.env, text=True, capture_output=True, timeout=PATIENCE, check=False
         )

@@ -18,10 +18,10 @@ from finetune.errors import DiskError, Diverged, Incompatible
 FILES = ("state.safetensors", "best.safetensors", "loop.json", "identity.json", "manifest.json")
 
 
-def checkpoint(step: int, seed: int | None = None, best: bool = True) -> Checkpoint:
+def checkpoint(step: int, seed: int | None = None, best: bool = True, width: int = 5) -> Checkpoint:
     random = np.random.default_rng(step if seed is None else seed)
     adapter = {
-        "model.layers.0.self_attn.q_proj.lora_A": random.standard_normal((2, 5), dtype=np.float32),
+        "model.layers.0.self_attn.q_proj.lora_A": random.standard_normal((2, width), dtype=np.float32),
         "model.layers.0.self_attn.q_proj.lora_B": random.standard_normal((3, 2), dtype=np.float32),
     }
     kinds = ("exp_avg", "exp_avg_sq")
@@ -261,10 +261,14 @@ def kill_at(monkeypatch, moment: int, half: bool, action: Callable[[], object]) 
     return count < moment
 
 
+SLOW_WIDTHS = [pytest.param(width, marks=pytest.mark.slow) for width in (2_000, 300_000)]
+
+
+@pytest.mark.parametrize("width", [5, *SLOW_WIDTHS])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("step", [3, 2], ids=["next", "same"])
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, step, half):
-    old, new = checkpoint(2), checkpoint(step, seed=99)
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, step, half, width):
+    old, new = checkpoint(2, width=width), checkpoint(step, seed=99, width=width)
     for moment in range(1, 200):
         folder = tmp_path / str(moment)
         save(folder, checkpoint(1))

@@ -151,7 +151,7 @@ def test_any_text_is_a_recipe_or_one_clear_error(tmp_path_factory: pytest.TempPa
 def test_recipe_errors_and_help_come_before_any_framework(tmp_path: Path) -> None:
     heavy = ["torch", "mlx", "transformers", "datasets", "numpy", "scipy", "matplotlib"]
     file = write(tmp_path, LEAST + "lora: {rnak: 1}\n")
-    for arguments, code in ((["--help"], 0), (["train", str(file)], 2), (["schema"], 0)):
+    for arguments, code in ((["--help"], 0), (["train", str(file), "--no-supervisor"], 2), (["schema"], 0)):
         script = (
             "import sys, json; from finetune.cli import main\n"
             f"sys.argv = ['finetune', *{arguments!r}]\n"

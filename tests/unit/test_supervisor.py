@@ -78,6 +78,12 @@ def test_after_divergence_there_is_no_going_on(run_folder: Path, capfd: pytest.C
     assert "resume" not in said
 
 
+def test_a_finished_run_needs_no_going_on(run_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (run_folder / "report.json").touch()
+    supervisor.run(child(f"told.tell_run(Path({str(run_folder)!r})); os.abort()"))
+    assert "The run is finished: its report is" in capfd.readouterr().err
+
+
 def test_a_run_without_a_checkpoint_is_named_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe.yaml").touch()
     supervisor.run(child(f"told.tell_run(Path({str(tmp_path)!r})); os.abort()"))

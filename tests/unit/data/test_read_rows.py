@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.read import read, read_rows
 from finetune.data.json_files import parse_json
+from finetune.data.read import read, read_rows
 from finetune.errors import DataError
 
 ROWS = [{"text": "good\u2028film", "label": "pos"}, {"text": 'bad, "very" bad\n', "label": "neg"}]
