@@ -27,10 +27,11 @@ backend: reference
 def finetune(work: Work, *arguments: str) -> Answer:
     """The command in this process: what is heavy is imported once for all of these tests."""
     code = 0
+    alone = ["--no-supervisor"] if arguments[0] in ("train", "resume") else []
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(work.folder)
-        patch.setattr(sys, "argv", ["finetune", *arguments])
+        patch.setattr(sys, "argv", ["finetune", *arguments, *alone])
         try:
             main()
         except SystemExit as end:
