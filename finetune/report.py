@@ -80,16 +80,16 @@ def compare(base: Evaluation, tuned: Evaluation) -> Comparison:
 
 
 def write_report(run: RunFolder, report: Report) -> None:
-    """report.json, report.txt (the tables), rows.jsonl and the plots."""
+    """report.txt (the tables), rows.jsonl, the plots, and report.json last: it says that the run is finished."""
     from finetune.summary import as_text
 
-    run.write_json("report.json", report.to_json())
     write_file(run.path / "report.txt", as_text(report))
     write_file(run.path / "rows.jsonl", _rows(report))
     steps = [one for one in read(run.metrics) if isinstance(one, StepDone)]
     loss_plot(steps, list(report.validations), run.path / "loss.png")
     if report.tuned.confusion:
         confusion_plot(report.tuned.confusion, report.tuned.labels, run.path / "confusion.png")
+    run.write_json("report.json", report.to_json())
 
 
 def _rows(report: Report) -> str:

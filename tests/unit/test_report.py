@@ -210,6 +210,24 @@ def test_stopped_while_the_base_is_measured_it_begins_anew(recipe: Recipe) -> No
     assert run.report.exists()
 
 
+@pytest.mark.parametrize("killed_at", ["as_text", "_rows", "loss_plot", "confusion_plot"])
+def test_killed_while_the_report_is_written_it_is_written_again(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    run = create(recipe, "toy")
+
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"finetune.{'summary' if killed_at == 'as_text' else 'report'}.{killed_at}", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(load_job(recipe), run, Sink(), lambda: False)
+    assert not run.report.exists(), "the run would pass for finished"
+    train_run(load_job(recipe), run, Sink(), lambda: False, resume=True)
+    assert {"report.json", "report.txt", "rows.jsonl", "loss.png"} <= {path.name for path in run.path.iterdir()}
+
+
 def test_stopped_while_the_tuned_model_is_measured_it_only_measures(recipe: Recipe) -> None:
     run, sink = create(recipe, "toy"), Sink()
     with pytest.raises(Interrupted, match="tuned model"):
