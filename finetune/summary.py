@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
@@ -15,7 +14,14 @@ from finetune.evaluate import Evaluation
 from finetune.examples import Prepared
 from finetune.report import Comparison, Report
 from finetune.run_folder import RunFolder
-from finetune.tables import changed_rows_table, comparison_table, confusion_table, epoch_table, per_class_table
+from finetune.tables import (
+    changed_rows_table,
+    comparison_table,
+    confusion_table,
+    epoch_table,
+    per_class_table,
+    plain_page,
+)
 
 if TYPE_CHECKING:
     from finetune.job import Job
@@ -71,11 +77,7 @@ def print_report(report: Report, run: RunFolder) -> None:
 
 
 def as_text(report: Report) -> str:
-    """The same page without colour, 100 columns wide."""
-    console = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False, legacy_windows=False)
-    render(console, report)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+    return plain_page(lambda console: render(console, report))
 
 
 def render(console: Console, report: Report) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Protocol
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -117,6 +119,13 @@ def changed_rows_table(fixed: Sequence[Pair], broken: Sequence[Pair]) -> Table:
     more = len(fixed) + len(broken) - len(shown)
     table.caption = f"{len(fixed)} fixed, {len(broken)} broken" + (f"; {more} of them not shown" if more else "")
     return table
+
+
+def plain_page(show: Callable[[Console], None]) -> str:
+    """What `show` prints, as a page without colour, 100 columns wide."""
+    page = io.StringIO()
+    show(Console(file=page, width=100, color_system=None, force_terminal=False, legacy_windows=False))
+    return page.getvalue()
 
 
 def shorten(text: str, length: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 
 from rich import box
@@ -19,7 +18,7 @@ from finetune.check.tokens import REMEDIES, TokenCheck
 from finetune.data.encoding import harmless
 from finetune.data.problems import listed
 from finetune.highlight import highlighted
-from finetune.tables import shorten
+from finetune.tables import plain_page, shorten
 from finetune.tokenizer import Tokenizer
 
 SHOWN = 10  # rows of a list
@@ -38,11 +37,7 @@ def show(console: Console, found: Findings, tokenizer: Tokenizer) -> None:
 
 
 def as_text(found: Findings, tokenizer: Tokenizer) -> str:
-    """The same page without colour, 100 columns wide."""
-    console = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False, legacy_windows=False)
-    show(console, found, tokenizer)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+    return plain_page(lambda console: show(console, found, tokenizer))
 
 
 def sections(found: Findings, tokenizer: Tokenizer) -> Iterator[tuple[str, Sequence[RenderableType]]]:
