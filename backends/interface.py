@@ -77,11 +77,17 @@ class OptimSpec:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, padded on the right. Shift and mask are already done."""
+    """A micro-batch, padded on the right. Shift and mask are already done.
+
+    Rows may go on from tokens that are computed once for all of them: row b then is
+    `prefixes[prefix_of[b]]` followed by `inputs[b]`. Nothing in a prefix is supervised.
+    """
 
     inputs: IntArray  # [B, T]
     targets: IntArray  # [B, T] the token after each input; a valid id even where the weight is 0
     weights: FloatArray  # [B, T] 0 = prompt or padding
+    prefixes: tuple[IntArray, ...] = ()  # [P] each, at least one token
+    prefix_of: tuple[int, ...] = ()  # B of them; none where there are no prefixes
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ class Session(Protocol):
     device: str  # "cpu", "cuda: NVIDIA GeForce RTX 4070", "gpu: Apple M3"
     scheme: str  # what the frozen weights are: "none", "nf4/64 double", "affine4/64", ...
     lora_shapes: Mapping[str, tuple[int, int]]  # module -> (out, in)
+    shares_prefixes: bool  # whether a batch's prefixes cost no more than they say; else each row repeats its own
 
     def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
         """One AdamW update from the mean loss over all micro-batches.

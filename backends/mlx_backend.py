@@ -29,6 +29,7 @@ from backends.mlx_cpu import use_blas
 from backends.mlx_generate import generate
 from backends.mlx_model import DropoutKeys, Head, attach, checkpoint_blocks, load
 from backends.model_files import lora_modules
+from backends.prefixes import joined, own_part
 from backends.state import MOMENTS, adapter_shapes, fitting
 
 Tensors = dict[str, mx.array]
@@ -74,6 +75,8 @@ class _State(NamedTuple):
 class MlxSession:
     """`interface.Session` in MLX. Adapter and moments are float32 in mlx-lm's layout: A [in, r], B [r, out]."""
 
+    shares_prefixes = False
+
     def __init__(self, spec: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int, device: mx.Device) -> None:
         on_cpu = device.type == mx.cpu
         names = {"auto": mx.float32 if on_cpu else mx.bfloat16, "float32": mx.float32, "bfloat16": mx.bfloat16}
@@ -108,6 +111,9 @@ class MlxSession:
         return StepResult(loss, int(sum(np.count_nonzero(batch.weights) for batch in micro)), norm)
 
     def score(self, batch: Batch) -> Scores:
+        return own_part(self._score(joined(batch)), batch)
+
+    def _score(self, batch: Batch) -> Scores:
         logprob = np.zeros(batch.weights.shape, dtype=np.float32)
         greedy = np.zeros(batch.weights.shape, dtype=np.int32)
         chosen = np.flatnonzero(batch.weights)
@@ -165,7 +171,7 @@ class MlxSession:
         """sum(weight x nll) / total over all micro-batches, and its gradient; one micro-batch in memory at a time."""
         loss = 0.0
         gradient: Tensors = {}
-        for index, batch in enumerate(micro):
+        for index, batch in enumerate(map(joined, micro)):
             chosen = np.flatnonzero(batch.weights)
             if not chosen.size:
                 continue

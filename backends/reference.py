@@ -76,6 +76,8 @@ def adamw(
 
 
 class ReferenceSession:
+    shares_prefixes = True  # a bigram model never looks at them
+
     def __init__(
         self, modules: Mapping[str, tuple[int, int]], vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int
     ) -> None:

@@ -23,6 +23,7 @@ from backends.interface import (
 )
 from backends.lora_init import initial_adapter
 from backends.model_files import lora_modules
+from backends.prefixes import joined, own_part
 from backends.state import adapter_shapes, fitting
 from backends.torch_device import (
     device_name,
@@ -54,6 +55,8 @@ def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Torch
 
 
 class TorchSession:
+    shares_prefixes = False
+
     def __init__(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> None:
         self._device = pick_device(model.device)
         self._optim, self._seed = optim, seed
@@ -87,6 +90,9 @@ class TorchSession:
         return StepResult(loss, sum(int(np.count_nonzero(batch.weights)) for batch in micro), norm)
 
     def score(self, batch: Batch) -> Scores:
+        return own_part(self._score(joined(batch)), batch)
+
+    def _score(self, batch: Batch) -> Scores:
         where = np.flatnonzero(batch.weights)
         logprob = np.zeros(batch.weights.size, np.float32)
         greedy = np.zeros(batch.weights.size, np.int32)
@@ -143,7 +149,7 @@ class TorchSession:
         loss = torch.zeros((), device=self._device)
         self._model.train()
         try:
-            for index, batch in enumerate(micro):
+            for index, batch in enumerate(map(joined, micro)):
                 where = np.flatnonzero(batch.weights)
                 if not where.size:
                     continue

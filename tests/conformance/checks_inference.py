@@ -10,13 +10,16 @@ import pytest
 from backends.interface import BackendError, Batch, IncompatibleState, LoraSpec, Session, TrainState
 from backends.lora_init import initial_adapter
 from backends.model_files import lora_modules
+from backends.prefixes import joined, own_part
 from tests.conformance.toy import (
     DROPPING,
     LORA,
+    VOCABULARY,
     Case,
     begun,
     differ,
     identical,
+    prefixed,
     random_adapter,
     toy_batch,
     without_b,
@@ -180,3 +183,20 @@ def check_sampling_follows_its_seed(case: Case) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(0 <= token < 128 and type(token) is int for row in drawn[0] for token in row)
     assert session.generate(PROMPTS, 4, (), temperature=1e-4) == session.generate(PROMPTS, 4, ())
+
+
+def check_shared_prefixes_change_no_score(case: Case) -> None:
+    session, batch = begun(case), prefixed()
+    alone = own_part(session.score(joined(batch)), batch)
+    shared = session.score(batch)
+    np.testing.assert_allclose(shared.logprob, alone.logprob, atol=2e-5)
+    np.testing.assert_array_equal(shared.greedy, alone.greedy)
+    assert not shared.logprob[batch.weights == 0].any() and not shared.greedy[batch.weights == 0].any()
+
+
+def check_generation_from_a_shared_start(case: Case) -> None:
+    session = begun(case)
+    start = np.random.default_rng(5).integers(0, VOCABULARY, 40).tolist()
+    prompts = [[*start, *prompt] for prompt in PROMPTS]
+    together = session.generate(prompts, 6, ())
+    assert together == [session.generate([prompt], 6, ())[0] for prompt in prompts]

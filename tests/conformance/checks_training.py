@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from backends.interface import Batch, NonFinite, OptimSpec, TrainState
+from backends.prefixes import joined
 from tests.conformance.toy import (
     DROPPING,
     LORA,
@@ -20,6 +21,7 @@ from tests.conformance.toy import (
     mean_nll,
     padded,
     part,
+    prefixed,
     random_adapter,
     toy_batch,
     without_b,
@@ -47,6 +49,30 @@ def check_padding_changes_nothing(case: Case) -> None:
     ours, theirs = plain.step([BATCH], LR), wide.step([padded(BATCH, 3)], LR)
     assert theirs.loss == pytest.approx(ours.loss, rel=1e-5) and theirs.tokens == ours.tokens
     close(wide.get_state(), plain.get_state())
+
+
+def check_shared_prefixes_change_no_step(case: Case) -> None:
+    shared, alone = begun(case), begun(case)
+    for batch in (prefixed(), replace(OTHER, prefixes=prefixed().prefixes[:1], prefix_of=(0,) * len(OTHER.inputs))):
+        ours, theirs = shared.step([batch, BATCH], LR), alone.step([joined(batch), BATCH], LR)
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5) and ours.tokens == theirs.tokens
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+    close(shared.get_state(), alone.get_state())
+
+
+def check_top_layers_learn_the_same_from_rows_seen_again(case: Case) -> None:
+    """What a session keeps of frozen layers below the adapter is exact, also for rows cut or padded otherwise."""
+    lora = replace(LORA, layers=1)
+    kept = case.open(lora=lora)
+    kept.set_state(random_adapter(kept))
+    for _ in range(3):
+        fresh = case.open(lora=lora)
+        fresh.set_state(kept.get_state())
+        for batches in ([BATCH], [part(BATCH, 3, 1), padded(part(BATCH, 4, 0, 2), 3)]):
+            ours, theirs = kept.step(batches, LR), fresh.step(batches, LR)
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert mean_nll(kept, OTHER) == pytest.approx(mean_nll(fresh, OTHER), rel=1e-5)
+        close(kept.get_state(), fresh.get_state())
 
 
 def check_splitting_changes_nothing(case: Case) -> None:

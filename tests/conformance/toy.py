@@ -45,6 +45,13 @@ def toy_batch(rows: int = 5, width: int = 10, seed: int = 0) -> Batch:
     return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), weights)
 
 
+def prefixed() -> Batch:
+    """Five rows that go on from two prefixes of unequal length. [5, T]"""
+    batch, rng = toy_batch(), np.random.default_rng(3)
+    long, short = (rng.integers(0, VOCABULARY, length).astype(np.int32) for length in (11, 6))
+    return replace(batch, prefixes=(long, short), prefix_of=(0, 1, 0, 0, 1))
+
+
 def part(batch: Batch, *rows: int) -> Batch:
     chosen = list(rows)
     return Batch(batch.inputs[chosen], batch.targets[chosen], batch.weights[chosen])
