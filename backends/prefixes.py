@@ -20,7 +20,7 @@ def joined(batch: Batch) -> Batch:
         prefix = batch.prefixes[batch.prefix_of[row]]
         own = slice(start, start + width)
         inputs[row, :start], inputs[row, own] = prefix, batch.inputs[row]
-        targets[row, : start - 1], targets[row, start - 1] = prefix[1:], batch.inputs[row, 0]
+        targets[row, :start] = [*prefix[1:], batch.inputs[row, 0]]
         targets[row, own], weights[row, own] = batch.targets[row], batch.weights[row]
     return Batch(inputs, targets, weights)
 

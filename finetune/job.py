@@ -14,10 +14,11 @@ from backends.interface import LoraSpec, ModelSpec, OptimSpec, Session
 from backends.model_files import fingerprint
 from finetune.data.prepare import prepare
 from finetune.errors import Diverged
-from finetune.evaluate import Evaluation, Report, evaluate
+from finetune.evaluate import Evaluation, evaluate
 from finetune.events import Event, Progress
 from finetune.examples import Dataset, Prepared
 from finetune.recipe import Recipe
+from finetune.scoring import Report
 from finetune.sources import model_folder
 from finetune.tokenizer import load_tokenizer
 from finetune.train import Interrupted

@@ -13,7 +13,7 @@ from backends.interface import Batch, FloatArray, NonFinite, OutOfMemory, Sessio
 from finetune import checkpoint as checkpoints
 from finetune.data.batches import micro_batches, step_indices
 from finetune.errors import Diverged, MemoryExhausted
-from finetune.evaluate import Evaluation, Report, evaluate
+from finetune.evaluate import Evaluation, evaluate
 from finetune.events import (
     CheckpointSaved,
     Event,
@@ -27,6 +27,7 @@ from finetune.events import (
 from finetune.examples import Prepared
 from finetune.recipe import Recipe
 from finetune.schedule import Plan, learning_rate, make_plan
+from finetune.scoring import Report
 
 
 class Interrupted(Exception):
@@ -124,7 +125,7 @@ class Trainer:
         rate = learning_rate(self.recipe, self.plan, step)
         started = time.perf_counter()
         while True:
-            micro = micro_batches(chosen, self.state.micro_tokens)
+            micro = micro_batches(chosen, self.state.micro_tokens, self.session.shares_prefixes)
             try:
                 result = self.session.step(micro, rate)
                 break

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from backends.interface import Batch, Scores, Session, TrainState
+from finetune.data.batches import evaluation_batches
 from finetune.errors import MemoryExhausted
-from finetune.evaluate import Evaluation, choose_labels, evaluate, row_losses, scored, write_answers
+from finetune.evaluate import Evaluation, evaluate
 from finetune.examples import Example
+from finetune.scoring import choose_labels, row_losses, scored, write_answers
 from tests.unit.toy_run import LABEL_TOKENS, LABELS, STOP, Small, Wrapped, dataset, prepared, session
 
 ROWS = 23
@@ -112,7 +114,8 @@ def test_running_out_of_memory_has_no_effect(live: Session, limit: int) -> None:
 def test_every_row_is_scored_once_whatever_the_memory(live: Session) -> None:
     examples = dataset("valid", ROWS, 2).examples
     for session_ in (live, Small(live, 24)):
-        seen = [i for rows, *_ in scored(session_, examples, 100) for i in rows]
+        batches = evaluation_batches(examples, 100)
+        seen = [i for rows, *_ in scored(session_, batches, lambda row: examples[row].place) for i in rows]
         assert sorted(seen) == list(range(ROWS))
 
 
@@ -194,6 +197,8 @@ def test_a_label_that_is_the_beginning_of_another_is_told_apart_by_its_end() -> 
     """The more tokens the less probable: only the end token makes `a` and `a b` comparable."""
 
     class Fixed:
+        shares_prefixes = True
+
         def score(self, batch: Batch) -> Scores:
             table = {5: -1.0, 6: -0.5, 2: -2.0}
             logprob = np.vectorize(lambda token: table.get(int(token), -9.0))(batch.targets) * batch.weights
@@ -211,6 +216,8 @@ def test_a_label_that_is_the_most_probable_token_of_all_is_not_run_again() -> No
     runs = []
 
     class Noisy:
+        shares_prefixes = True
+
         def score(self, batch: Batch) -> Scores:
             runs.append(batch)
             logits = np.random.default_rng(batch.inputs).normal(size=(*batch.inputs.shape, 8))

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.batches import collate, evaluation_batches, halve, micro_batches, order, step_indices
+from backends.prefixes import joined
+from finetune.data.batches import (
+    collate,
+    evaluation_batches,
+    groups,
+    halve,
+    label_batches,
+    micro_batches,
+    order,
+    shared_prefix,
+    step_indices,
+    width,
+)
 from finetune.examples import Example
 
 lengths = st.lists(st.integers(2, 70), min_size=1, max_size=40)
@@ -88,3 +102,77 @@ def test_halves_hold_every_supervised_token(sizes):
 def test_halves_are_as_narrow_as_they_can_be():
     halves = halve(collate(examples([60, 5])))
     assert halves is not None and [half.inputs.shape for half in halves] == [(1, 64), (1, 8)]
+
+
+def beginning_alike(count: int, common: int, seed: int = 0) -> list[Example]:
+    """Rows that share their first `common` tokens and go on each in its own way; the last third is supervised."""
+    rng = np.random.default_rng(seed)
+    start, made = rng.integers(1, 50, common), []
+    for number in range(count):
+        own = [60 + number, *rng.integers(1, 50, int(rng.integers(2, 40)))]
+        tokens = np.array([*start, *own], np.int32)
+        weights = (np.arange(len(tokens)) >= common + max(2 * len(own) // 3, 1)).astype(np.float32)
+        made.append(Example(tokens, weights, f"f:{number}"))
+    return made
+
+
+@given(st.integers(1, 12), st.integers(0, 80), st.integers(30, 600), st.integers(0, 99))
+def test_shared_prefixes_written_out_are_the_rows_as_they_were(count, common, budget, seed):
+    rows = beginning_alike(count, common, seed)
+    for indices, batch in evaluation_batches(rows, budget):
+        assert bool(batch.prefixes) == (len(indices) > 1 and common >= 32)
+        whole = joined(batch)
+        for index, tokens, targets, weights in zip(indices, whole.inputs, whole.targets, whole.weights, strict=True):
+            n = len(rows[index].tokens) - 1
+            assert tokens[:n].tolist() == rows[index].tokens[:-1].tolist() and not tokens[n:].any()
+            assert targets[:n].tolist() == rows[index].tokens[1:].tolist() and not targets[n:].any()
+            assert weights[:n].tolist() == rows[index].weights[1:].tolist() and not weights[n:].any()
+
+
+def test_nothing_supervised_is_ever_shared():
+    rows = [Example(np.arange(50, dtype=np.int32), (np.arange(50) >= at).astype(np.float32), "f:1") for at in (40, 45)]
+    assert shared_prefix(rows) == 39  # token 39 predicts the first supervised one, and stays
+    assert shared_prefix([replace(row, weights=np.ones(50, np.float32)) for row in rows]) == 0
+    assert shared_prefix(rows[:1]) == 0
+
+
+@given(lengths, st.integers(1, 300))
+def test_rows_are_cut_where_it_costs_least(sizes, budget):
+    """No way to cut the sorted rows is better, all of them tried (for few rows)."""
+    sizes = sizes[:7]
+
+    def cost(cut: list[list[int]]) -> int:
+        return sum(64 + len(rows) * width(max(sizes[i] for i in rows) - 1) for rows in cut)
+
+    found = list(groups(sizes, budget))
+    order_ = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    for mask in range(2 ** (len(sizes) - 1)):
+        ends = [i + 1 for i in range(len(sizes) - 1) if mask >> i & 1] + [len(sizes)]
+        cut = [order_[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        if all(len(rows) == 1 or len(rows) * width(sizes[rows[0]] - 1) <= budget for rows in cut):
+            assert cost(found) <= cost(cut)
+
+
+@given(st.lists(st.integers(1, 60), max_size=8), st.integers(1, 5), st.integers(1, 400), st.booleans())
+def test_every_label_follows_every_prompt(sizes, labels, budget, share):
+    prompts = [np.arange(1, size + 1, dtype=np.int32) + 100 * number for number, size in enumerate(sizes)]
+    ways = [tuple(range(9000 + 10 * label, 9001 + 11 * label)) for label in range(labels)]
+    seen = []
+    for rows, batch in label_batches(prompts, ways, budget, share):
+        whole = joined(batch)
+        for row, tokens, targets, weights in zip(rows, whole.inputs, whole.targets, whole.weights, strict=True):
+            prompt, label = prompts[row // labels], ways[row % labels]
+            assert tokens[: len(prompt) + len(label) - 1].tolist() == [*prompt.tolist(), *label[:-1]]
+            assert targets[weights > 0].tolist() == list(label)
+            assert np.flatnonzero(weights)[0] == len(prompt) - 1
+        seen += rows
+    assert sorted(seen) == list(range(len(prompts) * labels))
+
+
+def test_half_of_a_batch_keeps_the_prefixes_it_needs():
+    prompts = [np.arange(10 * i + 1, 10 * i + 6, dtype=np.int32) for i in range(3)]
+    ((_, batch),) = label_batches(prompts, [(7,), (8, 9)], 10**6, share=True)
+    halves = halve(batch)
+    assert halves is not None and [len(half.prefixes) for half in halves] == [2, 2]
+    for part, half in zip((slice(0, 3), slice(3, 6)), halves, strict=True):
+        assert (joined(half).inputs[:, :5] == joined(batch).inputs[part, :5]).all()
