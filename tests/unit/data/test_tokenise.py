@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from toy_tokenizers import BARE, BROKEN, CHATML, GEMMA, LLAMA3, MISTRAL, QWEN3, TEMPLATES, all_kinds, byte_level
 
@@ -35,7 +35,8 @@ def check(tokenizer, row: Tokenised, end: int, turns: int = 1) -> None:
     """What holds for every row whose every answer ends with the token `end`."""
     prefix = begin_tokens(tokenizer)
     assert row.tokens[: row.answer[0]] == encode_prompt(tokenizer, row.rendered.prompt)
-    assert row.tokens.count(tokenizer.bos_token_id) == (1 if prefix or "<s>" in row.rendered.text else 0)
+    written, added = row.rendered.text.count("<s>"), bool(prefix) and not row.rendered.text.startswith("<s>")
+    assert row.tokens.count(tokenizer.bos_token_id) == written + added
     assert row.tokens.count(end) >= turns and row.tokens[-1] == end and row.weights[-1] == 1
     runs = [list(run) for weight, run in itertools.groupby(range(len(row)), lambda i: row.weights[i]) if weight]
     assert len(runs) == turns and all(row.tokens[run[-1]] == end for run in runs)
@@ -45,6 +46,7 @@ def check(tokenizer, row: Tokenised, end: int, turns: int = 1) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @quick
 @given(words, answers)
+@example("0", "<s>")
 def test_prompt_and_completion(kind, prompt, completion):
     tokenizer = KINDS[kind]
     renderer = TemplateRenderer("plain", PLAIN["prompt"], "prompt", ["prompt", "completion"])
