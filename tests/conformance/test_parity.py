@@ -13,14 +13,16 @@ import pytest
 
 from backends import registry
 from backends.interface import OptimSpec, Session
-from tests.conformance.toy import LORA, Case, begun, close, part, random_adapter, toy_batch
+from backends.prefixes import joined, own_part
+from tests.conformance.toy import LORA, Case, begun, close, part, prefixed, random_adapter, toy_batch
 
 pytest.importorskip("torch")
 
 from tests.tiny_models import FAMILIES, family
 
 Usable = Callable[[str], None]
-PAIRS = list(combinations((name for name in registry.NAMES if name != "reference"), 2))
+REAL = [name for name in registry.NAMES if name != "reference"]
+PAIRS = list(combinations(REAL, 2))
 BATCH, OTHER = toy_batch(), toy_batch(seed=1)
 
 
@@ -34,6 +36,23 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return made[name]
 
     return folder
+
+
+@pytest.mark.parametrize("backend", REAL)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_computes_shared_prefixes_once_and_the_same(
+    name: str, backend: str, family_folder: Callable[[str], Path], usable: Usable
+) -> None:
+    """Windows, caches, biases and rotary embeddings of every family, with prefixes of unequal length."""
+    usable(backend)
+    batch, whole = prefixed(), joined(prefixed())
+    shared, alone = (begun(Case(backend, family_folder(name))) for _ in range(2))
+    expected = own_part(alone.score(whole), batch)
+    np.testing.assert_allclose(shared.score(batch).logprob, expected.logprob, atol=2e-5)
+    ours, theirs = shared.step([batch], 1e-2), alone.step([whole], 1e-2)
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+    assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+    close(shared.get_state(), alone.get_state(), 1e-4)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
