@@ -37,11 +37,9 @@ def demo(
     alone: Alone = False,
 ) -> None:
     """Measure, fine-tune with QLoRA and measure again: an embedded model on embedded reviews, offline."""
-    _supervised(alone)
-    from finetune.commands.train import train as run
     from finetune.sources import demo_recipe
 
-    run(demo_recipe(), [f"output={output}"], backend)
+    _train(demo_recipe(), [f"output={output}"], backend, alone)
 
 
 @app.command()
@@ -63,9 +61,12 @@ def plan(
     compare: Annotated[bool, typer.Option(help="Load the model in every backend here and compare logits.")] = False,
 ) -> None:
     """Show the resolved recipe, the prepared data, the steps and what each backend would do; train nothing."""
+    from finetune.recipe_file import load_recipe
+
+    found = load_recipe(recipe, overrides or [])  # first: a mistake in it needs none of the libraries below
     from finetune.commands.plan import plan as run
 
-    run(recipe, overrides or [], compare)
+    run(found, compare)
 
 
 @app.command()
@@ -83,19 +84,19 @@ def check(
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None, backend: Backend = None, alone: Alone = False) -> None:
     """Measure the base model, fine-tune it, measure the tuned one, and keep the adapter."""
-    _supervised(alone)
-    from finetune.commands.train import train as run
-
-    run(recipe, overrides or [], backend)
+    _train(recipe, overrides or [], backend, alone)
 
 
 @app.command()
 def resume(run: RunPath, backend: Backend = None, alone: Alone = False) -> None:
     """Go on with a stopped run from its newest good checkpoint, on any backend."""
+    from finetune.run_folder import open_existing
+
+    opened, recipe = open_existing(run)
     _supervised(alone)
     from finetune.commands.train import resume as go_on
 
-    go_on(run, backend)
+    go_on(opened, recipe, backend)
 
 
 @app.command("eval")
@@ -155,6 +156,16 @@ def doctor() -> None:
     from finetune.commands.doctor import doctor as run
 
     run()
+
+
+def _train(recipe: Path, overrides: list[str], backend: str | None, alone: bool) -> None:
+    from finetune.recipe_file import load_recipe
+
+    found = load_recipe(recipe, [*overrides, *([f"backend={backend}"] if backend else [])])
+    _supervised(alone)  # a mistake in the recipe is told before a second process is started for it
+    from finetune.commands.train import train as run
+
+    run(found, recipe.stem)
 
 
 def _supervised(alone: bool) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from backends.interface import FloatArray, IntArray
+if TYPE_CHECKING:  # whoever only reads rows needs no numpy
+    from backends.interface import FloatArray, IntArray
 
 
 @dataclass(frozen=True)

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from backends import registry
-from backends.interface import Session, TrainState
 from finetune.errors import DataError
 from finetune.recipe import Recipe
 from finetune.run_folder import open_existing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from backends.interface import Session
 
 
 class Speaker:
     """A run's model, its tokenizer, and the way its prompts are written."""
 
     def __init__(self, path: Path, base: bool, backend: str | None) -> None:
+        run, self.recipe = open_existing(path)  # first: what is wrong with it needs none of the libraries below
+        from backends import registry
+        from backends.interface import TrainState
         from finetune.adapter import read_adapter
         from finetune.job import lora_spec, model_spec, optim_spec
         from finetune.run import check_base
         from finetune.sources import model_folder
         from finetune.tokenizer import load_tokenizer, stop_tokens
 
-        run, self.recipe = open_existing(path)
         adapter = read_adapter(run.adapter)
         folder = model_folder(self.recipe.model)
         check_base(run.adapter, folder)
@@ -44,21 +47,23 @@ class Speaker:
 
 
 def generate(path: Path, prompt: str, base: bool, temperature: float, max_tokens: int, backend: str | None) -> None:
-    from finetune.data.render import question_tokens
-
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise DataError("the prompt is empty")
     speaker = Speaker(path, base, backend)
+    from finetune.data.render import question_tokens
+
     tokens = question_tokens(speaker.recipe, speaker.tokenizer, [{"role": "user", "content": text}])
     print(speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed))
 
 
 def chat(path: Path, base: bool, temperature: float, max_tokens: int, backend: str | None) -> None:
     """Several turns where the recipe trains conversations; otherwise each line is a question of its own."""
+    speaker = Speaker(path, base, backend)
+    from rich.console import Console
+
     from finetune.data.render import question_tokens
 
-    speaker = Speaker(path, base, backend)
     console, turns = Console(), 0
     messages: list[dict[str, str]] = []
     console.print(f"{path.name}: {'base' if base else 'tuned'} model. An empty line ends.", markup=False)

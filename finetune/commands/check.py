@@ -21,6 +21,7 @@ def check(target: str, overrides: Sequence[str], json_file: Path | None) -> None
 
     Raises DataError, after everything is shown, where rows must be mended.
     """
+    recipe = recipe_of(target, overrides)  # first: a mistake in it needs none of the libraries below
     from finetune.atomic import write_file
     from finetune.check.record import as_json
     from finetune.check.show import show
@@ -28,7 +29,6 @@ def check(target: str, overrides: Sequence[str], json_file: Path | None) -> None
     from finetune.sources import model_folder
     from finetune.tokenizer import load_tokenizer
 
-    recipe = recipe_of(target, overrides)
     model = model_folder(recipe.model)
     tokenizer = load_tokenizer(model, recipe.model.remote_code)
     with Bar() as bar:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
-
-from backends.interface import TrainState
 from finetune.run_folder import open_existing
 
 
 def evaluate(path: Path, data: str | None, backend: str | None) -> None:
+    run, recipe = open_existing(path)  # first: what is wrong with it needs none of the libraries below
+    from rich.console import Console
+
+    from backends.interface import TrainState
     from finetune.adapter import read_adapter
     from finetune.atomic import write_file
     from finetune.job import load_job
@@ -20,7 +21,6 @@ def evaluate(path: Path, data: str | None, backend: str | None) -> None:
     from finetune.screen import open_screen
     from finetune.summary import print_comparison
 
-    run, recipe = open_existing(path)
     if data is not None:
         source = str(Path(data).resolve()) if Path(data).exists() else data
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})

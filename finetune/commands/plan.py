@@ -18,10 +18,10 @@ from finetune.commands.doctor import described
 from finetune.examples import Example
 from finetune.highlight import highlighted
 from finetune.recipe import Recipe
-from finetune.recipe_file import dump_recipe, load_recipe
+from finetune.recipe_file import dump_recipe
 
 
-def plan(recipe_file: Path, overrides: Sequence[str], compare: bool) -> None:
+def plan(recipe: Recipe, compare: bool) -> None:
     from finetune.data.prepare import prepare
     from finetune.job import lora_spec
     from finetune.sources import model_folder
@@ -29,7 +29,6 @@ def plan(recipe_file: Path, overrides: Sequence[str], compare: bool) -> None:
     from finetune.tokenizer import load_tokenizer
 
     console = Console()
-    recipe = load_recipe(recipe_file, overrides)
     console.rule("recipe, every default written out")
     console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
     model = model_folder(recipe.model)

@@ -6,14 +6,12 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 from finetune.recipe import Recipe
-from finetune.recipe_file import load_recipe
-from finetune.run_folder import RunFolder, create, open_existing
+from finetune.run_folder import RunFolder, create
 from finetune.supervisor import tell_run
 
 
@@ -42,19 +40,19 @@ class StopFlag:
                 signal.signal(number, handler)
 
 
-def train(recipe_file: Path, overrides: Sequence[str], backend: str | None) -> None:
-    recipe = load_recipe(recipe_file, [*overrides, *([f"backend={backend}"] if backend else [])])
-    _go(recipe, None, recipe_file.stem)
+def train(recipe: Recipe, name: str) -> None:
+    """A new run in a folder that begins with `name`."""
+    _go(recipe, None, name)
 
 
-def resume(path: Path, backend: str | None) -> None:
-    run, recipe = open_existing(path)
+def resume(run: RunFolder, recipe: Recipe, backend: str | None) -> None:
+    """A stopped run from its newest good checkpoint; nothing where it is finished."""
     if run.report.exists():
-        print(f"{path}: this run is finished; its report is {run.path / 'report.txt'}")
+        print(f"{run.path}: this run is finished; its report is {run.path / 'report.txt'}")
         return
     if backend:
         recipe = recipe.model_copy(update={"backend": backend})
-    _go(recipe, run, path.name)
+    _go(recipe, run, run.path.name)
 
 
 def _go(recipe: Recipe, run: RunFolder | None, name: str) -> None:
