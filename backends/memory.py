@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from contextlib import suppress
 
 import psutil
 
@@ -20,3 +22,10 @@ def process_peak_bytes() -> int:
 def available_bytes() -> int:
     """Memory the machine can still give without swapping."""
     return int(psutil.virtual_memory().available)
+
+
+def release_freed() -> None:
+    """Hand memory that was freed back to the system: glibc keeps it where something still lies above it."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)

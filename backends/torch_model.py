@@ -1,9 +1,9 @@
-"""A transformers model with PEFT's LoRA layers, from a folder: loaded, frozen, quantised, adapted."""
+"""A transformers model from a folder: loaded, frozen, quantised."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,17 +11,14 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
-from backends.interface import BackendError, LoraSpec, ModelSpec
+from backends.interface import BackendError, ModelSpec
+from backends.memory import release_freed
 from backends.model_files import read_config
 from backends.torch_device import says_no_memory
 from backends.untrusted import needs_code
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it reports optional kernels
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels
 
-from peft import LoraConfig, inject_adapter_in_model  # noqa: E402
-from peft.tuners.lora import LoraLayer  # noqa: E402
-
-Parameters = dict[str, torch.nn.Parameter]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -55,6 +52,7 @@ def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
                 raise needs_code(spec.path, "auto_map in config.json") from None
             kind = type(error).__name__
             raise BackendError(f"{spec.path}: transformers cannot load this model ({kind}: {error})") from error
+    release_freed()  # what was cast and quantised
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if missing:  # transformers would fill them with random numbers
         raise BackendError(f"{spec.path}: weights are missing or misshapen: {', '.join(sorted(missing))}")
@@ -69,37 +67,6 @@ def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
             module.support_avx512bf16_for_cpu = False
     model.generation_config = transformers.GenerationConfig()
     return model.requires_grad_(False)
-
-
-def add_adapter(model: Any, modules: Mapping[str, tuple[int, int]], lora: LoraSpec) -> Parameters:
-    """LoRA on exactly `modules` -> (out, in); the float32 tensors by canonical name, in the order of `modules`.
-
-    The model is in evaluation mode afterwards: PEFT's new layers are born in training mode.
-    Raises BackendError when a module is not there, is not a linear layer or has another shape.
-    """
-    places = {module: _locate(model, module) for module in modules}
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(places.values())
-    )
-    try:
-        inject_adapter_in_model(config, model)
-    except ValueError as error:
-        raise BackendError(f"PEFT cannot adapt this model ({error})") from error
-    model.eval()
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    wrong = sorted(set(layers) ^ set(places.values()))
-    parameters: Parameters = {}
-    for module, (outputs, inputs) in modules.items():
-        if places[module] not in layers:
-            continue
-        layer: Any = layers[places[module]]
-        down, up = layer.lora_A["default"].float().weight, layer.lora_B["default"].float().weight
-        if down.shape != (lora.rank, inputs) or up.shape != (outputs, lora.rank):
-            wrong.append(module)
-        parameters |= {f"{module}.lora_A": down, f"{module}.lora_B": up}
-    if wrong:
-        raise BackendError(f"these modules cannot be adapted as the checkpoint's shapes say: {', '.join(wrong)}")
-    return parameters
 
 
 def scheme_of(model: Any) -> str:
@@ -138,18 +105,6 @@ def _without_dropout(spec: ModelSpec) -> Any:
             setattr(config, key, 0.0)
     config.use_cache = False
     return config
-
-
-def _locate(model: Any, module: str) -> str:
-    """The name in the live model of a module as the checkpoint names it; wrappers may have changed its beginning."""
-    names: list[str] = [name for name, _ in model.named_modules()]
-    if module in names:
-        return module
-    tail = module[module.index("layers.") :]
-    matches = [name for name in names if name == tail or name.endswith(f".{tail}")]
-    if len(matches) != 1:
-        raise BackendError(f"{module} is in the checkpoint but not in the model that transformers makes of it")
-    return matches[0]
 
 
 @contextmanager

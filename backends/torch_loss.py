@@ -1,0 +1,103 @@
+"""From hidden states to losses, gradients and scores, so few positions at a time that [N, V] never exists whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from backends.torch_patch import forward_as
+
+_NUMBERS = 2**23  # logits at a time: 32 MB in float32
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap * tanh(scale * (W h + b) / cap); without a cap, scale * (W h + b)."""
+
+    linear: Any  # a frozen torch.nn.Linear; None: the states given already are the model's own logits
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """[N, D] -> [N, V] in float32."""
+        if self.linear is None:
+            return states.float()
+        raw = self.linear(states).float()
+        if self.scale != 1:
+            raw *= self.scale
+        return raw if self.cap is None else raw.div_(self.cap).tanh_().mul_(self.cap)
+
+    def loss(
+        self, states: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """sum(share * nll), and its gradient by the states [N, D]; targets and shares are [N]."""
+        loss, gradient = states.new_zeros((), dtype=torch.float32), torch.empty_like(states)
+        with torch.no_grad():
+            for rows in self._chunks(states, targets):
+                logits = self.logits(states[rows])  # [n, V]
+                slope = None if self.cap is None else 1 - (logits / self.cap).square_()  # of the cap
+                logs = torch.log_softmax(logits, -1)
+                own, share = targets[rows, None], shares[rows, None]
+                loss -= (share * logs.gather(-1, own)).sum()
+                back = logs.exp_().mul_(share)  # d nll / d logits = softmax - one hot
+                back.scatter_(-1, own, back.gather(-1, own) - share)
+                gradient[rows] = self._back(back if slope is None else back.mul_(slope), states.dtype)
+        return loss, gradient
+
+    def score(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p(target) and the most probable token. [N], [N]"""
+        logprob, greedy = states.new_empty(len(states), dtype=torch.float32), torch.empty_like(targets)
+        with torch.no_grad():
+            for rows in self._chunks(states, targets):
+                logits = self.logits(states[rows])
+                greedy[rows] = logits.argmax(-1)
+                logprob[rows] = logits.gather(-1, targets[rows, None])[:, 0] - logits.logsumexp(-1)
+        return logprob, greedy
+
+    def _back(self, by_logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self.linear is None:
+            return by_logits.to(dtype)
+        return (by_logits.mul_(self.scale) if self.scale != 1 else by_logits).to(dtype) @ self.linear.weight
+
+    def _chunks(self, states: torch.Tensor, targets: torch.Tensor) -> Iterator[slice]:
+        width = states.shape[-1] if self.linear is None else self.linear.out_features
+        size = max(1, _NUMBERS // width)
+        return (slice(start, start + size) for start in range(0, len(targets), size))
+
+
+def find_head(model: Any) -> Head:
+    """The model's head as its configuration describes it, if its own forward pass then gives the same logits.
+
+    The pass is run on random states in place of its blocks, so it costs no more than the head.
+    """
+    linear, text = model.get_output_embeddings(), model.config.get_text_config()
+    if type(linear) is not torch.nn.Linear or model.base_model is model:
+        return Head(None)
+    divided = getattr(text, "logits_scaling", None) or 1.0  # Granite
+    head = Head(
+        linear, (getattr(text, "logit_scale", None) or 1.0) / divided, getattr(text, "final_logit_softcapping", None)
+    )
+    generator = torch.Generator().manual_seed(0)
+    size = 4 * (head.cap or 1.0) / abs(head.scale)  # logits of a size at which a cap bends them
+    states = torch.randn(1, 4, linear.in_features, generator=generator) * size / linear.in_features**0.5
+    states = states.to(linear.weight)
+    try:
+        theirs = _bypassing_blocks(model, states)
+    except Exception:  # whatever a model's forward makes of states that it did not compute itself
+        return Head(None)
+    ours = head.logits(states[0]).detach()
+    near = 2e-2 if states.dtype == torch.bfloat16 else 1e-4
+    return head if torch.allclose(ours, theirs[0].float(), near, near * float(ours.abs().mean())) else Head(None)
+
+
+def _bypassing_blocks(model: Any, states: torch.Tensor) -> torch.Tensor:
+    """The logits that the model makes of these final hidden states. [1, T, D] -> [1, T, V]"""
+    body = BaseModelOutputWithPast(last_hidden_state=states)
+    ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+    with torch.no_grad(), forward_as(model.base_model, lambda *_, **__: body):
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits

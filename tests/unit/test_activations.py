@@ -1,0 +1,66 @@
+"""Kept hidden states: what went in comes out, for the very tokens it was put in for, while there is room."""
+
+import numpy as np
+import pytest
+
+from backends.activations import Activations
+
+
+def tokens(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint16"])
+def test_what_went_in_comes_out(dtype: str) -> None:
+    kept, random = Activations(3, dtype), np.random.default_rng(0)
+    rows = {
+        n: (random.integers(0, 9, n).astype(np.int32), random.integers(0, 99, (n, 3)).astype(dtype)) for n in (4, 1, 7)
+    }
+    for row, states in rows.values():
+        kept.put(row, states)
+    batch = np.zeros((3, 8, 3), dtype)  # read straight into a padded batch
+    for place, (n, (row, states)) in enumerate(rows.items()):
+        assert kept.get(row, batch[place, :n])
+        np.testing.assert_array_equal(batch[place, :n], states)
+        assert not batch[place, n:].any()
+    assert kept.bytes == 12 * 3 * np.dtype(dtype).itemsize
+
+
+def test_other_tokens_are_not_kept() -> None:
+    kept = Activations(2, np.float32)
+    kept.put(tokens(1, 2, 3), np.ones((3, 2), np.float32))
+    out = np.zeros((4, 2), np.float32)
+    for other in (tokens(1, 2), tokens(1, 2, 4), tokens(1, 2, 3, 0)):
+        assert not kept.get(other, out[: len(other)])
+    assert not out.any()
+
+
+def test_the_room_is_kept_to() -> None:
+    kept = Activations(2, np.float32, room=5 * 8)
+    for row in (tokens(1, 2, 3), tokens(4, 5, 6), tokens(7, 8), tokens(1, 2, 3)):
+        kept.put(row, np.full((len(row), 2), row[0], np.float32))
+    assert kept.bytes == 5 * 8
+    out = np.zeros((3, 2), np.float32)
+    assert [kept.get(row, out[: len(row)]) for row in (tokens(1, 2, 3), tokens(4, 5, 6), tokens(7, 8))] == [1, 0, 1]
+
+
+def test_a_full_disk_ends_the_keeping_and_harms_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Activations(2, np.float32)
+    kept.put(tokens(1), np.ones((1, 2), np.float32))
+
+    class Full:
+        def __init__(self, file: object) -> None:
+            self.file = file
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.file, name)
+
+        def write(self, _: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept, "_file", Full(kept._file))
+    for _ in range(2):
+        kept.put(tokens(2), np.ones((1, 2), np.float32))
+    out = np.zeros((1, 2), np.float32)
+    assert not kept.get(tokens(2), out) and kept.get(tokens(1), out) and out.all()
+    assert kept.bytes == 8

@@ -1,0 +1,182 @@
+"""Hand-written gradients against those that autograd makes of the original modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from backends import torch_attention, torch_layers
+from backends.interface import LoraSpec
+from backends.torch_layers import use_own_layers
+from backends.torch_lora import Dropout, LoraLinear
+from tests.tiny_models import family
+
+OWN_NORM = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite")
+BFLOAT16 = {"atol": 3e-2, "rtol": 3e-2}
+
+
+def opened(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(family(name, folder), dtype=dtype).eval().requires_grad_(False)
+
+
+def by_inputs(module: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The output and, from a fixed upstream gradient, the gradients by the inputs."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = module(*leaves)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+    return (out.detach(), *torch.autograd.grad(out, leaves, upstream))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OWN_NORM)
+def test_the_norm_is_the_models_own(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = opened(name, tmp_path, dtype)
+    norm, x = model.model.layers[0].post_attention_layernorm, torch.randn(3, 5, 64).to(dtype) * 3
+    expected = by_inputs(norm, x)
+    use_own_layers(model)
+    assert norm.forward.func is torch_layers._norm
+    for ours, theirs in zip(by_inputs(norm, x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **(BFLOAT16 if dtype == torch.bfloat16 else {}))
+
+
+def test_a_norm_of_another_kind_stays_as_it_is(tmp_path: Path) -> None:
+    for name in ("gemma2", "olmo2"):  # 1 + weight; the weight times float32
+        model = opened(name, tmp_path / name)
+        use_own_layers(model)
+        assert not any("forward" in vars(module) for module in model.modules())
+
+
+def adapted(name: str, folder: Path, dropout: Dropout, dtype: torch.dtype) -> Any:
+    model = opened(name, folder, dtype)
+    mlp = model.model.layers[1].mlp
+    torch.manual_seed(1)
+    for number, part in enumerate(("gate_proj", "up_proj", "down_proj")):
+        layer = LoraLinear(getattr(mlp, part), LoraSpec(4, 8.0), dropout, number)
+        torch.nn.init.normal_(layer.lora_A, std=0.1), torch.nn.init.normal_(layer.lora_B, std=0.1)
+        setattr(mlp, part, layer)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("probability", [0.0, 0.4])
+def test_the_gated_layer_is_the_models_own(probability: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    dropout = Dropout(probability, seed=0)
+    dropout.place = (3, 1)
+    model = adapted("granite", tmp_path, dropout, dtype)
+    mlp, x = model.model.layers[1].mlp, torch.randn(3, 5, 64).to(dtype)
+    results = []
+    for change in (lambda: None, lambda: use_own_layers(model)):
+        change()
+        mlp.zero_grad()
+        leaf = x.clone().requires_grad_()
+        out = mlp(leaf)
+        out.square().sum().backward()
+        results.append([out.detach(), leaf.grad, *(p.grad for p in mlp.parameters() if p.grad is not None)])
+    assert mlp.forward.func is torch_layers._gated_layer and len(results[0]) == 8
+    for ours, theirs in zip(*results, strict=True):
+        limit = 0.03 * theirs.abs().max().item() if dtype == torch.bfloat16 else 1e-5 * theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, atol=limit, rtol=0)
+
+
+def test_only_what_is_llamas_is_replaced(tmp_path: Path) -> None:
+    for name, settings in (("gemma2", {}), ("llama", {"hidden_act": "gelu"})):
+        model = AutoModelForCausalLM.from_pretrained(family(name, tmp_path / name, **settings))
+        use_own_layers(model)
+        assert not any("forward" in vars(block.mlp) for block in model.model.layers)
+
+
+# --- LoRA ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs_learn", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_lora_layer_is_its_formula(bias: bool, inputs_learn: bool) -> None:
+    torch.manual_seed(0)
+    base = torch.nn.Linear(12, 20, bias=bias).requires_grad_(False)
+    layer = LoraLinear(base, LoraSpec(3, 6.0), Dropout(0.0, 0), 0)
+    torch.nn.init.normal_(layer.lora_A), torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 7, 12, requires_grad=inputs_learn)
+    leaves = [layer.lora_A, layer.lora_B] + [x] * inputs_learn
+    expected = base(x) + 2.0 * x @ layer.lora_A.T @ layer.lora_B.T
+    wanted = torch.autograd.grad(expected.square().sum(), leaves)
+    out = layer(x)
+    torch.testing.assert_close(out, expected)
+    for ours, theirs in zip(torch.autograd.grad(out.square().sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_gradient_of_the_lora_layer_is_that_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    dropout = Dropout(0.3, seed=1)
+    dropout.place = (0, 0)
+    layer = LoraLinear(torch.nn.Linear(5, 6).double().requires_grad_(False), LoraSpec(2, 3.0), dropout, 4).double()
+    torch.nn.init.normal_(layer.lora_A), torch.nn.init.normal_(layer.lora_B)
+    x, gate, up = (torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, layer.lora_A, layer.lora_B), atol=1e-3, rtol=1e-2)
+    assert torch.autograd.gradcheck(
+        lambda g, u, *_: layer.gated(g, u), (gate, up, layer.lora_A, layer.lora_B), atol=1e-3, rtol=1e-2
+    )
+
+
+def test_masks_are_a_function_of_seed_step_micro_batch_and_layer() -> None:
+    like, masks = torch.ones(40, 50), []
+    for seed, *place, layer in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 0)):
+        dropout = Dropout(0.25, seed)
+        assert dropout.mask(layer, like) is None  # outside a step
+        dropout.place = tuple(place)
+        masks.append(dropout.mask(layer, like))
+        assert masks[-1].float().mean().item() == pytest.approx(0.75, abs=0.03)
+    assert torch.equal(masks[0], masks[-1])
+    assert len({mask.numpy().tobytes() for mask in masks}) == 5
+    dropout = Dropout(0.0, 0)
+    dropout.place = (0, 0)
+    assert dropout.mask(0, like) is None
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("length", [2, 13, 40])
+def test_attention_by_products_is_attention(
+    length: int, heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_attention, "_QUERIES", 16)
+    monkeypatch.setattr(torch_attention, "_NUMBERS", 900)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, length, h, 8).transpose(1, 2) for h in (heads, groups, groups))
+
+    def torchs(q: Any, k: Any, v: Any) -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+
+    for ours, theirs in zip(
+        by_inputs(lambda *qkv: torch_attention.attend(*qkv, 0.3), q, k, v), by_inputs(torchs, q, k, v), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
+def test_a_model_in_bfloat16_uses_it_and_says_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls = opened(name, tmp_path, torch.bfloat16), []
+    ids = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids=ids).logits
+    attend = torch_attention.attend
+    monkeypatch.setattr(torch_attention, "attend", lambda *given: calls.append(1) or attend(*given))
+    torch_attention.use_products(model)
+    ours = model(input_ids=ids).logits
+    assert len(calls) == model.config.num_hidden_layers
+    assert (ours - expected).abs().mean() < 0.02 * expected.abs().mean()
+    padded = model(input_ids=ids, attention_mask=torch.tensor([[0] * 4 + [1] * 26] * 2)).logits
+    assert len(calls) == model.config.num_hidden_layers and padded.isfinite().all()  # a mask is left to torch's own
+
+
+def test_in_float32_torchs_own_attention_stays(tmp_path: Path) -> None:
+    model = opened("llama", tmp_path)
+    torch_attention.use_products(model)
+    assert model.config._attn_implementation == "sdpa"
