@@ -11,9 +11,9 @@ from typing import Any
 
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec, Session
-from backends.model_files import fingerprint
+from backends.model_files import fingerprint, read_config, tensor_shapes
 from finetune.data.prepare import prepare
-from finetune.errors import Diverged
+from finetune.errors import Diverged, Incompatible
 from finetune.evaluate import Evaluation, evaluate
 from finetune.events import Event, Progress
 from finetune.examples import Dataset, Prepared
@@ -27,7 +27,8 @@ Sink = Callable[[Event], None]
 # Keys that change where or how fast a run goes, or whose effect the digests of rows and weights already hold.
 _NOT_IDENTITY = {
     "output", "backend", "model.path", "model.revision", "model.dtype", "data.train", "data.valid", "data.test",
-    "train.micro_tokens", "train.gradient_checkpointing", "evaluate.generate", "evaluate.max_tokens", "evaluate.base",
+    "data.max_dropped", "train.micro_tokens", "train.gradient_checkpointing", "evaluate.generate",
+    "evaluate.max_tokens", "evaluate.base",
 }  # fmt: skip
 
 
@@ -96,9 +97,36 @@ def load_job(recipe: Recipe, backend: str | None = None) -> Job:
     model = model_folder(recipe.model)
     tokenizer = load_tokenizer(model, recipe.model.remote_code)
     prepared = prepare(recipe, tokenizer, base=Path.cwd())
+    _check_vocabulary(model, tokenizer, prepared)
     data = recipe.data.model_copy(update={"format": prepared.format})
     recipe = recipe.model_copy(update={"data": data, "task": prepared.task})
     return Job(recipe, chosen, model, tokenizer, prepared)
+
+
+def vocabulary_of(model: Path) -> int | None:
+    """How many tokens the model knows, by its config or else its embeddings; None where neither says."""
+    config = read_config(model)
+    text = config.get("text_config")
+    said = (text if isinstance(text, dict) else config).get("vocab_size")
+    if type(said) is int:
+        return said
+    embeddings = (shape[0] for name, shape in tensor_shapes(model).items() if name.endswith("embed_tokens.weight"))
+    return max(embeddings, default=None)
+
+
+def _check_vocabulary(model: Path, tokenizer: Any, prepared: Prepared) -> None:
+    """Raises Incompatible for tokens that the model lacks: a backend would fail, or read beyond its weights."""
+    known = vocabulary_of(model)
+    if known is None:
+        return
+    for split in (prepared.train, prepared.valid, prepared.test):
+        for example in split.examples if split else ():
+            if (most := int(example.tokens.max())) >= known:
+                raise Incompatible(
+                    f"{example.place}: the token {tokenizer.convert_ids_to_tokens(most)!r} is number {most}, and the "
+                    f"model in {model} has {known}. A vocabulary is never enlarged here: give the model its own "
+                    "tokenizer, or enlarge it first (resize_token_embeddings of transformers)"
+                )
 
 
 def model_spec(recipe: Recipe, folder: Path) -> ModelSpec:

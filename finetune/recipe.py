@@ -45,6 +45,8 @@ class Data(Section):
     """The share of train set apart when valid is missing."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a bad row does: stop the run, or be left out and listed."""
+    max_dropped: Share = 0.01
+    """The share of a split's rows that may be left out (skipped, too long, nothing to learn); more stop the run."""
     groups: Groups | None = None
     """Who the rows are about, for `finetune check`: a column's name, or words for each group (women: [she, her])."""
 

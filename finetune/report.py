@@ -43,6 +43,7 @@ class Report:
     tuned: Evaluation
     comparison: Comparison | None
     overfitting: Overfitting
+    divergence: str | None  # that the loss was above that of guessing
     validations: tuple[Validated, ...]
     best_step: int
 
@@ -65,6 +66,7 @@ class Report:
             "tuned": self.tuned.summary(),
             "comparison": comparison,
             "overfitting": asdict(self.overfitting),
+            "divergence": self.divergence,
             "best_step": self.best_step,
             "validations": [asdict(one) for one in self.validations],
         }

@@ -20,12 +20,13 @@ from finetune.check.survey import survey
 from finetune.errors import Incompatible
 from finetune.evaluate import Evaluation
 from finetune.events import Progress
-from finetune.job import Job, Sink, account_of, identity_of, lora_spec, reporter
-from finetune.metrics import MetricsFile
+from finetune.job import Job, Sink, account_of, identity_of, lora_spec, reporter, vocabulary_of
+from finetune.metrics import MetricsFile, read
 from finetune.report import Report, compare, load_evaluation, save_evaluation, write_report
 from finetune.run_folder import RunFolder, environment
 from finetune.train import Trainer
 from finetune.verdict import overfitting_verdict
+from finetune.watch import Watch, divergence
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -56,9 +57,12 @@ def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], re
                 sink(one)  # so that the table on the screen is whole
         elif job.recipe.lora.start_from:
             start_from(session, Path(job.recipe.lora.start_from), lora_spec(job.recipe))
+        watch = Watch(vocabulary_of(job.model), trainer.plan.warmup)
         for event in trainer.events():
             metrics.handle(event)
             sink(event)
+            if notice := watch.look(event):
+                sink(Progress(event.step, notice, 0, 0))
     assert trainer.best is not None  # the validation before the first step is always a best one
     session.set_state(TrainState(trainer.state.best_step, trainer.best, {}))
     save_adapter(job, run, trainer.best, session.scheme, trainer.state.best_step)
@@ -95,6 +99,7 @@ def build_report(
         tuned=tuned,
         comparison=compare(base, tuned) if base else None,
         overfitting=overfitting_verdict(validations),
+        divergence=divergence(read(run.metrics), vocabulary_of(job.model), trainer.plan.warmup),
         validations=validations,
         best_step=trainer.state.best_step,
     )

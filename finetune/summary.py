@@ -83,6 +83,8 @@ def as_text(report: Report) -> str:
 def render(console: Console, report: Report) -> None:
     console.print(epoch_table(report.validations))
     console.print(report.overfitting.message, markup=False)
+    if report.divergence:
+        console.print(report.divergence, style="bold red", markup=False)
     if report.base and report.comparison:
         print_comparison(console, report.base, report.tuned, report.comparison, report.held_out)
     else:

@@ -18,7 +18,7 @@ from finetune.check.tokens import TokenCheck
 from finetune.check.walk import Walk
 from finetune.data import split as parting
 from finetune.data.prepare import Gathered, Progress, Source, gather
-from finetune.data.problems import Problem, listed
+from finetune.data.problems import Problem, listed, too_many
 from finetune.data.read import read
 from finetune.errors import DataError
 from finetune.examples import Example
@@ -48,7 +48,7 @@ class Findings:
     template: str
     bad: list[Problem]
     skipped: bool  # the recipe says that bad rows are left out
-    broken: list[Problem]  # what no such word of the recipe mends: a file without a row, a row that is too long
+    broken: list[Problem]  # beside bad rows: a file without a row, a row that is too long, too many rows left out
     splits: dict[str, Split]
     tokens: TokenCheck
     samples: list[Example]
@@ -71,6 +71,8 @@ def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progre
     Raises DataError where the training file as a whole cannot be understood, RecipeError for settings that do
     not fit the rows.
     """
+    from finetune.job import vocabulary_of
+
     progress("reading", 0, 1)
     trainable = _trainable(recipe, model)
     broken: list[Problem] = []
@@ -78,12 +80,14 @@ def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progre
     balance = weigh(found.sources, found.labels, recipe.data.groups)
     progress("reading", 1, 1)
     personal = _personal(found.sources, progress)
-    walk = Walk(recipe, tokenizer, found, hidden=personal.places)
+    walk = Walk(recipe, tokenizer, found, personal.places, vocabulary_of(model))
     for source in found.sources:
         walk.through(source, progress)
     bad = [problem for source in found.sources for problem in source.bad] + walk.bad
     broken += walk.refused
     broken += [(f"data.{one.name}", f"no row is left; {_REMEDY}") for one in found.sources if not walk.used[one.name]]
+    left = [one for one in found.sources if walk.used[one.name]]
+    broken += [p for one in left if (p := too_many(one.name, one.rows, walk.left_out[one.name], recipe))]
     if not walk.after:
         raise DataError(f"{recipe.data.train}: no row can be trained on; {_REMEDY}\n{listed([*bad, *walk.dropped])}")
     lengths = measure(walk.before, walk.after, recipe, walk.shortened, walk.cut, walk.dropped)

@@ -13,6 +13,7 @@ from finetune.data.tokenise import Tokenised
 from finetune.tokenizer import Tokenizer, begin_tokens, encode_prompts, stop_tokens
 
 REMEDIES = {
+    "token that the model lacks": "give the model its own tokenizer; a vocabulary is never enlarged here",
     "no supervised token": "raise train.max_length, or mend prompt.completion and loss_on",
     "no end token": "the model would never learn to stop; set prompt.end_token: true, or raise train.max_length",
     "begin token doubled": "take the begin token out of the text or of the chat template",
@@ -40,8 +41,10 @@ class TokenCheck:
 class TokenChecker:
     """Looks at rows that fit, some at a time."""
 
-    def __init__(self, tokenizer: Tokenizer, end_token: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, end_token: bool, vocabulary: int | None = None) -> None:
+        """vocabulary: how many tokens the model knows, where that is known."""
         self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
         self.stop = np.array(sorted(stop_tokens(tokenizer)), np.int64)
         self.begin = begin_tokens(tokenizer)
         self.found = TokenCheck(end_token)
@@ -60,7 +63,9 @@ class TokenChecker:
         # For all others the tokeniser itself has compared the prompt's tokens with the whole's.
         prompts = encode_prompts(self.tokenizer, [row.rendered.prompt for row in apart])
         for row, prompt in zip(apart, prompts, strict=True):
-            if row.answer is not None and row.tokens[: row.answer[0]] != prompt:
+            # An earlier answer that was encoded apart may be other tokens than in the prompt that is asked later.
+            alone = len(row.rendered.supervised) == 1
+            if alone and row.answer is not None and row.tokens[: row.answer[0]] != prompt:
                 self._note("prompt is not the beginning", row)
         return count
 
@@ -73,6 +78,8 @@ class TokenChecker:
             found.append("no supervised token")
         elif self.found.end_token and not all(row.tokens[end] in self.stop for end in ends):
             found.append("no end token")
+        if self.vocabulary is not None and max(row.tokens) >= self.vocabulary:
+            found.append("token that the model lacks")
         twice = self.begin * 2
         if self.begin and row.tokens[: len(twice)] == twice:
             found.append("begin token doubled")

@@ -20,19 +20,23 @@ SAMPLES = 3
 class Walk:
     """What is gathered on the way."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, rows: Gathered, hidden: Collection[str]) -> None:
-        """hidden: places of rows that must not be shown."""
+    def __init__(
+        self, recipe: Recipe, tokenizer: Tokenizer, rows: Gathered, hidden: Collection[str], vocabulary: int | None
+    ) -> None:
+        """hidden: places of rows that must not be shown. vocabulary: how many tokens the model knows."""
         self.settings = recipe.train
+        self.skips = recipe.data.on_error == "skip"
         self.tokenizer = tokenizer
         self.rows = rows
         self.hidden = hidden
-        self.checker = TokenChecker(tokenizer, recipe.prompt.end_token)
+        self.checker = TokenChecker(tokenizer, recipe.prompt.end_token, vocabulary)
         self.label_tokens: LabelTokens = ()
         self.before: list[int] = []  # lengths of the training rows in tokens
         self.after: list[int] = []  # of those that are trained on
         self.by_label: dict[str, list[int]] = defaultdict(list)
         self.supervised = 0  # tokens in the training rows
         self.used: dict[str, int] = defaultdict(int)  # split -> rows that fit
+        self.left_out: dict[str, list[Problem]] = defaultdict(list)  # split -> rows that the recipe leaves out
         self.samples: list[Example] = []
         self.shortened: list[str] = []
         self.cut: list[str] = []
@@ -44,6 +48,7 @@ class Walk:
         """One split, a chunk at a time."""
         strict = self.settings.truncation == "error"
         policy = "drop" if self.settings.truncation == "error" else self.settings.truncation
+        self.left_out[source.name] += source.bad if self.skips else []
         for chunk in tokenised(self.tokenizer, self.rows.renderer, source, progress):
             fitted = fit(self.tokenizer, self.rows.renderer, chunk.rows, self.settings.max_length, policy)
             self._write_labels(fitted)
@@ -51,6 +56,7 @@ class Walk:
             self.used[source.name] += len(fitted.kept)
             self.bad += chunk.bad
             (self.refused if strict else self.dropped).extend(fitted.dropped)
+            self.left_out[source.name] += [*(chunk.bad if self.skips else ()), *(() if strict else fitted.dropped)]
             self.shortened += fitted.shortened
             self.cut += [row.rendered.record.place for row in fitted.kept if row.cut]
             if source.name == "train":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -11,7 +12,7 @@ from finetune.data import sandbox
 from finetune.data.records import Record
 from finetune.data.rendered import Rendered, Span
 from finetune.data.templates import LossOn, Pieces, fill_answer
-from finetune.tokenizer import Tokenizer, special_texts
+from finetune.tokenizer import Tokenizer, end_of_turn, special_texts
 
 # For models without a chat template, on request.
 PLAIN_CHAT = (
@@ -118,12 +119,41 @@ class ChatRenderer:
         return Rendered(record, text, supervised, (start, content_end), closed)
 
     def _turn(self, whole: str, before: str, until: str) -> tuple[int, int, int]:
-        """Where an assistant turn begins, where its words end, and where its end token does."""
-        if not whole.startswith(before) or not whole.startswith(until) or len(until) <= len(before):
+        """Where an assistant turn begins, where its words end, and where its end token does.
+
+        What a template writes after the end token (Phi-3: EOS after the last turn) belongs to no turn.
+        """
+        start = len(before)
+        end = max(start, len(until.rstrip()))
+        if self.end and until.endswith(self.end, start, end):
+            content_end = end - len(self.end)
+        elif self.end and (at := until.find(self.end, self._tail(until, start))) >= 0:
+            content_end, end = at, at + len(self.end)
+        else:
+            content_end = end - self._special_before(until, start, end)
+        if not whole.startswith(before) or not whole.startswith(until[:end]) or end <= start:
             raise Rewritten
-        end = max(len(before), len(until.rstrip()))
-        token = max((len(one) for one in self.specials if one and until.endswith(one, len(before), end)), default=0)
-        return len(before), end - token, end
+        return start, content_end, end
+
+    @cached_property
+    def end(self) -> str | None:
+        """The end token of a turn as it is written, where the template has one."""
+        token = self.tokenizer.eos_token_id if self.template else end_of_turn(self.tokenizer)
+        return None if token is None else str(self.tokenizer.convert_ids_to_tokens(token))
+
+    def _tail(self, text: str, start: int) -> int:
+        """From where on there is nothing but special tokens and white space."""
+        end = len(text)
+        while end > start:
+            length = 1 if text[end - 1].isspace() else self._special_before(text, start, end)
+            if not length:
+                break
+            end -= length
+        return end
+
+    def _special_before(self, text: str, start: int, end: int) -> int:
+        """The length of the special token that ends at `end`; 0 for none."""
+        return max((len(one) for one in self.specials if one and text.endswith(one, start, end)), default=0)
 
     def _apply(self, record: Record, prefixes: Sequence[tuple[int, bool]]) -> list[str]:
         """What the template writes for the first n messages, for each (n, with the prompt for an answer)."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import re
+import shlex
+from pathlib import PurePath
 
 from finetune.errors import DataError
 
@@ -19,11 +21,19 @@ def decode(raw: bytes, file: str) -> str:
     Raises DataError for UTF-16.
     """
     if raw.startswith(_UTF16) or (b"\x00" in raw[:64] and raw[:64].count(b"\x00") * 3 >= len(raw[:64])):
-        raise DataError(f"{file}:1: the file is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+        marked = "" if raw.startswith(_UTF16) else "BE" if raw[0] == 0 else "LE"
+        raise DataError(f"{file}:1: the file is UTF-16; save it as UTF-8: {_convert(file, f'UTF-16{marked}')}")
     return raw.decode("utf-8-sig", "surrogateescape")
 
 
-def bad_byte(text: str) -> str | None:
+def _convert(file: str, encoding: str) -> str:
+    """The command that writes the file anew, beside itself."""
+    path = PurePath(file)
+    to = path.with_name(f"{path.stem}.utf8{path.suffix}")
+    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(file)} > {shlex.quote(str(to))}"
+
+
+def bad_byte(text: str, file: str) -> str | None:
     """What is wrong with the first byte that was not UTF-8; None where all were. Only for text from `decode`."""
     if text.isascii():
         return None
@@ -33,7 +43,7 @@ def bad_byte(text: str) -> str | None:
         byte = ord(text[error.start]) - _ESCAPED
         return (
             f"byte 0x{byte:02x} is not UTF-8{_meant(byte)}; "
-            "save the file as UTF-8 (for Latin-1: iconv -f LATIN1 -t UTF-8)"
+            f"save the file as UTF-8; if all of it is Latin-1 or Windows-1252: {_convert(file, 'CP1252')}"
         )
     return None
 
@@ -46,10 +56,10 @@ def _meant(byte: int) -> str:
 
 def refuse_bad_bytes(text: str, file: str) -> None:
     """Raises DataError at the first byte that is not UTF-8, in files whose rows are not lines."""
-    if bad_byte(text) is None:
+    if bad_byte(text, file) is None:
         return
     for number, line in enumerate(text.split("\n"), 1):
-        if reason := bad_byte(line):
+        if reason := bad_byte(line, file):
             raise DataError(f"{file}:{number}: {reason}")
 
 

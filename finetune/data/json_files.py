@@ -172,7 +172,7 @@ def _lines(text: str, file: str, notes: list[str]) -> Found:
     for number, line in enumerate(_each_line(text), 1):
         if not line:
             blank += 1
-        elif reason := bad_byte(line):
+        elif reason := bad_byte(line, file):
             bad.append((f"{file}:{number}", reason))
         else:
             _read_line(line, number, file, rows, bad)

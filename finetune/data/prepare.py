@@ -12,7 +12,7 @@ import numpy as np
 from finetune.data import split as parting
 from finetune.data.formats import Layout, recognise
 from finetune.data.labels import Labels, LabelTokens, find_labels, label_tokens, same_label_tokens, unknown_labels
-from finetune.data.problems import Problem, listed, settle
+from finetune.data.problems import Problem, listed, naming, settle, skipping, too_many
 from finetune.data.read import Rows, read
 from finetune.data.records import Record, read_records
 from finetune.data.render import make_renderer
@@ -102,7 +102,7 @@ def gather(recipe: Recipe, tokenizer: Tokenizer, base: Path, set_apart: bool = T
     columns = {*layout.columns, *(column for row in opened.rows for column in row.fields)}
     renderer = make_renderer(recipe.prompt, layout.name, columns, tokenizer)
     train = _source("train", opened, layout, recipe)
-    labels = find_labels(train.records, data.labels) if task == "classification" else ()
+    labels = _labels(train, data) if task == "classification" else ()
     sources = [train]
     if data.valid is not None:
         sources.append(_source("valid", read(data.valid, base), layout, recipe, labels))
@@ -114,12 +114,13 @@ def gather(recipe: Recipe, tokenizer: Tokenizer, base: Path, set_apart: bool = T
 
 
 def _layout(opened: Rows, data: Data) -> Layout:
-    try:
+    with naming(opened.bad):
         return recognise(opened.rows, data.format, data.columns)
-    except DataError as error:
-        if not opened.bad:
-            raise
-        raise DataError(f"{error}\n{listed(opened.bad)}") from None
+
+
+def _labels(train: Source, data: Data) -> Labels:
+    with naming(train.bad):
+        return find_labels(train.records, data.labels)
 
 
 def _task(recipe: Recipe, layout: Layout) -> Task:
@@ -145,7 +146,7 @@ def _source(name: str, found: Rows, layout: Layout, recipe: Recipe, labels: Labe
         places = {place for place, _ in unknown}
         records = [record for record in records if record.place not in places]
     bad = [*found.bad, *bad]
-    settle(bad, recipe.data.on_error)
+    settle(bad, recipe.data.on_error, skipping(bad, len(records) + len(bad), recipe))
     return Source(name, records, bad, (*layout.notes, *found.notes))
 
 
@@ -168,12 +169,14 @@ def _fit(
         rows += chunk.rows
         bad += chunk.bad
         unrolled += chunk.unrolled
-    settle(bad, recipe.data.on_error)
+    settle(bad, recipe.data.on_error, skipping(bad, source.rows, recipe))
     fitted = fit(tokenizer, renderer, rows, recipe.train.max_length, recipe.train.truncation)
     fitted.dropped = [*source.bad, *bad, *fitted.dropped]
     if not fitted.kept:
         why = f": {fitted.dropped[0][0]}: {fitted.dropped[0][1]}" if fitted.dropped else ""
         raise DataError(f"data.{source.name}: no row is left{why}; mend the rows, or raise train.max_length")
+    if problem := too_many(source.name, source.rows, fitted.dropped, recipe):
+        raise DataError(f"{listed(fitted.dropped)}\n{': '.join(problem)}")
     notes = []
     if unrolled:
         notes.append(f"{unrolled} conversations unrolled: the chat template rewrites earlier turns")

@@ -56,8 +56,9 @@ def read(source: str, base: Path) -> Rows:
 
 
 def _builtin(source: str) -> bytes:
-    resource = files("finetune").joinpath("assets", *source.removeprefix(_BUILTIN).split("/"))
-    if not resource.is_file():
+    parts = source.removeprefix(_BUILTIN).split("/")
+    resource = files("finetune").joinpath("assets", *parts)
+    if ".." in parts or not resource.is_file():
         raise DataError(f"{source}: there is no such file in the package")
     return resource.read_bytes()
 

@@ -197,7 +197,7 @@ class Case:
     start: Values = field(default_factory=dict)  # beside what every case begins with
 
 
-LONG = {"data.train": "long", "train.max_length": 32}
+LONG = {"data.train": "long", "train.max_length": 32, "data.max_dropped": 0.5}
 CHAT = {"data.train": "talks", "data.valid": None, "prompt.template": "chat"}
 OPEN = {"data.train": "answers", "data.valid": None, "evaluate.base": False}
 WILD = {"train.learning_rate": 5.0, "train.steps": 40, "evaluate.every": 1, "evaluate.base": False}
@@ -214,7 +214,8 @@ CASES = {
     "data.columns": Case(examples, {"text": "other"}),
     "data.labels": Case(examples, ["good", "bad"]),
     "data.valid_fraction": Case(examples, 0.4, {"data.valid": None}),
-    "data.on_error": Case(bad_row, "skip", {"data.train": "broken"}),
+    "data.on_error": Case(bad_row, "skip", {"data.train": "broken", "data.max_dropped": 0.5}),
+    "data.max_dropped": Case(bad_row, 0.5, {"data.train": "broken", "data.on_error": "skip"}),
     "data.groups": Case(survey, {"warm": ["warm"]}),
     "prompt.template": Case(examples, "alpaca"),
     "prompt.system": Case(examples, "be brief", CHAT),

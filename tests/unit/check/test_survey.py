@@ -42,7 +42,9 @@ def test_bad_rows_are_shown_with_everything_that_can_be_said_of_the_others(tmp_p
     assert found.faults == 2 and found.tokens.rows == 38
     assert "2 bad rows, to be mended" in page(found, tokenizer)
     skipped = surveyed(tokenizer, recipe(str(tmp_path / "a.jsonl"), data={"on_error": "skip"}))
-    assert skipped.faults == 0 and skipped.bad == found.bad
+    assert skipped.faults == 1 and "2 of 36 rows (5.6%) would be left out" in skipped.broken[0][1]
+    allowed = surveyed(tokenizer, recipe(str(tmp_path / "a.jsonl"), data={"on_error": "skip", "max_dropped": 0.06}))
+    assert allowed.faults == 0 and allowed.bad == found.bad
 
 
 def test_a_held_out_file_that_cannot_be_read_is_a_fault_of_its_own(tmp_path, tokenizer):
@@ -80,8 +82,8 @@ def test_long_rows_are_counted_as_the_recipe_treats_them(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", data)
     for truncation, where in (("prompt", "shortened"), ("end", "dropped"), ("drop", "dropped")):
         found = surveyed(tokenizer, recipe(path, train={"max_length": 64, "truncation": truncation}))
-        assert len(getattr(found.lengths, where)) == 1 and found.faults == 0, truncation
-        assert found.lengths.percentiles[100] > 200
+        assert len(getattr(found.lengths, where)) == 1 and found.lengths.percentiles[100] > 200
+        assert [reason[:12] for _, reason in found.broken] == ["1 of 36 rows"] * (where == "dropped"), truncation
     assert surveyed(tokenizer, recipe(path, train={"max_length": 64, "truncation": "error"})).faults == 1
 
 
@@ -97,6 +99,7 @@ def test_labels_groups_leaks_and_contradictions(tmp_path, tokenizer):
 
 
 PLANTED = {
+    "token that the model lacks": lambda row: dataclasses.replace(row, tokens=[10**6, *row.tokens[1:]]),
     "no supervised token": lambda row: dataclasses.replace(row, weights=[0.0] * len(row)),
     "no end token": lambda row: dataclasses.replace(row, tokens=row.tokens[:-1], weights=row.weights[:-1]),
     "begin token doubled": lambda row: dataclasses.replace(
@@ -110,7 +113,7 @@ PLANTED = {
 def test_planted_faults_are_named(tokenizer, kind):
     rendered = Rendered(Record("a:1"), "Is it good? yes", ((11, 15),), (11, 15), False)
     (row,) = tokenise(tokenizer, [rendered])
-    checker = TokenChecker(tokenizer, end_token=True)
+    checker = TokenChecker(tokenizer, True, vocabulary=10**6)
     checker.begin = [7]
     checker.look([row, PLANTED[kind](row)])
     assert {one: len(places) for one, places in checker.found.faults.items() if places} == {kind: 1}

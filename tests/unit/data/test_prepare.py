@@ -29,6 +29,8 @@ CHAT = [
     for n in range(10)
 ]
 
+LOSING = {"valid": "valid.jsonl", "max_dropped": 0.5}
+
 
 def write(folder: Path, rows: list, name: str = "train.jsonl") -> str:
     (folder / name).write_text("\n".join(map(json.dumps, rows)))
@@ -134,7 +136,8 @@ def test_a_validation_label_must_occur_in_train(tmp_path):
     write(tmp_path, [{"text": "a", "label": 7}, {"text": "b", "label": 1}], "valid.jsonl")
     with pytest.raises(DataError, match=r"valid.jsonl:1: label '7' does not occur in the training rows"):
         prepared(tmp_path, REVIEWS, data={"valid": "valid.jsonl"})
-    found = prepared(tmp_path, REVIEWS, data={"valid": "valid.jsonl", "on_error": "skip"})
+    skipping = {"valid": "valid.jsonl", "on_error": "skip", "max_dropped": 0.5}
+    found = prepared(tmp_path, REVIEWS, data=skipping)
     assert len(found.valid.examples) == 1 and found.valid.dropped[0][0] == "valid.jsonl:1" and found.valid.rows == 2
 
 
@@ -144,13 +147,15 @@ def test_bad_rows_are_listed_together_or_skipped(tmp_path):
     write(tmp_path, rows)
     text = (tmp_path / "train.jsonl").read_text() + "\nnonsense"
 
-    def run(on_error):
+    def run(on_error, **more):
         (tmp_path / "bad.jsonl").write_text(text)
-        return prepared(tmp_path, rows, data={"train": "bad.jsonl", "valid": "valid.jsonl", "on_error": on_error})
+        data = {"train": "bad.jsonl", "valid": "valid.jsonl", "on_error": on_error} | more
+        return prepared(tmp_path, rows, data=data)
 
-    with pytest.raises(DataError, match=r"(?s)bad.jsonl:42: .*bad.jsonl:41: text is empty.*2 bad rows"):
+    with pytest.raises(DataError, match=r"(?s)bad.jsonl:42: .*bad.jsonl:41: text is empty.*2 bad rows") as caught:
         run("stop")
-    found = run("skip")
+    assert "data.on_error: skip and data.max_dropped: 0.05 to leave" in str(caught.value)  # both words at once
+    found = run("skip", max_dropped=0.05)
     assert len(found.train.examples) == 40 and found.train.rows == 42 and len(found.train.dropped) == 2
 
 
@@ -231,7 +236,7 @@ def test_plain_text_is_cut_at_its_end(tmp_path, policy):
 def test_cutting_the_end_drops_rows_without_an_answer(tmp_path):
     rows = [{"prompt": "film " * n, "completion": "good " * 30} for n in (1, 2, 3, 4, 90)]
     write(tmp_path, rows[:1], "valid.jsonl")
-    found = prepared(tmp_path, rows, data={"valid": "valid.jsonl"}, train={"max_length": 20, "truncation": "end"})
+    found = prepared(tmp_path, rows, data=LOSING, train={"max_length": 20, "truncation": "end"})
     assert len(found.train.examples) == 4
     assert found.train.dropped == (("train.jsonl:5", "nothing of the answer is left within train.max_length"),)
 
@@ -239,7 +244,7 @@ def test_cutting_the_end_drops_rows_without_an_answer(tmp_path):
 def test_drop_keeps_the_others(tmp_path):
     rows = [{"prompt": "film " * n, "completion": "good"} for n in (1, 2, 3, 4, 90)]
     write(tmp_path, rows[:1], "valid.jsonl")
-    found = prepared(tmp_path, rows, data={"valid": "valid.jsonl"}, train={"max_length": 20, "truncation": "drop"})
+    found = prepared(tmp_path, rows, data=LOSING, train={"max_length": 20, "truncation": "drop"})
     assert len(found.train.examples) == 4 and found.train.dropped[0][0] == "train.jsonl:5"
     assert "more than train.max_length 20" in found.train.dropped[0][1] and not found.train.shortened
 
@@ -247,8 +252,52 @@ def test_drop_keeps_the_others(tmp_path):
 def test_rows_with_nothing_to_learn_are_dropped(tmp_path):
     unlearned = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}]
     write(tmp_path, CHAT[:1], "valid.jsonl")
-    found = prepared(tmp_path, [*CHAT, *unlearned], byte_level(CHATML), data={"valid": "valid.jsonl"})
+    found = prepared(tmp_path, [*CHAT, *unlearned], byte_level(CHATML), data=LOSING)
     assert found.train.dropped == (("train.jsonl:11", "no token is supervised"),)
+
+
+@pytest.mark.parametrize(
+    ("what", "train", "data", "remedies"),
+    [
+        ("bad", {}, {"on_error": "skip"}, "mend them, raise train.max_length, or set"),
+        ("long", {"truncation": "drop"}, {}, "raise train.max_length, set train.truncation: prompt, or set"),
+        ("long", {"truncation": "end"}, {}, "raise train.max_length, set train.truncation: prompt, or set"),
+        ("unanswerable", {}, {}, "raise train.max_length, or set"),
+    ],
+)
+def test_too_many_rows_left_out_stop_the_run(tmp_path, what, train, data, remedies):
+    """Whatever left them out, and whatever the recipe says of one row: a share is a word of its own."""
+    worse = {
+        "bad": {"prompt": "film"},
+        "long": {"prompt": "film " * 90, "completion": "good"},
+        "unanswerable": {"prompt": "film", "completion": "good " * 90},
+    }[what]
+    good = [{"prompt": f"film {n}", "completion": "good"} for n in range(198)]
+    write(tmp_path, good[:1], "valid.jsonl")
+
+    def run(lost, rows, **more):
+        settings = {"max_length": 30} | train
+        return prepared(tmp_path, [*good[: rows - lost], *[worse] * lost], data=LOSING | data | more, train=settings)
+
+    assert len(run(2, 199, max_dropped=0.0101).train.dropped) == 2
+    assert len(run(2, 200, max_dropped=0.01).train.dropped) == 2
+    with pytest.raises(DataError, match=r"data.train: 3 of 200 rows \(1.5%\) would be left out") as caught:
+        run(3, 200, max_dropped=0.01)
+    said = str(caught.value)
+    assert "train.jsonl:198: " in said and f"{remedies} data.max_dropped: 0.02" in said
+    assert len(run(3, 200, max_dropped=0.02).train.dropped) == 3
+    with pytest.raises(DataError, match=r"1 of 20 rows \(5.0%\).*data.max_dropped: 0.05$"):
+        run(1, 20, max_dropped=0.01)
+
+
+def test_an_unrolled_conversation_is_one_row(tmp_path):
+    """Of a long talk every answer may be too long by itself."""
+    long = {"role": "assistant", "content": "good " * 90}
+    talk = {"messages": [{"role": "user", "content": "q"}, long] * 3}
+    rows = [*CHAT, talk]
+    write(tmp_path, CHAT[:1], "valid.jsonl")
+    found = prepared(tmp_path, rows, byte_level(QWEN3), data=LOSING | {"max_dropped": 0.1}, train={"max_length": 80})
+    assert len(found.train.dropped) > 1 and {place for place, _ in found.train.dropped} == {"train.jsonl:11"}
 
 
 @pytest.mark.parametrize("kind", all_kinds())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -105,8 +107,8 @@ def test_parquet(tmp_path):
         ("d.csv", "a,a\n1,2\n", "d.csv:1: columns a occur twice"),
         ("d.csv", "a,\n1,2\n", "d.csv:1: a column has no name"),
         ("d.csv", 'a\nx\n"open\ny\n', "d.csv:3: unexpected end of data"),
-        ("d.jsonl", '{"a": "é"}'.encode("utf-16"), "UTF-16; save it as UTF-8"),
-        ("d.jsonl", '{"a": "é"}'.encode("utf-16-le"), "UTF-16; save it as UTF-8"),
+        ("d.jsonl", '{"a": "é"}'.encode("utf-16"), "save it as UTF-8: iconv -f UTF-16 -t UTF-8 d.jsonl > d.utf8.jsonl"),
+        ("d.jsonl", '{"a": "é"}'.encode("utf-16-le"), "UTF-16; save it as UTF-8: iconv -f UTF-16LE -t UTF-8"),
         ("d.jsonl", '{"a": 1}\n{"a": "é"}'.encode("latin-1"), "d.jsonl:2: byte 0xe9 is not UTF-8"),
         ("d.txt", "hello", "d.txt: the ending must be one of"),
     ],
@@ -155,3 +157,18 @@ def test_hub_ids(tmp_path, monkeypatch):
 def test_absent_builtin_is_named(tmp_path):
     with pytest.raises(DataError, match=r"builtin:none/x.jsonl"):
         read_rows("builtin:none/x.jsonl", base=tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("iconv"), reason="no iconv here")
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1", "cp1252"])
+@pytest.mark.parametrize("name", ["my rows.jsonl", "rows.csv"])
+def test_the_command_for_another_encoding_mends_the_file(tmp_path, encoding, name):
+    said = '{"a": "Ärger, “naïf”"}\n' if encoding != "latin-1" else '{"a": "Ärger, naïf"}\n'
+    text = said if name.endswith("jsonl") else f"a,b\n{said[7:-3]},1\n"
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(DataError) as caught:
+        read_rows(name, base=tmp_path)
+    command = re.search(r"iconv .*utf8\.\w+'?", str(caught.value))
+    assert command is not None
+    subprocess.run(command[0], shell=True, cwd=tmp_path, check=True)
+    assert (tmp_path / name.replace(".", ".utf8.")).read_text("utf-8") == text

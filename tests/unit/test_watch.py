@@ -1,0 +1,70 @@
+"""A loss above that of guessing is said once, on the screen and in the report, and never for a few odd rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from finetune.events import Event, Progress, StepDone, Validated
+from finetune.job import load_job, vocabulary_of
+from finetune.run import train_run
+from finetune.run_folder import create
+from finetune.watch import IN_A_ROW, Watch, divergence
+from tests.unit.test_report import model, recipe
+from tests.unit.toy_run import Wrapped
+
+__all__ = ["model", "recipe"]
+VOCABULARY = 1000
+LOW, HIGH = math.log(VOCABULARY) - 0.01, math.log(VOCABULARY) + 0.01
+
+
+def step(number: int, loss: float) -> StepDone:
+    return StepDone(number, 0.0, loss, 1.0, 1e-3, 10, 10, 0.1, 0)
+
+
+def validated(number: int, loss: float) -> Validated:
+    return Validated(number, 0.0, loss, loss, 1.0, 0.0, None, False, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("events", "said_at"),
+    [
+        ([step(n, LOW) for n in range(1, 30)], None),
+        ([step(n, HIGH) for n in range(1, 6)], None),  # warmup
+        ([step(n, HIGH) for n in range(1, 30)], 5 + IN_A_ROW),
+        ([step(n, (LOW, HIGH)[n % 2]) for n in range(1, 30)], None),
+        ([step(n, (LOW, HIGH, HIGH)[n % 3]) for n in range(1, 30)], None),
+        ([validated(0, HIGH), validated(5, HIGH), validated(10, LOW)], None),  # before and during the warmup
+        ([validated(5, HIGH), step(6, LOW), validated(6, HIGH)], 6),
+    ],
+)
+def test_when_it_is_said(events: list[Event], said_at: int | None) -> None:
+    watch = Watch(VOCABULARY, warmup=5)
+    said = [(event.step, text) for event in events if (text := watch.look(event))]
+    assert [number for number, _ in said] == ([] if said_at is None else [said_at])
+    assert divergence(events, VOCABULARY, 5) == (said[0][1] if said else None)
+    assert all(f"After step {said_at} " in text and "guessing has 6.91" in text for _, text in said)
+
+
+def test_without_a_vocabulary_nothing_is_said() -> None:
+    assert divergence([step(n, 1e9) for n in range(9)], None, 0) is None
+
+
+def test_a_run_above_guessing_says_so_on_the_screen_and_in_the_report(recipe, monkeypatch) -> None:
+    class Worse(Wrapped):
+        def step(self, *given: Any) -> Any:
+            found = self.inner.step(*given)
+            return replace(found, loss=found.loss + 20)
+
+    job = load_job(recipe)
+    assert vocabulary_of(job.model) == 320
+    opened = job.open
+    monkeypatch.setattr(type(job), "open", lambda self: Worse(opened()))
+    run, events = create(job.recipe, "worse"), []
+    report = train_run(job, run, events.append, lambda: False)
+    notices = [one.what for one in events if isinstance(one, Progress) and one.what.startswith("Diverging?")]
+    assert notices == [report.divergence]
+    assert notices[0] in " ".join((run.path / "report.txt").read_text().split())
