@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,7 +85,8 @@ def _four_bit(device: torch.device, dtype: torch.dtype) -> Any:
     if device.type == "mps":
         raise BackendError("bitsandbytes has no 4-bit for Apple GPUs; use the mlx backend or quantize: none")
     try:
-        import bitsandbytes  # noqa: F401
+        with _without_kernels():
+            import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise BackendError('4-bit needs bitsandbytes; pip install "recipe-finetune[torch]"') from error
     return transformers.BitsAndBytesConfig(
@@ -105,6 +107,19 @@ def _without_dropout(spec: ModelSpec) -> Any:
             setattr(config, key, 0.0)
     config.use_cache = False
     return config
+
+
+@contextmanager
+def _without_kernels() -> Iterator[None]:
+    """In here the package `kernels` is not to be had: by it bitsandbytes would fetch native code and run it."""
+    own = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+        if own is not None:
+            sys.modules["kernels"] = own
 
 
 @contextmanager

@@ -170,7 +170,6 @@ OPEN = """
 """
 
 
-@pytest.mark.xfail(reason="the torch backend imports bitsandbytes as it is", strict=False)
 @pytest.mark.skipif(bool(registry.probe("torch")), reason="torch is not here")
 def test_no_kernel_is_fetched_where_the_package_kernels_is_installed(tmp_path: Path, tiny_folder: Path) -> None:
     """With it bitsandbytes and transformers would download native code and run it, without a word."""
