@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -26,14 +28,16 @@ from backends.interface import (
 from backends.lora_init import initial_adapter
 from backends.memory import available_bytes, process_peak_bytes
 from backends.mlx_cpu import use_blas
+from backends.mlx_forward import Forward
 from backends.mlx_generate import generate
-from backends.mlx_model import DropoutKeys, Head, attach, checkpoint_blocks, load
+from backends.mlx_lora import DropoutKeys, attach
+from backends.mlx_model import checkpoint_blocks, load
+from backends.mlx_optim import Tensors, adamw
 from backends.model_files import lora_modules
 from backends.prefixes import joined, own_part
-from backends.state import MOMENTS, adapter_shapes, fitting
+from backends.state import adapter_shapes, fitting
 
-Tensors = dict[str, mx.array]
-
+_CPU_TOKENS = 256  # computed at once: on a CPU more are no faster, and need more memory
 _NO_MEMORY = ("malloc", "insufficient memory", "out of memory", "unable to allocate")
 
 
@@ -75,22 +79,21 @@ class _State(NamedTuple):
 class MlxSession:
     """`interface.Session` in MLX. Adapter and moments are float32 in mlx-lm's layout: A [in, r], B [r, out]."""
 
-    shares_prefixes = False
-
     def __init__(self, spec: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int, device: mx.Device) -> None:
         on_cpu = device.type == mx.cpu
         names = {"auto": mx.float32 if on_cpu else mx.bfloat16, "float32": mx.float32, "bfloat16": mx.bfloat16}
         self.device = _device_name(device)
         self.lora_shapes: Mapping[str, tuple[int, int]] = lora_modules(spec.path, lora, spec.remote_code)
         model, self.scheme = load(spec, names[spec.dtype])
-        self._model, self._optim, self._on, self._on_cpu = model, optim, device, on_cpu
+        self._optim, self._on, self._on_cpu = optim, device, on_cpu
         self._keys = DropoutKeys(seed)
         self._layers = attach(model, self.lora_shapes, lora, self._keys)
-        if on_cpu and not spec.checkpointing:  # its products are evaluated at once, and keep what checkpointing drops
-            use_blas(model)
-        self._head = Head(model)
+        # not with checkpointing: what is evaluated at once keeps what checkpointing drops
+        numpy = on_cpu and names[spec.dtype] == mx.float32 and not spec.checkpointing and bool(use_blas(model))
         if spec.checkpointing:
             checkpoint_blocks(model)
+        self._forward = Forward(model, _CPU_TOKENS if on_cpu else sys.maxsize, numpy, spec.checkpointing)
+        self.shares_prefixes = self._forward.shares_prefixes
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._state: _State
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
@@ -102,7 +105,10 @@ class MlxSession:
         with self._running(training=True):
             loss, gradient = self._gradient(micro, total)
             norm = float(mx.sqrt(mx.stack([mx.square(part).sum() for part in gradient.values()]).sum()))
-            updated = self._updated(gradient, norm, lr)
+            step = self._state.step + 1
+            updated = _State(
+                step, *adamw(self._state.adapter, self._state.moments, gradient, norm, step, lr, self._optim)
+            )
             finite = mx.stack([mx.isfinite(value).all() for value in updated.adapter.values()]).all()
             mx.eval(finite, updated.adapter, updated.moments)
             if not (math.isfinite(loss) and math.isfinite(norm) and finite.item()):
@@ -111,18 +117,10 @@ class MlxSession:
         return StepResult(loss, int(sum(np.count_nonzero(batch.weights) for batch in micro)), norm)
 
     def score(self, batch: Batch) -> Scores:
-        return own_part(self._score(joined(batch)), batch)
-
-    def _score(self, batch: Batch) -> Scores:
-        logprob = np.zeros(batch.weights.shape, dtype=np.float32)
-        greedy = np.zeros(batch.weights.shape, dtype=np.int32)
-        chosen = np.flatnonzero(batch.weights)
-        if chosen.size:
-            with self._running():
-                logits = self._head.logits(mx.array(batch.inputs), mx.array(chosen))
-                logprob.flat[chosen] = -np.array(_nll(logits, batch.targets.flat[chosen]))
-                greedy.flat[chosen] = np.array(mx.argmax(logits, axis=-1))
-        return Scores(logprob, greedy)
+        with self._running():
+            if self.shares_prefixes:
+                return self._forward.scores(batch)
+            return own_part(self._forward.scores(joined(batch)), batch)
 
     def generate(
         self,
@@ -133,7 +131,7 @@ class MlxSession:
         seed: int = 0,
     ) -> list[list[int]]:
         with self._running():
-            return generate(self._model, self._head, prompts, max_tokens, stop, temperature, seed)
+            return generate(self._forward.model, self._forward.head, prompts, max_tokens, stop, temperature, seed)
 
     def get_state(self) -> TrainState:
         return TrainState(self._state.step, _to_numpy(self._state.adapter), _to_numpy(self._state.moments))
@@ -155,7 +153,7 @@ class MlxSession:
     def _running(self, training: bool = False) -> Iterator[None]:
         """On the session's device, with its adapter in the model, also afterwards, however a call ends."""
         self._place(self._state.adapter)
-        self._model.train(training)
+        self._forward.train(training)
         try:
             with mx.stream(self._on):
                 yield
@@ -171,49 +169,25 @@ class MlxSession:
         """sum(weight x nll) / total over all micro-batches, and its gradient; one micro-batch in memory at a time."""
         loss = 0.0
         gradient: Tensors = {}
-        for index, batch in enumerate(map(joined, micro)):
-            chosen = np.flatnonzero(batch.weights)
-            if not chosen.size:
-                continue
+        every = (
+            part for batch in micro for _, part in self._forward.parts(batch if self.shares_prefixes else joined(batch))
+        )
+        for index, part in enumerate(every):
             self._keys.at(self._state.step, index)
-            inputs, positions = mx.array(batch.inputs), mx.array(chosen)
-            targets, shares = batch.targets.flat[chosen], mx.array(batch.weights.flat[chosen] / np.float32(total))
-
-            def part(adapter: Tensors) -> mx.array:
-                self._place(adapter)
-                return (shares * _nll(self._head.logits(inputs, positions), targets)).sum()  # noqa: B023 (called here)
-
-            value, found = mx.value_and_grad(part)(self._state.adapter)
+            with self._forward.prepared(part):
+                value, found = mx.value_and_grad(partial(self._loss, part, total))(self._state.adapter)
             gradient = {name: gradient[name] + found[name] for name in found} if gradient else found
             mx.eval(value, gradient)
             loss += float(value)
         return loss, gradient
 
-    def _updated(self, gradient: Tensors, norm: float, lr: float) -> _State:
-        """Adapter and moments after AdamW (Loshchilov & Hutter, 2019, algorithm 2) with the clipped gradient."""
-        clip, (beta1, beta2), step = self._optim.clip_norm, self._optim.betas, self._state.step + 1
-        scale = clip / (norm + 1e-6) if clip is not None and norm > clip else 1.0
-        adapter: Tensors = {}
-        moments: Tensors = {}
-        for name, value in self._state.adapter.items():
-            slope = gradient[name] * scale
-            first, second = (f"{name}.{kind}" for kind in MOMENTS)
-            moments[first] = beta1 * self._state.moments[first] + (1 - beta1) * slope
-            moments[second] = beta2 * self._state.moments[second] + (1 - beta2) * mx.square(slope)
-            mean, square = moments[first] / (1 - beta1**step), moments[second] / (1 - beta2**step)
-            decayed = value - lr * self._optim.weight_decay * value
-            adapter[name] = decayed - lr * mean / (mx.sqrt(square) + self._optim.eps)
-        return _State(step, adapter, moments)
+    def _loss(self, batch: Batch, total: float, adapter: Tensors) -> mx.array:
+        self._place(adapter)
+        return self._forward.loss(batch, total)
 
     def _place(self, adapter: Tensors) -> None:
         for module, layer in self._layers.items():
             layer.lora_a, layer.lora_b = adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"]
-
-
-def _nll(logits: mx.array, targets: np.ndarray[Any, np.dtype[np.int32]]) -> mx.array:
-    """-log p(target) [N] from float32 `logits` [N, vocab]."""
-    picked = mx.take_along_axis(logits, mx.array(targets)[:, None], axis=-1)[:, 0]
-    return mx.logsumexp(logits, axis=-1) - picked
 
 
 def _to_numpy(tensors: Tensors) -> dict[str, FloatArray]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from copy import copy
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,9 +12,11 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from numpy.typing import NDArray
 
-from backends.mlx_model import Head
+from backends.mlx_head import Head
+from backends.mlx_shared import keeps_keys_and_values
 
 _ROWS = 16  # prompts run together
+_DROPPED = 4  # rows are dropped once one in so many is finished: each time the cache is copied
 _SPREAD = 16  # tokens by which their lengths may differ; each costs one short forward pass
 
 Choice = Callable[[mx.array, Sequence[int]], list[int]]  # logits [N, vocab] and their rows -> a token for each
@@ -31,12 +35,44 @@ def generate(
     if not all(prompts):
         raise ValueError("a prompt needs at least one token")
     completions: list[list[int]] = [[] for _ in prompts]
-    if max_tokens < 1:
+    if max_tokens < 1 or not prompts:
         return completions
     choose = _sampling(len(prompts), temperature, seed) if temperature > 0 else _greedy
+    start = _Start(model, head, prompts)
     for rows in _groups([len(prompt) for prompt in prompts]):
-        _complete(model, head, {row: prompts[row] for row in rows}, completions, max_tokens, stop, choose)
+        _complete(head, start, {row: prompts[row] for row in rows}, completions, max_tokens, stop, choose)
     return completions
+
+
+class _Start:
+    """What all prompts begin with, computed once."""
+
+    def __init__(self, model: nn.Module, head: Head, prompts: Sequence[Sequence[int]]) -> None:
+        self._model = model
+        self.divisible = keeps_keys_and_values(model)  # whether rows can be taken from its caches
+        self.length = _common(prompts) if self.divisible and len(prompts) > 1 else 0
+        self._cache = make_prompt_cache(model)
+        if self.length:
+            head.hidden(mx.array([list(prompts[0][: self.length])]), mx.array([0]), self._cache)
+            mx.eval([cache.state for cache in self._cache])
+
+    def cache(self, rows: int) -> list[Any]:
+        return _taken(self._cache, [0] * rows) if self.length else make_prompt_cache(self._model)
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all begin with; at least one of each prompt is left, to go on from."""
+    rows = [list(prompt[:-1]) for prompt in prompts]
+    first, last = min(rows), max(rows)  # in the order of words: what these two share all others share
+    return next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+
+
+def _taken(cache: Sequence[Any], rows: list[int]) -> list[Any]:
+    """A copy with these rows of each block's keys and values."""
+    copies = [copy(one) for one in cache]
+    for one in copies:
+        one.keys, one.values = one.keys[mx.array(rows)], one.values[mx.array(rows)]
+    return copies
 
 
 def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -52,8 +88,8 @@ def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _complete(
-    model: nn.Module,
     head: Head,
+    start: _Start,
     prompts: dict[int, Sequence[int]],
     completions: list[list[int]],
     max_tokens: int,
@@ -64,23 +100,27 @@ def _complete(
 
     All start with as many tokens as the shortest prompt has; the longer ones then go on with their own.
     """
-    cache = make_prompt_cache(model)
-    places = {row: place for place, row in enumerate(prompts)}
-    running = set(prompts)
-    width = len(next(iter(prompts.values())))
-    tokens = np.array([prompt[:width] for prompt in prompts.values()], dtype=np.int32)  # [R, T]
-    while running:
-        ends = mx.arange(1, len(places) + 1) * tokens.shape[1] - 1
-        logits = head.logits(mx.array(tokens), ends, cache)  # [R, vocab]
-        tokens = np.array([[prompt[min(width, len(prompt) - 1)]] for prompt in prompts.values()], dtype=np.int32)
-        rows = [row for row in prompts if row in running and len(prompts[row]) <= width]
-        chosen = choose(logits[mx.array([places[row] for row in rows])], rows) if rows else []
-        for row, token in zip(rows, chosen, strict=True):
-            tokens[places[row]] = token
+    cache = start.cache(len(prompts))
+    running = list(prompts)  # as they lie in the cache, the finished among them until they are dropped
+    width = len(prompts[running[0]])
+    tokens = np.array([prompts[row][start.length : width] for row in running], dtype=np.int32)  # [R, T]
+    finished: set[int] = set()
+    while len(finished) < len(running):
+        ends = mx.arange(1, len(running) + 1) * tokens.shape[1] - 1
+        logits = head.logits(head.hidden(mx.array(tokens), ends, cache))  # [R, vocab]
+        tokens = np.array([[prompts[row][min(width, len(prompts[row]) - 1)]] for row in running], dtype=np.int32)
+        places = [i for i, row in enumerate(running) if row not in finished and len(prompts[row]) <= width]
+        chosen = choose(logits[mx.array(places)], [running[i] for i in places]) if places else []
+        for place, token in zip(places, chosen, strict=True):
+            row, tokens[place] = running[place], token
             if token not in stop:
                 completions[row].append(token)
             if token in stop or len(completions[row]) == max_tokens:
-                running.discard(row)
+                finished.add(row)
+        if start.divisible and len(finished) * _DROPPED >= len(running) > len(finished):
+            places = [i for i, row in enumerate(running) if row not in finished]
+            running, tokens, cache = [running[i] for i in places], tokens[places], _taken(cache, places)
+            finished.clear()
         width += 1
 
 

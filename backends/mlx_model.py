@@ -1,22 +1,22 @@
-"""Models in MLX: loading, 4-bit weights, adapters, checkpointed blocks, and a head for chosen positions only."""
+"""Models in MLX: loading, 4-bit weights, checkpointed blocks."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.rope_utils import SuScaledRoPE
-from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import load_model
 
-from backends.interface import BackendError, LoraSpec, ModelSpec
+from backends.interface import BackendError, ModelSpec
+from backends.mlx_patch import subclassed
 from backends.model_files import legacy_rope, read_config
 
 _BITS = 4
@@ -26,8 +26,8 @@ _GROUPS = (64, 32)  # the finest scales that the width divides by, starting from
 def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
     """The frozen model in evaluation mode, and its 4-bit scheme.
 
-    Blocks are read, cast and quantised one after another, so the whole float model is never held
-    beside the quantised one. Raises BackendError for a folder that mlx-lm cannot run as it is.
+    Tensors are read, cast and quantised one after another, so no two copies of the model are ever held.
+    Raises BackendError for a folder that mlx-lm cannot run as it is.
     """
     config = read_config(spec.path)
     method = (config.get("quantization_config") or {}).get("quant_method")
@@ -45,13 +45,16 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
     if said.getvalue():
         raise BackendError(f"{spec.path}: mlx-lm cannot run this model as it is ({said.getvalue().strip()})")
     quantise = spec.quantize == "4bit" and "quantization" not in loaded
+    for module in _outside_blocks(model):  # the widest first: they are cast while little else is held
+        _settle(module, dtype)
     for block in model.layers:
-        block.set_dtype(dtype)
         if quantise:
+            block.set_dtype(dtype)
             nn.quantize(block, bits=_BITS, class_predicate=_how_to_quantise)
-        mx.eval(block.parameters())
+        _settle(block, dtype)
     model.set_dtype(dtype)
     mx.eval(model.parameters())
+    mx.clear_cache()  # of what was cast and quantised
     _use_short_factors(model, loaded)
     model.freeze()
     scheme = _scheme(model)
@@ -60,6 +63,19 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
             f"{spec.path}: 4-bit needs input widths divisible by {_GROUPS[-1]}, and no linear layer has one"
         )
     return model, scheme
+
+
+def _settle(module: nn.Module, dtype: mx.Dtype) -> None:
+    """Reads and computes its tensors, one at a time."""
+    module.set_dtype(dtype)
+    for _, tensor in tree_flatten(module.parameters()):
+        mx.eval(tensor)
+
+
+def _outside_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules before and after the blocks that have tensors of their own: embedding, norm, output layer."""
+    inside = {id(module) for block in model.layers for module in block.modules()}
+    return [module for module in model.modules() if id(module) not in inside and not module.children()]
 
 
 def _how_to_quantise(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -105,105 +121,12 @@ def _use_short_factors(model: nn.Module, config: Mapping[str, Any]) -> None:
             module.__class__ = _LongRope
 
 
-class DropoutKeys:
-    """Random keys that are a function of seed, step, micro-batch and module alone.
-
-    A checkpointed block draws the same mask again when it is recomputed, which a global random state would not give.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._place = (seed, 0, 0)
-
-    def at(self, step: int, micro: int) -> None:
-        self._place = (self._place[0], step, micro)
-
-    def key(self, module: int) -> mx.array:
-        seed = np.random.SeedSequence((*self._place, module)).generate_state(1, np.uint64)[0]
-        key: mx.array = mx.random.key(int(seed))
-        return key
-
-
-class _Dropout(nn.Module):  # type: ignore[misc]
-    def __init__(self, rate: float, keys: DropoutKeys, module: int) -> None:
-        super().__init__()
-        self._keep, self._keys, self._module = 1.0 - rate, keys, module
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if not self.training or self._keep == 1.0:
-            return x
-        kept = mx.random.bernoulli(self._keep, x.shape, key=self._keys.key(self._module))
-        return kept * x * (1.0 / self._keep)
-
-
-def attach(
-    model: nn.Module, modules: Mapping[str, tuple[int, int]], lora: LoraSpec, keys: DropoutKeys
-) -> dict[str, LoRALinear]:
-    """A LoRA layer round each of `modules` -> (out, in). Raises BackendError for names that MLX's model lacks."""
-    there = dict(model.named_modules())
-    missing = [name for name in modules if not isinstance(there.get(name), nn.Linear | nn.QuantizedLinear)]
-    if missing:
-        raise BackendError(f"mlx-lm's model has no linear layers named {', '.join(missing)}")
-    adapters: dict[str, LoRALinear] = {}
-    for index, name in enumerate(modules):
-        parent, _, leaf = name.rpartition(".")
-        adapters[name] = LoRALinear.from_base(there[name], r=lora.rank, scale=lora.scale)
-        adapters[name].dropout = _Dropout(lora.dropout, keys, index)
-        setattr(there[parent], leaf, adapters[name])
-    return adapters
-
-
 def checkpoint_blocks(model: nn.Module) -> None:
     """Recompute each block's activations in the backward pass; in this model only, other models keep their classes."""
+
+    def call(base: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
+        run = partial(base, block)
+        return nn.utils.checkpoint(block, run)(*args, **kwargs) if block.training else run(*args, **kwargs)
+
     for block in model.layers:
-        base = type(block)
-
-        def call(self: Any, *args: Any, base: Any = base, **kwargs: Any) -> Any:
-            run = partial(base.__call__, self)
-            return nn.utils.checkpoint(self, run)(*args, **kwargs) if self.training else run(*args, **kwargs)
-
-        block.__class__ = type(base.__name__, (base,), {"__call__": call})
-
-
-class Head:
-    """The model's forward pass with only chosen positions reaching the output head."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._positions: mx.array | None = None
-        inside = {id(module) for block in model.layers for module in block.modules()}
-        outside = [module for module in model.modules() if id(module) not in inside]
-        embeddings = [module for module in outside if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)]
-        vocabularies = {module.weight.shape[0] for module in embeddings}
-        for module in embeddings:
-            _pass_through(module, "as_linear", self._choose)
-        for module in outside:
-            if isinstance(module, nn.Linear | nn.QuantizedLinear) and module.weight.shape[0] in vocabularies:
-                _pass_through(module, "__call__", self._choose)
-
-    def logits(self, inputs: mx.array, positions: mx.array, cache: list[Any] | None = None) -> mx.array:
-        """float32 [N, vocab] at the flat `positions` [N] of `inputs` [B, T]."""
-        self._positions = positions
-        try:
-            logits: mx.array = self._model(inputs, cache=cache)
-            if self._positions is not None:  # an architecture whose head was not recognised
-                logits = self._choose(logits)
-        finally:
-            self._positions = None
-        return logits.reshape(-1, logits.shape[-1]).astype(mx.float32)
-
-    def _choose(self, hidden: mx.array) -> mx.array:
-        """[B, T, D] -> [1, N, D], once in a forward pass."""
-        if self._positions is None:
-            return hidden
-        positions, self._positions = self._positions, None
-        return hidden.reshape(-1, hidden.shape[-1])[positions][None]
-
-
-def _pass_through(module: nn.Module, method: str, change: Callable[[mx.array], mx.array]) -> None:
-    """Put `change` before one instance's `method`."""
-    base = type(module)
-
-    def changed(self: Any, x: mx.array) -> Any:
-        return getattr(base, method)(self, change(x))
-
-    module.__class__ = type(base.__name__, (base,), {method: changed})
+        subclassed(block, call)

@@ -25,5 +25,5 @@ def parts(batch: Batch, tokens: int) -> Iterator[tuple[Rows, Batch]]:
         width = int(ends[waiting[0]])
         rows, waiting = np.split(waiting, [max(tokens // width, 1)])
         prefix_of = tuple(batch.prefix_of[row] for row in rows) if batch.prefixes else ()
-        own = (array[rows, :width] for array in (batch.inputs, batch.targets, batch.weights))
-        yield rows, Batch(*own, prefixes=batch.prefixes, prefix_of=prefix_of)
+        inputs, targets = batch.inputs[rows, :width], batch.targets[rows, :width]
+        yield rows, Batch(inputs, targets, batch.weights[rows, :width], batch.prefixes, prefix_of)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import count, groupby
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from backends.interface import (
     Batch,
@@ -23,10 +25,12 @@ from backends.interface import (
 )
 from backends.lora_init import initial_adapter
 from backends.model_files import lora_modules
+from backends.parts import parts
 from backends.prefixes import joined, own_part
 from backends.state import adapter_shapes, fitting
 from backends.torch_attention import use_products
 from backends.torch_device import (
+    CPU_TOKENS,
     device_name,
     free_bytes,
     memory_guard,
@@ -36,10 +40,12 @@ from backends.torch_device import (
     repeatable,
 )
 from backends.torch_forward import Forward
+from backends.torch_generate import generate
 from backends.torch_layers import use_own_layers
 from backends.torch_lora import Dropout, add_adapter
 from backends.torch_model import load_frozen, scheme_of
 from backends.torch_optim import AdamW
+from backends.torch_shared import Start
 
 
 def probe() -> str | None:
@@ -60,8 +66,6 @@ def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Torch
 
 
 class TorchSession:
-    shares_prefixes = False
-
     def __init__(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> None:
         self._device = pick_device(model.device)
         self.device = device_name(self._device)
@@ -74,13 +78,20 @@ class TorchSession:
             use_own_layers(self._model)
             use_products(self._model)
             self._forward = Forward(self._model, self._device)
-            if lora.layers is not None and not model.checkpointing:
+            if not model.checkpointing:
+                self._forward.shorten_last_block()
                 self._forward.keep_frozen_blocks()
         self.scheme = scheme_of(self._model)
-        self._checkpointing = model.checkpointing
+        self._spec = model
+        self._tokens = CPU_TOKENS if self._device.type == "cpu" else sys.maxsize  # computed at a time
         self._step = 0
         self._optimiser = AdamW(self._adapter, optim)
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
+
+    @cached_property
+    def shares_prefixes(self) -> bool:
+        with memory_guard(self._device):
+            return not self._spec.checkpointing and not self._spec.remote_code and self._forward.can_share()
 
     def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
         total = float(sum(np.sum(batch.weights, dtype=np.float64) for batch in micro))
@@ -100,18 +111,22 @@ class TorchSession:
         return StepResult(loss, sum(int(np.count_nonzero(batch.weights)) for batch in micro), norm)
 
     def score(self, batch: Batch) -> Scores:
-        return own_part(self._score(joined(batch)), batch)
+        if batch.prefixes and not self.shares_prefixes:
+            return own_part(self._score(joined(batch)), batch)
+        return self._score(batch)
 
     def _score(self, batch: Batch) -> Scores:
-        where = np.flatnonzero(batch.weights)
-        logprob = np.zeros(batch.weights.size, np.float32)
-        greedy = np.zeros(batch.weights.size, np.int32)
-        if where.size:
-            with memory_guard(self._device), torch.inference_mode():
-                states = self._forward.states(batch, where)  # [N, D]
-                found, best = self._forward.head.score(states, self._targets(batch, where))
-                logprob[where], greedy[where] = found.cpu().numpy(), best.cpu().numpy()
-        return Scores(logprob.reshape(batch.weights.shape), greedy.reshape(batch.weights.shape))
+        logprob = np.zeros(batch.weights.shape, np.float32)
+        greedy = np.zeros(batch.weights.shape, np.int32)
+        with memory_guard(self._device), torch.inference_mode():
+            start = self._forward.start(batch.prefixes) if batch.prefixes else None
+            for rows, part in parts(batch, self._tokens):
+                where = np.nonzero(part.weights)
+                states = self._forward.states(part, start)  # [N, D]
+                found, best = self._forward.head.score(states, self._tensor(part.targets[where].astype(np.int64)))
+                place = rows[where[0]], where[1]
+                logprob[place], greedy[place] = found.cpu().numpy(), best.cpu().numpy()
+        return Scores(logprob, greedy)
 
     def generate(
         self,
@@ -121,20 +136,8 @@ class TorchSession:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
-        if not prompts or max_tokens < 1:
-            return [[] for _ in prompts]
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-        config = transformers.GenerationConfig(
-            max_new_tokens=max_tokens, eos_token_id=sorted(stop) or None, pad_token_id=0, use_cache=True, **sampling
-        )
-        with memory_guard(self._device), random_numbers(self._device, seed), torch.inference_mode():
-            output = self._model.generate(
-                ids.to(self._device), attention_mask=mask.to(self._device), generation_config=config
-            )
-        return [_until(row, stop) for row in output[:, width:].tolist()]
+        with memory_guard(self._device), torch.inference_mode():
+            return generate(self._forward, prompts, max_tokens, stop, temperature, seed)
 
     def get_state(self) -> TrainState:
         return TrainState(self._step, _arrays(self._adapter), _arrays(self._optimiser.moments))
@@ -156,32 +159,39 @@ class TorchSession:
 
     def _backward(self, micro: Sequence[Batch], total: float) -> float:
         """Adds the gradient of sum(w * nll) / total to every adapter tensor and returns that loss."""
-        loss = torch.zeros((), device=self._device)
-        self._model.train(self._checkpointing)  # blocks are recomputed in training mode alone
+        loss, together = torch.zeros((), device=self._device), list(self._together(micro))
+        places = ((self._step, index) for index in count())
+        self._model.train(self._spec.checkpointing)  # blocks are recomputed in training mode alone
         try:
-            for index, batch in enumerate(map(joined, micro)):
-                where = np.flatnonzero(batch.weights)
-                if not where.size:
-                    continue
-                self._dropout.place = (self._step, index)
-                states = self._forward.states(batch, where)  # [N, D]
-                shares = torch.from_numpy(batch.weights.reshape(-1)[where] / np.float32(total)).to(self._device)
-                part, gradient = self._forward.head.loss(states, self._targets(batch, where), shares)
-                states.backward(gradient)
-                loss += part
+            for batches in together:
+                self._dropout.place = next(places)
+                start = self._forward.start(batches[0].prefixes) if batches[0].prefixes else None
+                for part in (part for batch in batches for _, part in parts(batch, self._tokens)):
+                    self._dropout.place = next(places)
+                    loss += self._backward_part(part, start, total)
+                if start:
+                    start.backward()
         finally:
             self._dropout.place = None
             self._model.eval()
         return float(loss)
 
-    def _targets(self, batch: Batch, where: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(batch.targets.reshape(-1)[where].astype(np.int64)).to(self._device)
+    def _backward_part(self, batch: Batch, start: Start | None, total: float) -> torch.Tensor:
+        states, own = self._forward.states(batch, start), batch.weights != 0  # [N, D]
+        targets, shares = batch.targets[own].astype(np.int64), batch.weights[own] / np.float32(total)
+        loss, gradient = self._forward.head.loss(states, self._tensor(targets), self._tensor(shares))
+        states.backward(gradient)
+        return loss
+
+    def _together(self, micro: Sequence[Batch]) -> Iterator[list[Batch]]:
+        """Micro-batches that follow one another and have the same prefixes, which are then computed once for all."""
+        batches = (batch if not batch.prefixes or self.shares_prefixes else joined(batch) for batch in micro)
+        for _, same in groupby(batches, lambda batch: [prefix.tobytes() for prefix in batch.prefixes]):
+            yield list(same)
+
+    def _tensor(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
 
 
 def _arrays(tensors: dict[str, Any]) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     return {name: tensor.detach().to("cpu", torch.float32).numpy().copy() for name, tensor in tensors.items()}
-
-
-def _until(tokens: list[int], stop: Collection[int]) -> list[int]:
-    end = next((place for place, token in enumerate(tokens) if token in stop), len(tokens))
-    return tokens[:end]

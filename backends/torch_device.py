@@ -12,6 +12,13 @@ import torch
 from backends.interface import OutOfMemory
 from backends.memory import available_bytes, process_peak_bytes
 
+# oneDNN keeps every product it has seen, each with room for a packed weight: one for each new shape of a batch.
+# It reads this once, before its first product. 64 are all shapes of a micro-batch, and the default is 1,024.
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "64")
+
+CPU_TOKENS = 1024  # at a time on a CPU: its products are no faster with more
+
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 

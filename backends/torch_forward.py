@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.cache_utils import Cache, DynamicCache
 
-from backends.interface import Batch
+from backends.interface import Batch, IntArray
+from backends.prefixes import joined
 from backends.torch_kept import KeptPrefix
 from backends.torch_loss import find_head
 from backends.torch_patch import blocks_of
+from backends.torch_shared import Start, attends_to_all
+from backends.torch_tail import Tail
 
 
 class Forward:
@@ -21,45 +26,96 @@ class Forward:
         self._model, self._device, self.head = model, device, find_head(model)
         self._selected: torch.Tensor | None = None  # [N] flat positions, during such a pass
         self._kept: KeptPrefix | None = None
+        self._tail: Tail | None = None
         if self.head.linear is None:  # whole passes, head and all
             model.get_output_embeddings().register_forward_pre_hook(self._select)
 
-    def states(self, batch: Batch, where: np.ndarray[Any, Any]) -> torch.Tensor:
-        """What `head` makes logits of, at the flat positions `where`. [N, D]
+    def states(self, batch: Batch, start: Start | None = None) -> torch.Tensor:
+        """What `head` makes logits of, at the supervised positions in their order. [N, D]
 
         Rows are padded on the right and attention is causal, so no supervised position sees padding.
+        Where the batch has prefixes, `start` is `self.start(batch.prefixes)`.
         """
-        ids = torch.from_numpy(batch.inputs.astype(np.int64)).to(self._device)
-        selected = torch.from_numpy(where).to(self._device)
-        with self._kept.skipping(batch) if self._kept else nullcontext():
-            if self.head.linear is None:
-                return self._own_logits(ids, selected)
-            hidden: torch.Tensor = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        given: dict[str, Any] = start.arguments(batch) if start else {"use_cache": False}
+        with ExitStack() as shortcuts:
+            if self._kept:
+                shortcuts.enter_context(self._kept.skipping(batch))
+            short = shortcuts.enter_context(self._tail.of(batch.weights)) if self._tail else None
+            return self._at(np.flatnonzero(batch.weights) if short is None else short, batch.inputs, given)
+
+    def shorten_last_block(self) -> None:
+        """From here on, the last block computes little but what is asked of it, if its architecture allows that."""
+        tokens = np.array([[1, 2, 3, 1, 2, 0], [3, 1, 0, 2, 3, 1]], np.int32)
+        weights = np.array([[0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0]], np.float32)
+        batch = Batch(tokens, tokens, weights)
+        with torch.no_grad():
+            expected = self.states(batch)
+            self._tail = Tail(self._model)
+            try:
+                same = self._close(self.states(batch), expected)
+            except Exception:  # whatever a block makes of positions that are not all there
+                same = False
+        self._tail = self._tail if same else None
+
+    def last_logits(self, tokens: IntArray, cache: Cache) -> torch.Tensor:
+        """What may come after `tokens` [R, T] and what the cache holds, to which they are added. [R, V]"""
+        rows, width = tokens.shape
+        given = {"past_key_values": cache, "use_cache": True}
+        return self.head.logits(self._at(np.arange(1, rows + 1) * width - 1, tokens, given))
+
+    def empty_cache(self) -> DynamicCache:
+        return DynamicCache(config=self._model.config)
+
+    def _at(self, positions: np.ndarray[Any, Any], tokens: IntArray, given: dict[str, Any]) -> torch.Tensor:
+        """What the head makes logits of, at flat positions [N]. [N, D]"""
+        given["input_ids"] = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
+        selected = torch.from_numpy(positions).to(self._device)
+        if self.head.linear is None:
+            return self._own_logits(given, selected)
+        hidden: torch.Tensor = self._model.base_model(**given).last_hidden_state
         return hidden.flatten(0, 1)[selected]
+
+    def start(self, prefixes: Sequence[IntArray]) -> Start:
+        return Start(self._model.base_model, prefixes, self._device)
+
+    def can_share(self) -> bool:
+        """Whether rows that go on from a `start` are what they are with their prefixes written out."""
+        if self._kept or not attends_to_all(self._model):
+            return False
+        inputs = np.array([[3, 2], [1, 3], [2, 1]], np.int32)
+        prefixes = (np.array([1, 2], np.int32), np.array([3], np.int32))
+        batch = Batch(inputs, inputs, np.ones(inputs.shape, np.float32), prefixes, (0, 1, 0))
+        with torch.no_grad():
+            expected = self.states(joined(batch))
+            try:
+                return self._close(self.states(batch, self.start(prefixes)), expected)
+            except Exception:  # whatever a model's forward makes of a cache that it did not fill itself
+                return False
 
     def keep_frozen_blocks(self) -> None:
         """From here on, what the blocks below the adapter make of a row is computed once, if they can be left out."""
         if blocks_of(self._model)[1] == 0:
             return
-        ids, everything = np.array([[1, 2, 3], [3, 1, 0]], np.int32), np.ones((2, 3), np.float32)
-        batch, where = Batch(ids, ids, everything), np.arange(6)
+        ids = np.array([[1, 2, 3], [3, 1, 0]], np.int32)
+        batch = Batch(ids, ids, np.ones(ids.shape, np.float32))
         with torch.no_grad():
-            expected = self.states(batch, where).float()
-            self._kept = KeptPrefix(self._model, self._device)
+            expected = self.states(batch)
             try:
-                passes = [self.states(batch, where).float() for _ in ("computed", "kept")]
+                self._kept = KeptPrefix(self._model, self._device)
+                same = all(self._close(self.states(batch), expected) for _ in ("computed", "kept"))
             except Exception:  # whatever a model's forward makes of blocks that do nothing
-                passes = []
-        near = 3e-2 if self._model.dtype == torch.bfloat16 else 1e-4
-        size = float(expected.abs().mean())
-        if not passes or any((found - expected).abs().max() > near * size for found in passes):
-            self._kept = None
+                same = False
+        self._kept = self._kept if same else None
 
-    def _own_logits(self, ids: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+    def _close(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
+        near = 5e-2 if self._model.dtype == torch.bfloat16 else 1e-4
+        return bool((found - expected).float().norm() <= near * expected.float().norm())
+
+    def _own_logits(self, given: dict[str, Any], selected: torch.Tensor) -> torch.Tensor:
         """The logits of an architecture whose head is more than `Head` knows. [N, V]"""
         self._selected = selected
         try:
-            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
+            logits: torch.Tensor = self._model(**given).logits
         finally:
             self._selected = None
         return logits if logits.ndim == 2 else logits.flatten(0, 1)[selected]  # 3: the hook did not reach the head

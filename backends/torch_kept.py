@@ -1,11 +1,7 @@
-"""What frozen blocks below the adapter make of a row, kept for the whole run: it never changes."""
+"""Frozen blocks below the adapter left out, where what they make of a row is known already."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.interface import Batch
+from backends.activations import Activations
+from backends.interface import Batch, IntArray
 from backends.torch_patch import blocks_of, forward_as
 
 
@@ -22,21 +19,17 @@ class _Reached(Exception):  # it is no error, and carries what was asked for
 
 
 class KeptPrefix:
-    """The hidden states that enter the first adapted block, by the tokens of a row.
+    """A forward pass that begins at the first adapted block.
 
-    They lie in a temporary file without a name, which is gone with the session, however that ends. Each row is
-    computed alone, so that its numbers do not depend on the rows it first came with.
+    Each row's frozen part is computed alone, so that its numbers do not depend on the rows it first came with.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
         blocks, first = blocks_of(model)
         self._body, self._device = model.base_model, device
         self._frozen, self._adapted = list(blocks)[:first], blocks[first]
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (as long as the session)
-        weakref.finalize(self, self._file.close)
-        self._places: dict[bytes, tuple[int, int, torch.dtype]] = {}  # digest of the tokens -> offset, D, type
-        self._end = 0
-        self._most = shutil.disk_usage(tempfile.gettempdir()).free // 2
+        sample = self._computed(np.zeros(1, np.int32))  # [1, D]
+        self._like, self._kept = sample, Activations(sample.shape[1], _array(sample).dtype)
 
     @contextmanager
     def skipping(self, batch: Batch) -> Iterator[None]:
@@ -54,29 +47,20 @@ class KeptPrefix:
         for tokens, weights in zip(batch.inputs, batch.weights, strict=True):
             needed = np.flatnonzero(weights)
             rows.append(self._row(np.ascontiguousarray(tokens[: needed[-1] + 1 if needed.size else 1])))
-        whole = rows[0].new_zeros(*batch.inputs.shape, rows[0].shape[-1])
+        whole = self._like.new_zeros(*batch.inputs.shape, self._kept.width)
         for place, row in zip(whole, rows, strict=True):
             place[: len(row)] = row
         return whole
 
-    def _row(self, tokens: np.ndarray[Any, np.dtype[np.int32]]) -> torch.Tensor:
+    def _row(self, tokens: IntArray) -> torch.Tensor:
         """[n] -> [n, D] on the CPU, from the file or, the first time, from the frozen blocks."""
-        digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
-        if digest in self._places:
-            start, width, dtype = self._places[digest]
-            row = torch.empty(len(tokens), width, dtype=dtype)
-            self._file.seek(start)
-            self._file.readinto(_bytes(row))
-            return row
-        row = self._computed(tokens)
-        if self._end + row.nbytes <= self._most:
-            self._file.seek(self._end)
-            self._file.write(_bytes(row))
-            self._places[digest] = self._end, row.shape[1], row.dtype
-            self._end += row.nbytes
+        row = self._like.new_empty(len(tokens), self._kept.width)
+        if not self._kept.get(tokens, _array(row)):
+            row = self._computed(tokens)
+            self._kept.put(tokens, _array(row))
         return row
 
-    def _computed(self, tokens: np.ndarray[Any, np.dtype[np.int32]]) -> torch.Tensor:
+    def _computed(self, tokens: IntArray) -> torch.Tensor:
         def stop(states: torch.Tensor, *_: Any, **__: Any) -> None:
             raise _Reached(states)
 
@@ -94,5 +78,7 @@ def _passing(states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return states
 
 
-def _bytes(row: torch.Tensor) -> memoryview:
-    return memoryview(row.view(torch.uint8).numpy()).cast("B")
+def _array(row: torch.Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+    """The same memory for numpy, which has no bfloat16."""
+    array: np.ndarray[Any, np.dtype[Any]] = (row.view(torch.uint16) if row.dtype == torch.bfloat16 else row).numpy()
+    return array

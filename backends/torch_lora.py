@@ -23,10 +23,10 @@ class Dropout:
         self.place: tuple[int, int] | None = None  # step and micro-batch; None: not training
 
     def mask(self, layer: int, like: torch.Tensor) -> torch.Tensor | None:
-        """True where an input is kept, or None where all are. [N, in]"""
+        """True where an input is kept, or None where all are. [N, in]; N counts too: a prefix and its rows differ."""
         if self.place is None or self.keep == 1:
             return None
-        entropy = np.random.SeedSequence((self._seed, *self.place, layer))
+        entropy = np.random.SeedSequence((self._seed, *self.place, layer, len(like)))
         generator = torch.Generator(like.device).manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
         return torch.rand(like.shape, device=like.device, generator=generator) < self.keep
 

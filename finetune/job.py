@@ -67,7 +67,7 @@ class Job:
             session,
             self.prepared,
             dataset,
-            micro_tokens=self.recipe.train.micro_tokens,
+            micro_tokens=self.recipe.train.tokens_at_once,
             max_tokens=settings.max_tokens if settings.generate else 0,
             decode=self.decode,
             report=reporter(what, sink, stop),

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Groups = str | dict[str, list[str]]
+MICRO_TOKENS = 4096  # more make a step hardly any faster
 
 
 class Section(BaseModel):
@@ -84,8 +85,9 @@ class Train(Section):
     """Optimiser steps, instead of epochs."""
     batch_size: Positive = 16
     """Examples in one optimiser step, on every machine."""
-    micro_tokens: Positive = 4096
-    """Tokens, padding counted, that are in memory at once; a matter of memory alone, never of the result."""
+    micro_tokens: Positive | Literal["auto"] = MICRO_TOKENS
+    """Tokens, padding counted, that are in memory at once: fewer where they would not fit; auto: as many as fit.
+    A matter of memory alone, never of the result."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: Share = 0.05
@@ -102,6 +104,11 @@ class Train(Section):
     """Stop after so many evaluations without a better validation loss."""
     checkpoint_every: Positive | None = None
     """Steps between checkpoints; without it at the end of every epoch."""
+
+    @property
+    def tokens_at_once(self) -> int:
+        """`micro_tokens` as a number, for whatever needs one before it is known how many fit."""
+        return MICRO_TOKENS if self.micro_tokens == "auto" else self.micro_tokens
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

@@ -20,6 +20,7 @@ from finetune.check.survey import survey
 from finetune.errors import Incompatible
 from finetune.evaluate import Evaluation
 from finetune.events import Progress
+from finetune.forecast import starting_tokens
 from finetune.job import Job, Sink, account_of, identity_of, lora_spec, reporter, vocabulary_of
 from finetune.metrics import MetricsFile, read
 from finetune.report import Report, compare, load_evaluation, save_evaluation, write_report
@@ -55,8 +56,10 @@ def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], re
                 sink(Progress(0, f"{run.metrics} has lost {steps}; the loss curve will lack them", 0, 0))
             for one in trainer.state.history():
                 sink(one)  # so that the table on the screen is whole
-        elif job.recipe.lora.start_from:
-            start_from(session, Path(job.recipe.lora.start_from), lora_spec(job.recipe))
+        else:
+            trainer.state.micro_tokens = starting_tokens(job, session, sink)
+            if job.recipe.lora.start_from:
+                start_from(session, Path(job.recipe.lora.start_from), lora_spec(job.recipe))
         watch = Watch(vocabulary_of(job.model), trainer.plan.warmup)
         for event in trainer.events():
             metrics.handle(event)

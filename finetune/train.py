@@ -74,7 +74,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.plan: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
-        self.state = LoopState(self.recipe.train.micro_tokens)
+        self.state = LoopState(self.recipe.train.tokens_at_once)
         self.best: Mapping[str, FloatArray] | None = None
 
     def restore(self, saved: checkpoints.Checkpoint) -> None:

@@ -42,7 +42,7 @@ def measure(
     settings = recipe.train
     steps = order(len(after), settings.batch_size, recipe.seed, 0)
     planned = [[after[i] for i in step] for step in steps]
-    planned = [[step[i] for i in rows] for step in planned for rows in groups(step, settings.micro_tokens)]
+    planned = [[step[i] for i in rows] for step in planned for rows in groups(step, settings.tokens_at_once)]
     naive = [after[start : start + settings.batch_size] for start in range(0, len(after), settings.batch_size)]
     return Lengths(
         len(before),

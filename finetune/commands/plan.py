@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -50,6 +51,9 @@ def plan(recipe: Recipe, compare: bool) -> None:
     console.print(f"trainable: {trainable:,} parameters in {len(modules)} layers; the base's tensors hold {total:,}")
     console.rule("backends on this machine")
     console.print(backends_table(recipe))
+    console.rule("memory and time, before anything is loaded")
+    for part in forecast(recipe, model, prepared.train.examples):
+        console.print(part)
     if compare:
         console.print(compare_backends(recipe, model, prepared.train.examples[:4]))
 
@@ -60,7 +64,7 @@ def steps_table(recipe: Recipe, rows: int, examples: Sequence[Example]) -> Table
 
     found = make_plan(recipe, rows)
     first = step_indices(rows, recipe.train.batch_size, recipe.seed, 0)
-    micro = micro_batches([examples[i] for i in first], recipe.train.micro_tokens)
+    micro = micro_batches([examples[i] for i in first], recipe.train.tokens_at_once)
     table = Table(show_header=False)
     table.add_row("optimiser steps", f"{found.steps} ({found.steps_per_epoch} an epoch of {rows} examples)")
     table.add_row("validation", f"every {found.evaluate_every} steps")
@@ -70,6 +74,46 @@ def steps_table(recipe: Recipe, rows: int, examples: Sequence[Example]) -> Table
     lora = recipe.lora
     table.add_row("adapter scale", f"alpha / rank = {lora.alpha:g} / {lora.rank} = {lora.alpha / lora.rank:g}")
     return table
+
+
+def forecast(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Iterator[RenderableType]:
+    """A table of this machine and of others, and what the memory here is made of."""
+    from finetune.forecast import MACHINES, Forecast, here, on, workload
+
+    work = workload(recipe, model, examples)
+    asked = None if recipe.train.micro_tokens == "auto" else recipe.train.micro_tokens
+    table = Table("machine", "peak memory", "of", "", "tokens at once", "an epoch", "rate of matrix products from")
+
+    def add(name: str, found: Forecast) -> None:
+        mark = "" if found.fits is None else "fits" if found.fits else "[bold red]does not fit[/]"
+        room = "?" if found.memory is None else f"{found.memory / 1e9:.1f} GB"
+        time = "?" if found.seconds is None else duration(found.seconds)
+        table.add_row(
+            Text(name), f"{found.needed.peak / 1e9:.2f} GB", room, mark, f"{found.tokens:,}", time, Text(found.source)
+        )
+
+    mine: Forecast | None = None
+    with suppress(BackendError):
+        mine = here(work, registry.choose(recipe.backend), asked)
+        add(f"here ({mine.backend})", mine)
+    for machine in MACHINES:
+        add(machine.name, on(machine, work, asked))
+    yield table
+    yield (
+        "Times are for training alone. Those of other machines are estimates from their makers' figures, of which "
+        "35 % is assumed to be reached; none was measured."
+    )
+    if mine:
+        parts = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in vars(mine.needed).items() if value)
+        yield f"here, in GB: {parts}"
+        if kept := work.kept_on_disk("cpu" if mine.cpu else "gpu"):
+            yield f"frozen blocks' hidden states, kept in a temporary file: {kept / 1e9:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def backends_table(recipe: Recipe) -> Table:

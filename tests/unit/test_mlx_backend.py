@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from backends import mlx_backend, mlx_model  # noqa: E402
+from backends import mlx_backend, mlx_head, mlx_lora, mlx_loss, mlx_model  # noqa: E402
 from backends.interface import (  # noqa: E402
     BackendError,
     Batch,
@@ -80,11 +80,11 @@ def test_checkpointing_changes_neither_loss_nor_gradient_even_with_dropout(name:
 
 
 def test_checkpointing_keeps_to_its_own_model(llama: Path) -> None:
-    kind = type(opened(llama)._model.layers[0])
+    kind = type(opened(llama)._forward.model.layers[0])
     call = kind.__call__
     opened(llama, checkpointing=True)
     opened(llama, checkpointing=True)
-    assert type(opened(llama)._model.layers[0]) is kind
+    assert type(opened(llama)._forward.model.layers[0]) is kind
     assert kind.__call__ is call
 
 
@@ -104,13 +104,13 @@ def test_checkpointing_needs_less_memory(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("tie", [True, False])
 def test_only_supervised_positions_reach_the_head(tie: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = opened(tiny_llama(tmp_path, tie=tie))
+    session = opened(tiny_llama(tmp_path, tie=tie, intermediate_size=96))
     widths: list[int] = []
     kind, method = (nn.Embedding, "as_linear") if tie else (nn.Linear, "__call__")
     original = getattr(kind, method)
 
     def spy(self: Any, x: Any) -> Any:
-        if self.weight.shape[0] == VOCAB and x.shape[-1] == 64 and self.weight.shape[1] == 64:
+        if self.weight.shape == (VOCAB, 64):
             widths.append(x.size // 64)
         return original(self, x)
 
@@ -135,7 +135,8 @@ def test_a_head_that_is_not_recognised_still_gives_the_chosen_positions() -> Non
             return self.table[inputs] @ self.table.T
 
     model, inputs = Unusual(), mx.array([[1, 2, 3], [4, 5, 6]])
-    found = mlx_model.Head(model).logits(inputs, mx.array([2, 4]))
+    head = mlx_head.Head(model)
+    found = head.logits(head.hidden(inputs, mx.array([2, 4])))
     np.testing.assert_array_equal(np.array(found), np.array(model(inputs).reshape(6, 7)[mx.array([2, 4])]))
 
 
@@ -147,7 +148,7 @@ def test_out_of_memory_leaves_the_state_as_it_was(llama: Path, message: str, mon
     after_steps(session, 1), after_steps(other, 1)
     before = flat(session.get_state())
     calls = []
-    original = mlx_model.Head.logits
+    original = mlx_head.Head.hidden
 
     def failing(self: Any, *args: Any) -> Any:
         calls.append(1)
@@ -156,7 +157,7 @@ def test_out_of_memory_leaves_the_state_as_it_was(llama: Path, message: str, mon
         return original(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mlx_model.Head, "logits", failing)
+        patch.setattr(mlx_head.Head, "hidden", failing)
         with pytest.raises(OutOfMemory, match=message.split()[-2]):
             session.step([a_batch(seed=1), a_batch(seed=2)], 1e-2)
     assert flat(session.get_state()) == before
@@ -171,7 +172,7 @@ def test_other_errors_pass_and_leave_the_state_too(llama: Path, monkeypatch: pyt
         raise RuntimeError("kernel not found")
 
     with monkeypatch.context() as patch:
-        patch.setattr(mlx_backend, "_nll", failing)
+        patch.setattr(mlx_loss.ChunkedLoss, "__call__", failing)
         with pytest.raises(RuntimeError, match="kernel not found"):
             session.step([a_batch()], 1e-2)
     assert flat(session.get_state()) == before
@@ -223,7 +224,7 @@ def test_a_step_draws_the_same_wherever_training_began(llama: Path) -> None:
 
 
 def test_dropout_differs_between_steps_micro_batches_and_modules() -> None:
-    keys = mlx_model.DropoutKeys(3)
+    keys = mlx_lora.DropoutKeys(3)
     seen = set()
     for step in (0, 1):
         for micro in (0, 1):
@@ -232,14 +233,17 @@ def test_dropout_differs_between_steps_micro_batches_and_modules() -> None:
     assert len(seen) == 8
 
 
-def test_dropout_keeps_the_mean_and_is_off_in_evaluation(llama: Path) -> None:
-    dropout = mlx_model._Dropout(0.25, mlx_model.DropoutKeys(0), 0)
-    ones = mx.ones((200, 200))
-    dropped = np.array(dropout(ones))
-    assert dropped.mean() == pytest.approx(1.0, abs=0.02)
-    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
-    dropout.eval()
-    np.testing.assert_array_equal(np.array(dropout(ones)), np.array(ones))
+def test_dropout_keeps_the_mean_and_is_off_in_evaluation(llama: Path, own_products: None) -> None:
+    layer = opened(llama, LoraSpec(4, 8.0, dropout=0.25))._forward.model.layers[0].self_attn.q_proj
+    layer.eval()
+    assert layer.dropout.mask(mx.ones((2, 64))) is None
+    layer.train()
+    kept = np.array(layer.dropout.mask(mx.ones((200, 200))))
+    assert kept.dtype == bool and kept.mean() == pytest.approx(0.75, abs=0.02)
+    layer.lora_a, layer.lora_b = mx.ones((64, 4)), mx.ones((4, 64)) / 4
+    x = mx.ones((4000, 64))
+    adapted = np.array(layer(x) - layer.linear(x)).mean()  # 2 is the scale: on average nothing is lost
+    assert adapted == pytest.approx(2 * 64, rel=0.01)
 
 
 # --- weights ------------------------------------------------------------------------------------
@@ -257,8 +261,8 @@ def test_4bit_says_what_it_did(intermediate: int, scheme: str, tmp_path: Path) -
     folder = tiny_llama(tmp_path, intermediate_size=intermediate)
     session = opened(folder, quantize="4bit")
     assert session.scheme == scheme
-    assert isinstance(session._model.model.embed_tokens, nn.Embedding)
-    assert isinstance(session._model.lm_head, nn.Linear)
+    assert isinstance(session._forward.model.model.embed_tokens, nn.Embedding)
+    assert isinstance(session._forward.model.lm_head, nn.Linear)
     difference = session.score(a_batch()).logprob - opened(folder).score(a_batch()).logprob
     assert 1e-4 < np.abs(difference).max() < 3
     losses = [session.step([a_batch()], 1e-2).loss for _ in range(8)]
@@ -322,7 +326,7 @@ def test_a_rope_that_mlx_lm_only_warns_about_is_an_error(tmp_path: Path) -> None
 
 def test_a_bfloat16_base_keeps_its_activations_and_a_float32_adapter(llama: Path) -> None:
     session = opened(llama, dtype="bfloat16")
-    layer = session._model.layers[0].self_attn.q_proj
+    layer = session._forward.model.layers[0].self_attn.q_proj
     assert (layer.linear.weight.dtype, layer.lora_a.dtype) == (mx.bfloat16, mx.float32)
     assert layer(mx.ones((1, 2, 64), mx.bfloat16)).dtype == mx.bfloat16
     assert session.step([a_batch()], 1e-2).loss == pytest.approx(opened(llama).step([a_batch()], 1e-2).loss, rel=0.02)
@@ -332,11 +336,11 @@ def test_a_bfloat16_base_keeps_its_activations_and_a_float32_adapter(llama: Path
 def test_names_that_the_model_lacks_are_listed(llama: Path) -> None:
     model, _ = mlx_model.load(ModelSpec(llama), mx.float32)
     with pytest.raises(BackendError, match=r"layers\.9\.q_proj, model\.norm"):
-        mlx_model.attach(
+        mlx_lora.attach(
             model,
             {"model.layers.0.self_attn.q_proj": (64, 64), "layers.9.q_proj": (64, 64), "model.norm": (64, 64)},
             LoraSpec(4, 8.0),
-            mlx_model.DropoutKeys(0),
+            mlx_lora.DropoutKeys(0),
         )
 
 
@@ -349,7 +353,7 @@ def test_opening_and_training_print_nothing(llama: Path, capfd: pytest.CaptureFi
 def test_only_the_last_blocks_are_adapted_and_trained(llama: Path) -> None:
     session = opened(llama, LoraSpec(4, 8.0, layers=1, targets=("q_proj", "down_proj")))
     assert list(session.lora_shapes) == ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
-    assert len(session._model.trainable_parameters()["model"]["layers"][1]["mlp"]) > 0
+    assert len(session._forward.model.trainable_parameters()["model"]["layers"][1]["mlp"]) > 0
     assert session.step([a_batch()], 1e-2).grad_norm > 0
 
 

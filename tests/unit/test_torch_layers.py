@@ -159,21 +159,38 @@ def test_attention_by_products_is_attention(
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
 
 
+def test_attention_by_products_obeys_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_attention, "_QUERIES", 4)
+    monkeypatch.setattr(torch_attention, "_NUMBERS", 100)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 7, 8), torch.randn(3, 2, 12, 8), torch.randn(3, 2, 12, 8)
+    allowed = (torch.rand(3, 1, 7, 12) < 0.5) | torch.eye(7, 12, dtype=torch.bool)
+    mask = torch.zeros(3, 1, 7, 12).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+
+    def torchs(q: Any, k: Any, v: Any) -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=0.3, enable_gqa=True)
+
+    ours = by_inputs(lambda *qkv: torch_attention.attend(*qkv, 0.3, mask), q, k, v)
+    for own, wanted in zip(ours, by_inputs(torchs, q, k, v), strict=True):
+        torch.testing.assert_close(own, wanted, atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
 def test_a_model_in_bfloat16_uses_it_and_says_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, calls = opened(name, tmp_path, torch.bfloat16), []
     ids = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0))
-    expected = model(input_ids=ids).logits
+    padding = torch.tensor([[0] * 4 + [1] * 26, [1] * 30])
+    expected = [model(input_ids=ids, attention_mask=mask).logits for mask in (None, padding)]
     attend = torch_attention.attend
     monkeypatch.setattr(torch_attention, "attend", lambda *given: calls.append(1) or attend(*given))
     torch_attention.use_products(model)
-    ours = model(input_ids=ids).logits
-    assert len(calls) == model.config.num_hidden_layers
-    assert (ours - expected).abs().mean() < 0.02 * expected.abs().mean()
-    padded = model(input_ids=ids, attention_mask=torch.tensor([[0] * 4 + [1] * 26] * 2)).logits
-    assert len(calls) == model.config.num_hidden_layers and padded.isfinite().all()  # a mask is left to torch's own
+    ours = [model(input_ids=ids, attention_mask=mask).logits for mask in (None, padding)]
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    for found, wanted in zip(ours, expected, strict=True):
+        difference = (found - wanted)[padding == 1].abs().mean()
+        assert difference < 0.02 * wanted.abs().mean()
 
 
 def test_in_float32_torchs_own_attention_stays(tmp_path: Path) -> None:

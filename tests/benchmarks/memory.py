@@ -1,0 +1,182 @@
+"""Peak memory, predicted and measured, on random models made here: `python tests/benchmarks/memory.py [backend ...]`.
+
+Every case is a process of its own that loads a model, trains, evaluates and writes a checkpoint, as `finetune train`
+does. What is counted is the resident set, forgotten between phases (Linux); what is predicted is its peak.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration: a Llama, how it is held, and the rows of a step."""
+
+    name: str
+    vocab: int = 8192
+    hidden: int = 512
+    inner: int = 1408
+    blocks: int = 8
+    heads: int = 8
+    keys: int = 4
+    kept: str = "float32"  # the type of the file
+    dtype: str = "float32"
+    quantize: str = "none"
+    checkpointing: bool = False
+    rank: int = 8
+    targets: tuple[str, ...] = ()
+    layers: int | None = None
+    rows: int = 8
+    length: int = 256
+    supervised: int = 8  # tokens at the end of each row
+    micro_tokens: int = 4096
+
+
+BASE = Case("plain")
+CASES = (
+    BASE,
+    replace(BASE, name="bfloat16", kept="bfloat16", dtype="bfloat16", rows=2, length=128),
+    replace(BASE, name="4-bit", quantize="4bit"),
+    replace(BASE, name="large vocabulary, all supervised", vocab=49152, rows=4, supervised=255),
+    replace(BASE, name="long rows", rows=2, length=2048, supervised=512),
+    replace(BASE, name="checkpointing", checkpointing=True, rows=16),
+    replace(BASE, name="wide and shallow", hidden=1024, inner=4096, blocks=6, heads=16, keys=16),
+    replace(BASE, name="16 blocks, rank 64", blocks=16, rank=64),
+    replace(BASE, name="top 2 blocks of 12", blocks=12, layers=2, rows=16),
+    replace(BASE, name="queries and values only", targets=("q_proj", "v_proj"), rows=16),
+)
+PHASES = ("start", "load", "first step", "steps", "evaluation", "checkpoint")
+
+
+def write_model(case: Case, folder: Path) -> None:
+    import torch
+    import transformers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=case.vocab, hidden_size=case.hidden, intermediate_size=case.inner, num_hidden_layers=case.blocks,
+        num_attention_heads=case.heads, num_key_value_heads=case.keys, tie_word_embeddings=True,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(getattr(torch, case.kept)).save_pretrained(folder)
+
+
+def examples(case: Case, rows: int) -> Any:
+    import numpy as np
+
+    from finetune.examples import Example
+
+    random = np.random.default_rng(0)
+    weights = (np.arange(case.length) >= case.length - case.supervised).astype(np.float32)
+    return tuple(
+        Example(random.integers(0, case.vocab, case.length, np.int32), weights, f"row {i}") for i in range(rows)
+    )
+
+
+def specs(case: Case, folder: Path) -> tuple[Any, Any]:
+    from backends.interface import LoraSpec, ModelSpec
+
+    model = ModelSpec(folder, case.quantize, case.dtype, case.checkpointing, "cpu")  # type: ignore[arg-type]
+    return model, LoraSpec(case.rank, 16.0, targets=case.targets, layers=case.layers)
+
+
+class Peaks:
+    """The largest resident set of each phase, in bytes."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, int] = {}
+
+    def end(self, phase: str) -> None:
+        status = Path("/proc/self/status").read_text().splitlines()
+        self.found[phase] = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def child(case: Case, backend: str, folder: Path) -> dict[str, int]:
+    """One run in this process."""
+    import finetune.run  # noqa: F401  (all that `finetune train` has loaded by then)
+    from backends import registry
+    from backends.interface import OptimSpec
+    from finetune import checkpoint
+    from finetune.data.batches import micro_batches
+    from finetune.scoring import row_losses
+    from finetune.sources import builtin
+    from finetune.tokenizer import load_tokenizer
+
+    load_tokenizer(builtin("builtin:reviews-base"))
+    peaks = Peaks()
+    registry.choose(backend)
+    peaks.end("start")
+    session = registry.open_session(backend, *specs(case, folder), OptimSpec(), 0)
+    peaks.end("load")
+    rows = examples(case, case.rows)
+    micro = micro_batches(rows, case.micro_tokens, session.shares_prefixes)
+    session.step(micro, 1e-3)
+    peaks.end("first step")
+    for _ in range(3):
+        session.step(micro, 1e-3)
+    best = session.get_state().adapter
+    peaks.end("steps")
+    row_losses(session, rows, case.micro_tokens, lambda what, done, total: None)
+    peaks.end("evaluation")
+    with tempfile.TemporaryDirectory() as place:
+        checkpoint.save(Path(place), checkpoint.Checkpoint(session.get_state(), {}, best, {}))
+    peaks.end("checkpoint")
+    return peaks.found
+
+
+def measured(case: Case, backend: str, folder: Path) -> dict[str, int]:
+    """One run in a process of its own."""
+    command = [sys.executable, __file__, "--child", json.dumps(asdict(case)), backend, str(folder)]
+    done = subprocess.run(command, env=os.environ, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{case.name}, {backend}:\n{done.stderr}")
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def predicted(case: Case, backend: str, folder: Path) -> float:
+    """The peak in bytes, as `finetune plan` has it: nothing is loaded."""
+    from backends.memory_plan import Micro, footprint, read_architecture
+    from backends.model_files import lora_modules
+
+    model, lora = specs(case, folder)
+    micro = Micro(min(case.rows, max(case.micro_tokens // case.length, 1)), case.length, case.rows * case.supervised)
+    adapted = lora_modules(folder, lora)
+    return footprint(read_architecture(folder), model, lora, adapted, micro, backend, "cpu").peak
+
+
+def main(backends: list[str]) -> None:
+    """A table of megabytes: the predicted peak and the measured one, and each phase's."""
+    print(f"{'':43}{'predicted':>10}{'measured':>10}{'ratio':>7} |" + "".join(f"{phase:>11}" for phase in PHASES))
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as place:
+            write_model(case, Path(place))
+            for backend in backends:
+                expected, found = predicted(case, backend, Path(place)), measured(case, backend, Path(place))
+                most = max(found.values())
+                phases = "".join(f"{found[phase] / 1e6:11.0f}" for phase in PHASES)
+                figures = f"{expected / 1e6:10.0f}{most / 1e6:10.0f}{expected / most:7.2f}"
+                print(f"{backend:6} {case.name:36}{figures} |{phases}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        values = json.loads(sys.argv[2])
+        values["targets"] = tuple(values["targets"])
+        print(json.dumps(child(Case(**values), sys.argv[3], Path(sys.argv[4]))))
+    else:
+        main(sys.argv[1:] or ["torch", "mlx"])

@@ -1,0 +1,136 @@
+"""What a run will need: the micro-batch that needs the most, operations, machines, and how many tokens fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backends.interface import LoraSpec
+from finetune import forecast
+from finetune.data.batches import micro_batches, step_indices
+from finetune.examples import Example
+from finetune.forecast import LEAST, MACHINES, Workload, fitting_tokens, here, largest_micro, on, starting_tokens
+from finetune.recipe import MICRO_TOKENS
+from finetune.recipe_file import check_recipe
+from tests.unit.test_memory_plan import FLOAT, HALF, architecture
+
+LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=40)
+
+
+def examples(lengths: Sequence[int], supervised: int = 1) -> list[Example]:
+    weights = [(np.arange(n) >= n - supervised).astype(np.float32) for n in lengths]
+    return [Example(np.zeros(n, np.int32), weight, "row") for n, weight in zip(lengths, weights, strict=True)]
+
+
+def work(lengths: Sequence[int] = (100, 200, 300), last: int = 99, **changes: Any) -> Workload:
+    shape = architecture(4)
+    adapted = {name: size for name, size in shape.modules.items() if int(name.split(".")[2]) >= 4 - last}
+    made = Workload(shape, FLOAT, LoraSpec(8, 16.0), adapted, examples(lengths), 8, 3.0, 0)
+    return replace(made, **changes)
+
+
+@given(LENGTHS, st.integers(1, 16), st.sampled_from([64, 512, 4096]))
+def test_no_micro_batch_of_the_first_epoch_is_larger(lengths: list[int], batch_size: int, tokens: int) -> None:
+    rows = examples(lengths)
+    found = largest_micro(rows, batch_size, 0, tokens)
+    sizes = []
+    for step in range(-(-len(rows) // batch_size)):
+        chosen = [rows[i] for i in step_indices(len(rows), batch_size, 0, step)]
+        sizes += [batch.inputs.size for batch in micro_batches(chosen, tokens, share=False)]
+    assert found.tokens == max(sizes)
+
+
+def test_the_longest_row_of_many_steps_is_seen() -> None:
+    rows = examples([10] * 1000 + [500])
+    assert all(largest_micro(rows, 2, seed, 64).width == 504 for seed in range(5))
+
+
+@given(LENGTHS, st.integers(1, 200))
+def test_operations_grow_with_the_rows(lengths: list[int], more: int) -> None:
+    assert work([*lengths, more + 2]).operations() > work(lengths).operations()
+
+
+def test_operations_of_a_row_by_hand() -> None:
+    shape = architecture(4)
+    made = work([101], epochs=1.0, lora=LoraSpec(1, 1.0))
+    linear, attention = 4 * shape.linear * 100, 4 * 4 * shape.queries * 100**2  # forward and backward
+    lora = 6 * 100 * sum(out + inp for out, inp in shape.modules.values())
+    head = 4 * shape.vocabulary * shape.hidden
+    assert made.operations() == pytest.approx(linear + attention + lora + head)
+
+
+def test_frozen_blocks_are_computed_in_one_epoch_and_never_backward() -> None:
+    whole, top, longer = (work(last=n, epochs=e).operations() for n, e in ((4, 1.0), (1, 1.0), (1, 10.0)))
+    assert longer < top < whole
+
+
+def test_checkpointing_is_half_as_much_again() -> None:
+    plain = work()
+    ratio = replace(plain, model=replace(FLOAT, checkpointing=True)).operations() / plain.operations()
+    assert 1.3 < ratio < 1.5
+
+
+@given(st.floats(0, 2e9), st.floats(1, 4))
+def test_more_memory_never_means_fewer_tokens(free: float, factor: float) -> None:
+    made = work([300] * 64, batch_size=64)
+    tokens = fitting_tokens(made, "torch", "gpu", free)
+    assert tokens <= fitting_tokens(made, "torch", "gpu", free * factor)
+    assert tokens == LEAST or made.memory(tokens, "torch", "gpu").step <= free
+    assert tokens & (tokens - 1) == 0
+
+
+def test_no_more_tokens_than_a_step_has() -> None:
+    assert fitting_tokens(work([50] * 4, batch_size=4), "torch", "gpu", 1e15) == 256
+
+
+def test_a_large_model_fits_on_large_machines_only() -> None:
+    shape = architecture(4)
+    heavy = work(architecture=replace(shape, other=8 * 10**9), model=HALF)
+    fits = {machine.name: on(machine, heavy, None).fits for machine in MACHINES}
+    assert not fits["MacBook M1, 8 GB"]
+    assert fits["RTX 4090, 24 GB"]
+    assert all(on(machine, work(), None).fits for machine in MACHINES)
+
+
+def test_this_machine_is_timed() -> None:
+    found = here(work(), "reference", 4096)
+    assert found.fits
+    assert found.seconds is not None and found.seconds > 0
+    assert found.source.startswith("measured")
+
+
+def job(micro_tokens: Any) -> Any:
+    values = {"model": {"path": "m"}, "data": {"train": "t"}, "train": {"micro_tokens": micro_tokens}}
+    rows = SimpleNamespace(train=SimpleNamespace(examples=work().examples))
+    return SimpleNamespace(recipe=check_recipe(values), backend="torch", prepared=rows, model="folder")
+
+
+def started(monkeypatch: pytest.MonkeyPatch, micro_tokens: Any, free: int | None) -> tuple[int, list[str]]:
+    monkeypatch.setattr(forecast, "workload", lambda *_: work([300] * 64, batch_size=64))
+    session: Any = SimpleNamespace(device="cuda: some card", free_bytes=lambda: free)
+    said: list[str] = []
+    return starting_tokens(job(micro_tokens), session, lambda event: said.append(event.what)), said  # type: ignore[attr-defined]
+
+
+def test_a_number_stands_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free in (10**12, None):
+        assert started(monkeypatch, 3000, free) == (3000, [])
+
+
+def test_a_number_that_does_not_fit_is_lowered_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, said = started(monkeypatch, 3000, 20_000_000)
+    assert LEAST <= tokens < 3000
+    assert f"{tokens:,} tokens" in said[0]
+
+
+def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    less, more = (started(monkeypatch, "auto", free)[0] for free in (60_000_000, 10**12))
+    assert LEAST <= less < more == 2**15  # the step has 64 rows of 304
+    assert started(monkeypatch, "auto", None)[0] == MICRO_TOKENS

@@ -1,0 +1,141 @@
+"""Memory said beforehand: what it must grow with, and that it is right where it can be counted by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from backends.interface import LoraSpec, ModelSpec
+from backends.memory_plan import (
+    Architecture,
+    Footprint,
+    Micro,
+    first_adapted,
+    footprint,
+    kept_prefix_bytes,
+    read_architecture,
+    weight_bytes,
+)
+
+FLOAT, HALF = ModelSpec(Path("model"), dtype="float32"), ModelSpec(Path("model"), dtype="bfloat16")
+ROWS = Micro(8, 128, 64)
+D, INNER, KEYS, VOCABULARY = 256, 704, 128, 1000
+SHAPES = {
+    "self_attn.q_proj": (D, D), "self_attn.k_proj": (KEYS, D), "self_attn.v_proj": (KEYS, D),
+    "self_attn.o_proj": (D, D), "mlp.gate_proj": (INNER, D), "mlp.up_proj": (INNER, D), "mlp.down_proj": (D, INNER),
+}  # fmt: skip
+
+
+def architecture(blocks: int = 4, **sizes: Any) -> Architecture:
+    modules = {f"model.layers.{block}.{name}": shape for block in range(blocks) for name, shape in SHAPES.items()}
+    other = VOCABULARY * D
+    linear = sum(out * inp for out, inp in modules.values())
+    whole = Architecture(blocks, D, INNER, D, KEYS, VOCABULARY, modules, other, 4 * (linear + other), 4, False)
+    return replace(whole, **sizes)
+
+
+def needed(
+    shape: Architecture, model: ModelSpec = FLOAT, rank: int = 8, micro: Micro = ROWS, last: int = 99,
+    backend: str = "torch", device: Any = "gpu",
+) -> Footprint:  # fmt: skip
+    lora = LoraSpec(rank, 16.0)
+    adapted = {name: size for name, size in shape.modules.items() if int(name.split(".")[2]) >= shape.blocks - last}
+    return footprint(shape, model, lora, adapted, micro, backend, device)
+
+
+BACKENDS = st.sampled_from(["torch", "mlx"])
+MODELS = st.sampled_from([FLOAT, HALF, replace(HALF, quantize="4bit"), replace(FLOAT, checkpointing=True)])
+FEW = st.integers(1, 12)
+
+
+@given(FEW, FEW, st.integers(1, 64), MODELS, BACKENDS)
+def test_more_rows_blocks_or_rank_never_need_less(
+    blocks: int, rows: int, rank: int, model: ModelSpec, backend: str
+) -> None:
+    micro = Micro(rows, 128, 8 * rows)
+    base = needed(architecture(blocks), model, rank, micro, backend=backend)
+    for more in (
+        needed(architecture(blocks + 1), model, rank, micro, backend=backend),
+        needed(architecture(blocks), model, rank + 1, micro, backend=backend),
+        needed(architecture(blocks), model, rank, Micro(rows + 1, 128, 8 * rows + 8), backend=backend),
+        needed(architecture(blocks), model, rank, Micro(rows, 136, 8 * rows), backend=backend),
+    ):
+        assert more.training >= base.training  # equal where the update needs more than the step before it
+        assert more.weights + more.adapter + more.activations > base.weights + base.adapter + base.activations
+        assert more.peak >= base.peak
+
+
+@given(st.integers(2, 12), st.integers(1, 12), BACKENDS)
+def test_fewer_adapted_blocks_keep_less(blocks: int, last: int, backend: str) -> None:
+    part, whole = (needed(architecture(blocks), last=n, backend=backend) for n in (min(last, blocks), blocks))
+    assert part.activations * blocks == pytest.approx(whole.activations * min(last, blocks))
+    assert part.weights == whole.weights
+
+
+@given(MODELS, BACKENDS)
+def test_checkpointing_keeps_less(model: ModelSpec, backend: str) -> None:
+    plain, saved = (needed(architecture(8), replace(model, checkpointing=on), backend=backend) for on in (False, True))
+    assert saved.activations < plain.activations / 3
+
+
+def test_the_weights_are_those_of_the_scheme() -> None:
+    shape = architecture()
+    linear, other = shape.linear, shape.other
+    assert weight_bytes(shape, "none", 4, "torch") == 4 * (linear + other)
+    assert weight_bytes(shape, "none", 2, "mlx") == 2 * (linear + other)
+    nf4 = linear * (0.5 + 1 / 64 + 4 / 64 / 256)  # and bfloat16 for the rest
+    assert weight_bytes(shape, "4bit", 2, "torch") == pytest.approx(nf4 + 2 * other)
+    assert weight_bytes(shape, "4bit", 2, "mlx") == pytest.approx(linear * 4.5 / 8 + 2 * other)
+
+
+def test_what_a_block_keeps_of_a_token() -> None:
+    found = needed(architecture(1), micro=Micro(1, 128, 1), rank=1).activations / 128
+    # x and its norm, twice; queries, keys, values and attention's result; gate and up; a number for each adapter
+    assert found == 4 * (4 * D + 2 * D + 2 * KEYS + 2 * INNER + 7)
+
+
+def test_a_cpu_computes_a_part_at_a_time() -> None:
+    small, large = (needed(architecture(), micro=Micro(rows, 256, rows), device="cpu") for rows in (4, 16))
+    assert small.activations == large.activations
+    long = needed(architecture(), micro=Micro(2, 4096, 2), device="cpu")  # but a row is never cut
+    assert long.activations == pytest.approx(4 * small.activations)
+
+
+def test_only_a_changed_type_costs_more_than_the_weights_while_loading() -> None:
+    assert needed(architecture(), FLOAT, device="cpu").loading == 0
+    assert needed(architecture(), HALF, device="cpu").loading == architecture().stored
+    assert needed(architecture(), HALF, device="cpu", backend="mlx").loading < architecture().stored / 2
+
+
+def test_the_frozen_blocks_states_are_counted_apart() -> None:
+    shape = architecture()
+    assert kept_prefix_bytes(shape, 0, 1000, 4) == 0
+    assert kept_prefix_bytes(shape, 2, 1000, 2) == 1000 * D * 2
+    assert first_adapted({"model.layers.3.a": (1, 1), "model.layers.2.b": (1, 1)}) == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_says_its_sizes(tmp_path: Path, tied: bool) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": D, "intermediate_size": INNER, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "tie_word_embeddings": tied,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = architecture(2)
+    tensors = {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in expected.modules.items()}
+    embedding = {"model.embed_tokens.weight": np.zeros((VOCABULARY, D), np.float32)}
+    head = {} if tied else {"lm_head.weight": np.zeros((VOCABULARY, D), np.float32)}
+    save_file(tensors | embedding | head, tmp_path / "model.safetensors")
+    found = read_architecture(tmp_path)
+    assert replace(found, stored=0, modules={}) == replace(
+        expected, stored=0, modules={}, other=expected.other * (1 if tied else 2)
+    )
+    assert dict(found.modules) == dict(expected.modules)

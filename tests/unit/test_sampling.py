@@ -1,0 +1,46 @@
+"""Which prompts run together, what they share, and what is drawn for them."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as some
+
+from backends.sampling import Draws, groups, sample, shared_start
+
+PROMPTS = some.lists(some.lists(some.integers(0, 3), min_size=1, max_size=9), min_size=2, max_size=6)
+
+
+@given(PROMPTS, some.lists(some.integers(0, 3), max_size=8))
+def test_the_shared_start_is_the_longest_that_leaves_each_prompt_a_token(
+    prompts: list[list[int]], start: list[int]
+) -> None:
+    prompts = [[*start, *prompt] for prompt in prompts]
+    length = shared_start(prompts)
+    assert len({tuple(prompt[:length]) for prompt in prompts}) == 1 and all(len(prompt) > length for prompt in prompts)
+    longer = {tuple(prompt[: length + 1]) for prompt in prompts}
+    assert len(longer) > 1 or min(map(len, prompts)) == length + 1
+    assert shared_start(prompts[:1]) == 0
+
+
+@given(some.lists(some.integers(1, 100), max_size=60))
+def test_groups_hold_every_row_once_and_alike(lengths: list[int]) -> None:
+    found = list(groups(lengths))
+    assert sorted(row for group in found for row in group) == list(range(len(lengths)))
+    for group in found:
+        own = [lengths[row] for row in group]
+        assert own == sorted(own) and own[-1] - own[0] <= 16 and len(group) <= 16
+
+
+def test_samples_follow_the_distribution() -> None:
+    draw, scores = np.random.default_rng(0), np.log([0.5, 0.3, 0.2])
+    counts = np.bincount([sample(scores, draw) for _ in range(4000)], minlength=3) / 4000
+    np.testing.assert_allclose(counts, [0.5, 0.3, 0.2], atol=0.03)
+
+
+def test_draws_depend_on_seed_and_place_alone() -> None:
+    logits = np.zeros((1, 1000))
+    drawn = [Draws(3, 1.0, seed).choose(logits, [row])[0] for seed, row in ((0, 0), (0, 0), (0, 2), (1, 0))]
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
+    cold = np.random.default_rng(0).normal(size=(2, 50))
+    assert Draws(2, 1e-6, 0).choose(cold, [0, 1]) == cold.argmax(-1).tolist()
