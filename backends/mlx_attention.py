@@ -24,7 +24,7 @@ Mask = mx.array | str | None
 class Attention:
     """In the place of mlx-lm's `scaled_dot_product_attention` in one model.
 
-    In training only, unless `always`: otherwise nothing is kept, and MLX's own is the faster.
+    Unless `always`, in training and on long rows only: otherwise little or nothing is kept, and MLX's own is faster.
     """
 
     def __init__(self, model: nn.Module, attend: Callable[..., mx.array], always: bool) -> None:
@@ -36,7 +36,8 @@ class Attention:
         self, queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Mask, **more: Any
     ) -> mx.array:
         """[B, H, L, d] of queries [B, H, L, d], keys and values [B, Hk, S, d]; `mask` as MLX takes it."""
-        if not (self.training or self._always) or more.get("sinks") is not None or not _per_position(mask):
+        worth = self._always or (self.training and queries.shape[-2] > _QUERIES)
+        if not worth or more.get("sinks") is not None or not _per_position(mask):
             out: mx.array = base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, **more)
             return out
         return self._attend(queries, keys, values, scale, mask)

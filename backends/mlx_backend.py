@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,11 +32,11 @@ from backends.mlx_generate import generate
 from backends.mlx_lora import DropoutKeys, attach
 from backends.mlx_model import checkpoint_blocks, load
 from backends.mlx_optim import Tensors, adamw
-from backends.model_files import lora_modules
+from backends.mlx_window import check_window, ignored_window
+from backends.model_files import lora_modules, read_config
 from backends.prefixes import joined, own_part
 from backends.state import adapter_shapes, fitting
 
-_CPU_TOKENS = 256  # computed at once: on a CPU more are no faster, and need more memory
 _NO_MEMORY = ("malloc", "insufficient memory", "out of memory", "unable to allocate")
 
 
@@ -92,7 +91,8 @@ class MlxSession:
         numpy = on_cpu and names[spec.dtype] == mx.float32 and not spec.checkpointing and bool(use_blas(model))
         if spec.checkpointing:
             checkpoint_blocks(model)
-        self._forward = Forward(model, _CPU_TOKENS if on_cpu else sys.maxsize, numpy, spec.checkpointing)
+        self._forward = Forward(model, on_cpu, numpy, spec.checkpointing)
+        self._forward.window = ignored_window(model, read_config(spec.path))
         self.shares_prefixes = self._forward.shares_prefixes
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._state: _State
@@ -130,6 +130,7 @@ class MlxSession:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
+        check_window(max(map(len, prompts), default=0) + max_tokens, self._forward.window)
         with self._running():
             return generate(self._forward.model, self._forward.head, prompts, max_tokens, stop, temperature, seed)
 

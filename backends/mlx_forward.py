@@ -19,6 +19,7 @@ from backends.mlx_kept import KeptBlocks, frozen_blocks
 from backends.mlx_loss import ChunkedLoss
 from backends.mlx_shared import caches_of, keeps_keys_and_values
 from backends.mlx_tail import Tail
+from backends.mlx_window import check_window
 from backends.parts import Rows, parts
 from backends.prefixes import joined
 
@@ -26,20 +27,23 @@ from backends.prefixes import joined
 _TOKENS = np.arange(1, 31, dtype=np.int32).reshape(3, 10)
 _SAMPLE = Batch(_TOKENS, _TOKENS, np.eye(10, dtype=np.float32)[[7, 9, 4]] + np.eye(10, dtype=np.float32)[[6, 8, 4]])
 _GOING_ON = replace(_SAMPLE, prefixes=(_TOKENS[1, :5], _TOKENS[0, :3]), prefix_of=(0, 1, 0))
+_CPU_TOKENS = 256  # computed at once: on a CPU more are no faster, and need more memory
+_CPU_LOGITS, _LOGITS = 16 * 2**20, 64 * 2**20  # bytes at once; a GPU is slow where it reads the head for few rows
 _NEAR = {mx.float32: 1e-3, mx.bfloat16: 0.05}  # of the largest number; what is wrong is off by far more
 
 
 class Forward:
-    """`tokens` are computed at once; `numpy`: what lies between the products of a model changed by `use_blas`."""
+    """`numpy`: by numpy also what lies between the products of a model changed by `use_blas`."""
 
-    def __init__(self, model: nn.Module, tokens: int, numpy: bool, checkpointing: bool) -> None:
-        self.model, self._tokens = model, tokens
-        self.head = Head(model)
+    def __init__(self, model: nn.Module, on_cpu: bool, numpy: bool, checkpointing: bool) -> None:
+        self.model, self._tokens = model, _CPU_TOKENS if on_cpu else sys.maxsize
+        self.head = Head(model, _CPU_LOGITS if on_cpu else _LOGITS)
         self._loss = ChunkedLoss(self.head, (mlx_numpy if numpy else mlx_loss).weighted_nll, at_once=numpy)
         self._attention = Attention(model, (mlx_numpy if numpy else mlx_attention).attend, always=numpy)
         self._tail: Tail | None = None
         self._kept: KeptBlocks | None = None
         self.shares_prefixes = False
+        self.window: int | None = None  # the longest row, where there is one
         self.train(False)
         if not checkpointing:  # a block that is computed again must be the same function of its arguments alone
             self._try_tail()
@@ -53,7 +57,10 @@ class Forward:
 
     def parts(self, batch: Batch) -> Iterator[tuple[Rows, Batch]]:
         """The rows with anything supervised in them, in as many batches as memory asks for."""
-        return parts(batch, sys.maxsize if batch.prefixes else self._tokens)  # a prefix is computed for each of them
+        before = max(map(len, batch.prefixes), default=0)
+        for rows, part in parts(batch, sys.maxsize if before else self._tokens):  # prefixes are computed for each part
+            check_window(before + part.inputs.shape[1], self.window)
+            yield rows, part
 
     @contextmanager
     def prepared(self, part: Batch) -> Iterator[None]:

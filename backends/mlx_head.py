@@ -10,8 +10,6 @@ import mlx.nn as nn
 
 from backends.mlx_patch import subclassed
 
-_CHUNK_BYTES = 64 * 2**20  # of float32 logits that exist at once
-
 
 class _Reached(Exception):
     """The blocks are done: leaves the forward pass with their hidden states."""
@@ -27,8 +25,9 @@ class Head:
     hidden states in the place of its blocks' own.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, logit_bytes: int) -> None:
+        """`logit_bytes` of float32 logits make up a chunk; some ten of them may be under way at once."""
+        self._model, self._logit_bytes = model, logit_bytes
         self._asked = False
         self._given: mx.array | None = None
         self._apart = False
@@ -66,7 +65,7 @@ class Head:
         """Rows of `hidden` [N, D] whose logits may exist at once."""
         if not self._vocabulary:
             self.logits(hidden[:1])  # never evaluated
-        rows = max(_CHUNK_BYTES // (4 * self._vocabulary), 1)
+        rows = max(self._logit_bytes // (4 * self._vocabulary), 1)
         return (slice(start, start + rows) for start in range(0, hidden.shape[0], rows))
 
     def _watch(self, backbone: nn.Module) -> None:

@@ -50,8 +50,7 @@ class AdaptedLinear(LoRALinear):  # type: ignore[misc]
     """W x + scale * B A dropout(x), with A [in, r] and B [r, out].
 
     The gradient has a formula of its own: the scale is applied to the small products [.., r] and not to the wide
-    ones, of the wide ones only x and the layer's input slope exist, and A's and B's gradients are computed before
-    the slope goes on to the layers below, so that x and the output's slope are freed there and then.
+    ones, and nothing wide is kept but x.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -64,8 +63,7 @@ class AdaptedLinear(LoRALinear):  # type: ignore[misc]
         @product.vjp
         def backward(inputs: Any, slopes: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
             x, a, b = inputs
-            below, slope_a, slope_b = self.backward(x, a, b, kept, outputs[1], slopes[0])
-            return mx.depends(below, [slope_a, slope_b]), slope_a, slope_b
+            return self.backward(x, a, b, kept, outputs[1], slopes[0])
 
         found: Any = product(x, self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype))
         return found[0]  # type: ignore[no-any-return]

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_ROWS = 16  # prompts run together
-_SPREAD = 16  # tokens by which their lengths may differ; each costs one short forward pass
+_ROWS = 32  # prompts run together
 
 
-def groups(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows of similar length, the shortest first."""
+def groups(lengths: Sequence[int], spread: int) -> Iterator[list[int]]:
+    """Rows whose lengths differ by no more than `spread`, the shortest first."""
     group: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if group and (len(group) == _ROWS or lengths[row] > lengths[group[0]] + _SPREAD):
+        if group and (len(group) == _ROWS or lengths[row] > lengths[group[0]] + spread):
             yield group
             group = []
         group.append(row)

@@ -90,7 +90,7 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         out = torch.empty_like(q)
         for tile in _tiles(q, k, mask):
             weights = _weights(q, k, tile, scale, mask)  # [n, R * t, keys]
-            _put(out, tile, weights @ v[tile.heads, : tile.keys])
+            _put(out, tile, weights @ _seen(v, tile))
         return out.view(query.shape)
 
     @staticmethod
@@ -101,7 +101,7 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         g = _grouped(grad, key)
         by_q, by_k, by_v = torch.empty_like(q), k.new_zeros(k.shape), v.new_zeros(v.shape)
         for tile in _tiles(q, k, mask):
-            keys, values = k[tile.heads, : tile.keys], v[tile.heads, : tile.keys]
+            keys, values = _seen(k, tile), _seen(v, tile)
             weights, upstream = _weights(q, k, tile, ctx.scale, mask), _get(g, tile)
             by_v[tile.heads, : tile.keys] += weights.transpose(1, 2) @ upstream
             by_weights = upstream @ values.transpose(1, 2)
@@ -132,6 +132,14 @@ def _get(q: torch.Tensor, tile: _Tile) -> torch.Tensor:
     return q[tile.heads, :, tile.start : tile.end].flatten(1, 2)
 
 
+def _seen(k: torch.Tensor, tile: _Tile) -> torch.Tensor:
+    """Keys or values that the tile's queries may look at, one after another in memory. [n, keys, d]
+
+    A product would copy others itself, and turned ones number by number, which takes as long as the product.
+    """
+    return k[tile.heads, : tile.keys].contiguous()
+
+
 def _put(q: torch.Tensor, tile: _Tile, values: torch.Tensor) -> None:
     place = q[tile.heads, :, tile.start : tile.end]
     place.copy_(values.view(place.shape))
@@ -139,7 +147,7 @@ def _put(q: torch.Tensor, tile: _Tile, values: torch.Tensor) -> None:
 
 def _weights(q: torch.Tensor, k: torch.Tensor, tile: _Tile, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
     """The softmax of the tile's scores. [n, R * t, keys]"""
-    queries, keys = _get(q, tile), k[tile.heads, : tile.keys].transpose(1, 2)
+    queries, keys = _get(q, tile), _seen(k, tile).transpose(1, 2)
     empty = q.new_empty(len(queries), queries.shape[1], tile.keys)
     scores = torch.baddbmm(empty, queries, keys, beta=0, alpha=scale)
     size = tile.end - tile.start

@@ -57,11 +57,22 @@ class Forward:
                 same = False
         self._tail = self._tail if same else None
 
-    def last_logits(self, tokens: IntArray, cache: Cache) -> torch.Tensor:
-        """What may come after `tokens` [R, T] and what the cache holds, to which they are added. [R, V]"""
+    def last_logits(self, tokens: IntArray, cache: Cache, ends: IntArray | None = None) -> torch.Tensor:
+        """What may come after the cache and `tokens` [R, T] up to `ends` [R]; all are added to the cache. [R, V]"""
         rows, width = tokens.shape
-        given = {"past_key_values": cache, "use_cache": True}
-        return self.head.logits(self._at(np.arange(1, rows + 1) * width - 1, tokens, given))
+        last = np.arange(rows) * width + (width - 1 if ends is None else ends)
+        return self.head.logits(self._at(last, tokens, {"past_key_values": cache, "use_cache": True}))
+
+    def next_logits(self, tokens: IntArray, cache: Cache, seen: np.ndarray[Any, Any], places: IntArray) -> torch.Tensor:
+        """The same after one more token [R] each, at `places` [R] of its row; what is not `seen` [R, S] is padding."""
+        given: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        if not seen.all():
+            given["attention_mask"] = torch.from_numpy(seen.astype(np.int64)).to(self._device)
+            given["position_ids"] = torch.from_numpy(places.astype(np.int64))[:, None].to(self._device)
+        return self.head.logits(self._at(np.arange(len(tokens)), tokens[:, None], given))
+
+    def attends_to_all(self) -> bool:
+        return attends_to_all(self._model)
 
     def empty_cache(self) -> DynamicCache:
         return DynamicCache(config=self._model.config)

@@ -1,9 +1,9 @@
-"""Completions in torch: several prompts at once, without padding, so every kind of cache is right."""
+"""Completions in torch: several prompts at once, and what they begin with in common once for all."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from backends.sampling import Draws, groups, shared_start
 from backends.torch_forward import Forward
+
+_SPREAD = 64  # tokens by which prompts that run together may differ in length
 
 Choice = Callable[[torch.Tensor, Sequence[int]], list[int]]  # logits [N, V] and their rows -> a token for each
 
@@ -35,51 +37,50 @@ def generate(
     start = shared_start(prompts) if together else 0
     if start:
         forward.last_logits(np.array([prompts[0][:start]]), cache)
+    spread = _SPREAD if forward.attends_to_all() else 0  # a window would count padding as tokens
     alone = ([row] for row in range(len(prompts)))  # where rows cannot enter or leave the cache
-    for rows in groups([len(prompt) for prompt in prompts]) if together else alone:
+    for rows in groups([len(prompt) for prompt in prompts], spread) if together else alone:
         own = copy.deepcopy(cache)
         if start:
             own.batch_repeat_interleave(len(rows))
-        running = _Running(forward, own, {row: prompts[row] for row in rows}, start)
-        running.complete(completions, max_tokens, stop, choose)
+        _complete(forward, own, {row: prompts[row] for row in rows}, completions, max_tokens, stop, choose)
     return completions
 
 
-class _Running:
-    """Prompts of similar length and their cache, shortest first; those that are done leave both.
+def _complete(
+    forward: Forward,
+    cache: DynamicCache,
+    prompts: Mapping[int, Sequence[int]],
+    completions: list[list[int]],
+    max_tokens: int,
+    stop: Collection[int],
+    choose: Choice,
+) -> None:
+    """Fill `completions` at the rows of `prompts`; the cache holds their first tokens. Rows leave when done.
 
-    All go on together up to the shortest prompt's end; the longer ones then take their own tokens, one at a time,
-    while the others already take what was chosen for them.
+    Prompts are padded on the right: what comes later is attended to by nothing before it, and hidden from what is new.
     """
-
-    def __init__(self, forward: Forward, cache: DynamicCache, prompts: dict[int, Sequence[int]], start: int) -> None:
-        self._forward, self._cache, self._prompts = forward, cache, prompts
-        self._rows, self._width = list(prompts), len(next(iter(prompts.values())))
-        self._tokens = np.array([prompt[start : self._width] for prompt in prompts.values()])  # [R, T]
-
-    def complete(self, completions: list[list[int]], max_tokens: int, stop: Collection[int], choose: Choice) -> None:
-        while self._rows:
-            logits = self._forward.last_logits(self._tokens, self._cache)  # [R, V]
-            ready = [place for place, row in enumerate(self._rows) if len(self._prompts[row]) <= self._width]
-            chosen = choose(logits[ready], [self._rows[place] for place in ready]) if ready else []
-            following, done = dict(zip(ready, chosen, strict=True)), set()
-            for place, token in following.items():
-                written = completions[self._rows[place]]
-                if token not in stop:
-                    written.append(token)
-                if token in stop or len(written) == max_tokens:
-                    done.add(place)
-            self._advance(following, [place for place in range(len(self._rows)) if place not in done])
-
-    def _advance(self, following: dict[int, int], kept: list[int]) -> None:
-        """One token further with the rows at the places `kept`."""
-        own = {place: self._prompts[row][self._width] for place, row in enumerate(self._rows) if place not in following}
-        tokens = own | following
-        if 0 < len(kept) < len(self._rows):
-            self._cache.batch_select_indices(torch.tensor(kept))
-        self._rows = [self._rows[place] for place in kept]
-        self._tokens = np.array([[tokens[place]] for place in kept])
-        self._width += 1
+    start, rows = cache.get_seq_length(), list(prompts)
+    lengths = np.array([len(prompt) for prompt in prompts.values()])  # [R]
+    tokens = np.zeros((len(rows), lengths.max() - start), np.int64)
+    for own, prompt in zip(tokens, prompts.values(), strict=True):
+        own[: len(prompt) - start] = prompt[start:]
+    seen = np.arange(lengths.max()) < lengths[:, None]  # [R, T]
+    logits = forward.last_logits(tokens, cache, lengths - start - 1)
+    while True:
+        chosen = choose(logits, rows)
+        for row, token in zip(rows, chosen, strict=True):
+            completions[row].extend([] if token in stop else [token])
+        going = [
+            token not in stop and len(completions[row]) < max_tokens for row, token in zip(rows, chosen, strict=True)
+        ]
+        if not any(going):
+            return
+        if not all(going):
+            cache.batch_select_indices(torch.from_numpy(np.flatnonzero(going)))
+        rows, lengths = [row for row, goes in zip(rows, going, strict=True) if goes], lengths[going] + 1
+        seen = np.pad(seen[going], ((0, 0), (0, 1)), constant_values=True)
+        logits = forward.next_logits(np.array(chosen)[going], cache, seen, lengths - 1)
 
 
 def _greedy(logits: torch.Tensor, rows: Sequence[int]) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, Session
-from backends.memory import available_bytes
+from backends.memory import available_bytes, kept_bytes
 from backends.memory_plan import (
     Architecture,
     Device,
@@ -18,7 +18,6 @@ from backends.memory_plan import (
     Micro,
     first_adapted,
     footprint,
-    kept_prefix_bytes,
     read_architecture,
 )
 from backends.model_files import lora_modules
@@ -77,8 +76,8 @@ class Workload:
     def kept_on_disk(self, device: Device) -> int:
         """What frozen blocks below the first adapted one make of all rows, kept in a temporary file."""
         e = 2 if self.model.dtype == "bfloat16" or (self.model.dtype == "auto" and device == "gpu") else 4
-        tokens = sum(len(example.tokens) - 1 for example in self.examples)
-        return kept_prefix_bytes(self.architecture, first_adapted(self.adapted), tokens, e)
+        tokens = sum(int(np.flatnonzero(example.weights).max(initial=0)) for example in self.examples)
+        return kept_bytes(tokens, self.architecture.hidden, e) if first_adapted(self.adapted) else 0
 
     def operations(self) -> float:
         """Floating-point operations of one epoch of training; padding, norms and the optimiser are not counted.

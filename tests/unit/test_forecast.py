@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,15 +13,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from backends.interface import LoraSpec
 from finetune import forecast
+from finetune.commands.plan import forecast as table
 from finetune.data.batches import micro_batches, step_indices
 from finetune.examples import Example
 from finetune.forecast import LEAST, MACHINES, Workload, fitting_tokens, here, largest_micro, on, starting_tokens
 from finetune.recipe import MICRO_TOKENS
 from finetune.recipe_file import check_recipe
-from tests.unit.test_memory_plan import FLOAT, HALF, architecture
+from tests.unit.test_memory_plan import FLOAT, HALF, architecture, model_folder
 
 LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=40)
 
@@ -55,6 +59,11 @@ def test_the_longest_row_of_many_steps_is_seen() -> None:
 @given(LENGTHS, st.integers(1, 200))
 def test_operations_grow_with_the_rows(lengths: list[int], more: int) -> None:
     assert work([*lengths, more + 2]).operations() > work(lengths).operations()
+
+
+def test_what_frozen_blocks_make_of_a_row_is_counted_apart() -> None:
+    assert work([101], last=4).kept_on_disk("cpu") == 0
+    assert work([101], last=1).kept_on_disk("cpu") == 100 * architecture().hidden * 4
 
 
 def test_operations_of_a_row_by_hand() -> None:
@@ -104,6 +113,22 @@ def test_this_machine_is_timed() -> None:
     assert found.fits
     assert found.seconds is not None and found.seconds > 0
     assert found.source.startswith("measured")
+
+
+@pytest.mark.parametrize(("layers", "kept"), [("all", False), (1, True)])
+def test_the_plan_shows_every_machine(tmp_path: Path, layers: Any, kept: bool) -> None:
+    values = {
+        "model": {"path": "m"}, "data": {"train": "t"}, "backend": "reference", "lora": {"layers": layers},
+        "train": {"micro_tokens": "auto"},
+    }  # fmt: skip
+    console = Console(width=200, record=True, file=io.StringIO())
+    for part in table(check_recipe(values), model_folder(tmp_path), examples([40] * 20)):
+        console.print(part)
+    text = console.export_text()
+    assert all(machine.name in text for machine in MACHINES)
+    assert text.count("fits") == len(MACHINES) + 1
+    assert "here (reference)" in text and "estimates from their makers' figures" in text
+    assert ("kept in a temporary file" in text) == kept
 
 
 def job(micro_tokens: Any) -> Any:
