@@ -29,7 +29,7 @@ def _product(backend: str, bfloat16: bool) -> Callable[[], Any]:
     if backend == "torch":
         import torch
 
-        from backends.torch_device import pick_device
+        from backends.torch_backend.device import pick_device
 
         kind: dict[str, Any] = {"dtype": torch.bfloat16 if bfloat16 else torch.float32, "device": pick_device("auto")}
         x, w = torch.ones(rows, inputs, **kind), torch.ones(outputs, inputs, **kind)

@@ -17,7 +17,7 @@ from finetune.errors import Incompatible, RecipeError
 from finetune.recipe import Recipe
 from finetune.recipe_file import dump_recipe, load_recipe
 
-_LIBRARIES = ("numpy", "torch", "transformers", "peft", "bitsandbytes", "mlx", "mlx-lm", "safetensors", "tokenizers")
+_LIBRARIES = ("numpy", "torch", "transformers", "bitsandbytes", "mlx", "mlx-lm", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True)

@@ -42,20 +42,20 @@ def recipe_of(task: Task) -> Any:
 
 def use_mlx_products() -> None:
     """MLX's own matrix products in place of numpy's BLAS, which a CPU without Accelerate gets."""
-    from backends import mlx_backend
+    from backends.mlx_backend import session as mlx_backend
 
     _replace(mlx_backend, "use_blas", lambda *_, **__: False)
 
 
 def keep_nothing_torch() -> None:
     """Every block computed in every step, also those below the first adapted one."""
-    from backends.torch_forward import Forward
+    from backends.torch_backend.forward import Forward
 
     _replace(Forward, "keep_frozen_blocks", lambda *_: None)
 
 
 def keep_nothing_mlx() -> None:
-    from backends import mlx_forward
+    from backends.mlx_backend import forward as mlx_forward
 
     _replace(mlx_forward, "frozen_blocks", lambda *_: 0)
 

@@ -20,8 +20,8 @@ if registry.probe("torch") is not None:
 import torch
 from safetensors.numpy import load_file, save_file
 
-from backends import torch_forward
-from backends.torch_loss import Head
+from backends.torch_backend import forward as torch_forward
+from backends.torch_backend.loss import Head
 from tests.tiny_models import tiny_llama
 
 BATCH = toy_batch()

@@ -35,11 +35,11 @@ CHILD = """
     backend, small, large, quantize, dtype, copies = sys.argv[1:]
     if backend == "torch":
         import torch
-        from backends.torch_model import load_frozen
+        from backends.torch_backend.model import load_frozen
         def load(path): return load_frozen(ModelSpec(Path(path), quantize, dtype), torch.device("cpu"))
     else:
         import mlx.core as mx
-        from backends.mlx_model import load as load_mlx
+        from backends.mlx_backend.model import load as load_mlx
         def load(path):
             with mx.stream(mx.cpu):
                 return load_mlx(ModelSpec(Path(path), quantize, dtype), getattr(mx, dtype))

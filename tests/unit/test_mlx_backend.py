@@ -14,7 +14,6 @@ torch = pytest.importorskip("torch")
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from backends import mlx_backend, mlx_head, mlx_lora, mlx_loss, mlx_model  # noqa: E402
 from backends.interface import (  # noqa: E402
     BackendError,
     Batch,
@@ -25,6 +24,11 @@ from backends.interface import (  # noqa: E402
     OutOfMemory,
     TrainState,
 )
+from backends.mlx_backend import head as mlx_head  # noqa: E402
+from backends.mlx_backend import lora as mlx_lora  # noqa: E402
+from backends.mlx_backend import loss as mlx_loss  # noqa: E402
+from backends.mlx_backend import model as mlx_model  # noqa: E402
+from backends.mlx_backend import session as mlx_backend  # noqa: E402
 from tests.tiny_models import family, tiny_llama  # noqa: E402
 
 VOCAB = 128
@@ -454,7 +458,7 @@ def test_generation_agrees_with_scoring_and_stops_before_the_stop_token(llama: P
 
 
 def test_sampling_follows_the_distribution() -> None:
-    from backends.mlx_generate import _sample
+    from backends.mlx_backend.generate import _sample
 
     draw, scores = np.random.default_rng(0), np.log([0.5, 0.3, 0.2])
     counts = np.bincount([_sample(scores, draw) for _ in range(4000)], minlength=3) / 4000

@@ -12,10 +12,13 @@ mx = pytest.importorskip("mlx.core")
 nn = pytest.importorskip("mlx.nn")
 pytest.importorskip("torch")
 
-from backends import mlx_attention, mlx_backend, mlx_loss, mlx_numpy  # noqa: E402
 from backends.activations import Activations  # noqa: E402
 from backends.interface import BackendError, Batch, LoraSpec, ModelSpec, OptimSpec  # noqa: E402
-from backends.mlx_window import ignored_window  # noqa: E402
+from backends.mlx_backend import attention as mlx_attention  # noqa: E402
+from backends.mlx_backend import cpu_kernels as mlx_numpy  # noqa: E402
+from backends.mlx_backend import loss as mlx_loss  # noqa: E402
+from backends.mlx_backend import session as mlx_backend  # noqa: E402
+from backends.mlx_backend.window import ignored_window  # noqa: E402
 from backends.prefixes import joined  # noqa: E402
 from tests.tiny_models import family, tiny_llama  # noqa: E402
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from backends import torch_forward, torch_kept, torch_tail
 from backends.interface import Batch, LoraSpec, ModelSpec, OptimSpec
 from backends.prefixes import joined
-from backends.torch_backend import TorchSession
+from backends.torch_backend import forward as torch_forward
+from backends.torch_backend import kept as torch_kept
+from backends.torch_backend import tail as torch_tail
+from backends.torch_backend.session import TorchSession
 from tests.conformance.toy import close, prefixed, random_adapter, toy_batch
 from tests.tiny_models import FAMILIES, family, tiny_llama
 
@@ -219,7 +221,7 @@ def test_a_cache_whose_rows_cannot_change_takes_one_prompt_at_a_time(llama: Path
     session = opened(llama)
     prompts = [[5, 6, 7], [5, 6, 9, 10], [8]]
     expected = session.generate(prompts, 4, ())
-    monkeypatch.setattr("backends.torch_generate.DynamicLayer", int)
+    monkeypatch.setattr("backends.torch_backend.generate.DynamicLayer", int)
     seen = counted(session, 1)
     assert session.generate(prompts, 4, ()) == expected
     assert [positions for positions in seen if positions > 1] == [3, 4]

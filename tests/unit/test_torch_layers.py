@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from backends import torch_attention, torch_layers
 from backends.interface import LoraSpec
-from backends.torch_layers import use_own_layers
-from backends.torch_lora import Dropout, LoraLinear
+from backends.torch_backend import attention as torch_attention
+from backends.torch_backend import layers as torch_layers
+from backends.torch_backend.layers import use_own_layers
+from backends.torch_backend.lora import Dropout, LoraLinear
 from tests.tiny_models import family
 
 OWN_NORM = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite")

@@ -26,13 +26,13 @@ from backends.interface import (
 )
 from backends.lora_init import initial_adapter
 from backends.memory import available_bytes, process_peak_bytes
-from backends.mlx_cpu import use_blas
-from backends.mlx_forward import Forward
-from backends.mlx_generate import generate
-from backends.mlx_lora import DropoutKeys, attach
-from backends.mlx_model import checkpoint_blocks, load
-from backends.mlx_optim import Tensors, adamw
-from backends.mlx_window import check_window, ignored_window
+from backends.mlx_backend.cpu_layers import use_blas
+from backends.mlx_backend.forward import Forward
+from backends.mlx_backend.generate import generate
+from backends.mlx_backend.lora import DropoutKeys, attach
+from backends.mlx_backend.model import checkpoint_blocks, load
+from backends.mlx_backend.optim import Tensors, adamw
+from backends.mlx_backend.window import check_window, ignored_window
 from backends.model_files import lora_modules, read_config
 from backends.prefixes import joined, own_part
 from backends.state import adapter_shapes, fitting

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from backends.torch_lora import LoraLinear
+from backends.torch_backend.lora import LoraLinear
 
 
 def use_own_layers(model: Any) -> None:

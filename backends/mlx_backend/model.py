@@ -16,7 +16,7 @@ from mlx_lm.models.rope_utils import SuScaledRoPE
 from mlx_lm.utils import load_model
 
 from backends.interface import BackendError, ModelSpec
-from backends.mlx_patch import subclassed
+from backends.mlx_backend.patch import subclassed
 from backends.model_files import legacy_rope, read_config
 
 _BITS = 4

@@ -12,11 +12,11 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from backends.interface import Batch, IntArray
 from backends.prefixes import joined
-from backends.torch_kept import KeptPrefix
-from backends.torch_loss import find_head
-from backends.torch_patch import blocks_of
-from backends.torch_shared import Start, attends_to_all
-from backends.torch_tail import Tail
+from backends.torch_backend.kept import KeptPrefix
+from backends.torch_backend.loss import find_head
+from backends.torch_backend.patch import blocks_of
+from backends.torch_backend.shared import Start, attends_to_all
+from backends.torch_backend.tail import Tail
 
 
 class Forward:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
 
-from backends.mlx_patch import rebound
+from backends.mlx_backend.patch import rebound
 
 _QUERIES = 256  # whose scores exist at once; where attention is causal, the keys after them are left out
 _LOW = -1e30  # added to the score of a key that a query must not see

@@ -28,8 +28,8 @@ from backends.model_files import lora_modules
 from backends.parts import parts
 from backends.prefixes import joined, own_part
 from backends.state import adapter_shapes, fitting
-from backends.torch_attention import use_products
-from backends.torch_device import (
+from backends.torch_backend.attention import use_products
+from backends.torch_backend.device import (
     CPU_TOKENS,
     device_name,
     free_bytes,
@@ -39,13 +39,13 @@ from backends.torch_device import (
     random_numbers,
     repeatable,
 )
-from backends.torch_forward import Forward
-from backends.torch_generate import generate
-from backends.torch_layers import use_own_layers
-from backends.torch_lora import Dropout, add_adapter
-from backends.torch_model import load_frozen, scheme_of
-from backends.torch_optim import AdamW
-from backends.torch_shared import Start
+from backends.torch_backend.forward import Forward
+from backends.torch_backend.generate import generate
+from backends.torch_backend.layers import use_own_layers
+from backends.torch_backend.lora import Dropout, add_adapter
+from backends.torch_backend.model import load_frozen, scheme_of
+from backends.torch_backend.optim import AdamW
+from backends.torch_backend.shared import Start
 
 
 def probe() -> str | None:
@@ -54,7 +54,7 @@ def probe() -> str | None:
 
 def describe() -> dict[str, Any]:
     device = pick_device("auto")
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+    packages = ("torch", "transformers", "bitsandbytes", "accelerate")
     versions = {name: version(name) for name in packages if find_spec(name)}
     four_bit = "bitsandbytes" in versions and device.type != "mps"
     return {"device": device_name(device), "versions": versions, "4bit": four_bit, "checkpointing": True}

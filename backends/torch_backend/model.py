@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from backends.interface import BackendError, ModelSpec
 from backends.memory import release_freed
 from backends.model_files import read_config
-from backends.torch_device import says_no_memory
+from backends.torch_backend.device import says_no_memory
 from backends.untrusted import needs_code
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from backends.mlx_patch import subclassed
+from backends.mlx_backend.patch import subclassed
 
 
 class _Reached(Exception):

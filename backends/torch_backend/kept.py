@@ -11,7 +11,7 @@ import torch
 
 from backends.activations import Activations
 from backends.interface import Batch, IntArray
-from backends.torch_patch import blocks_of, forward_as
+from backends.torch_backend.patch import blocks_of, forward_as
 
 
 class _Reached(Exception):  # it is no error, and carries what was asked for

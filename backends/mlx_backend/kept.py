@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from backends.activations import Activations
 from backends.interface import Batch, IntArray
-from backends.mlx_lora import AdaptedLinear
-from backends.mlx_patch import subclassed
+from backends.mlx_backend.lora import AdaptedLinear
+from backends.mlx_backend.patch import subclassed
 
 
 class _Entered(Exception):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from backends.interface import OptimSpec
-from backends.torch_lora import Parameters
+from backends.torch_backend.lora import Parameters
 
 
 class AdamW:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from backends.torch_lora import LoraLinear
+from backends.torch_backend.lora import LoraLinear
 
 _IN_BLOCK = re.compile(r"^(.*\blayers)\.(\d+)\.")
 

@@ -11,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models import activations
 
-from backends import mlx_attention
 from backends.interface import FloatArray, IntArray
-from backends.mlx_attention import Mask
+from backends.mlx_backend import attention as mlx_attention
+from backends.mlx_backend.attention import Mask
 
 _BLOCK = 32  # rows that are gone through together
 _NUMPY = SimpleNamespace(lib=np, exp=lambda x: np.exp(x, out=x), after=lambda x, _: x)

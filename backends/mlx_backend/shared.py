@@ -11,7 +11,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from backends.interface import Batch, IntArray
-from backends.mlx_past import Past, Recorded, Recorder
+from backends.mlx_backend.past import Past, Recorded, Recorder
 
 
 def caches_of(model: nn.Module, batch: Batch) -> list[Any] | None:

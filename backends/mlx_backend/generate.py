@@ -12,8 +12,8 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from numpy.typing import NDArray
 
-from backends.mlx_head import Head
-from backends.mlx_shared import keeps_keys_and_values
+from backends.mlx_backend.head import Head
+from backends.mlx_backend.shared import keeps_keys_and_values
 
 _ROWS = 16  # prompts run together
 _DROPPED = 4  # rows are dropped once one in so many is finished: each time the cache is copied

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from backends.interface import FloatArray
-from backends.torch_patch import blocks_of
+from backends.torch_backend.patch import blocks_of
 
 _SHARE = 2  # worth it where at most one position in so many is asked for
 

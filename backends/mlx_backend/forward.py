@@ -11,15 +11,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from backends import mlx_attention, mlx_loss, mlx_numpy
 from backends.interface import Batch, Scores
-from backends.mlx_attention import Attention
-from backends.mlx_head import Head
-from backends.mlx_kept import KeptBlocks, frozen_blocks
-from backends.mlx_loss import ChunkedLoss
-from backends.mlx_shared import caches_of, keeps_keys_and_values
-from backends.mlx_tail import Tail
-from backends.mlx_window import check_window
+from backends.mlx_backend import attention as mlx_attention
+from backends.mlx_backend import cpu_kernels as mlx_numpy
+from backends.mlx_backend import loss as mlx_loss
+from backends.mlx_backend.attention import Attention
+from backends.mlx_backend.head import Head
+from backends.mlx_backend.kept import KeptBlocks, frozen_blocks
+from backends.mlx_backend.loss import ChunkedLoss
+from backends.mlx_backend.shared import caches_of, keeps_keys_and_values
+from backends.mlx_backend.tail import Tail
+from backends.mlx_backend.window import check_window
 from backends.parts import Rows, parts
 from backends.prefixes import joined
 

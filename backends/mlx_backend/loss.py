@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from backends.interface import FloatArray, IntArray
-from backends.mlx_head import Head
+from backends.mlx_backend.head import Head
 
 
 def weighted_nll(logits: mx.array, targets: IntArray, shares: FloatArray) -> tuple[mx.array, mx.array]:

@@ -16,9 +16,9 @@ import numpy as np
 from mlx_lm.models import activations, rope_utils
 
 from backends.interface import FloatArray
-from backends.mlx_lora import AdaptedLinear
-from backends.mlx_numpy import apart_from_the_trace, room, rows_of, swiglu
-from backends.mlx_patch import rebound
+from backends.mlx_backend.cpu_kernels import apart_from_the_trace, room, rows_of, swiglu
+from backends.mlx_backend.lora import AdaptedLinear
+from backends.mlx_backend.patch import rebound
 
 _quiet = np.errstate(all="ignore")  # the session looks for what is not finite itself
 _FEW_ROWS = 8  # below this, unpacking 4-bit weights costs more than it saves

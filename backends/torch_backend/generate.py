@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from backends.sampling import Draws, groups, shared_start
-from backends.torch_forward import Forward
+from backends.torch_backend.forward import Forward
 
 _SPREAD = 64  # tokens by which prompts that run together may differ in length
 

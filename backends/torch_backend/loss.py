@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from backends.torch_patch import forward_as
+from backends.torch_backend.patch import forward_as
 
 _NUMBERS = 2**23  # logits at a time: 32 MB in float32
 
