@@ -176,10 +176,11 @@ class MlxSession:
         for index, part in enumerate(every):
             self._keys.at(self._state.step, index)
             with self._forward.prepared(part):
-                value, found = mx.value_and_grad(partial(self._loss, part, total))(self._state.adapter)
-            gradient = {name: gradient[name] + found[name] for name in found} if gradient else found
-            mx.eval(value, gradient)
-            loss += float(value)
+                nll, found = mx.value_and_grad(partial(self._loss, part, total))(self._state.adapter)
+            # a sum also of the first, since an array that came out of a trace may hold on to all that was traced
+            gradient = {name: value + gradient.get(name, 0.0) for name, value in found.items()}
+            mx.eval(nll, gradient)
+            loss += float(nll)
         return loss, gradient
 
     def _loss(self, batch: Batch, total: float, adapter: Tensors) -> mx.array:
