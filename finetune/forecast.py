@@ -32,7 +32,10 @@ from finetune.schedule import make_plan
 SAMPLED = 64  # steps whose micro-batches are looked at; the one with the longest row is always among them
 LEAST, MOST = 64, 2**17  # tokens at a time that `auto` chooses from
 SPARE = 0.9  # of the free memory: other programs go on
-REACHED = {"cpu": 0.6, "gpu": 0.35}  # share of the rate of matrix products that steps reach: CPU measured, GPU assumed
+REACHED = {
+    "cpu": 0.6,
+    "gpu": 0.35,
+}  # share of the rate of matrix products that steps reach: one case timed, and assumed
 
 
 @dataclass(frozen=True)

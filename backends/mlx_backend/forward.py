@@ -12,9 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from backends.interface import Batch, Scores
-from backends.mlx_backend import attention as mlx_attention
-from backends.mlx_backend import cpu_kernels as mlx_numpy
-from backends.mlx_backend import loss as mlx_loss
+from backends.mlx_backend import attention, cpu_kernels, loss
 from backends.mlx_backend.attention import Attention
 from backends.mlx_backend.head import Head
 from backends.mlx_backend.kept import KeptBlocks, frozen_blocks
@@ -40,8 +38,8 @@ class Forward:
     def __init__(self, model: nn.Module, on_cpu: bool, numpy: bool, checkpointing: bool) -> None:
         self.model, self._tokens = model, _CPU_TOKENS if on_cpu else sys.maxsize
         self.head = Head(model, _CPU_LOGITS if on_cpu else _LOGITS)
-        self._loss = ChunkedLoss(self.head, (mlx_numpy if numpy else mlx_loss).weighted_nll, at_once=numpy)
-        self._attention = Attention(model, (mlx_numpy if numpy else mlx_attention).attend, always=numpy)
+        self._loss = ChunkedLoss(self.head, (cpu_kernels if numpy else loss).weighted_nll, at_once=numpy)
+        self._attention = Attention(model, (cpu_kernels if numpy else attention).attend, always=numpy)
         self._tail: Tail | None = None
         self._kept: KeptBlocks | None = None
         self.shares_prefixes = False

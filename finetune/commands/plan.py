@@ -82,15 +82,15 @@ def forecast(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Iterat
 
     work = workload(recipe, model, examples)
     asked = None if recipe.train.micro_tokens == "auto" else recipe.train.micro_tokens
-    table = Table("machine", "peak memory", "of", "", "tokens at once", "an epoch", "rate of matrix products from")
+    table = Table("machine", "peak memory", "of", "", "tokens at once", "an epoch")
+    rates: list[str] = []
 
     def add(name: str, found: Forecast) -> None:
         mark = "" if found.fits is None else "fits" if found.fits else "[bold red]does not fit[/]"
         room = "?" if found.memory is None else f"{found.memory / 1e9:.1f} GB"
         time = "?" if found.seconds is None else duration(found.seconds)
-        table.add_row(
-            Text(name), f"{found.needed.peak / 1e9:.2f} GB", room, mark, f"{found.tokens:,}", time, Text(found.source)
-        )
+        table.add_row(Text(name), f"{found.needed.peak / 1e9:.2f} GB", room, mark, f"{found.tokens:,}", time)
+        rates.append(f"{name}: {found.source}")
 
     mine: Forecast | None = None
     with suppress(BackendError):
@@ -99,9 +99,10 @@ def forecast(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Iterat
     for machine in MACHINES:
         add(machine.name, on(machine, work, asked))
     yield table
-    yield (
-        "Times are for training alone. Those of other machines are estimates from their makers' figures, of which "
-        "35 % is assumed to be reached; none was measured."
+    yield Text(
+        "Times are for training alone. Those of other machines are estimates from their makers' rates of matrix "
+        f"products, of which 35 % is assumed to be reached; none was measured. {'. '.join(rates)}.",
+        style="dim",
     )
     if mine:
         parts = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in vars(mine.needed).items() if value)

@@ -127,7 +127,7 @@ def test_the_plan_shows_every_machine(tmp_path: Path, layers: Any, kept: bool) -
     text = console.export_text()
     assert all(machine.name in text for machine in MACHINES)
     assert text.count("fits") == len(MACHINES) + 1
-    assert "here (reference)" in text and "estimates from their makers' figures" in text
+    assert "here (reference)" in text and "estimates from their makers' rates" in text
     assert ("kept in a temporary file" in text) == kept
 
 
