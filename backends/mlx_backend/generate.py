@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from typing import Any
 
@@ -10,12 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
-from numpy.typing import NDArray
 
 from backends.mlx_backend.head import Head
 from backends.mlx_backend.shared import keeps_keys_and_values
+from backends.sampling import Draws, groups, shared_start
 
-_ROWS = 16  # prompts run together
 _DROPPED = 4  # rows are dropped once one in so many is finished: each time the cache is copied
 _SPREAD = 16  # tokens by which their lengths may differ; each costs one short forward pass
 
@@ -37,9 +36,9 @@ def generate(
     completions: list[list[int]] = [[] for _ in prompts]
     if max_tokens < 1 or not prompts:
         return completions
-    choose = _sampling(len(prompts), temperature, seed) if temperature > 0 else _greedy
+    choose = _sampling(Draws(len(prompts), temperature, seed)) if temperature > 0 else _greedy
     start = _Start(model, head, prompts)
-    for rows in _groups([len(prompt) for prompt in prompts]):
+    for rows in groups([len(prompt) for prompt in prompts], _SPREAD):
         _complete(head, start, {row: prompts[row] for row in rows}, completions, max_tokens, stop, choose)
     return completions
 
@@ -50,7 +49,7 @@ class _Start:
     def __init__(self, model: nn.Module, head: Head, prompts: Sequence[Sequence[int]]) -> None:
         self._model = model
         self.divisible = keeps_keys_and_values(model)  # whether rows can be taken from its caches
-        self.length = _common(prompts) if self.divisible and len(prompts) > 1 else 0
+        self.length = shared_start(prompts) if self.divisible else 0
         self._cache = make_prompt_cache(model)
         if self.length:
             head.hidden(mx.array([list(prompts[0][: self.length])]), mx.array([0]), self._cache)
@@ -60,31 +59,12 @@ class _Start:
         return _taken(self._cache, [0] * rows) if self.length else make_prompt_cache(self._model)
 
 
-def _common(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all begin with; at least one of each prompt is left, to go on from."""
-    rows = [list(prompt[:-1]) for prompt in prompts]
-    first, last = min(rows), max(rows)  # in the order of words: what these two share all others share
-    return next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-
-
 def _taken(cache: Sequence[Any], rows: list[int]) -> list[Any]:
     """A copy with these rows of each block's keys and values."""
     copies = [copy(one) for one in cache]
     for one in copies:
         one.keys, one.values = one.keys[mx.array(rows)], one.values[mx.array(rows)]
     return copies
-
-
-def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows of similar length, the shortest first."""
-    group: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if group and (len(group) == _ROWS or lengths[row] > lengths[group[0]] + _SPREAD):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
 
 
 def _complete(
@@ -128,17 +108,8 @@ def _greedy(logits: mx.array, rows: Sequence[int]) -> list[int]:
     return [int(token) for token in np.array(mx.argmax(logits, axis=-1))]
 
 
-def _sampling(prompts: int, temperature: float, seed: int) -> Choice:
-    draws = [np.random.default_rng((seed, row)) for row in range(prompts)]
-
+def _sampling(draws: Draws) -> Choice:
     def choose(logits: mx.array, rows: Sequence[int]) -> list[int]:
-        scores = np.array(logits).astype(np.float64) / temperature
-        return [_sample(own, draws[row]) for own, row in zip(scores, rows, strict=True)]
+        return draws.choose(np.array(logits), rows)
 
     return choose
-
-
-def _sample(scores: NDArray[np.float64], draw: np.random.Generator) -> int:
-    """A token from the softmax of `scores` [vocab], by inversion of its distribution function."""
-    cumulative = np.cumsum(np.exp(scores - scores.max()))
-    return min(int(np.searchsorted(cumulative, draw.random() * cumulative[-1], side="right")), len(scores) - 1)

@@ -455,11 +455,3 @@ def test_generation_agrees_with_scoring_and_stops_before_the_stop_token(llama: P
     assert session.generate([[5, 6, 7]], 0, []) == [[]]
     with pytest.raises(ValueError, match="at least one token"):
         session.generate([[]], 3, [])
-
-
-def test_sampling_follows_the_distribution() -> None:
-    from backends.mlx_backend.generate import _sample
-
-    draw, scores = np.random.default_rng(0), np.log([0.5, 0.3, 0.2])
-    counts = np.bincount([_sample(scores, draw) for _ in range(4000)], minlength=3) / 4000
-    np.testing.assert_allclose(counts, [0.5, 0.3, 0.2], atol=0.03)
