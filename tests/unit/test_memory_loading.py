@@ -106,7 +106,9 @@ def test_weights_are_held_once(
 def test_quantising_on_torch_does_not_hold_the_float_weights(models: dict[str, Path]) -> None:
     pytest.importorskip("bitsandbytes")
     found = growth("torch", models, "float32", "4bit", "bfloat16")
-    assert found < weights(models["float32"], 16)  # 4 bits a weight, and one weight as several tensors of 32 bits
+    # 4 bits a weight, and one weight as several tensors of 32 bits, some of which the allocator keeps; all weights
+    # as they were read would be 32 and those 4 bits
+    assert found < weights(models["float32"], 28)
 
 
 def test_a_second_copy_is_seen(models: dict[str, Path]) -> None:
