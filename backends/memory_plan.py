@@ -24,7 +24,7 @@ _PART = {"torch": 1024, "mlx": 256, "reference": 2**60}  # tokens at a time on a
 _RUNTIME = {"torch": 480e6, "mlx": 440e6, "reference": 490e6}
 # What the allocator holds for each byte in use: glibc keeps what lies freed between the tensors that stay (measured:
 # 1.4 to 1.6). On a GPU: not measured.
-_HELD = {"torch": 1.5, "mlx": 1.1, "reference": 1.1}
+_HELD = {"torch": 1.6, "mlx": 1.1, "reference": 1.1}
 _HELD_ON_GPU = 1.1
 _DRIVER = {"torch": 450e6, "mlx": 100e6, "reference": 0.0}
 
@@ -135,10 +135,12 @@ def footprint(
     count = lora.rank * sum(out + inp for out, inp in adapted.values())
     blocks = len({_block(name) for name in adapted})
     kept = _kept(architecture, adapted, lora, e, backend) * micro.tokens
-    seen = micro.supervised / micro.tokens if backend == "mlx" else 1.0  # of the last block, in MLX
+    seen = micro.supervised / micro.tokens if backend != "reference" else 1.0  # of the last block
     whole = (blocks - 1 + seen) * kept
-    if model.checkpointing:  # a block's input each, and one block's own
-        whole = blocks * architecture.hidden * e * micro.tokens + kept
+    if (
+        model.checkpointing
+    ):  # a block's input each, one block's own, and what torch has not yet let go of the last one's
+        whole = blocks * architecture.hidden * e * micro.tokens + kept * (2 if backend == "torch" else 1)
     held = _HELD[backend] if device == "cpu" else _HELD_ON_GPU
     recomputed = _working(architecture, micro, e) + _unpacked(architecture, model, e, backend)
     update = 20.0 * count  # moments, weights and their quotient anew, so that a step is applied whole or not at all
