@@ -77,7 +77,9 @@ def _frozen(linear: nn.Module, x: mx.array) -> mx.array:
     return y  # type: ignore[no-any-return]
 
 
-class _Linear(nn.Linear):  # type: ignore[misc]
+class _ByNumpy(nn.Module):  # type: ignore[misc]
+    """Before a linear layer's own class: numpy's product where it suits."""
+
     def __call__(self, x: mx.array) -> mx.array:
         if not _suits(self, x):
             plain: mx.array = super().__call__(x)
@@ -86,13 +88,12 @@ class _Linear(nn.Linear):  # type: ignore[misc]
         return y + self.bias if "bias" in self else y
 
 
-class _QuantizedLinear(nn.QuantizedLinear):  # type: ignore[misc]
-    def __call__(self, x: mx.array) -> mx.array:
-        if not _suits(self, x):
-            plain: mx.array = super().__call__(x)
-            return plain
-        y = _frozen(self, x)
-        return y + self.bias if "bias" in self else y
+class _Linear(_ByNumpy, nn.Linear):  # type: ignore[misc]
+    pass
+
+
+class _QuantizedLinear(_ByNumpy, nn.QuantizedLinear):  # type: ignore[misc]
+    pass
 
 
 class _Embedding(nn.Embedding):  # type: ignore[misc]
