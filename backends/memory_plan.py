@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from backends.interface import LoraSpec, ModelSpec
 from backends.model_files import lora_modules, read_config, tensor_shapes, weight_files
+from backends.parts import CPU_TOKENS
 
 Device = Literal["cpu", "gpu"]
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, a scale of 8 bits for 64, one of 32 bits for 256 of those
 _CHUNK = {"torch": 2**23, "mlx": 2**22, "reference": 2**24}  # logits at a time
-_PART = {"torch": 1024, "mlx": 256, "reference": 2**60}  # tokens at a time on a CPU
 # Python and every library, before a model is loaded, and what the first step still loads: measured with torch 2.13,
 # transformers 5.23, MLX 0.32 and Python 3.11 on Linux. On a GPU, the driver's own memory instead: not measured.
 _RUNTIME = {"torch": 480e6, "mlx": 440e6, "reference": 490e6}
@@ -131,7 +131,7 @@ def footprint(
 ) -> Footprint:
     """Of training `adapted` (module -> (out, in)) with micro-batches no larger than `micro`."""
     e = 2 if model.dtype == "bfloat16" or (model.dtype == "auto" and device == "gpu") else 4
-    micro = _part(micro, _PART[backend]) if device == "cpu" else micro
+    micro = _part(micro, CPU_TOKENS.get(backend, micro.tokens)) if device == "cpu" else micro
     count = lora.rank * sum(out + inp for out, inp in adapted.values())
     blocks = len({_block(name) for name in adapted})
     kept = _kept(architecture, adapted, lora, e, backend) * micro.tokens

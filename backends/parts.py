@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from backends.interface import Batch
 
+# Tokens at a time on a CPU, where more are no faster and need more memory; what a run needs is foretold from it too.
+CPU_TOKENS = {"torch": 1024, "mlx": 256}
+
 Rows = NDArray[np.int64]
 
 

@@ -18,8 +18,6 @@ from backends.memory import available_bytes, process_peak_bytes
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "256")
 
-CPU_TOKENS = 1024  # at a time on a CPU: its products are no faster with more
-
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 

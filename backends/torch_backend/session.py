@@ -25,12 +25,11 @@ from backends.interface import (
 )
 from backends.lora_init import initial_adapter
 from backends.model_files import lora_modules
-from backends.parts import parts
+from backends.parts import CPU_TOKENS, parts
 from backends.prefixes import joined, own_part
 from backends.state import adapter_shapes, fitting
 from backends.torch_backend.attention import use_products
 from backends.torch_backend.device import (
-    CPU_TOKENS,
     device_name,
     free_bytes,
     memory_guard,
@@ -83,7 +82,7 @@ class TorchSession:
                 self._forward.keep_frozen_blocks()
         self.scheme = scheme_of(self._model)
         self._spec = model
-        self._tokens = CPU_TOKENS if self._device.type == "cpu" else sys.maxsize  # computed at a time
+        self._tokens = CPU_TOKENS["torch"] if self._device.type == "cpu" else sys.maxsize  # computed at a time
         self._step = 0
         self._optimiser = AdamW(self._adapter, optim)
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
