@@ -27,6 +27,9 @@ _RUNTIME = {"torch": 480e6, "mlx": 440e6, "reference": 490e6}
 _HELD = {"torch": 1.6, "mlx": 1.1, "reference": 1.1}
 _HELD_ON_GPU = 1.1
 _DRIVER = {"torch": 450e6, "mlx": 100e6, "reference": 0.0}
+# An update makes moments, weights and their quotient anew, so that it is applied whole or not at all: bytes for each
+# number of the adapter.
+UPDATE = 20.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Micro:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory in bytes; the peak is the largest of three phases."""
+    """Memory in bytes; the peak is the larger of two phases. Writing a checkpoint copies less than an update does."""
 
     runtime: float  # Python, libraries, driver
     weights: float
@@ -73,7 +76,6 @@ class Footprint:
     activations: float  # kept for the backward pass
     working: float  # beside them, for a moment: a block's or the head's intermediate results, or the update's
     loading: float  # beside the weights while they are loaded: pages of the files, and one weight in float32
-    saving: float  # beside weights and adapter while a checkpoint is written: copies of the state, and its bytes twice
 
     @property
     def step(self) -> float:
@@ -86,8 +88,7 @@ class Footprint:
 
     @property
     def peak(self) -> float:
-        resident = self.runtime + self.weights
-        return max(self.training, resident + self.loading, resident + self.adapter + self.saving)
+        return max(self.training, self.runtime + self.weights + self.loading)
 
 
 def read_architecture(folder: Path, remote_code: bool = False) -> Architecture:
@@ -143,7 +144,7 @@ def footprint(
         whole = blocks * architecture.hidden * e * micro.tokens + kept * (2 if backend == "torch" else 1)
     held = _HELD[backend] if device == "cpu" else _HELD_ON_GPU
     recomputed = _working(architecture, micro, e) + _unpacked(architecture, model, e, backend)
-    update = 20.0 * count  # moments, weights and their quotient anew, so that a step is applied whole or not at all
+    update = UPDATE * count
     return Footprint(
         runtime=(_DRIVER if device == "gpu" else _RUNTIME)[backend],
         weights=weight_bytes(architecture, model.quantize, e, backend),
@@ -151,7 +152,6 @@ def footprint(
         activations=held * whole,
         working=max(held * max(recomputed, _head(architecture, micro, e, backend)), update - held * whole),
         loading=_loading(architecture, model, e, backend, device),
-        saving=0.0 if device == "gpu" and backend == "torch" else 44.0 * count,  # not in a card's memory
     )
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_ROWS = 32  # prompts run together
+PROMPTS_TOGETHER = 32
 
 
 def groups(lengths: Sequence[int], spread: int) -> Iterator[list[int]]:
     """Rows whose lengths differ by no more than `spread`, the shortest first."""
     group: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if group and (len(group) == _ROWS or lengths[row] > lengths[group[0]] + spread):
+        if group and (len(group) == PROMPTS_TOGETHER or lengths[row] > lengths[group[0]] + spread):
             yield group
             group = []
         group.append(row)

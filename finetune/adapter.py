@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
 from backends.interface import BackendError, FloatArray, LoraSpec
 from backends.untrusted import read_object, validate
+from finetune.atomic import write_pieces
 from finetune.errors import Incompatible
+from finetune.tensor_file import tensor_pieces
 
 PEFT_FILE, MLX_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
@@ -40,12 +42,9 @@ def write_adapter(
     folder: Path, tensors: Mapping[str, FloatArray], lora: LoraSpec, base: str, blocks: int, facts: Mapping[str, Any]
 ) -> None:
     """Both formats into `folder`, which exists. `blocks` is how many the base has; `facts` go into the config."""
-    (folder / PEFT_FILE).write_bytes(
-        save({f"{_PEFT_PREFIX}{name}.weight": np.ascontiguousarray(t) for name, t in tensors.items()})
-    )
-    (folder / MLX_FILE).write_bytes(
-        save({_mlx_name(name): np.ascontiguousarray(tensor.T) for name, tensor in tensors.items()})
-    )
+    for_peft = {f"{_PEFT_PREFIX}{name}.weight": tensor for name, tensor in tensors.items()}
+    write_pieces(folder / PEFT_FILE, tensor_pieces(for_peft))
+    write_pieces(folder / MLX_FILE, tensor_pieces({_mlx_name(name): tensor.T for name, tensor in tensors.items()}))
     modules = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in tensors))
     config = _config(modules, lora, base, blocks) | {"finetune": dict(facts)}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

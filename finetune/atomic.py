@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def write_file(path: Path, data: bytes | str) -> None:
         make_folder(path.parent)
         temporary = _beside(path, "new")
         try:
-            _write(temporary, data.encode() if isinstance(data, str) else data)
+            write_pieces(temporary, [data.encode() if isinstance(data, str) else data])
             temporary.replace(path)
         except BaseException:
             with suppress(OSError):
@@ -131,12 +131,14 @@ def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """A new file of these pieces, one at a time, flushed; half of it may stay behind where that fails."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(handle, rest) :]
+        for piece in pieces:
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[os.write(handle, rest) :]
         os.fsync(handle)
     finally:
         os.close(handle)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
-from safetensors.numpy import save as serialise
 
 from backends.interface import FloatArray, TrainState
-from finetune.atomic import disk_errors, new_folder, recover
+from finetune.atomic import disk_errors, new_folder, recover, write_pieces
 from finetune.errors import Diverged, Incompatible
-from finetune.manifest import MANIFEST, Broken, json_bytes, manifest_of, newest_first, read_verified
+from finetune.manifest import MANIFEST, Broken, Tally, json_bytes, manifest_of, newest_first, read_verified, verify
+from finetune.tensor_file import tensor_pieces
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,17 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     """Writes `folder/step-XXXXXXXX`, then removes all but the newest `keep` (>= 1) that verify.
 
+    No file is held whole on the way, and no tensor that is contiguous is copied.
     Raises Diverged, writing nothing, where a number is not finite; DiskError.
     """
-    files = _serialise(checkpoint)
+    files = _pieces(checkpoint)
     path = folder / f"step-{checkpoint.state.step:08d}"
     with new_folder(path) as temporary:
-        for name, data in files.items():
-            (temporary / name).write_bytes(data)
-        (temporary / MANIFEST).write_bytes(manifest_of(files))
+        tallies = {name: Tally() for name in files}
+        for name, pieces in files.items():
+            write_pieces(temporary / name, tallies[name].passing(pieces))
+        manifest = manifest_of({name: tally.entry() for name, tally in tallies.items()})
+        write_pieces(temporary / MANIFEST, [manifest])
     with disk_errors(folder):
         _prune(folder, checkpoint.state.step, keep)
     return path
@@ -84,32 +87,32 @@ def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
         )
 
 
-def _serialise(checkpoint: Checkpoint) -> dict[str, bytes]:
+def _pieces(checkpoint: Checkpoint) -> dict[str, Iterable[bytes | memoryview]]:
+    """What each file is written from. Raises Diverged where a number is not finite, before a byte of it is made."""
     state = checkpoint.state
     tensors = {
         **{f"adapter.{name}": tensor for name, tensor in state.adapter.items()},
         **{f"moments.{name}": tensor for name, tensor in state.moments.items()},
     }
-    files = {"state.safetensors": _tensor_bytes(tensors, state.step)}
+    files = {"state.safetensors": _checked(tensors, state.step)}
     if checkpoint.best is not None:
-        files["best.safetensors"] = _tensor_bytes(checkpoint.best, state.step)
+        files["best.safetensors"] = _checked(checkpoint.best, state.step)
     try:
-        files["loop.json"] = json_bytes({"step": state.step, "loop": checkpoint.loop})
-        files["identity.json"] = json_bytes(checkpoint.identity)
+        files["loop.json"] = [json_bytes({"step": state.step, "loop": checkpoint.loop})]
+        files["identity.json"] = [json_bytes(checkpoint.identity)]
     except ValueError as error:
         raise Diverged(f"step {state.step}: the loop's state holds a number that is not finite ({error})") from error
     return files
 
 
-def _tensor_bytes(tensors: Mapping[str, FloatArray], step: int) -> bytes:
+def _checked(tensors: Mapping[str, FloatArray], step: int) -> Iterable[bytes | memoryview]:
     bad = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
     if bad:
         raise Diverged(
             f"step {step}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity ({bad[0]}, ...); "
             "nothing was written, and the checkpoints before stay. Lower train.learning_rate."
         )
-    # Without metadata, whose order is not fixed; the library sorts the tensors.
-    return serialise({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()})
+    return tensor_pieces(tensors)
 
 
 def _parse(step: int, files: Mapping[str, bytes]) -> Checkpoint:
@@ -138,7 +141,7 @@ def _prune(folder: Path, newest: int, keep: int) -> None:
             shutil.rmtree(path)
             continue
         try:
-            read_verified(path)
+            verify(path)
             kept += 1
         except Broken:
             continue  # load_newest will set it aside and say so

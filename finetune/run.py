@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,9 @@ def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], re
     base = _measure_base(job, run, session, sink, stop)
     showing = reporter("validation", sink, stop)
     with MetricsFile(run.metrics) as metrics:
-        trainer = Trainer(session, job.prepared, job.recipe, run.checkpoints, identity, stop, showing, metrics.sync)
+        trainer = Trainer(
+            session, job.prepared, job.recipe, run.checkpoints, identity, stop, showing, metrics.sync, _known(job, base)
+        )
         metrics.truncate_after(-1 if saved is None else saved.state.step)
         if saved is not None:
             trainer.restore(saved)
@@ -56,6 +60,7 @@ def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], re
                 sink(Progress(0, f"{run.metrics} has lost {steps}; the loss curve will lack them", 0, 0))
             for one in trainer.state.history():
                 sink(one)  # so that the table on the screen is whole
+            saved = None  # the session has its own
         else:
             trainer.state.micro_tokens = starting_tokens(job, session, sink)
             if job.recipe.lora.start_from:
@@ -77,10 +82,12 @@ def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], re
 
 
 def _check_data(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool]) -> str:
-    """`finetune check` of the run's data, in check.json and check.txt; its headline."""
+    """`finetune check` of the run's data, in check.txt and check.json; its headline. A resumed run has it there."""
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        return headline(json.loads((run.path / "check.json").read_text(encoding="utf-8")))
     found = survey(job.recipe, job.model, job.tokenizer, Path.cwd(), reporter("data", sink, stop))
-    run.write_json("check.json", values := as_json(found, job.tokenizer))
     write_file(run.path / "check.txt", as_text(found, job.tokenizer))
+    run.write_json("check.json", values := as_json(found, job.tokenizer))  # last: it says that both are there
     return headline(values)
 
 
@@ -131,6 +138,16 @@ def _measure_base(
         base = job.measure(session, job.prepared.held_out, "base model", sink, stop)
     save_evaluation(run.evaluation("base"), base)
     return base
+
+
+def _known(job: Job, base: Evaluation | None) -> Evaluation | None:
+    """The validation before the first step, where it would be of the same model and rows as the base's measurement.
+
+    A resumed run reads the same figures from evaluation-base.json. A validation writes no answers.
+    """
+    if base is None or job.prepared.held_out is not job.prepared.valid or job.recipe.lora.start_from:
+        return None
+    return base if job.prepared.task == "classification" else replace(base, accuracy=None)
 
 
 @contextmanager

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from backends.interface import Batch, OutOfMemory, Session
+from backends.sampling import PROMPTS_TOGETHER
 from finetune.data.batches import evaluation_batches, halve, label_batches
 from finetune.errors import MemoryExhausted
 from finetune.examples import Example
 
 Report = Callable[[str, int, int], None]  # what, done, total
 Scored = tuple[list[int], Batch, np.ndarray, np.ndarray]  # row numbers, batch, logprob [B, T], greedy [B, T]
-GENERATE_TOGETHER = 32  # prompts written at once
 
 
 def scored(
@@ -106,7 +106,7 @@ def write_answers(
     """The greedy completion of each example's prompt, as text."""
     answers = [""] * len(examples)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_tokens))
-    together, done = GENERATE_TOGETHER, 0
+    together, done = PROMPTS_TOGETHER, 0
     while done < len(order):
         rows = order[done : done + together]
         try:

@@ -71,6 +71,7 @@ class Trainer:
     stop_asked: Callable[[], bool] = lambda: False
     report: Report = lambda what, done, total: None  # of a validation's progress; may raise Interrupted
     before_save: Callable[[], None] = lambda: None  # what a checkpoint goes on from is on the disk before it
+    known: Evaluation | None = None  # the validation before the first step, where its figures are known already
 
     def __post_init__(self) -> None:
         self.plan: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
@@ -170,13 +171,7 @@ class Trainer:
     def _validate(self, step: int) -> Validated:
         """Raises Interrupted, from `report`, when asked to stop on the way."""
         started = time.perf_counter()
-        found: Evaluation = evaluate(
-            self.session,
-            self.prepared,
-            self.prepared.valid,
-            micro_tokens=self.state.micro_tokens,
-            report=self._progress,
-        )
+        found = self.known if self.known and step == 0 else self._evaluate()
         if not math.isfinite(found.loss):
             raise Diverged(f"step {step}: the validation loss is {found.loss}; lower train.learning_rate")
         better = found.loss < self.state.best_loss
@@ -198,6 +193,15 @@ class Trainer:
             self.best = self.session.get_state().adapter
         self.state.validations.append(asdict(replace(event, seconds=0.0)))
         return event
+
+    def _evaluate(self) -> Evaluation:
+        return evaluate(
+            self.session,
+            self.prepared,
+            self.prepared.valid,
+            micro_tokens=self.state.micro_tokens,
+            report=self._progress,
+        )
 
     def _progress(self, what: str, done: int, total: int) -> None:
         if done < total:  # that it is done the event will say

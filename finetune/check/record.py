@@ -45,6 +45,7 @@ def as_json(found: Findings, tokenizer: Tokenizer) -> dict[str, Any]:
             kind: {"count": one.count, "rows": one.rows, "shown": _shown(one.shown)}
             for kind, one in found.personal.kinds.items()
         },
+        "special_tokens": asdict(found.specials),
     }
 
 
@@ -60,10 +61,12 @@ def headline(found: dict[str, Any]) -> str:
     """One line of what `as_json` gave, for the end of a run."""
     pairs = found["duplicates"]
     personal = sum(one["rows"] for one in found["personal"].values())
+    specials = found["special_tokens"]
     counts = {
         "repeated": len(pairs["exact"]) + len(pairs["near"]),
         "leaked from one split to another": len(pairs["leaks"]),
         "with personal data": personal,
+        "with special tokens written out": 0 if specials["meant"] else len(specials["places"]),
         "faulty": found["faults"],
     }
     said = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)

@@ -13,6 +13,7 @@ from finetune.check.balance import Balance
 from finetune.check.duplicates import Duplicates
 from finetune.check.lengths import Lengths
 from finetune.check.personal import Personal
+from finetune.check.specials import Specials
 from finetune.check.survey import Findings
 from finetune.check.tokens import REMEDIES, TokenCheck
 from finetune.data.encoding import harmless
@@ -85,7 +86,7 @@ def _training(found: Findings, tokenizer: Tokenizer) -> list[RenderableType]:
             Text(f"{example.place}; learned tokens in brackets, the last is {tokenizer.decode(last)!r}", "bold")
         )
         parts.append(highlighted(example, tokenizer))
-    return [*parts, _verdict(found.tokens)]
+    return [*parts, _verdict(found.tokens), *_specials(found.specials)]
 
 
 def _verdict(checked: TokenCheck) -> Text:
@@ -101,6 +102,17 @@ def _verdict(checked: TokenCheck) -> Text:
         for kind, places in faults.items()
     ]
     return Text("\n".join(lines), "bold red")
+
+
+def _specials(found: Specials) -> list[RenderableType]:
+    if not found.places:
+        return []
+    commonest = sorted(found.tokens.items(), key=lambda one: (-one[1], one[0]))
+    tokens = ", ".join(f"{token} ({_counted(rows)})" for token, rows in commonest[:SHOWN])
+    said = f"special tokens written out in {_rows_of(found.places)}: {tokens}; the tokenizer reads them as special"
+    if found.meant:
+        return [Text(f"{said}, as plain text may want it\n{_places(found.places)}")]
+    return [Text(f"{said}, not as words: take them out, or write them otherwise\n{_places(found.places)}", "yellow")]
 
 
 def _one_line(text: str, length: int = 40) -> str:

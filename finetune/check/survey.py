@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +12,12 @@ from finetune.check.duplicates import Duplicates, find_duplicates
 from finetune.check.enough import Enough, judge
 from finetune.check.lengths import Lengths, measure
 from finetune.check.personal import Personal
-from finetune.check.texts import everything
+from finetune.check.specials import Specials, special_pattern
+from finetune.check.texts import everything, written
 from finetune.check.tokens import TokenCheck
 from finetune.check.walk import Walk
 from finetune.data import split as parting
-from finetune.data.prepare import Gathered, Progress, Source, gather
+from finetune.data.prepare import Gathered, Progress, gather
 from finetune.data.problems import Problem, listed, too_many
 from finetune.data.read import read
 from finetune.errors import DataError
@@ -58,6 +58,7 @@ class Findings:
     balance: Balance
     enough: Enough
     personal: Personal
+    specials: Specials
 
     @property
     def faults(self) -> int:
@@ -79,7 +80,7 @@ def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progre
     found = _gather(_lenient(recipe, base, broken), tokenizer, base, broken)
     balance = weigh(found.sources, found.labels, recipe.data.groups)
     progress("reading", 1, 1)
-    personal = _personal(found.sources, progress)
+    personal, specials = _words(found, tokenizer, progress)
     walk = Walk(recipe, tokenizer, found, personal.places, vocabulary_of(model))
     for source in found.sources:
         walk.through(source, progress)
@@ -108,6 +109,7 @@ def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progre
         balance,
         _enough(recipe, trainable, walk, balance),
         personal,
+        specials,
     )
 
 
@@ -138,14 +140,16 @@ def _problem(error: DataError) -> Problem:
     return place, reason
 
 
-def _personal(sources: Sequence[Source], progress: Progress) -> Personal:
-    found = Personal()
-    records = [record for source in sources for record in source.records]
+def _words(rows: Gathered, tokenizer: Tokenizer, progress: Progress) -> tuple[Personal, Specials]:
+    """What stands in the rows' words that people did not mean to train on."""
+    personal, specials, pattern = Personal(), Specials(rows.task == "text"), special_pattern(tokenizer)
+    records = [record for source in rows.sources for record in source.records]
     for number, record in enumerate(records, 1):
-        found.look(everything(record), record.place)
+        personal.look(everything(record), record.place)
+        specials.look(pattern, written(record, rows.renderer), record.place)
         if number % 1000 == 0 or number == len(records):
             progress("looking for personal data", number, len(records))
-    return found
+    return personal, specials
 
 
 def _trainable(recipe: Recipe, model: Path) -> int:

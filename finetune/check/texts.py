@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from finetune.data.records import Record
+from finetune.data.rendered import Renderer
 
 _WORD = re.compile(r"\w+(?:'\w+)?")
 
@@ -29,6 +30,13 @@ def everything(record: Record) -> str:
     if record.messages:
         return "\n".join(f"{one['content']}\n{one.get('tool_calls', '')}" for one in record.messages)
     return content(record, labelled=False)
+
+
+def written(record: Record, renderer: Renderer) -> str:
+    """All that is the row's own in its rendered text, whatever its columns and the template's placeholders."""
+    if record.messages:
+        return "\n".join(str(value) for one in (*record.messages, {"tools": record.tools}) for value in one.values())
+    return "\n".join((everything(record), *renderer.parts(record).values()))
 
 
 def words(text: str) -> list[str]:

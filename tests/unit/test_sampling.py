@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as some
 
-from backends.sampling import Draws, groups, sample, shared_start
+from backends.sampling import PROMPTS_TOGETHER, Draws, groups, sample, shared_start
 
 PROMPTS = some.lists(some.lists(some.integers(0, 3), min_size=1, max_size=9), min_size=2, max_size=6)
 
@@ -29,7 +29,7 @@ def test_groups_hold_every_row_once_and_alike(lengths: list[int], spread: int) -
     assert sorted(row for group in found for row in group) == list(range(len(lengths)))
     for group in found:
         own = [lengths[row] for row in group]
-        assert own == sorted(own) and own[-1] - own[0] <= spread and len(group) <= 32
+        assert own == sorted(own) and own[-1] - own[0] <= spread and len(group) <= PROMPTS_TOGETHER
 
 
 def test_samples_follow_the_distribution() -> None:
