@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from backends.interface import Batch
 
 # Tokens at a time on a CPU, where more are no faster and need more memory; what a run needs is foretold from it too.
-CPU_TOKENS = {"torch": 1024, "mlx": 256}
+CPU_TOKENS = {"torch": 1024, "mlx": 512}
 
 Rows = NDArray[np.int64]
 

@@ -66,7 +66,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float, ma
     return found[0]  # type: ignore[no-any-return]
 
 
-MLX = SimpleNamespace(lib=mx, exp=mx.exp, after=mx.depends)
+MLX = SimpleNamespace(lib=mx, exp=mx.exp, after=mx.depends, queries=_QUERIES, in_place=False)
 
 
 def forward(ops: Any, q: Any, k: Any, v: Any, scale: float, mask: Any) -> tuple[Any, Any]:
@@ -109,16 +109,19 @@ def backward(
 
 
 def _blocks(ops: Any, q: Any, k: Any, mask: Any) -> Iterator[tuple[int, int, int, Any]]:
-    """First and last query, how many keys they may see, and what to add to their scores; [.., rows, keys] or 0."""
+    """First and last query, how many keys they may see, and what to add to the scores of the last of these keys.
+
+    [.., rows, the last keys], or None where nothing is hidden.
+    """
     length, keys, copies = q.shape[-2], k.shape[-2], q.shape[1] // k.shape[1]
-    for first in range(0, length, _QUERIES):
-        last, low, end = min(first + _QUERIES, length), 0.0, keys
+    for first in range(0, length, ops.queries):
+        last, low, end = min(first + ops.queries, length), None, keys
         if isinstance(mask, str):  # causal
-            before = keys - length
-            end = before + last
-            seen = ops.lib.arange(before + first, end)[:, None] >= ops.lib.arange(end)
+            end = keys - length + last
+            own = end - (last - first)  # keys before these are seen by all: where that saves work, left alone
+            seen = ops.lib.arange(own, end)[:, None] >= ops.lib.arange(own if ops.in_place else 0, end)
         elif mask is not None:
-            seen = mask[..., first:last, :]
+            seen = ops.lib.broadcast_to(mask, (*mask.shape[:-1], keys))[..., first:last, :]
         if mask is not None:
             low = ops.lib.where(seen, 0.0, _LOW)
             low = ops.lib.concatenate([low] * copies, axis=-2)
@@ -145,7 +148,10 @@ def _scores(q: Any, k: Any, scale: float, low: Any) -> Any:
     scores = (scale * q) @ _turned(k)
     if scores.dtype == mx.bfloat16:
         scores = scores.astype(mx.float32)
-    scores += low
+    if low is not None and low.shape[-1] == scores.shape[-1]:
+        scores += low
+    elif low is not None:
+        scores[..., -low.shape[-1] :] += low
     return scores
 
 

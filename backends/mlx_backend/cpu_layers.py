@@ -8,6 +8,7 @@ Accelerate, none of this is used.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +17,8 @@ import numpy as np
 from mlx_lm.models import activations, rope_utils
 
 from backends.interface import FloatArray
-from backends.mlx_backend.cpu_kernels import apart_from_the_trace, room, rows_of, swiglu
+from backends.mlx_backend.cpu_kernels import room, rows_of, swiglu
+from backends.mlx_backend.cpu_modules import RMSNorm, apart_from_the_trace, rotary
 from backends.mlx_backend.lora import AdaptedLinear
 from backends.mlx_backend.patch import rebound
 
@@ -105,6 +107,13 @@ class _Embedding(nn.Embedding):  # type: ignore[misc]
 
 
 class _AdaptedLinear(AdaptedLinear):
+    first = False  # given what no adapter has touched: nobody asks for the slope of that
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if (given := self.__dict__.get("given")) is not None:
+            given.append((self, x))
+        return super().__call__(x)
+
     @_quiet
     def forward(self, x: mx.array, a: mx.array, b: mx.array, kept: mx.array | None) -> tuple[mx.array, mx.array]:
         if not _suits(self.linear, x):
@@ -124,10 +133,30 @@ class _AdaptedLinear(AdaptedLinear):
             return super().backward(x, a, b, kept, small, slope)
         given = rows_of(slope)
         thin = self.factor(kept) * (given @ np.asarray(b).T)
-        below, rows = _product(given, _weight(self.linear), slope.shape)
+        below = mx.zeros_like(x) if self.first else self._below(given, thin, a, kept, slope.shape)
+        return below, mx.array(_seen(x, kept).T @ thin), mx.array(np.asarray(small).T @ given)
+
+    def _below(
+        self, given: FloatArray, thin: FloatArray, a: mx.array, kept: mx.array | None, shape: tuple[int, ...]
+    ) -> mx.array:
+        below, rows = _product(given, _weight(self.linear), shape)
         own = thin @ np.asarray(a).T
         rows += own if kept is None else rows_of(kept) * own
-        return below, mx.array(_seen(x, kept).T @ thin), mx.array(np.asarray(small).T @ given)
+        return below
+
+
+def spare_first_slopes(model: nn.Module, run: Callable[[], object]) -> None:
+    """No slope of the input of those adapted layers that `run`, a forward pass, gives the first input of all."""
+    layers = [module for module in model.modules() if isinstance(module, _AdaptedLinear)]
+    given: list[tuple[_AdaptedLinear, mx.array]] = []
+    for layer in layers:
+        layer.__dict__["given"] = given
+    run()
+    for layer in layers:
+        del layer.__dict__["given"]
+    others = {id(layer) for layer, x in given if x is not given[0][1]}
+    for layer, _ in given:
+        layer.__dict__["first"] = id(layer) not in others
 
 
 def _seen(x: mx.array, kept: mx.array | None) -> FloatArray:
@@ -135,11 +164,13 @@ def _seen(x: mx.array, kept: mx.array | None) -> FloatArray:
     return rows_of(x) if kept is None else rows_of(x) * rows_of(kept)
 
 
-_APART = (nn.RMSNorm, nn.LayerNorm, nn.RoPE, rope_utils.Llama3RoPE, rope_utils.YarnRoPE)
+_ROTARY = (nn.RoPE, rope_utils.Llama3RoPE, rope_utils.YarnRoPE)
 _FAST: dict[type, type[Any]] = {
     nn.Linear: _Linear,
     nn.QuantizedLinear: _QuantizedLinear,
     nn.Embedding: _Embedding,
     AdaptedLinear: _AdaptedLinear,
-    **{kind: apart_from_the_trace(kind) for kind in _APART},
+    nn.RMSNorm: RMSNorm,
+    nn.LayerNorm: apart_from_the_trace(nn.LayerNorm),
+    **{kind: rotary(kind) for kind in _ROTARY},
 }

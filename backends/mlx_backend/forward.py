@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +15,7 @@ import numpy as np
 from backends.interface import Batch, Scores
 from backends.mlx_backend import attention, cpu_kernels, loss
 from backends.mlx_backend.attention import Attention
+from backends.mlx_backend.cpu_layers import spare_first_slopes
 from backends.mlx_backend.head import Head
 from backends.mlx_backend.kept import KeptBlocks, frozen_blocks
 from backends.mlx_backend.loss import ChunkedLoss
@@ -47,6 +49,8 @@ class Forward:
         if not checkpointing:  # a block that is computed again must be the same function of its arguments alone
             self._try_tail()
         self._try_kept()
+        if numpy:
+            spare_first_slopes(model, partial(self._hidden, _SAMPLE))
         if not checkpointing and self._kept is None and keeps_keys_and_values(model):
             self.shares_prefixes = self._same(_GOING_ON, self._hidden(joined(_GOING_ON)))
 

@@ -16,7 +16,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 _NAME = "causal_products"
-_QUERIES = 64  # of one head at a time; keys after the last of them are not looked at
+# Queries of one head at a time; keys after the last of them are not looked at. More where a row is long: each number of
+# keys is a product of its own for oneDNN, which has to be made and kept.
+_QUERIES, _TILES = 64, 8
 _NUMBERS = 2**20  # attention weights at a time: 2 MB, about what a core's own cache holds
 
 
@@ -84,50 +86,58 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         scale: float,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        q, k, v = _grouped(query, key), key.flatten(0, 1), value.flatten(0, 1)
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.scale = scale
-        out = torch.empty_like(q)
+        q = (query.reshape(_grouped(query, key)) * scale).contiguous()
+        k, v = key.flatten(0, 1).contiguous(), value.flatten(0, 1).contiguous()  # [B * G, S, d]
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale, ctx.shapes = scale, (query.shape, key.shape)
+        out, later = torch.empty_like(q), _later(q)
         for tile in _tiles(q, k, mask):
-            weights = _weights(q, k, tile, scale, mask)  # [n, R * t, keys]
+            weights = _weights(_queries(q, tile), _seen(k, tile), _hidden(q, tile, mask, later))
             _put(out, tile, weights @ _seen(v, tile))
         return out.view(query.shape)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, mask = ctx.saved_tensors
-        q, k, v = _grouped(query, key), key.flatten(0, 1), value.flatten(0, 1)
-        g = _grouped(grad, key)
-        by_q, by_k, by_v = torch.empty_like(q), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        q, k, v, mask = ctx.saved_tensors
+        g, later = grad.reshape(q.shape), _later(q)
+        by_q, by_k, by_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for tile in _tiles(q, k, mask):
-            keys, values = _seen(k, tile), _seen(v, tile)
-            weights, upstream = _weights(q, k, tile, ctx.scale, mask), _get(g, tile)
-            by_v[tile.heads, : tile.keys] += weights.transpose(1, 2) @ upstream
-            by_weights = upstream @ values.transpose(1, 2)
-            by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            queries, keys, upstream = _queries(q, tile), _seen(k, tile), _queries(g, tile)
+            weights = _weights(queries, keys, _hidden(q, tile, mask, later))
+            by_weights = upstream @ _seen(v, tile).transpose(1, 2)
+            by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
             _put(by_q, tile, by_scores @ keys)
-            by_k[tile.heads, : tile.keys] += by_scores.transpose(1, 2) @ _get(q, tile)
-        return by_q.view(query.shape), by_k.view(key.shape), by_v.view(value.shape), None, None
+            new = tile.end == q.shape[2]  # the last queries come first
+            _add(by_v, tile, weights.transpose(1, 2) @ upstream, new)
+            _add(by_k, tile, by_scores.transpose(1, 2) @ queries, new)
+        shape, shared = ctx.shapes
+        return by_q.mul_(ctx.scale).view(shape), by_k.view(shared), by_v.view(shared), None, None
 
 
-def _grouped(heads: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """[B, H, T, d] -> [B * G, R, T, d]: query heads beside the keys they share."""
+def _grouped(query: torch.Tensor, key: torch.Tensor) -> tuple[int, ...]:
+    """The shape [B * G, R, T, d] of query heads beside the keys they share."""
     batch, groups = key.shape[:2]
-    return heads.reshape(batch * groups, -1, *heads.shape[2:])
+    return batch * groups, query.shape[1] // groups, *query.shape[2:]
 
 
 def _tiles(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> Iterator[_Tile]:
+    """The last queries first: they look at all keys, so that what they give can be written where others add."""
     groups, repeats, length, _ = q.shape
-    for start in range(0, length, _QUERIES):
-        end = min(start + _QUERIES, length)
+    step = _step(length)
+    for start in reversed(range(0, length, step)):
+        end = min(start + step, length)
         keys = end if mask is None else k.shape[1]
         size = max(1, _NUMBERS // (repeats * (end - start) * keys))
         for first in range(0, groups, size):
             yield _Tile(slice(first, min(first + size, groups)), start, end, keys)
 
 
-def _get(q: torch.Tensor, tile: _Tile) -> torch.Tensor:
+def _step(length: int) -> int:
+    return max(_QUERIES, length // _TILES)
+
+
+def _queries(q: torch.Tensor, tile: _Tile) -> torch.Tensor:
     """[B * G, R, T, d] -> [n, R * t, d]"""
     return q[tile.heads, :, tile.start : tile.end].flatten(1, 2)
 
@@ -145,16 +155,29 @@ def _put(q: torch.Tensor, tile: _Tile, values: torch.Tensor) -> None:
     place.copy_(values.view(place.shape))
 
 
-def _weights(q: torch.Tensor, k: torch.Tensor, tile: _Tile, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
-    """The softmax of the tile's scores. [n, R * t, keys]"""
-    queries, keys = _get(q, tile), _seen(k, tile).transpose(1, 2)
-    empty = q.new_empty(len(queries), queries.shape[1], tile.keys)
-    scores = torch.baddbmm(empty, queries, keys, beta=0, alpha=scale)
-    size = tile.end - tile.start
-    by_head = scores.view(len(scores), -1, size, tile.keys)
+def _add(k: torch.Tensor, tile: _Tile, values: torch.Tensor, new: bool) -> None:
+    place = k[tile.heads, : tile.keys]
+    place.copy_(values) if new else place.add_(values)
+
+
+def _later(q: torch.Tensor) -> torch.Tensor:
+    """Added to scores: hides from each of some queries in a row the keys after its own. [1, 1, t, t]"""
+    size = _step(q.shape[2])
+    return q.new_full((1, 1, size, size), float("-inf")).triu_(1)
+
+
+def _hidden(q: torch.Tensor, tile: _Tile, mask: torch.Tensor | None, later: torch.Tensor) -> torch.Tensor:
+    """What is added to the tile's scores, or to the last of their keys. [n or 1, 1, t, keys or fewer]"""
     if mask is None:
-        by_head[..., tile.start :] += q.new_full((size, size), float("-inf")).triu_(1)  # what comes after a query
-    else:
-        rows = torch.arange(tile.heads.start, tile.heads.stop, device=q.device) * len(mask) // len(q)
-        by_head += mask[rows, :, tile.start : tile.end]
+        size = tile.end - tile.start
+        return later[..., :size, :size]
+    rows = torch.arange(tile.heads.start, tile.heads.stop, device=q.device) * len(mask) // len(q)
+    return mask[rows, :, tile.start : tile.end]
+
+
+def _weights(queries: torch.Tensor, keys: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The softmax of [n, R * t, d] and [n, keys, d], with what is hidden of the last keys. [n, R * t, keys]"""
+    scores = queries @ keys.transpose(1, 2)
+    size, last = hidden.shape[-2:]
+    scores.unflatten(1, (-1, size))[..., -last:] += hidden
     return torch.softmax(scores, -1)

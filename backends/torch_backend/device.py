@@ -12,11 +12,10 @@ import torch
 from backends.interface import OutOfMemory
 from backends.memory import available_bytes, process_peak_bytes
 
-# oneDNN keeps every product it has seen, each with room for a packed weight: one for each new shape of a batch.
-# It reads this once, before its first product. The default is 1,024; 64 are too few for 2,000 tokens of attention in
-# tiles, and cost 40 % there.
+# oneDNN keeps the products it has made, one for each shape, and memory between them that is not given back: by default
+# 1,024. Fewer than the shapes of a step would have to be made anew in every layer; attention in tiles needs the most.
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_name, "256")
+    os.environ.setdefault(_name, "128")
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 

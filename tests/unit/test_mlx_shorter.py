@@ -10,6 +10,7 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 nn = pytest.importorskip("mlx.nn")
+rope_utils = pytest.importorskip("mlx_lm.models.rope_utils")
 pytest.importorskip("torch")
 
 from backends.activations import Activations  # noqa: E402
@@ -18,6 +19,8 @@ from backends.mlx_backend import attention as mlx_attention  # noqa: E402
 from backends.mlx_backend import cpu_kernels as mlx_numpy  # noqa: E402
 from backends.mlx_backend import loss as mlx_loss  # noqa: E402
 from backends.mlx_backend import session as mlx_backend  # noqa: E402
+from backends.mlx_backend.cpu_layers import _FAST  # noqa: E402
+from backends.mlx_backend.lora import AdaptedLinear  # noqa: E402
 from backends.mlx_backend.window import ignored_window  # noqa: E402
 from backends.prefixes import joined  # noqa: E402
 from tests.tiny_models import family, tiny_llama  # noqa: E402
@@ -112,7 +115,8 @@ def test_the_logits_of_a_step_never_exist_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["causal", "longer", "none", "window", "rows"])
 @pytest.mark.parametrize("attend", [mlx_attention.attend, mlx_numpy.attend])
 def test_attention_and_its_gradient(attend: Callable[..., Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlx_attention, "_QUERIES", 4)
+    for ops in (mlx_attention.MLX, mlx_numpy.NUMPY):
+        monkeypatch.setattr(ops, "queries", 4)
     length, keys = (10, 15) if kind == "longer" else (10, 10)
     random = np.random.default_rng(0)
     q, k, v, slope = (
@@ -145,6 +149,58 @@ def test_swiglu_by_numpy_and_its_gradient() -> None:
     found = mx.grad(lambda gate, x: (mlx_numpy.swiglu(gate, x) * x).sum(), argnums=(0, 1))(gate, x)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.RMSNorm(16, eps=1e-3),
+        nn.RoPE(16, base=100.0),
+        nn.RoPE(16, traditional=True),
+        nn.RoPE(8),
+        nn.RoPE(16, scale=0.25),
+        rope_utils.YarnRoPE(16, scaling_factor=4.0, original_max_position_embeddings=8),
+    ],
+    ids=["norm", "plain", "in pairs", "half of the head", "scaled", "yarn"],
+)
+@pytest.mark.parametrize("offset", [0, 5, [3, 7]])
+@pytest.mark.parametrize("turned", [False, True])
+def test_modules_by_numpy_and_their_gradients(module: Any, offset: Any, turned: bool) -> None:
+    kind, random = type(module), np.random.default_rng(0)
+    x, slope = (mx.array(random.standard_normal((2, 3, 6, 16)).astype(np.float32)) for _ in range(2))
+    if kind is nn.RMSNorm:
+        module.weight, more = mx.array(random.standard_normal(16).astype(np.float32)), {}
+    else:
+        more = {"offset": mx.array(offset) if isinstance(offset, list) else offset}
+
+    def run(x: Any) -> Any:
+        return (module(x.swapaxes(1, 2) if turned else x, **more) * (slope.swapaxes(1, 2) if turned else slope)).sum()
+
+    wanted = mx.value_and_grad(run)(x)
+    module.__class__ = _FAST[kind]
+    try:
+        for _ in range(2):  # the second time with tables that are there
+            for one, other in zip(mx.value_and_grad(run)(x), wanted, strict=True):
+                np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-5, atol=1e-5)
+    finally:
+        module.__class__ = kind
+
+
+def test_the_first_input_s_slope_is_not_computed_and_nothing_else_is_missing(tmp_path: Path) -> None:
+    session, batch = opened(tiny_llama(tmp_path)), a_batch()
+    spared = [name for name, layer in session._layers.items() if getattr(layer, "first", False)]
+    if not mlx_numpy_is_used(session):
+        assert not spared
+        return
+    assert sorted(name.rpartition("layers.0.")[2] for name in spared) == [f"self_attn.{n}_proj" for n in "kqv"]
+    whole = opened(tmp_path)
+    for layer in whole._layers.values():
+        layer.__dict__["first"] = False
+    assert session.step([batch], 1e-2).grad_norm == pytest.approx(whole.step([batch], 1e-2).grad_norm, rel=1e-6)
+
+
+def mlx_numpy_is_used(session: mlx_backend.MlxSession) -> bool:
+    return all(isinstance(layer, _FAST[AdaptedLinear]) for layer in session._layers.values())
 
 
 # --- blocks --------------------------------------------------------------------------------------
