@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 from backends.interface import LoraSpec, ModelSpec
 from backends.model_files import lora_modules, read_config, tensor_shapes, weight_files
-from backends.parts import CPU_TOKENS
+from backends.parts import CPU_TOKENS, LOGITS
 
 Device = Literal["cpu", "gpu"]
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, a scale of 8 bits for 64, one of 32 bits for 256 of those
-_CHUNK = {"torch": 2**23, "mlx": 2**22, "reference": 2**24}  # logits at a time
 # Python and every library, before a model is loaded, and what the first step still loads: measured with torch 2.13,
 # transformers 5.23, MLX 0.32 and Python 3.11 on Linux. On a GPU, the driver's own memory instead: not measured.
 _RUNTIME = {"torch": 480e6, "mlx": 440e6, "reference": 490e6}
@@ -144,13 +143,14 @@ def footprint(
         whole = blocks * architecture.hidden * e * micro.tokens + kept * (2 if backend == "torch" else 1)
     held = _HELD[backend] if device == "cpu" else _HELD_ON_GPU
     recomputed = _working(architecture, micro, e) + _unpacked(architecture, model, e, backend)
+    logits = LOGITS.get((backend, device), micro.supervised * architecture.vocabulary)  # at a time
     update = UPDATE * count
     return Footprint(
         runtime=(_DRIVER if device == "gpu" else _RUNTIME)[backend],
         weights=weight_bytes(architecture, model.quantize, e, backend),
         adapter=20.0 * count,
         activations=held * whole,
-        working=max(held * max(recomputed, _head(architecture, micro, e, backend)), update - held * whole),
+        working=max(held * max(recomputed, _head(architecture, micro, e, logits)), update - held * whole),
         loading=_loading(architecture, model, e, backend, device),
     )
 
@@ -202,9 +202,9 @@ def _unpacked(architecture: Architecture, model: ModelSpec, e: int, backend: str
     return widest * (12.0 if backend == "torch" else float(e))
 
 
-def _head(architecture: Architecture, micro: Micro, e: int, backend: str) -> float:
+def _head(architecture: Architecture, micro: Micro, e: int, logits: int) -> float:
     """Logits and their slopes in float32, some positions at a time, and the states of all with their slopes."""
-    rows = min(micro.supervised, max(_CHUNK[backend] // architecture.vocabulary, 1))
+    rows = min(micro.supervised, max(logits // architecture.vocabulary, 1))
     states = 2.0 * micro.supervised * architecture.hidden * e
     return rows * architecture.vocabulary * (8.0 + (4.0 if e == 2 else 0.0)) + states
 

@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 
 from backends.interface import Batch
 
-# Tokens at a time on a CPU, where more are no faster and need more memory; what a run needs is foretold from it too.
+# What is computed at a time, from which a run's memory is foretold too. Tokens on a CPU, where more are no faster and
+# need more memory; and logits, a number for each position and token of the vocabulary: more on MLX's GPUs, which are
+# slow where they read the head for few positions.
 CPU_TOKENS = {"torch": 1024, "mlx": 512}
+LOGITS = {("torch", "cpu"): 2**23, ("torch", "gpu"): 2**23, ("mlx", "cpu"): 2**22, ("mlx", "gpu"): 2**24}
 
 Rows = NDArray[np.int64]
 

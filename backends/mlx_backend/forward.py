@@ -22,14 +22,13 @@ from backends.mlx_backend.loss import ChunkedLoss
 from backends.mlx_backend.shared import caches_of, keeps_keys_and_values
 from backends.mlx_backend.tail import Tail
 from backends.mlx_backend.window import check_window
-from backends.parts import CPU_TOKENS, Rows, parts
+from backends.parts import CPU_TOKENS, LOGITS, Rows, parts
 from backends.prefixes import joined
 
 # To find out with what holds for a model: three rows in which different places are asked for, after unlike prefixes.
 _TOKENS = np.arange(1, 31, dtype=np.int32).reshape(3, 10)
 _SAMPLE = Batch(_TOKENS, _TOKENS, np.eye(10, dtype=np.float32)[[7, 9, 4]] + np.eye(10, dtype=np.float32)[[6, 8, 4]])
 _GOING_ON = replace(_SAMPLE, prefixes=(_TOKENS[1, :5], _TOKENS[0, :3]), prefix_of=(0, 1, 0))
-_CPU_LOGITS, _LOGITS = 16 * 2**20, 64 * 2**20  # bytes at once; a GPU is slow where it reads the head for few rows
 _NEAR = {mx.float32: 1e-3, mx.bfloat16: 0.05}  # of the largest number; what is wrong is off by far more
 
 
@@ -38,7 +37,7 @@ class Forward:
 
     def __init__(self, model: nn.Module, on_cpu: bool, numpy: bool, checkpointing: bool) -> None:
         self.model, self._tokens = model, CPU_TOKENS["mlx"] if on_cpu else sys.maxsize
-        self.head = Head(model, _CPU_LOGITS if on_cpu else _LOGITS)
+        self.head = Head(model, LOGITS["mlx", "cpu" if on_cpu else "gpu"])
         self._loss = ChunkedLoss(self.head, (cpu_kernels if numpy else loss).weighted_nll, at_once=numpy)
         self._attention = Attention(model, (cpu_kernels if numpy else attention).attend, always=numpy)
         self._tail: Tail | None = None

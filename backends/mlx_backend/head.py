@@ -25,9 +25,9 @@ class Head:
     hidden states in the place of its blocks' own.
     """
 
-    def __init__(self, model: nn.Module, logit_bytes: int) -> None:
-        """`logit_bytes` of float32 logits make up a chunk; some ten of them may be under way at once."""
-        self._model, self._logit_bytes = model, logit_bytes
+    def __init__(self, model: nn.Module, at_once: int) -> None:
+        """So many logits, in float32, make up a chunk; some ten of them may be under way at once."""
+        self._model, self._at_once = model, at_once
         self._asked = False
         self._given: mx.array | None = None
         self._apart = False
@@ -65,7 +65,7 @@ class Head:
         """Rows of `hidden` [N, D] whose logits may exist at once."""
         if not self._vocabulary:
             self.logits(hidden[:1])  # never evaluated
-        rows = max(self._logit_bytes // (4 * self._vocabulary), 1)
+        rows = max(self._at_once // self._vocabulary, 1)
         return (slice(start, start + rows) for start in range(0, hidden.shape[0], rows))
 
     def _watch(self, backbone: nn.Module) -> None:

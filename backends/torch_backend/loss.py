@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from backends.parts import LOGITS
 from backends.torch_backend.patch import forward_as
-
-_NUMBERS = 2**23  # logits at a time: 32 MB in float32
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Head:
 
     def _chunks(self, states: torch.Tensor, targets: torch.Tensor) -> Iterator[slice]:
         width = states.shape[-1] if self.linear is None else self.linear.out_features
-        size = max(1, _NUMBERS // width)
+        size = max(1, LOGITS["torch", "cpu" if states.device.type == "cpu" else "gpu"] // width)
         return (slice(start, start + size) for start in range(0, len(targets), size))
 
 

@@ -108,6 +108,17 @@ def test_a_cpu_computes_a_part_at_a_time() -> None:
     assert long.activations == pytest.approx(4 * small.activations)
 
 
+def test_logits_are_counted_as_many_as_are_computed_at_a_time() -> None:
+    """Of 500 positions and 10 million logits MLX makes 4 million at once on a CPU, and all on a GPU."""
+    shape, micro = architecture(vocabulary=20_000), Micro(1, 500, 500)
+    small = architecture(vocabulary=VOCABULARY)
+    states = 2 * 500 * D * 4
+    for device, rows, held in (("cpu", 2**22 // 20_000, 1.1), ("gpu", 500, 1.1)):
+        found = needed(shape, micro=micro, backend="mlx", device=device)
+        assert found.working == pytest.approx(held * (rows * 20_000 * 8 + states))
+        assert found.working > needed(small, micro=micro, backend="mlx", device=device).working
+
+
 def test_only_a_changed_type_costs_more_than_the_weights_while_loading() -> None:
     assert needed(architecture(), FLOAT, device="cpu").loading == 0
     assert needed(architecture(), HALF, device="cpu").loading == architecture().stored

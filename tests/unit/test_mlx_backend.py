@@ -139,7 +139,7 @@ def test_a_head_that_is_not_recognised_still_gives_the_chosen_positions() -> Non
             return self.table[inputs] @ self.table.T
 
     model, inputs = Unusual(), mx.array([[1, 2, 3], [4, 5, 6]])
-    head = mlx_head.Head(model, 64)
+    head = mlx_head.Head(model, 16)
     found = head.logits(head.hidden(inputs, mx.array([2, 4])))
     np.testing.assert_array_equal(np.array(found), np.array(model(inputs).reshape(6, 7)[mx.array([2, 4])]))
 

@@ -41,7 +41,7 @@ def plain_logits(linear: torch.nn.Linear, states: torch.Tensor, scale: float, ca
 def test_loss_gradient_and_scores_are_those_of_whole_logits(
     scale: float, cap: float | None, bias: bool, numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_loss, "_NUMBERS", numbers)
+    monkeypatch.setitem(torch_loss.LOGITS, ("torch", "cpu"), numbers)
     linear, states, targets, shares = drawn(bias)
     leaf = states.clone().requires_grad_()
     logits = plain_logits(linear, leaf, scale, cap)
