@@ -13,7 +13,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from backends.interface import BackendError, ModelSpec
-from backends.memory import release_freed
+from backends.memory import returning_freed
 from backends.model_files import read_config
 from backends.torch_backend.device import says_no_memory
 from backends.untrusted import needs_code
@@ -31,7 +31,7 @@ def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
         raise BackendError(f"{spec.path}: already quantised ({kind}), and torch quantises itself; give the original")
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = _DTYPES.get(spec.dtype, auto)
-    with _quiet():
+    with _quiet(), returning_freed():
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 spec.path,
@@ -53,7 +53,6 @@ def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
                 raise needs_code(spec.path, "auto_map in config.json") from None
             kind = type(error).__name__
             raise BackendError(f"{spec.path}: transformers cannot load this model ({kind}: {error})") from error
-    release_freed()  # what was cast and quantised
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if missing:  # transformers would fill them with random numbers
         raise BackendError(f"{spec.path}: weights are missing or misshapen: {', '.join(sorted(missing))}")

@@ -106,9 +106,8 @@ def test_weights_are_held_once(
 def test_quantising_on_torch_does_not_hold_the_float_weights(models: dict[str, Path]) -> None:
     pytest.importorskip("bitsandbytes")
     found = growth("torch", models, "float32", "4bit", "bfloat16")
-    # 4 bits a weight, and one weight as several tensors of 32 bits, some of which the allocator keeps; all weights
-    # as they were read would be 32 and those 4 bits
-    assert found < weights(models["float32"], 28)
+    # 4 bits a weight, and the widest (3 MB in float32) as several tensors of 32 bits; all in bfloat16 would be 49 MB
+    assert found < weights(models["float32"], 4.5) + 8 * 3e6 + LEAST
 
 
 def test_a_second_copy_is_seen(models: dict[str, Path]) -> None:
