@@ -20,10 +20,14 @@ Device = Literal["cpu", "gpu"]
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, a scale of 8 bits for 64, one of 32 bits for 256 of those
 # Python and every library, before a model is loaded, and what the first step still loads: measured with torch 2.13,
 # transformers 5.23, MLX 0.32 and Python 3.11 on Linux. On a GPU, the driver's own memory instead: not measured.
-_RUNTIME = {"torch": 480e6, "mlx": 440e6, "reference": 490e6}
+_RUNTIME = {"torch": 490e6, "mlx": 410e6, "reference": 490e6}
+_FOUR_BIT = {"torch": 50e6}  # bitsandbytes
+_PRODUCTS = (
+    1e5  # for each token at a time: what oneDNN keeps of its last 128 products in bfloat16, and what lies between
+)
 # What the allocator holds for each byte in use: glibc keeps what lies freed between the tensors that stay (measured:
 # 1.4 to 1.6). On a GPU: not measured.
-_HELD = {"torch": 1.6, "mlx": 1.1, "reference": 1.1}
+_HELD = {"torch": 1.5, "mlx": 1.05, "reference": 1.1}
 _HELD_ON_GPU = 1.1
 _DRIVER = {"torch": 450e6, "mlx": 100e6, "reference": 0.0}
 # An update makes moments, weights and their quotient anew, so that it is applied whole or not at all: bytes for each
@@ -137,22 +141,25 @@ def footprint(
     kept = _kept(architecture, adapted, lora, e, backend) * micro.tokens
     seen = micro.supervised / micro.tokens if backend != "reference" else 1.0  # of the last block
     whole = (blocks - 1 + seen) * kept
-    if (
-        model.checkpointing
-    ):  # a block's input each, one block's own, and what torch has not yet let go of the last one's
+    if model.checkpointing:  # a block's input each, one block's own, and of the last one's what torch still holds
         whole = blocks * architecture.hidden * e * micro.tokens + kept * (2 if backend == "torch" else 1)
     held = _HELD[backend] if device == "cpu" else _HELD_ON_GPU
     recomputed = _working(architecture, micro, e) + _unpacked(architecture, model, e, backend)
     logits = LOGITS.get((backend, device), micro.supervised * architecture.vocabulary)  # at a time
     update = UPDATE * count
     return Footprint(
-        runtime=(_DRIVER if device == "gpu" else _RUNTIME)[backend],
+        runtime=_DRIVER[backend] if device == "gpu" else _libraries(model, micro, e, backend),
         weights=weight_bytes(architecture, model.quantize, e, backend),
         adapter=20.0 * count,
         activations=held * whole,
         working=max(held * max(recomputed, _head(architecture, micro, e, logits)), update - held * whole),
         loading=_loading(architecture, model, e, backend, device),
     )
+
+
+def _libraries(model: ModelSpec, micro: Micro, e: int, backend: str) -> float:
+    four_bit = _FOUR_BIT.get(backend, 0.0) if model.quantize == "4bit" else 0.0
+    return _RUNTIME[backend] + four_bit + (_PRODUCTS * micro.tokens if backend == "torch" and e == 2 else 0.0)
 
 
 def weight_bytes(architecture: Architecture, quantize: str, e: int, backend: str) -> float:

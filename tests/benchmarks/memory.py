@@ -39,6 +39,7 @@ class Case:
     layers: int | None = None
     rows: int = 8
     length: int = 256
+    steps: int = 2  # with rows of other lengths in each, if there are more than two: half of `length` and more
     supervised: int = 8  # tokens at the end of each row
     micro_tokens: int = 4096
 
@@ -46,7 +47,7 @@ class Case:
 BASE = Case("plain")
 CASES = (
     BASE,
-    replace(BASE, name="bfloat16", kept="bfloat16", dtype="bfloat16", rows=2, length=128),
+    replace(BASE, name="bfloat16", kept="bfloat16", dtype="bfloat16", rows=2, length=128, steps=8),
     replace(BASE, name="4-bit", quantize="4bit"),
     replace(BASE, name="large vocabulary, all supervised", vocab=49152, rows=4, supervised=255),
     replace(BASE, name="long rows", rows=2, length=2048, supervised=512),
@@ -74,15 +75,21 @@ def write_model(case: Case, folder: Path) -> None:
     LlamaForCausalLM(config).to(getattr(torch, case.kept)).save_pretrained(folder)
 
 
-def examples(case: Case, rows: int) -> Any:
+def examples(case: Case, step: int) -> Any:
     import numpy as np
 
     from finetune.examples import Example
 
-    random = np.random.default_rng(0)
-    weights = (np.arange(case.length) >= case.length - case.supervised).astype(np.float32)
+    random = np.random.default_rng(step)
+    shortest = case.length if case.steps == 2 else case.length // 2
+    lengths = (case.length, *random.integers(shortest, case.length, case.rows - 1, endpoint=True))
     return tuple(
-        Example(random.integers(0, case.vocab, case.length, np.int32), weights, f"row {i}") for i in range(rows)
+        Example(
+            random.integers(0, case.vocab, length, np.int32),
+            (np.arange(length) >= length - case.supervised).astype(np.float32),
+            f"row {row}",
+        )
+        for row, length in enumerate(lengths)
     )
 
 
@@ -122,11 +129,11 @@ def child(case: Case, backend: str, folder: Path) -> dict[str, int]:
     peaks.end("start")
     session = registry.open_session(backend, *specs(case, folder), OptimSpec(), 0)
     peaks.end("load")
-    rows = examples(case, case.rows)
-    micro = micro_batches(rows, case.micro_tokens, session.shares_prefixes)
-    session.step(micro, 1e-3)
-    peaks.end("first step")
-    session.step(micro, 1e-3)
+    for step in range(case.steps):
+        rows = examples(case, step)
+        session.step(micro_batches(rows, case.micro_tokens, session.shares_prefixes), 1e-3)
+        if step == 0:
+            peaks.end("first step")
     best = session.get_state().adapter
     peaks.end("steps")
     row_losses(session, rows, case.micro_tokens, lambda what, done, total: None)

@@ -113,7 +113,7 @@ def test_logits_are_counted_as_many_as_are_computed_at_a_time() -> None:
     shape, micro = architecture(vocabulary=20_000), Micro(1, 500, 500)
     small = architecture(vocabulary=VOCABULARY)
     states = 2 * 500 * D * 4
-    for device, rows, held in (("cpu", 2**22 // 20_000, 1.1), ("gpu", 500, 1.1)):
+    for device, rows, held in (("cpu", 2**22 // 20_000, 1.05), ("gpu", 500, 1.1)):
         found = needed(shape, micro=micro, backend="mlx", device=device)
         assert found.working == pytest.approx(held * (rows * 20_000 * 8 + states))
         assert found.working > needed(small, micro=micro, backend="mlx", device=device).working
