@@ -22,9 +22,7 @@ _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, a scale of 8 bits for 
 # transformers 5.23, MLX 0.32 and Python 3.11 on Linux. On a GPU, the driver's own memory instead: not measured.
 _RUNTIME = {"torch": 490e6, "mlx": 410e6, "reference": 490e6}
 _FOUR_BIT = {"torch": 50e6}  # bitsandbytes
-_PRODUCTS = (
-    1e5  # for each token at a time: what oneDNN keeps of its last 128 products in bfloat16, and what lies between
-)
+_PRODUCTS = 1e5  # a token at a time: what oneDNN keeps of its last products in bfloat16, and what lies between them
 # What the allocator holds for each byte in use: glibc keeps what lies freed between the tensors that stay (measured:
 # 1.4 to 1.6). On a GPU: not measured.
 _HELD = {"torch": 1.5, "mlx": 1.05, "reference": 1.1}
