@@ -86,13 +86,13 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         scale: float,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        q = (query.reshape(_grouped(query, key)) * scale).contiguous()
+        q = query.reshape(_grouped(query, key)).contiguous()
         k, v = key.flatten(0, 1).contiguous(), value.flatten(0, 1).contiguous()  # [B * G, S, d]
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale, ctx.shapes = scale, (query.shape, key.shape)
         out, later = torch.empty_like(q), _later(q)
         for tile in _tiles(q, k, mask):
-            weights = _weights(_queries(q, tile), _seen(k, tile), _hidden(q, tile, mask, later))
+            weights = _weights(_queries(q, tile), _seen(k, tile), scale, _hidden(q, tile, mask, later))
             _put(out, tile, weights @ _seen(v, tile))
         return out.view(query.shape)
 
@@ -104,7 +104,7 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         by_q, by_k, by_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for tile in _tiles(q, k, mask):
             queries, keys, upstream = _queries(q, tile), _seen(k, tile), _queries(g, tile)
-            weights = _weights(queries, keys, _hidden(q, tile, mask, later))
+            weights = _weights(queries, keys, ctx.scale, _hidden(q, tile, mask, later))
             by_weights = upstream @ _seen(v, tile).transpose(1, 2)
             by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
             _put(by_q, tile, by_scores @ keys)
@@ -112,7 +112,8 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
             _add(by_v, tile, weights.transpose(1, 2) @ upstream, new)
             _add(by_k, tile, by_scores.transpose(1, 2) @ queries, new)
         shape, shared = ctx.shapes
-        return by_q.mul_(ctx.scale).view(shape), by_k.view(shared), by_v.view(shared), None, None
+        by_q, by_k = by_q.mul_(ctx.scale), by_k.mul_(ctx.scale)
+        return by_q.view(shape), by_k.view(shared), by_v.view(shared), None, None
 
 
 def _grouped(query: torch.Tensor, key: torch.Tensor) -> tuple[int, ...]:
@@ -134,7 +135,7 @@ def _tiles(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> Itera
 
 
 def _step(length: int) -> int:
-    return max(_QUERIES, length // _TILES)
+    return -(-length // (_QUERIES * _TILES)) * _QUERIES
 
 
 def _queries(q: torch.Tensor, tile: _Tile) -> torch.Tensor:
@@ -175,9 +176,10 @@ def _hidden(q: torch.Tensor, tile: _Tile, mask: torch.Tensor | None, later: torc
     return mask[rows, :, tile.start : tile.end]
 
 
-def _weights(queries: torch.Tensor, keys: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def _weights(queries: torch.Tensor, keys: torch.Tensor, scale: float, hidden: torch.Tensor) -> torch.Tensor:
     """The softmax of [n, R * t, d] and [n, keys, d], with what is hidden of the last keys. [n, R * t, keys]"""
-    scores = queries @ keys.transpose(1, 2)
+    empty = queries.new_empty(len(queries), queries.shape[1], keys.shape[1])
+    scores = torch.baddbmm(empty, queries, keys.transpose(1, 2), beta=0, alpha=scale)
     size, last = hidden.shape[-2:]
     scores.unflatten(1, (-1, size))[..., -last:] += hidden
     return torch.softmax(scores, -1)
