@@ -89,7 +89,7 @@ def test_the_loss_in_chunks_is_the_loss_at_once(name: str, tmp_path: Path) -> No
     whole, session = opened(folder), opened(folder)
     whole.step([batch], 1e-2), session.step([batch], 1e-2)
     wanted, scores = whole.step([batch], 1e-2), whole.score(batch)
-    session._forward.head._logit_bytes = 4 * VOCAB * 5  # five rows at once
+    session._forward.head._at_once = VOCAB * 5  # five rows at once
     found = session.step([batch], 1e-2)
     assert found.loss == pytest.approx(wanted.loss, rel=1e-6)
     assert found.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
@@ -100,7 +100,7 @@ def test_the_loss_in_chunks_is_the_loss_at_once(name: str, tmp_path: Path) -> No
 def test_the_logits_of_a_step_never_exist_at_once(tmp_path: Path) -> None:
     batch = replace(a_batch(rows=8, width=30), weights=np.ones((8, 30), np.float32))
     session = opened(tiny_llama(tmp_path, vocab_size=30_000))
-    session._forward.head._logit_bytes = 4 * 30_000 * 4
+    session._forward.head._at_once = 30_000 * 4
     session.step([batch], 1e-3)
     mx.clear_cache()
     before = mx.get_active_memory()

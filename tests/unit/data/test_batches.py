@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from backends.prefixes import joined
 from finetune.data.batches import (
+    BATCH_COST,
     collate,
     evaluation_batches,
     groups,
@@ -142,7 +143,7 @@ def test_rows_are_cut_where_it_costs_least(sizes, budget):
     sizes = sizes[:7]
 
     def cost(cut: list[list[int]]) -> int:
-        return sum(64 + len(rows) * width(max(sizes[i] for i in rows) - 1) for rows in cut)
+        return sum(BATCH_COST + len(rows) * width(max(sizes[i] for i in rows) - 1) for rows in cut)
 
     found = list(groups(sizes, budget))
     order_ = sorted(range(len(sizes)), key=lambda i: -sizes[i])
