@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backends.interface import LoraSpec, ModelSpec
-from backends.model_files import lora_modules, read_config, tensor_shapes, weight_files
-from backends.parts import CPU_TOKENS, LOGITS
+from backends.micro_batches import CPU_TOKENS, LOGITS
+from backends.model_folder import lora_modules, read_config, tensor_shapes, weight_files
 
 Device = Literal["cpu", "gpu"]
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, a scale of 8 bits for 64, one of 32 bits for 256 of those

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from backends.adapter_state import adapter_shapes, fitting
 from backends.interface import (
     BackendError,
     Batch,
@@ -33,8 +34,7 @@ from backends.interface import (
 )
 from backends.lora_init import initial_adapter
 from backends.memory import available_bytes, process_peak_bytes
-from backends.model_files import lora_modules, read_config
-from backends.state import adapter_shapes, fitting
+from backends.model_folder import lora_modules, read_config
 
 Arrays = dict[str, FloatArray]
 

@@ -37,7 +37,7 @@ def demo(
     alone: Alone = False,
 ) -> None:
     """Measure, fine-tune with QLoRA and measure again: an embedded model on embedded reviews, offline."""
-    from finetune.sources import demo_recipe
+    from finetune.recipe.locate import demo_recipe
 
     _train(demo_recipe(), [f"output={output}"], backend, alone)
 
@@ -61,7 +61,7 @@ def plan(
     compare: Annotated[bool, typer.Option(help="Load the model in every backend here and compare logits.")] = False,
 ) -> None:
     """Show the resolved recipe, the prepared data, the steps and what each backend would do; train nothing."""
-    from finetune.recipe_file import load_recipe
+    from finetune.recipe.load import load_recipe
 
     found = load_recipe(recipe, overrides or [])  # first: a mistake in it needs none of the libraries below
     from finetune.commands.plan import plan as run
@@ -90,7 +90,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, backend: Backend = No
 @app.command()
 def resume(run: RunPath, backend: Backend = None, alone: Alone = False) -> None:
     """Go on with a stopped run from its newest good checkpoint, on any backend."""
-    from finetune.run_folder import open_existing
+    from finetune.disk.run_folder import open_existing
 
     opened, recipe = open_existing(run)
     _supervised(alone)
@@ -145,7 +145,7 @@ def schema() -> None:
     """Print the recipe's JSON schema, for editors."""
     import json
 
-    from finetune.recipe import Recipe
+    from finetune.recipe.schema import Recipe
 
     typer.echo(json.dumps(Recipe.model_json_schema() | {"title": "finetune recipe"}, indent=2))
 
@@ -159,7 +159,7 @@ def doctor() -> None:
 
 
 def _train(recipe: Path, overrides: list[str], backend: str | None, alone: bool) -> None:
-    from finetune.recipe_file import load_recipe
+    from finetune.recipe.load import load_recipe
 
     found = load_recipe(recipe, [*overrides, *([f"backend={backend}"] if backend else [])])
     _supervised(alone)  # a mistake in the recipe is told before a second process is started for it

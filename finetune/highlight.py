@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from finetune.examples import Example
+from finetune.data.rows import Example
 
 SHOWN_TOKENS = 160  # of a row; the middle of a longer one is left out
 _LONGEST = 8  # tokens that one character may be made of

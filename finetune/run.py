@@ -12,23 +12,23 @@ from typing import Any
 
 from backends import registry
 from backends.interface import FloatArray, IncompatibleState, LoraSpec, Session, TrainState
-from backends.model_files import fingerprint, read_config
-from finetune import checkpoint as checkpoints
-from finetune.adapter import adapter_config, read_adapter, write_adapter
-from finetune.atomic import new_folder, write_file
+from backends.model_folder import fingerprint, read_config
 from finetune.check.record import as_json, headline
 from finetune.check.show import as_text
 from finetune.check.survey import survey
+from finetune.disk import checkpoint as checkpoints
+from finetune.disk.adapter import adapter_config, read_adapter, write_adapter
+from finetune.disk.atomic import new_folder, write_file
+from finetune.disk.metrics import MetricsFile, read
+from finetune.disk.run_folder import RunFolder, environment
 from finetune.errors import Incompatible
-from finetune.evaluate import Evaluation
+from finetune.evaluation.evaluate import Evaluation
+from finetune.evaluation.verdict import overfitting_verdict
 from finetune.events import Progress
-from finetune.forecast import starting_tokens
-from finetune.job import Job, Sink, account_of, identity_of, lora_spec, reporter, vocabulary_of
-from finetune.metrics import MetricsFile, read
-from finetune.report import Report, compare, load_evaluation, save_evaluation, write_report
-from finetune.run_folder import RunFolder, environment
-from finetune.train import Trainer
-from finetune.verdict import overfitting_verdict
+from finetune.report.report import Report, compare, load_evaluation, save_evaluation, write_report
+from finetune.training.budget import starting_tokens
+from finetune.training.job import Job, Sink, account_of, identity_of, lora_spec, reporter, vocabulary_of
+from finetune.training.loop import Trainer
 from finetune.watch import Watch, divergence
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

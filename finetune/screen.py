@@ -8,8 +8,8 @@ from typing import Protocol
 from rich.console import Console
 
 from finetune.events import Event
-from finetune.screen_live import LiveScreen
-from finetune.screen_plain import PlainScreen
+from finetune.report.live_screen import LiveScreen
+from finetune.report.screen import PlainScreen
 
 
 class Screen(Protocol):

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from finetune.manifest import newest_good
+from finetune.disk.manifest import newest_good
 
 EXIT_CODES = {
     0: "done", 1: "a crash, or a bug of ours", 2: "the recipe", 3: "the data", 4: "training diverged",

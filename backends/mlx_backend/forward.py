@@ -13,16 +13,16 @@ import mlx.nn as nn
 import numpy as np
 
 from backends.interface import Batch, Scores
+from backends.micro_batches import CPU_TOKENS, LOGITS, Rows, parts
 from backends.mlx_backend import attention, cpu_kernels, loss
 from backends.mlx_backend.attention import Attention
 from backends.mlx_backend.cpu_layers import spare_first_slopes
+from backends.mlx_backend.frozen import KeptBlocks, frozen_blocks
 from backends.mlx_backend.head import Head
-from backends.mlx_backend.kept import KeptBlocks, frozen_blocks
 from backends.mlx_backend.loss import ChunkedLoss
-from backends.mlx_backend.shared import caches_of, keeps_keys_and_values
+from backends.mlx_backend.prefix import caches_of, keeps_keys_and_values
 from backends.mlx_backend.tail import Tail
 from backends.mlx_backend.window import check_window
-from backends.parts import CPU_TOKENS, LOGITS, Rows, parts
 from backends.prefixes import joined
 
 # To find out with what holds for a model: three rows in which different places are asked for, after unlike prefixes.

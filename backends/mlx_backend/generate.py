@@ -12,7 +12,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from backends.mlx_backend.head import Head
-from backends.mlx_backend.shared import keeps_keys_and_values
+from backends.mlx_backend.prefix import keeps_keys_and_values
 from backends.sampling import Draws, groups, shared_start
 
 _DROPPED = 4  # rows are dropped once one in so many is finished: each time the cache is copied

@@ -17,7 +17,7 @@ from mlx_lm.utils import load_model
 
 from backends.interface import BackendError, ModelSpec
 from backends.mlx_backend.patch import subclassed
-from backends.model_files import legacy_rope, read_config
+from backends.model_folder import legacy_rope, read_config
 
 _BITS = 4
 _GROUPS = (64, 32)  # the finest scales that the width divides by, starting from the cheapest

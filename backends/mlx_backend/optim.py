@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from backends.adapter_state import MOMENTS
 from backends.interface import OptimSpec
-from backends.state import MOMENTS
 
 Tensors = dict[str, mx.array]
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from backends.adapter_state import adapter_shapes, fitting
 from backends.interface import (
     Batch,
     FloatArray,
@@ -33,9 +34,8 @@ from backends.mlx_backend.lora import DropoutKeys, attach
 from backends.mlx_backend.model import checkpoint_blocks, load
 from backends.mlx_backend.optim import Tensors, adamw
 from backends.mlx_backend.window import check_window, ignored_window
-from backends.model_files import lora_modules, read_config
+from backends.model_folder import lora_modules, read_config
 from backends.prefixes import joined, own_part
-from backends.state import adapter_shapes, fitting
 
 _NO_MEMORY = ("malloc", "insufficient memory", "out of memory", "unable to allocate")
 

@@ -12,10 +12,10 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from backends.interface import Batch, IntArray
 from backends.prefixes import joined
-from backends.torch_backend.kept import KeptPrefix
-from backends.torch_backend.loss import find_head
+from backends.torch_backend.frozen import KeptPrefix
+from backends.torch_backend.head import find_head
 from backends.torch_backend.patch import blocks_of
-from backends.torch_backend.shared import Start, attends_to_all
+from backends.torch_backend.prefix import Start, attends_to_all
 from backends.torch_backend.tail import Tail
 
 

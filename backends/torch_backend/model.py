@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from backends.interface import BackendError, ModelSpec
 from backends.memory import returning_freed
-from backends.model_files import read_config
+from backends.model_folder import read_config
 from backends.torch_backend.device import says_no_memory
 from backends.untrusted import needs_code
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from backends.adapter_state import adapter_shapes, fitting
 from backends.interface import (
     Batch,
     LoraSpec,
@@ -24,10 +25,9 @@ from backends.interface import (
     TrainState,
 )
 from backends.lora_init import initial_adapter
-from backends.model_files import lora_modules
-from backends.parts import CPU_TOKENS, parts
+from backends.micro_batches import CPU_TOKENS, parts
+from backends.model_folder import lora_modules
 from backends.prefixes import joined, own_part
-from backends.state import adapter_shapes, fitting
 from backends.torch_backend.attention import use_products
 from backends.torch_backend.device import (
     device_name,
@@ -44,7 +44,7 @@ from backends.torch_backend.layers import use_own_layers
 from backends.torch_backend.lora import Dropout, add_adapter
 from backends.torch_backend.model import load_frozen, scheme_of
 from backends.torch_backend.optim import AdamW
-from backends.torch_backend.shared import Start
+from backends.torch_backend.prefix import Start
 
 
 def probe() -> str | None:

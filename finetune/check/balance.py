@@ -11,7 +11,7 @@ from finetune.check.texts import content, everything, words
 from finetune.data.prepare import Source
 from finetune.data.records import Record
 from finetune.errors import RecipeError
-from finetune.recipe import Groups
+from finetune.recipe.schema import Groups
 
 PRIOR = 0.1  # the weight of the prior, as a share of all words
 TELLING = 3.0  # standard errors of the log-odds from which a word is shown

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from finetune.data.batches import groups, order, width
+from finetune.data.collate import groups, order, width
 from finetune.data.problems import Problem
-from finetune.recipe import Recipe
+from finetune.recipe.schema import Recipe
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
 BINS = 12

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.check.survey import Findings
 from finetune.data.problems import Problem
-from finetune.tokenizer import Tokenizer
+from finetune.data.tokenizer import Tokenizer
 
 
 def as_json(found: Findings, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from finetune.check.survey import Findings
 from finetune.check.tokens import REMEDIES, TokenCheck
 from finetune.data.encoding import harmless
 from finetune.data.problems import listed
+from finetune.data.tokenizer import Tokenizer
 from finetune.highlight import highlighted
-from finetune.tables import plain_page, shorten
-from finetune.tokenizer import Tokenizer
+from finetune.report.tables import plain_page, shorten
 
 SHOWN = 10  # rows of a list
 LABELS_SHOWN = 20

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from finetune.tokenizer import Tokenizer, special_texts
+from finetune.data.tokenizer import Tokenizer, special_texts
 
 
 @dataclass

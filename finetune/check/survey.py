@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends.model_files import lora_modules
+from backends.model_folder import lora_modules
 from finetune.check.balance import Balance, weigh
 from finetune.check.duplicates import Duplicates, find_duplicates
 from finetune.check.enough import Enough, judge
@@ -20,11 +20,11 @@ from finetune.data import split as parting
 from finetune.data.prepare import Gathered, Progress, gather
 from finetune.data.problems import Problem, listed, too_many
 from finetune.data.read import read
+from finetune.data.rows import Example
+from finetune.data.tokenizer import Tokenizer
 from finetune.errors import DataError
-from finetune.examples import Example
-from finetune.recipe import Recipe
-from finetune.schedule import make_plan
-from finetune.tokenizer import Tokenizer
+from finetune.recipe.schedule import make_plan
+from finetune.recipe.schema import Recipe
 
 _REMEDY = "mend its rows, add some, or raise train.max_length"
 
@@ -72,7 +72,7 @@ def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progre
     Raises DataError where the training file as a whole cannot be understood, RecipeError for settings that do
     not fit the rows.
     """
-    from finetune.job import vocabulary_of
+    from finetune.training.job import vocabulary_of
 
     progress("reading", 0, 1)
     trainable = _trainable(recipe, model)
@@ -154,7 +154,7 @@ def _words(rows: Gathered, tokenizer: Tokenizer, progress: Progress) -> tuple[Pe
 
 def _trainable(recipe: Recipe, model: Path) -> int:
     """Parameters of the adapter. Raises BackendError where lora.targets fit no layer."""
-    from finetune.job import lora_spec
+    from finetune.training.job import lora_spec
 
     modules = lora_modules(model, lora_spec(recipe))
     return sum(recipe.lora.rank * (out + inputs) for out, inputs in modules.values())

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.tokenise import Tokenised
-from finetune.tokenizer import Tokenizer, begin_tokens, encode_prompts, stop_tokens
+from finetune.data.loss_mask import Tokenised
+from finetune.data.tokenizer import Tokenizer, begin_tokens, encode_prompts, stop_tokens
 
 REMEDIES = {
     "token that the model lacks": "give the model its own tokenizer; a vocabulary is never enlarged here",

@@ -9,10 +9,10 @@ from finetune.check.tokens import TokenChecker
 from finetune.data.labels import LabelTokens, label_tokens, same_label_tokens
 from finetune.data.prepare import Chunk, Gathered, Progress, Source, example, tokenised
 from finetune.data.problems import Problem
+from finetune.data.rows import Example
+from finetune.data.tokenizer import Tokenizer
 from finetune.data.truncate import Fitted, fit
-from finetune.examples import Example
-from finetune.recipe import Recipe
-from finetune.tokenizer import Tokenizer
+from finetune.recipe.schema import Recipe
 
 SAMPLES = 3
 

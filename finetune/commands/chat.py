@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.disk.run_folder import open_existing
 from finetune.errors import DataError
-from finetune.recipe import Recipe
-from finetune.run_folder import open_existing
+from finetune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,11 +23,11 @@ class Speaker:
         run, self.recipe = open_existing(path)  # first: what is wrong with it needs none of the libraries below
         from backends import registry
         from backends.interface import TrainState
-        from finetune.adapter import read_adapter
-        from finetune.job import lora_spec, model_spec, optim_spec
+        from finetune.data.tokenizer import load_tokenizer, stop_tokens
+        from finetune.disk.adapter import read_adapter
+        from finetune.recipe.locate import model_folder
         from finetune.run import check_base
-        from finetune.sources import model_folder
-        from finetune.tokenizer import load_tokenizer, stop_tokens
+        from finetune.training.job import lora_spec, model_spec, optim_spec
 
         adapter = read_adapter(run.adapter)
         folder = model_folder(self.recipe.model)
@@ -51,7 +51,7 @@ def generate(path: Path, prompt: str, base: bool, temperature: float, max_tokens
     if not text.strip():
         raise DataError("the prompt is empty")
     speaker = Speaker(path, base, backend)
-    from finetune.data.render import question_tokens
+    from finetune.data.renderers import question_tokens
 
     tokens = question_tokens(speaker.recipe, speaker.tokenizer, [{"role": "user", "content": text}])
     print(speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed))
@@ -62,7 +62,7 @@ def chat(path: Path, base: bool, temperature: float, max_tokens: int, backend: s
     speaker = Speaker(path, base, backend)
     from rich.console import Console
 
-    from finetune.data.render import question_tokens
+    from finetune.data.renderers import question_tokens
 
     console, turns = Console(), 0
     messages: list[dict[str, str]] = []

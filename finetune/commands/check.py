@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from finetune.errors import DataError, RecipeError
-from finetune.recipe import Data, Model, Prompt, Recipe
-from finetune.recipe_file import load_recipe
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Data, Model, Prompt, Recipe
 
 RECIPES = (".yaml", ".yml")
 
@@ -22,12 +22,12 @@ def check(target: str, overrides: Sequence[str], json_file: Path | None) -> None
     Raises DataError, after everything is shown, where rows must be mended.
     """
     recipe = recipe_of(target, overrides)  # first: a mistake in it needs none of the libraries below
-    from finetune.atomic import write_file
     from finetune.check.record import as_json
     from finetune.check.show import show
     from finetune.check.survey import survey
-    from finetune.sources import model_folder
-    from finetune.tokenizer import load_tokenizer
+    from finetune.data.tokenizer import load_tokenizer
+    from finetune.disk.atomic import write_file
+    from finetune.recipe.locate import model_folder
 
     model = model_folder(recipe.model)
     tokenizer = load_tokenizer(model, recipe.model.remote_code)

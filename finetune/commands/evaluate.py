@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from finetune.run_folder import open_existing
+from finetune.disk.run_folder import open_existing
 
 
 def evaluate(path: Path, data: str | None, backend: str | None) -> None:
@@ -13,13 +13,13 @@ def evaluate(path: Path, data: str | None, backend: str | None) -> None:
     from rich.console import Console
 
     from backends.interface import TrainState
-    from finetune.adapter import read_adapter
-    from finetune.atomic import write_file
-    from finetune.job import load_job
-    from finetune.report import compare
+    from finetune.disk.adapter import read_adapter
+    from finetune.disk.atomic import write_file
+    from finetune.report.report import compare
+    from finetune.report.summary import print_comparison
     from finetune.run import base_weights, check_base
     from finetune.screen import open_screen
-    from finetune.summary import print_comparison
+    from finetune.training.job import load_job
 
     if data is not None:
         source = str(Path(data).resolve()) if Path(data).exists() else data

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from finetune.atomic import write_file
+from finetune.disk.atomic import write_file
 from finetune.errors import RecipeError
 
 _WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "~", ".inf", ".nan")  # not text to YAML

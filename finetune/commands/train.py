@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from finetune.recipe import Recipe
-from finetune.run_folder import RunFolder, create
+from finetune.disk.run_folder import RunFolder, create
+from finetune.recipe.schema import Recipe
 from finetune.supervisor import tell_run
 
 
@@ -57,11 +57,11 @@ def resume(run: RunFolder, recipe: Recipe, backend: str | None) -> None:
 
 def _go(recipe: Recipe, run: RunFolder | None, name: str) -> None:
     """One run, new or resumed; exits 130 or 143 after a checkpoint when a signal asked for it."""
-    from finetune.job import load_job
+    from finetune.report.summary import print_account, print_report
     from finetune.run import train_run
     from finetune.screen import open_screen
-    from finetune.summary import print_account, print_report
-    from finetune.train import Interrupted
+    from finetune.training.job import load_job
+    from finetune.training.loop import Interrupted
 
     with StopFlag().listening() as stop:
         job = load_job(recipe)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune.data.encoding import harmless
+from finetune.data.rows import Row
 from finetune.errors import DataError, RecipeError
-from finetune.examples import Row
 
 Format = Literal["classification", "prompt", "alpaca", "chat", "sharegpt", "text"]
 

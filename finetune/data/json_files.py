@@ -9,8 +9,8 @@ from typing import Any
 
 from finetune.data.encoding import bad_byte, refuse_bad_bytes
 from finetune.data.problems import Problem
+from finetune.data.rows import Row
 from finetune.errors import DataError
-from finetune.examples import Row
 
 Found = tuple[list[Row], list[Problem], list[str]]  # rows, bad rows, notes
 _WHITE = " \t\r\n"

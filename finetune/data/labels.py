@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from finetune.data.loss_mask import Tokenised, tokenise
 from finetune.data.problems import Problem
 from finetune.data.records import Record
 from finetune.data.rendered import Renderer
-from finetune.data.tokenise import Tokenised, tokenise
+from finetune.data.tokenizer import Tokenizer
 from finetune.errors import DataError, RecipeError
-from finetune.tokenizer import Tokenizer
 
 Labels = tuple[str, ...]
 LabelTokens = tuple[tuple[int, ...], ...]

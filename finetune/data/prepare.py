@@ -12,17 +12,17 @@ import numpy as np
 from finetune.data import split as parting
 from finetune.data.formats import Layout, recognise
 from finetune.data.labels import Labels, LabelTokens, find_labels, label_tokens, same_label_tokens, unknown_labels
+from finetune.data.loss_mask import Tokenised, tokenise
 from finetune.data.problems import Problem, listed, naming, settle, skipping, too_many
 from finetune.data.read import Rows, read
 from finetune.data.records import Record, read_records
-from finetune.data.render import make_renderer
 from finetune.data.rendered import Rendered, Renderer
-from finetune.data.tokenise import Tokenised, tokenise
+from finetune.data.renderers import make_renderer
+from finetune.data.rows import Dataset, Example, Prepared
+from finetune.data.tokenizer import Tokenizer, stop_tokens
 from finetune.data.truncate import Fitted, fit
 from finetune.errors import DataError, RecipeError
-from finetune.examples import Dataset, Example, Prepared
-from finetune.recipe import Data, Recipe
-from finetune.tokenizer import Tokenizer, stop_tokens
+from finetune.recipe.schema import Data, Recipe
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 Task = Literal["classification", "generation", "text"]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from finetune.data.encoding import harmless
 from finetune.errors import DataError
-from finetune.recipe import Recipe
+from finetune.recipe.schema import Recipe
 
 Problem = tuple[str, str]  # (place, reason with its remedy)
 OnError = Literal["stop", "skip"]

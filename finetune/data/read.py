@@ -12,9 +12,9 @@ from typing import Any
 from finetune.data.encoding import decode, unusual
 from finetune.data.json_files import parse_json
 from finetune.data.problems import OnError, Problem, settle
+from finetune.data.rows import Row
 from finetune.data.table_files import parse_table
 from finetune.errors import DataError, EnvironmentProblem
-from finetune.examples import Row
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _BUILTIN = "builtin:"

@@ -10,7 +10,7 @@ from finetune.data.conversations import Message, read_messages, read_tools
 from finetune.data.encoding import check_text
 from finetune.data.formats import ANSWER, REQUIRED, Layout
 from finetune.data.problems import Problem
-from finetune.examples import Row
+from finetune.data.rows import Row
 
 
 class BadRow(ValueError):

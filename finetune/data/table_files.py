@@ -9,8 +9,8 @@ from typing import Any
 
 from finetune.data.encoding import harmless, refuse_bad_bytes
 from finetune.data.problems import Problem
+from finetune.data.rows import Row
 from finetune.errors import DataError
-from finetune.examples import Row
 
 _CELL_LIMIT = 2**31 - 1  # the largest that every platform's csv module takes
 

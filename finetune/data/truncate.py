@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from finetune.data.loss_mask import Tokenised, tokenise
 from finetune.data.problems import Problem, settle
 from finetune.data.records import Record
 from finetune.data.rendered import Rendered, Renderer
-from finetune.data.tokenise import Tokenised, tokenise
-from finetune.tokenizer import Tokenizer, encode
+from finetune.data.tokenizer import Tokenizer, encode
 
 Policy = Literal["prompt", "end", "drop", "error"]
 

@@ -78,7 +78,7 @@ def write_model(case: Case, folder: Path) -> None:
 def examples(case: Case, step: int) -> Any:
     import numpy as np
 
-    from finetune.examples import Example
+    from finetune.data.rows import Example
 
     random = np.random.default_rng(step)
     shortest = case.length if case.steps == 2 else case.length // 2
@@ -117,11 +117,11 @@ def child(case: Case, backend: str, folder: Path) -> dict[str, int]:
     import finetune.run  # noqa: F401  (all that `finetune train` has loaded by then)
     from backends import registry
     from backends.interface import OptimSpec
-    from finetune import checkpoint
-    from finetune.data.batches import micro_batches
-    from finetune.scoring import row_losses
-    from finetune.sources import builtin
-    from finetune.tokenizer import load_tokenizer
+    from finetune.data.collate import micro_batches
+    from finetune.data.tokenizer import load_tokenizer
+    from finetune.disk import checkpoint
+    from finetune.evaluation.scoring import row_losses
+    from finetune.recipe.locate import builtin
 
     load_tokenizer(builtin("builtin:reviews-base"))
     peaks = Peaks()
@@ -157,7 +157,7 @@ def measured(case: Case, backend: str, folder: Path) -> dict[str, int]:
 def predicted(case: Case, backend: str, folder: Path) -> float:
     """The peak in bytes, as `finetune plan` has it: nothing is loaded."""
     from backends.memory_plan import Micro, footprint, read_architecture
-    from backends.model_files import lora_modules
+    from backends.model_folder import lora_modules
 
     model, lora = specs(case, folder)
     micro = Micro(min(case.rows, max(case.micro_tokens // case.length, 1)), case.length, case.rows * case.supervised)

@@ -11,7 +11,7 @@ from workloads import HELD, SHORT, TRAIN
 
 def recipe_of(task: Task) -> Any:
     """No validation but of two short rows before the first step and after the last, outside the timed steps."""
-    from finetune.recipe import Recipe
+    from finetune.recipe.schema import Recipe
 
     train, test, valid = (str(Path(task.data) / name) for name in (TRAIN, HELD, SHORT))
     settings = task.settings
@@ -89,10 +89,10 @@ def main() -> None:
     meter = Meter(task)
     for name in task.settings.get("patches", ()):
         PATCHES[name]()
-    from finetune.evaluate import evaluate
+    from finetune.evaluation.evaluate import evaluate
     from finetune.events import StepDone
-    from finetune.job import load_job
-    from finetune.train import Trainer
+    from finetune.training.job import load_job
+    from finetune.training.loop import Trainer
 
     job = load_job(recipe_of(task))
     session = job.open()

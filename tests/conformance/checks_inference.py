@@ -9,7 +9,7 @@ import pytest
 
 from backends.interface import BackendError, Batch, IncompatibleState, LoraSpec, Session, TrainState
 from backends.lora_init import initial_adapter
-from backends.model_files import lora_modules
+from backends.model_folder import lora_modules
 from backends.prefixes import joined, own_part
 from tests.conformance.toy import (
     DROPPING,

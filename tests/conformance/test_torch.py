@@ -21,7 +21,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from backends.torch_backend import forward as torch_forward
-from backends.torch_backend.loss import Head
+from backends.torch_backend.head import Head
 from tests.tiny_models import tiny_llama
 
 BATCH = toy_batch()

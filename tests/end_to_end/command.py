@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.disk.metrics import read
 from finetune.events import StepDone
-from finetune.metrics import read
 from tests.unit.toy_run import curve
 
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,9 @@ import pytest
 from backends.interface import Session
 from backends.prefixes import joined, own_part
 from finetune.events import StepDone, Validated
-from finetune.job import load_job
-from finetune.recipe_file import load_recipe
-from finetune.train import Trainer
+from finetune.recipe.load import load_recipe
+from finetune.training.job import load_job
+from finetune.training.loop import Trainer
 from tests.end_to_end.command import Work
 
 # Every row begins with it, so it is a prefix that the rows of a batch share.

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from backends import registry
-from finetune.data.batches import micro_batches, step_indices
+from finetune.data.collate import micro_batches, step_indices
 from finetune.data.prepare import prepare
-from finetune.examples import Prepared
-from finetune.job import lora_spec, model_spec, optim_spec
-from finetune.recipe import Recipe, Train
-from finetune.schedule import learning_rate, make_plan
-from finetune.sources import builtin, demo_recipe
-from finetune.tokenizer import load_tokenizer
+from finetune.data.rows import Prepared
+from finetune.data.tokenizer import load_tokenizer
+from finetune.recipe.locate import builtin, demo_recipe
+from finetune.recipe.schedule import learning_rate, make_plan
+from finetune.recipe.schema import Recipe, Train
+from finetune.training.job import lora_spec, model_spec, optim_spec
 
 REAL = [name for name in registry.NAMES if name != "reference"]
 STEPS = 100
@@ -26,7 +26,7 @@ BOUND = 1e-4  # relative difference of the loss, at every step
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    from finetune.recipe_file import load_recipe
+    from finetune.recipe.load import load_recipe
 
     # At the recipe's default rate: rounding differences grow from step to step, and the faster the higher the rate.
     changes = [f"train.steps={STEPS}", "train.epochs=", "quantize=none", "model.dtype=float32"]

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from finetune import checkpoint as checkpoints
-from finetune.metrics import MetricsFile
+from finetune.disk import checkpoint as checkpoints
+from finetune.disk.metrics import MetricsFile
 from tests.end_to_end.command import Work, ended, newest, same, wait_for
 from tests.end_to_end.test_run import RECIPE
 from tests.faults.cases import cases
@@ -23,7 +23,7 @@ from tests.unit.test_checkpoint import FILES
 
 SHORT = ["train.steps=12", "train.checkpoint_every=2", "evaluate.every=4", "--backend", "reference"]
 RUN_FILES = ("recipe.yaml", "identity.json", "environment.json", "data.json", "metrics.jsonl", "evaluation-base.json")
-WITHOUT_PLOTS = "from finetune import report; report.loss_plot = report.confusion_plot = lambda *_: None"
+WITHOUT_PLOTS = "from finetune.report import report; report.loss_plot = report.confusion_plot = lambda *_: None"
 Stopped = tuple[Work, Path, Path]  # the working folder, the run that nobody stopped, the run that was
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from finetune.checkpoint import load_newest, save
+from finetune.disk.checkpoint import load_newest, save
+from finetune.disk.metrics import MetricsFile, read
 from finetune.errors import DiskError
 from finetune.events import RunStarted
-from finetune.metrics import MetricsFile, read
 from tests.faults.cases import amounts, cases
 from tests.faults.toy import assert_same_end, run_to_the_end, start_or_resume
 from tests.unit.test_checkpoint import assert_same, checkpoint, names

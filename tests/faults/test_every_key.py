@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from backends.interface import BackendError
-from finetune.data.batches import micro_batches, step_indices
+from finetune.data.collate import micro_batches, step_indices
+from finetune.disk.run_folder import create
 from finetune.errors import FinetuneError
-from finetune.job import Job, load_job, model_spec
-from finetune.recipe import Recipe
-from finetune.recipe_file import check_recipe
+from finetune.recipe.load import check_recipe
+from finetune.recipe.schedule import learning_rate, make_plan
+from finetune.recipe.schema import Recipe
 from finetune.run import train_run
-from finetune.run_folder import create
-from finetune.schedule import learning_rate, make_plan
+from finetune.training.job import Job, load_job, model_spec
 from tests.unit.test_recipe import keys
 
 Values = dict[str, Any]  # dotted key -> value
@@ -147,7 +147,7 @@ def hub(world: World, values: Values) -> Any:
     """What the hub is asked for."""
     import huggingface_hub
 
-    from finetune.sources import model_folder
+    from finetune.recipe.locate import model_folder
 
     asked: list[Any] = []
 
@@ -183,7 +183,7 @@ def survey(world: World, values: Values) -> Any:
     """What `finetune check` says of the groups."""
     from finetune.check.balance import weigh
     from finetune.data.prepare import gather
-    from finetune.tokenizer import load_tokenizer
+    from finetune.data.tokenizer import load_tokenizer
 
     recipe = world.recipe(values)
     gathered = gather(recipe, load_tokenizer(world.models[0]), Path.cwd())
@@ -286,7 +286,7 @@ def test_a_change_of_the_key_changes_what_is_done(world: World, key: str) -> Non
 def test_a_key_that_is_read_by_nothing_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from finetune import job as jobs
+    from finetune.training import job as jobs
 
     real = jobs.optim_spec
     monkeypatch.setattr(jobs, "optim_spec", lambda recipe: replace(real(recipe), weight_decay=0.0))

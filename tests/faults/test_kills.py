@@ -20,9 +20,9 @@ import psutil
 import pytest
 
 from backends.interface import TrainState
-from finetune.checkpoint import Checkpoint
-from finetune.data.batches import micro_batches, step_indices
-from finetune.train import Trainer
+from finetune.data.collate import micro_batches, step_indices
+from finetune.disk.checkpoint import Checkpoint
+from finetune.training.loop import Trainer
 from tests.end_to_end.command import ROOT, Work, ended, losses, newest, same, steps_done, wait_for
 from tests.end_to_end.test_run import RECIPE
 from tests.faults.cases import cases

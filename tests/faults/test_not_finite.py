@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from finetune import checkpoint as checkpoints
+from finetune.disk import checkpoint as checkpoints
 from finetune.errors import Diverged
 from tests.end_to_end.command import Work
 from tests.faults.cases import cases

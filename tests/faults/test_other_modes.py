@@ -18,16 +18,16 @@ import pytest
 
 from backends import registry
 from backends.interface import Batch, LoraSpec, ModelSpec, OptimSpec
-from finetune import run_folder
-from finetune.data.batches import micro_batches
+from finetune.data.collate import micro_batches
+from finetune.data.rows import Example
+from finetune.disk import run_folder
+from finetune.disk.run_folder import create
 from finetune.errors import DataError, Incompatible
 from finetune.events import RunStarted, StepDone
-from finetune.examples import Example
-from finetune.job import load_job
-from finetune.recipe_file import check_recipe
+from finetune.recipe.load import check_recipe
 from finetune.run import train_run
-from finetune.run_folder import create
 from finetune.status import Status
+from finetune.training.job import load_job
 from tests.end_to_end.command import ROOT
 from tests.faults.test_every_key import World, models, world
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from finetune.disk.metrics import read
 from finetune.events import Validated
-from finetune.metrics import read
 from tests.faults.cases import cases
 from tests.faults.toy import losses, run_to_the_end
 from tests.unit.toy_run import session

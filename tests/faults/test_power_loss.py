@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune import atomic
-from finetune.checkpoint import Checkpoint, load_newest, save
+from finetune.disk import atomic
+from finetune.disk.checkpoint import Checkpoint, load_newest, save
+from finetune.disk.metrics import MetricsFile
 from finetune.errors import Incompatible
-from finetune.metrics import MetricsFile
 from tests.faults.cases import amounts
 from tests.faults.disk import Recorder, states
 from tests.faults.toy import assert_same_end, run_to_the_end

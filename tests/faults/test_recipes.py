@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from finetune.errors import RecipeError
-from finetune.recipe import Recipe
-from finetune.recipe_file import load_recipe
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Recipe
 from tests.faults.cases import amounts
 from tests.unit.test_recipe import keys
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from backends.interface import Session
-from finetune import checkpoint as checkpoints
+from finetune.disk import checkpoint as checkpoints
+from finetune.disk.metrics import MetricsFile, read
 from finetune.events import Event, Validated
-from finetune.metrics import MetricsFile, read
-from finetune.train import Trainer
+from finetune.training.loop import Trainer
 from tests.unit.toy_run import curve, recipe, session, trainer
 
 ACCUMULATING = {"micro_tokens": 40}  # two or three micro-batches a step

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from backends.activations import Activations
+from backends.kept_states import Activations
 
 
 def tokens(*values: int) -> np.ndarray:

@@ -14,11 +14,11 @@ from safetensors.numpy import save as serialise
 
 from backends.interface import FloatArray, TrainState
 from backends.memory_plan import UPDATE
-from finetune.atomic import new_folder, recover, write_file
-from finetune.checkpoint import Checkpoint, check_identity, load_newest, save
+from finetune.disk.atomic import new_folder, recover, write_file
+from finetune.disk.checkpoint import Checkpoint, check_identity, load_newest, save
+from finetune.disk.manifest import newest_good
+from finetune.disk.safetensors_file import tensor_pieces
 from finetune.errors import DiskError, Diverged, Incompatible
-from finetune.manifest import newest_good
-from finetune.tensor_file import tensor_pieces
 
 FILES = ("state.safetensors", "best.safetensors", "loop.json", "identity.json", "manifest.json")
 

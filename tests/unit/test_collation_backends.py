@@ -15,10 +15,10 @@ import pytest
 from backends import registry
 from backends.interface import Batch, Session
 from backends.prefixes import joined
-from finetune.job import load_job
-from finetune.recipe_file import check_recipe
+from finetune.disk.run_folder import create
+from finetune.recipe.load import check_recipe
 from finetune.run import train_run
-from finetune.run_folder import create
+from finetune.training.job import load_job
 from tests.unit.chat_families import FAMILIES, tokenizer_of
 from tests.unit.test_collation_families import talks
 from tests.unit.toy_run import Wrapped

@@ -20,11 +20,14 @@ import pytest
 from backends.interface import Batch
 from backends.prefixes import joined
 from finetune.check.tokens import TokenChecker
-from finetune.data import batches, chat, prepare, tokenise
-from finetune.data.tokenise import Tokenised
-from finetune.examples import Example
-from finetune.recipe import Recipe
-from finetune.recipe_file import check_recipe
+from finetune.data import chat_template as chat
+from finetune.data import collate as batches
+from finetune.data import loss_mask as tokenise
+from finetune.data import prepare
+from finetune.data.loss_mask import Tokenised
+from finetune.data.rows import Example
+from finetune.recipe.load import check_recipe
+from finetune.recipe.schema import Recipe
 from tests.faults.cases import amounts
 from tests.unit.chat_families import FAMILIES, Family, Piece, tokenizer_of
 

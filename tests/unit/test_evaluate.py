@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from backends.interface import Batch, Scores, Session, TrainState
-from finetune.data.batches import evaluation_batches
+from finetune.data.collate import evaluation_batches
+from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted
-from finetune.evaluate import Evaluation, evaluate
-from finetune.examples import Example
-from finetune.scoring import choose_labels, row_losses, scored, write_answers
+from finetune.evaluation.evaluate import Evaluation, evaluate
+from finetune.evaluation.scoring import choose_labels, row_losses, scored, write_answers
 from tests.unit.toy_run import LABEL_TOKENS, LABELS, STOP, Small, Wrapped, dataset, prepared, session
 
 ROWS = 23

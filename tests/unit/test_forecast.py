@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from backends.interface import LoraSpec
-from finetune import forecast
 from finetune.commands.plan import forecast as table
-from finetune.data.batches import micro_batches, step_indices
-from finetune.examples import Example
-from finetune.forecast import LEAST, MACHINES, Workload, fitting_tokens, here, largest_micro, on, starting_tokens
-from finetune.recipe import MICRO_TOKENS
-from finetune.recipe_file import check_recipe
+from finetune.data.collate import micro_batches, step_indices
+from finetune.data.rows import Example
+from finetune.recipe.load import check_recipe
+from finetune.recipe.schema import MICRO_TOKENS
+from finetune.training import budget as forecast
+from finetune.training.budget import LEAST, MACHINES, Workload, fitting_tokens, here, largest_micro, on, starting_tokens
 from tests.unit.test_memory_plan import FLOAT, HALF, architecture, model_folder
 
 LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=40)

@@ -16,12 +16,12 @@ from safetensors.numpy import save
 
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec
-from backends.model_files import lora_modules
+from backends.model_folder import lora_modules
 from backends.untrusted import check_folder
-from finetune import checkpoint as checkpoints
-from finetune.adapter import read_adapter
+from finetune.data.tokenizer import encode_prompt, load_tokenizer, stop_tokens
+from finetune.disk import checkpoint as checkpoints
+from finetune.disk.adapter import read_adapter
 from finetune.run import check_base
-from finetune.tokenizer import encode_prompt, load_tokenizer, stop_tokens
 from tests.unit.hostile import (
     CONFIG,
     damaged_json,

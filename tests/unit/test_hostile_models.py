@@ -16,10 +16,10 @@ import pytest
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec
 from backends.untrusted import validate
+from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import RecipeError
-from finetune.recipe import Model
-from finetune.sources import model_folder
-from finetune.tokenizer import load_tokenizer
+from finetune.recipe.locate import model_folder
+from finetune.recipe.schema import Model
 from tests.unit.hostile import harmless, no_network, refused  # noqa: F401
 
 REAL = [name for name in registry.NAMES if name != "reference"]

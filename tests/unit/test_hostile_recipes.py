@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.recipe_file import load_recipe
+from finetune.recipe.load import load_recipe
 from tests.unit.hostile import refused
 
 BOMB = "a: &a [x, x]\n" + "".join(

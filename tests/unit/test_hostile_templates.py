@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from finetune.data import sandbox
-from finetune.data.chat import DATE, PLAIN_CHAT
+from finetune.data import template_sandbox as sandbox
+from finetune.data.chat_template import DATE, PLAIN_CHAT
 from finetune.errors import EnvironmentProblem
 from tests.unit.data.toy_tokenizers import TEMPLATES, byte_level
 from tests.unit.hostile import SECONDS, harmless, refused
@@ -146,7 +146,7 @@ def test_the_child_can_open_no_file_and_no_socket_and_has_no_secrets(monkeypatch
     monkeypatch.setenv("HF_TOKEN", "canary")
     start = """
 import os, socket, sys
-from finetune.data import sandbox_child as child
+from finetune.data import template_child as child
 child._restrict()
 done = [os.environ.get("HF_TOKEN", "")]
 for use in (lambda: open("/etc/passwd"), lambda: open("canary", "w"), socket.socket):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.model_files import tensor_shapes
+from backends.model_folder import tensor_shapes
 from tests.tiny_models import tiny_llama
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells this")

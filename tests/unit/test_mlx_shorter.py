@@ -13,8 +13,8 @@ nn = pytest.importorskip("mlx.nn")
 rope_utils = pytest.importorskip("mlx_lm.models.rope_utils")
 pytest.importorskip("torch")
 
-from backends.activations import Activations  # noqa: E402
 from backends.interface import BackendError, Batch, LoraSpec, ModelSpec, OptimSpec  # noqa: E402
+from backends.kept_states import Activations  # noqa: E402
 from backends.mlx_backend import attention as mlx_attention  # noqa: E402
 from backends.mlx_backend import cpu_kernels as mlx_numpy  # noqa: E402
 from backends.mlx_backend import loss as mlx_loss  # noqa: E402

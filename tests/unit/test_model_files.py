@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from backends.model_files import legacy_rope, read_config
+from backends.model_folder import legacy_rope, read_config
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from finetune.events import StepDone, Validated
-from finetune.plot import BLOCKS, LONGEST_LABEL, MOST_LABELS, confusion_plot, loss_plot, smooth, sparkline
+from finetune.report.plot import BLOCKS, LONGEST_LABEL, MOST_LABELS, confusion_plot, loss_plot, smooth, sparkline
 
 
 def steps(n: int) -> list[StepDone]:

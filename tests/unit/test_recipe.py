@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from finetune.errors import RecipeError
-from finetune.recipe import Recipe
-from finetune.recipe_file import dump_recipe, load_recipe
+from finetune.recipe.load import dump_recipe, load_recipe
+from finetune.recipe.schema import Recipe
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 LEAST = "model:\n  path: builtin:reviews-base\ndata:\n  train: builtin:reviews/train.jsonl\n"

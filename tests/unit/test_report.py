@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 
 from backends.interface import Session
-from finetune import job as jobs
 from finetune.commands.train import StopFlag
+from finetune.disk.metrics import read
+from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Diverged, Incompatible
-from finetune.evaluate import Evaluation, RowResult
+from finetune.evaluation.evaluate import Evaluation, RowResult
+from finetune.evaluation.intervals import mcnemar_exact
 from finetune.events import Event, Progress, StepDone
-from finetune.job import Job, load_job
-from finetune.metrics import read
-from finetune.recipe import Recipe
-from finetune.recipe_file import check_recipe, dump_recipe, load_recipe
-from finetune.report import compare, load_evaluation, save_evaluation
+from finetune.recipe.load import check_recipe, dump_recipe, load_recipe
+from finetune.recipe.schema import Recipe
+from finetune.report.report import compare, load_evaluation, save_evaluation
 from finetune.run import train_run
-from finetune.run_folder import RunFolder, create
-from finetune.statistics import mcnemar_exact
-from finetune.train import Interrupted
+from finetune.training import job as jobs
+from finetune.training.job import Job, load_job
+from finetune.training.loop import Interrupted
 from tests.unit.toy_run import Poisoned, Wrapped, curve
 
 
@@ -170,7 +170,7 @@ def test_without_a_base_measurement_only_the_tuned_model_is_reported(recipe: Rec
 
 
 def test_brackets_in_a_rows_words_are_only_words(recipe: Recipe, tmp_path: Path) -> None:
-    from finetune.summary import account_table, print_account
+    from finetune.report.summary import account_table, print_account
 
     bad = tmp_path / "[red] rows [b].jsonl"
     bad.write_text((tmp_path / "train.jsonl").read_text() + '{"text": "a", "label": "[/nothing]"}\n')
@@ -220,7 +220,7 @@ def test_killed_while_the_report_is_written_it_is_written_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"finetune.{'summary' if killed_at == 'as_text' else 'report'}.{killed_at}", kill)
+        patch.setattr(f"finetune.report.{'summary' if killed_at == 'as_text' else 'report'}.{killed_at}", kill)
         with pytest.raises(KeyboardInterrupt):
             train_run(load_job(recipe), run, Sink(), lambda: False)
     assert not run.report.exists(), "the run would pass for finished"

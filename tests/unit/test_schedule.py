@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.schedule import learning_rate, make_plan
+from finetune.recipe.schedule import learning_rate, make_plan
 from tests.unit.toy_run import recipe
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from finetune import tables
+from finetune.disk.metrics import MetricsFile, read
 from finetune.errors import Incompatible
 from finetune.events import (
     CheckpointSaved,
@@ -27,10 +27,10 @@ from finetune.events import (
     StoppedEarly,
     Validated,
 )
-from finetune.metrics import MetricsFile, read
+from finetune.report import tables
+from finetune.report.live_screen import LiveScreen
+from finetune.report.screen import PlainScreen
 from finetune.screen import open_screen
-from finetune.screen_live import LiveScreen
-from finetune.screen_plain import PlainScreen
 from finetune.status import Status, amount, duration
 
 WIDTHS = [40, 80, 200]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import RecipeError
-from finetune.recipe_file import load_recipe
+from finetune.recipe.load import load_recipe
 from tests.end_to_end.command import Work
 
 NAMES = (

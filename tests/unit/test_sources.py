@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import EnvironmentProblem, FinetuneError, RecipeError
-from finetune.recipe import Model
-from finetune.sources import builtin, demo_recipe, model_folder
+from finetune.recipe.locate import builtin, demo_recipe, model_folder
+from finetune.recipe.schema import Model
 
 
 def refused(path: str, kind: type[FinetuneError] = RecipeError) -> str:

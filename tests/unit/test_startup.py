@@ -74,7 +74,7 @@ def test_help_of_a_command_loads_nothing_of_it(folder: Path, command: str) -> No
 def test_a_mistake_in_a_recipe_needs_only_what_reads_recipes(folder: Path, arguments: tuple[str, ...]) -> None:
     found = loaded(folder, *arguments, code=2)
     assert not packages(found) & (HEAVY | {"rich", "backends"})
-    assert not {one for one in found if one.startswith(("finetune.data", "finetune.train", "finetune.job"))}
+    assert not {one for one in found if one.startswith(("finetune.data", "finetune.training"))}
 
 
 def test_a_mistake_in_a_checked_recipe(folder: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from finetune.statistics import (
+from finetune.evaluation.intervals import (
     confusion_matrix,
     macro_f1,
     mcnemar_exact,

@@ -13,7 +13,7 @@ import torch
 from backends.interface import Batch, LoraSpec, ModelSpec, OptimSpec
 from backends.prefixes import joined
 from backends.torch_backend import forward as torch_forward
-from backends.torch_backend import kept as torch_kept
+from backends.torch_backend import frozen as torch_kept
 from backends.torch_backend import tail as torch_tail
 from backends.torch_backend.session import TorchSession
 from tests.conformance.toy import close, prefixed, random_adapter, toy_batch

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from backends.torch_backend import loss as torch_loss
-from backends.torch_backend.loss import Head, find_head
+from backends.torch_backend import head as torch_loss
+from backends.torch_backend.head import Head, find_head
 from tests.tiny_models import FAMILIES, family
 
 FORMS = [

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from backends.interface import IncompatibleState, LoraSpec, ModelSpec, OptimSpec
 from backends.reference import open as open_reference
-from finetune import checkpoint as checkpoints
+from finetune.disk import checkpoint as checkpoints
+from finetune.disk.metrics import MetricsFile, read
 from finetune.errors import Diverged, MemoryExhausted
 from finetune.events import (
     CheckpointSaved,
@@ -27,8 +28,7 @@ from finetune.events import (
     StoppedEarly,
     Validated,
 )
-from finetune.metrics import MetricsFile, read
-from finetune.train import Interrupted, LoopState, Trainer
+from finetune.training.loop import Interrupted, LoopState, Trainer
 from tests.unit.toy_run import Poisoned, Small, curve, model_folder, prepared, recipe, session, trainer
 
 STEPS = 8  # of toy_run's recipe

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.evaluate import Evaluation, RowResult
+from finetune.evaluation.evaluate import Evaluation, RowResult
+from finetune.evaluation.intervals import mcnemar_exact, wilson_interval
+from finetune.evaluation.verdict import comparison_verdict, overfitting_verdict
 from finetune.events import Validated
-from finetune.statistics import mcnemar_exact, wilson_interval
-from finetune.verdict import comparison_verdict, overfitting_verdict
 
 
 def table(*rows: tuple[float | None, float], start: int = 0, per_epoch: int = 1) -> list[Validated]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from finetune.disk.run_folder import create
 from finetune.events import Event, Progress, StepDone, Validated
-from finetune.job import load_job, vocabulary_of
 from finetune.run import train_run
-from finetune.run_folder import create
+from finetune.training.job import load_job, vocabulary_of
 from finetune.watch import IN_A_ROW, Watch, divergence
 from tests.unit.test_report import model, recipe
 from tests.unit.toy_run import Wrapped

@@ -12,11 +12,11 @@ import numpy as np
 
 from backends import registry
 from backends.interface import Batch, LoraSpec, ModelSpec, NonFinite, OptimSpec, OutOfMemory, Scores, Session
+from finetune.data.rows import Dataset, Example, Prepared
 from finetune.events import StepDone
-from finetune.examples import Dataset, Example, Prepared
-from finetune.recipe import Recipe
-from finetune.recipe_file import check_recipe
-from finetune.train import Trainer
+from finetune.recipe.load import check_recipe
+from finetune.recipe.schema import Recipe
+from finetune.training.loop import Trainer
 
 LABELS = ("no", "yes", "perhaps")
 LABEL_TOKENS = ((5,), (6, 7), (6, 8, 9))

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from finetune.check.show import show
 from finetune.check.survey import Findings, survey
-from finetune.recipe import Recipe
-from finetune.sources import builtin
+from finetune.recipe.locate import builtin
+from finetune.recipe.schema import Recipe
 
 MODEL = builtin("builtin:reviews-base")
 WORDS = [

@@ -13,7 +13,7 @@ from finetune.check.lengths import histogram, measure, padding
 from finetune.data.prepare import Source
 from finetune.data.records import Record
 from finetune.errors import RecipeError
-from finetune.recipe import Recipe
+from finetune.recipe.schema import Recipe
 
 
 def recipe(**train: int) -> Recipe:

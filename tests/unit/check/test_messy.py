@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError
-from finetune.tokenizer import load_tokenizer
 from tests.unit.check.surveys import MODEL, page, recipe, rows, surveyed
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from finetune.check.record import as_json, headline
 from finetune.check.specials import special_pattern
-from finetune.tokenizer import load_tokenizer
+from finetune.data.tokenizer import load_tokenizer
 from tests.unit.check.surveys import MODEL, page, recipe, rows, surveyed, write
 from tests.unit.data.toy_tokenizers import CHATML, byte_level
 

@@ -10,11 +10,11 @@ import pytest
 from finetune.check.record import as_json
 from finetune.check.tokens import TokenChecker
 from finetune.commands.check import check, recipe_of
+from finetune.data.loss_mask import tokenise
 from finetune.data.records import Record
 from finetune.data.rendered import Rendered
-from finetune.data.tokenise import tokenise
+from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError, RecipeError
-from finetune.tokenizer import load_tokenizer
 from tests.unit.check.surveys import MODEL, WORDS, page, recipe, rows, surveyed, write
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.prefixes import joined
-from finetune.data.batches import (
+from finetune.data.collate import (
     BATCH_COST,
     collate,
     evaluation_batches,
@@ -22,7 +22,7 @@ from finetune.data.batches import (
     step_indices,
     width,
 )
-from finetune.examples import Example
+from finetune.data.rows import Example
 
 lengths = st.lists(st.integers(2, 70), min_size=1, max_size=40)
 

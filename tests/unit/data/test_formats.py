@@ -7,8 +7,8 @@ import pytest
 from finetune.data.conversations import read_messages, read_tools
 from finetune.data.formats import recognise
 from finetune.data.records import read_records
+from finetune.data.rows import Row
 from finetune.errors import DataError, RecipeError
-from finetune.examples import Row
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 

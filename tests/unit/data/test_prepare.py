@@ -14,9 +14,9 @@ from toy_tokenizers import CHATML, MISTRAL, QWEN3, all_kinds, byte_level, metasp
 from transformers import PreTrainedTokenizerFast
 
 from finetune.data.prepare import prepare
-from finetune.data.render import question_tokens
+from finetune.data.renderers import question_tokens
 from finetune.errors import DataError, RecipeError
-from finetune.recipe import Recipe
+from finetune.recipe.schema import Recipe
 
 REVIEWS = [{"text": f"film {n} is {'good' if n % 2 else 'bad'}", "label": n % 2} for n in range(40)]
 CHAT = [

@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from toy_tokenizers import BARE, BROKEN, CHATML, GEMMA, LLAMA3, MISTRAL, QWEN3, TEMPLATES, all_kinds, byte_level
 
-from finetune.data.chat import PLAIN_CHAT, ChatRenderer
+from finetune.data.chat_template import PLAIN_CHAT, ChatRenderer
+from finetune.data.column_template import ALPACA, PLAIN, TemplateRenderer
+from finetune.data.loss_mask import Tokenised, tokenise
 from finetune.data.records import Record
 from finetune.data.rendered import Rendered
-from finetune.data.templates import ALPACA, PLAIN, TemplateRenderer
-from finetune.data.tokenise import Tokenised, tokenise
+from finetune.data.tokenizer import begin_tokens, encode_prompt, stop_tokens
 from finetune.errors import RecipeError
-from finetune.tokenizer import begin_tokens, encode_prompt, stop_tokens
 
 KINDS = all_kinds()
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30).filter(str.strip)

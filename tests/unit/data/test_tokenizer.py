@@ -7,8 +7,8 @@ import json
 import pytest
 from toy_tokenizers import CHATML, GEMMA, byte_level, metaspace
 
+from finetune.data.tokenizer import begin_tokens, encode_prompt, load_tokenizer, stop_tokens
 from finetune.errors import EnvironmentProblem
-from finetune.tokenizer import begin_tokens, encode_prompt, load_tokenizer, stop_tokens
 
 
 def test_a_folder_gives_the_same_tokenizer_back(tmp_path):

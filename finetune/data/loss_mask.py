@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 
 from finetune.data.rendered import Rendered, Span
+from finetune.data.tokenizer import Encoded, Tokenizer, begin_tokens, encode, encode_prompts, with_begin
 from finetune.errors import RecipeError
-from finetune.tokenizer import Encoded, Tokenizer, begin_tokens, encode, encode_prompts, with_begin
 
 
 @dataclass(frozen=True)

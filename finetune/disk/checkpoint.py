@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from backends.interface import FloatArray, TrainState
-from finetune.atomic import disk_errors, new_folder, recover, write_pieces
+from finetune.disk.atomic import disk_errors, new_folder, recover, write_pieces
+from finetune.disk.manifest import MANIFEST, Broken, Tally, json_bytes, manifest_of, newest_first, read_verified, verify
+from finetune.disk.safetensors_file import tensor_pieces
 from finetune.errors import Diverged, Incompatible
-from finetune.manifest import MANIFEST, Broken, Tally, json_bytes, manifest_of, newest_first, read_verified, verify
-from finetune.tensor_file import tensor_pieces
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from backends.memory_plan import (
     footprint,
     read_architecture,
 )
-from backends.model_files import lora_modules
+from backends.model_folder import lora_modules
 from backends.rate import measured_rate
-from finetune.data.batches import groups, step_indices, width
+from finetune.data.collate import groups, step_indices, width
+from finetune.data.rows import Example
 from finetune.events import Progress
-from finetune.examples import Example
-from finetune.job import Job, Sink, lora_spec, model_spec
-from finetune.recipe import MICRO_TOKENS, Recipe
-from finetune.schedule import make_plan
+from finetune.recipe.schedule import make_plan
+from finetune.recipe.schema import MICRO_TOKENS, Recipe
+from finetune.training.job import Job, Sink, lora_spec, model_spec
 
 SAMPLED = 64  # steps whose micro-batches are looked at; the one with the longest row is always among them
 LEAST, MOST = 64, 2**17  # tokens at a time that `auto` chooses from

@@ -12,10 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetune.atomic import make_folder, sync_directory, write_file
+from finetune.disk.atomic import make_folder, sync_directory, write_file
 from finetune.errors import Incompatible, RecipeError
-from finetune.recipe import Recipe
-from finetune.recipe_file import dump_recipe, load_recipe
+from finetune.recipe.load import dump_recipe, load_recipe
+from finetune.recipe.schema import Recipe
 
 _LIBRARIES = ("numpy", "torch", "transformers", "bitsandbytes", "mlx", "mlx-lm", "safetensors", "tokenizers")
 

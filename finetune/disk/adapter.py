@@ -20,9 +20,9 @@ from safetensors.numpy import load_file
 
 from backends.interface import BackendError, FloatArray, LoraSpec
 from backends.untrusted import read_object, validate
-from finetune.atomic import write_pieces
+from finetune.disk.atomic import write_pieces
+from finetune.disk.safetensors_file import tensor_pieces
 from finetune.errors import Incompatible
-from finetune.tensor_file import tensor_pieces
 
 PEFT_FILE, MLX_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."

@@ -8,9 +8,9 @@ import numpy as np
 
 from backends.interface import Batch, OutOfMemory, Session
 from backends.sampling import PROMPTS_TOGETHER
-from finetune.data.batches import evaluation_batches, halve, label_batches
+from finetune.data.collate import evaluation_batches, halve, label_batches
+from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted
-from finetune.examples import Example
 
 Report = Callable[[str, int, int], None]  # what, done, total
 Scored = tuple[list[int], Batch, np.ndarray, np.ndarray]  # row numbers, batch, logprob [B, T], greedy [B, T]

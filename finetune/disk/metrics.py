@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from finetune.atomic import disk_errors, write_file
+from finetune.disk.atomic import disk_errors, write_file
 from finetune.errors import Incompatible
 from finetune.events import Event, StepDone
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from finetune.evaluation.intervals import weighted_mean_interval
 from finetune.events import Validated
-from finetune.statistics import weighted_mean_interval
 
 if TYPE_CHECKING:
-    from finetune.evaluate import Evaluation
+    from finetune.evaluation.evaluate import Evaluation
 
 RISE = 0.01  # of the lowest validation loss: a smaller rise is taken for noise
 SIGNIFICANT = 0.05

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from backends.parts import LOGITS
+from backends.micro_batches import LOGITS
 from backends.torch_backend.patch import forward_as
 
 

@@ -11,17 +11,17 @@ from typing import Any
 
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec, Session
-from backends.model_files import fingerprint, read_config, tensor_shapes
+from backends.model_folder import fingerprint, read_config, tensor_shapes
 from finetune.data.prepare import prepare
+from finetune.data.rows import Dataset, Prepared
+from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import Diverged, Incompatible
-from finetune.evaluate import Evaluation, evaluate
+from finetune.evaluation.evaluate import Evaluation, evaluate
+from finetune.evaluation.scoring import Report
 from finetune.events import Event, Progress
-from finetune.examples import Dataset, Prepared
-from finetune.recipe import Recipe
-from finetune.scoring import Report
-from finetune.sources import model_folder
-from finetune.tokenizer import load_tokenizer
-from finetune.train import Interrupted
+from finetune.recipe.locate import model_folder
+from finetune.recipe.schema import Recipe
+from finetune.training.loop import Interrupted
 
 Sink = Callable[[Event], None]
 # Keys that change where or how fast a run goes, or whose effect the digests of rows and weights already hold.

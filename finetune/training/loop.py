@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from backends.interface import Batch, FloatArray, NonFinite, OutOfMemory, Session, StepResult
-from finetune import checkpoint as checkpoints
-from finetune.data.batches import micro_batches, step_indices
+from finetune.data.collate import micro_batches, step_indices
+from finetune.data.rows import Prepared
+from finetune.disk import checkpoint as checkpoints
 from finetune.errors import Diverged, MemoryExhausted
-from finetune.evaluate import Evaluation, evaluate
+from finetune.evaluation.evaluate import Evaluation, evaluate
+from finetune.evaluation.scoring import Report
 from finetune.events import (
     CheckpointSaved,
     Event,
@@ -24,10 +26,8 @@ from finetune.events import (
     StoppedEarly,
     Validated,
 )
-from finetune.examples import Prepared
-from finetune.recipe import Recipe
-from finetune.schedule import Plan, learning_rate, make_plan
-from finetune.scoring import Report
+from finetune.recipe.schedule import Plan, learning_rate, make_plan
+from finetune.recipe.schema import Recipe
 
 
 class Interrupted(Exception):

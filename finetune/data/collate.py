@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.interface import Batch, IntArray
-from finetune.examples import Example
+from finetune.data.rows import Example
 
 WIDTHS = 8  # widths are rounded up to a multiple: fewer different shapes to compile for
 SHARED_AT_LEAST = 32  # tokens; a shorter prefix saves less than a second pass through the model costs

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from finetune.atomic import write_file
+from finetune.disk.atomic import write_file
+from finetune.evaluation.verdict import overfitting_verdict
 from finetune.events import StepDone, Validated
-from finetune.verdict import overfitting_verdict
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 BLOCKS = "▁▂▃▄▅▆▇█"

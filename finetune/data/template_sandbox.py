@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from finetune.data.sandbox_child import most, receive, send
+from finetune.data.template_child import most, receive, send
 from finetune.errors import EnvironmentProblem
 
 SECONDS = 0.5  # of processor time, for one conversation; honest ones take thousandths
@@ -73,7 +73,7 @@ def render(
     return found
 
 
-_START = "from finetune.data.sandbox_child import serve; serve()"
+_START = "from finetune.data.template_child import serve; serve()"
 _REMEDY = "look at it, and give the model another one, or set prompt.template: plain"
 _lock = threading.Lock()
 _child: _Child | None = None

@@ -17,7 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, StreamEndEvent
 
 from finetune.errors import RecipeError
-from finetune.recipe import Recipe
+from finetune.recipe.schema import Recipe
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 200_000, 5_000, 20  # a recipe is a page; what goes beyond is something else
 # Tokens of the hub, OpenAI and Anthropic, GitHub, AWS, Slack, Google, and a password in an address.

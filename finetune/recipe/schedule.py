@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from finetune.recipe import Recipe
+from finetune.recipe.schema import Recipe
 
 DEFAULT_EPOCHS = 3
 

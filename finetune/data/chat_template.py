@@ -8,11 +8,11 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from finetune.data import sandbox
+from finetune.data import template_sandbox as sandbox
+from finetune.data.column_template import LossOn, Pieces, fill_answer
 from finetune.data.records import Record
 from finetune.data.rendered import Rendered, Span
-from finetune.data.templates import LossOn, Pieces, fill_answer
-from finetune.tokenizer import Tokenizer, end_of_turn, special_texts
+from finetune.data.tokenizer import Tokenizer, end_of_turn, special_texts
 
 # For models without a chat template, on request.
 PLAIN_CHAT = (

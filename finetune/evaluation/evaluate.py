@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from backends.interface import Session
-from finetune.examples import Dataset, Prepared
-from finetune.scoring import Report, choose_labels, row_losses, write_answers
-from finetune.statistics import confusion_matrix, macro_f1, per_class, wilson_interval
+from finetune.data.rows import Dataset, Prepared
+from finetune.evaluation.intervals import confusion_matrix, macro_f1, per_class, wilson_interval
+from finetune.evaluation.scoring import Report, choose_labels, row_losses, write_answers
 
 
 @dataclass(frozen=True)

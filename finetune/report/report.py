@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.atomic import write_file
-from finetune.evaluate import Evaluation, RowResult
+from finetune.disk.atomic import write_file
+from finetune.disk.metrics import read
+from finetune.disk.run_folder import RunFolder
+from finetune.evaluation.evaluate import Evaluation, RowResult
+from finetune.evaluation.intervals import mcnemar_exact
+from finetune.evaluation.verdict import Overfitting, comparison_verdict
 from finetune.events import StepDone, Validated
-from finetune.metrics import read
-from finetune.plot import confusion_plot, loss_plot
-from finetune.run_folder import RunFolder
-from finetune.statistics import mcnemar_exact
-from finetune.verdict import Overfitting, comparison_verdict
+from finetune.report.plot import confusion_plot, loss_plot
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def compare(base: Evaluation, tuned: Evaluation) -> Comparison:
 
 def write_report(run: RunFolder, report: Report) -> None:
     """report.txt (the tables), rows.jsonl, the plots, and report.json last: it says that the run is finished."""
-    from finetune.summary import as_text
+    from finetune.report.summary import as_text
 
     write_file(run.path / "report.txt", as_text(report))
     write_file(run.path / "rows.jsonl", _rows(report))

@@ -13,10 +13,10 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from finetune.events import Event, Progress, RunStarted, StepDone
-from finetune.plot import sparkline
-from finetune.screen_plain import note_line
+from finetune.report.plot import sparkline
+from finetune.report.screen import note_line
+from finetune.report.tables import epoch_table
 from finetune.status import Status, amount, duration
-from finetune.tables import epoch_table
 
 REFRESH = 0.1  # seconds between two frames
 CHROME = 15  # lines of a frame that are not the newest epochs, where the terminal is 40 columns wide

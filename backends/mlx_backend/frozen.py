@@ -11,8 +11,8 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.activations import Activations
 from backends.interface import Batch, IntArray
+from backends.kept_states import Activations
 from backends.mlx_backend.lora import AdaptedLinear
 from backends.mlx_backend.patch import subclassed
 

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from finetune.errors import EnvironmentProblem, RecipeError
-from finetune.recipe import Model
+from finetune.recipe.schema import Model
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -23,8 +23,8 @@ def builtin(reference: str) -> Path:
 
 def demo_recipe() -> Path:
     """configs/demo.yaml, from the installed package or from the repository."""
-    installed = Path(__file__).parent / "configs" / "demo.yaml"
-    return installed if installed.exists() else Path(__file__).parents[1] / "configs" / "demo.yaml"
+    installed = Path(__file__).parents[1] / "configs" / "demo.yaml"
+    return installed if installed.exists() else Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 
 def model_folder(model: Model) -> Path:

@@ -1,4 +1,4 @@
-"""The child process of `finetune.data.sandbox`: it renders what it is sent, and can do nothing else."""
+"""The child process of `finetune.data.template_sandbox`: it renders what it is sent, and can do nothing else."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.untrusted import check_folder, needs_code, read_object
-from finetune.data import sandbox
+from finetune.data import template_sandbox as sandbox
 from finetune.errors import EnvironmentProblem
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase, which is not imported here

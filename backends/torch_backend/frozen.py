@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.activations import Activations
 from backends.interface import Batch, IntArray
+from backends.kept_states import Activations
 from backends.torch_backend.patch import blocks_of, forward_as
 
 

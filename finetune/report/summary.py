@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.evaluate import Evaluation
-from finetune.examples import Prepared
-from finetune.report import Comparison, Report
-from finetune.run_folder import RunFolder
-from finetune.tables import (
+from finetune.data.rows import Prepared
+from finetune.disk.run_folder import RunFolder
+from finetune.evaluation.evaluate import Evaluation
+from finetune.report.report import Comparison, Report
+from finetune.report.tables import (
     changed_rows_table,
     comparison_table,
     confusion_table,
@@ -24,7 +24,7 @@ from finetune.tables import (
 )
 
 if TYPE_CHECKING:
-    from finetune.job import Job
+    from finetune.training.job import Job
 
 SHOWN_PLACES = 5  # rows named in the terminal; data.json has them all
 

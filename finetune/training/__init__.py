@@ -1,0 +1,1 @@
+"""Training: a recipe made ready, how much fits in memory, and the loop of optimiser steps."""
