@@ -1,7 +1,8 @@
-"""The shape of a training state, the same for every backend."""
+"""The adapter that every backend starts from, and the shape of a training state."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,6 +10,22 @@ import numpy as np
 from backends.interface import FloatArray, IncompatibleState, TrainState
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def initial_adapter(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, FloatArray]:
+    """A uniform in +-1/sqrt(in) [r, in], as PEFT and mlx-lm draw it; B zero [out, r], so training starts at the base.
+
+    `shapes` maps a module to (out, in). Each module has its own generator, so adding or leaving out
+    one module changes no other.
+    """
+    adapter: dict[str, FloatArray] = {}
+    for module, (outputs, inputs) in shapes.items():
+        digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
+        rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+        bound = 1.0 / np.sqrt(inputs)
+        adapter[f"{module}.lora_A"] = rng.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
+        adapter[f"{module}.lora_B"] = np.zeros((outputs, rank), dtype=np.float32)
+    return adapter
 
 
 def adapter_shapes(modules: Mapping[str, tuple[int, int]], rank: int) -> dict[str, tuple[int, ...]]:

@@ -48,9 +48,3 @@ def returning_freed() -> Iterator[None]:
         # where glibc's own rule arrives once a large block was freed; setting a threshold switched that rule off
         allow(_MMAP_THRESHOLD, 2**25)
         allow(_TRIM_THRESHOLD, 2**26)
-
-
-def kept_bytes(tokens: int, hidden: int, number: int) -> int:
-    """What frozen blocks make of rows, kept in a temporary file: `tokens` [of all rows, each counted up to its last
-    supervised position] x hidden size x bytes of a number (2 in bfloat16)."""
-    return tokens * hidden * number

@@ -129,3 +129,14 @@ def fingerprint(folder: Path) -> str:
                 opened.seek(8 + header + max(0, size - 8 - header - 4096) * sample // 63)
                 digest.update(opened.read(4096))
     return digest.hexdigest()
+
+
+def vocabulary_of(model: Path) -> int | None:
+    """How many tokens the model knows, by its config or else its embeddings; None where neither says."""
+    config = read_config(model)
+    text = config.get("text_config")
+    said = (text if isinstance(text, dict) else config).get("vocab_size")
+    if type(said) is int:
+        return said
+    embeddings = (shape[0] for name, shape in tensor_shapes(model).items() if name.endswith("embed_tokens.weight"))
+    return max(embeddings, default=None)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.adapter_state import adapter_shapes, fitting
+from backends.adapter_state import adapter_shapes, fitting, initial_adapter
 from backends.interface import (
     BackendError,
     Batch,
@@ -32,7 +32,6 @@ from backends.interface import (
     StepResult,
     TrainState,
 )
-from backends.lora_init import initial_adapter
 from backends.memory import available_bytes, process_peak_bytes
 from backends.model_folder import lora_modules, read_config
 

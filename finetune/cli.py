@@ -76,9 +76,12 @@ def check(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what is found to this file too.")] = None,
 ) -> None:
     """Say what the data are, what is wrong with them and how they will be trained on; load no model."""
+    from finetune.recipe.load import recipe_of
+
+    found = recipe_of(target, overrides or [])  # first: a mistake in it needs none of the libraries below
     from finetune.commands.check import check as run
 
-    run(target, overrides or [], json_file)
+    run(found, json_file)
 
 
 @app.command()
@@ -106,9 +109,12 @@ def evaluate(
     backend: Backend = None,
 ) -> None:
     """Measure a run's base and tuned model again, on its held-out rows or on others."""
+    from finetune.disk.run_folder import open_existing
+
+    opened, recipe = open_existing(run)
     from finetune.commands.evaluate import evaluate as measure
 
-    measure(run, data, backend)
+    measure(opened, recipe, data, backend)
 
 
 @app.command()
@@ -121,9 +127,12 @@ def generate(
     backend: Backend = None,
 ) -> None:
     """Answer one prompt with a run's model."""
+    from finetune.disk.run_folder import open_existing
+
+    opened, recipe = open_existing(run)
     from finetune.commands.chat import generate as answer
 
-    answer(run, prompt, base, temperature, max_tokens, backend)
+    answer(opened, recipe, prompt, base, temperature, max_tokens, backend)
 
 
 @app.command()
@@ -135,9 +144,12 @@ def chat(
     backend: Backend = None,
 ) -> None:
     """Talk to a run's model; an empty line ends it."""
+    from finetune.disk.run_folder import open_existing
+
+    opened, recipe = open_existing(run)
     from finetune.commands.chat import chat as talk
 
-    talk(run, base, temperature, max_tokens, backend)
+    talk(opened, recipe, base, temperature, max_tokens, backend)
 
 
 @app.command()

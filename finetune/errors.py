@@ -39,3 +39,7 @@ class Incompatible(FinetuneError):
     """Files that do not belong together: another base, another rank, a broken checkpoint."""
 
     exit_code = 8
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; a checkpoint of the current step is written."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from finetune.errors import Interrupted
 
 
 @dataclass(frozen=True)
@@ -74,3 +77,18 @@ class StoppedEarly(Event):
 class Finished(Event):
     best_step: int
     best_loss: float
+
+
+Sink = Callable[[Event], None]
+Report = Callable[[str, int, int], None]  # what, done, total: how far long work has come
+
+
+def reporter(what: str, sink: Sink, stop: Callable[[], bool]) -> Report:
+    """Progress of an evaluation, to the sink; it raises Interrupted once `stop()` is true."""
+
+    def report(kind: str, done: int, total: int) -> None:
+        sink(Progress(0, f"{what}: {kind}", done, total))
+        if stop():
+            raise Interrupted(f"stopped in the midst of the {what}")
+
+    return report

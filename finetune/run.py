@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from backends import registry
-from backends.interface import FloatArray, IncompatibleState, LoraSpec, Session, TrainState
-from backends.model_folder import fingerprint, read_config
-from finetune.check.record import as_json, headline
-from finetune.check.show import as_text
-from finetune.check.survey import survey
+from backends.interface import FloatArray, Session, TrainState
+from backends.model_folder import fingerprint, read_config, vocabulary_of
+from finetune.check.show import as_text, headline
+from finetune.check.survey import as_json, survey
 from finetune.disk import checkpoint as checkpoints
-from finetune.disk.adapter import adapter_config, read_adapter, write_adapter
+from finetune.disk.adapter import check_base, start_from, write_adapter
 from finetune.disk.atomic import new_folder, write_file
+from finetune.disk.identity import check_identity, identity_of, read_identity
 from finetune.disk.metrics import MetricsFile, read
 from finetune.disk.run_folder import RunFolder, environment
-from finetune.errors import Incompatible
-from finetune.evaluation.evaluate import Evaluation
-from finetune.evaluation.verdict import overfitting_verdict
-from finetune.events import Progress
-from finetune.report.report import Report, compare, load_evaluation, save_evaluation, write_report
+from finetune.evaluation.evaluate import Evaluation, base_weights
+from finetune.evaluation.verdict import Watch, divergence, overfitting_verdict
+from finetune.events import Progress, Sink, reporter
+from finetune.recipe.specs import lora_spec
+from finetune.report.report import Report, compare, load_evaluation, save_evaluation
+from finetune.report.summary import account_of, write_report
 from finetune.training.budget import starting_tokens
-from finetune.training.job import Job, Sink, account_of, identity_of, lora_spec, reporter, vocabulary_of
+from finetune.training.job import Job
 from finetune.training.loop import Trainer
-from finetune.watch import Watch, divergence
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], resume: bool = False) -> Report:
     """Train to the end and report. Raises Interrupted after a checkpoint when `stop()` turns true."""
-    identity = identity_of(job)
+    identity = identity_of(job.recipe, job.prepared, job.model)
     saved = _checkpoint_of(run, identity, sink) if resume else None
     if job.recipe.lora.start_from:
         check_base(Path(job.recipe.lora.start_from), job.model, job.recipe.model.path)
@@ -116,13 +113,13 @@ def build_report(
 
 
 def _checkpoint_of(run: RunFolder, identity: Mapping[str, Any], sink: Sink) -> checkpoints.Checkpoint | None:
-    if earlier := run.read_identity():  # there before any checkpoint, as the measured base may be
-        checkpoints.check_identity(earlier, identity)
+    if earlier := read_identity(run.path):  # there before any checkpoint, as the measured base may be
+        check_identity(earlier, identity)
     saved, messages = checkpoints.load_newest(run.checkpoints)
     for message in messages:
         sink(Progress(0, message, 0, 0))
     if saved is not None:
-        checkpoints.check_identity(saved.identity, identity)
+        check_identity(saved.identity, identity)
     return saved
 
 
@@ -148,57 +145,6 @@ def _known(job: Job, base: Evaluation | None) -> Evaluation | None:
     if base is None or job.prepared.held_out is not job.prepared.valid or job.recipe.lora.start_from:
         return None
     return base if job.prepared.task == "classification" else replace(base, accuracy=None)
-
-
-@contextmanager
-def base_weights(session: Session) -> Iterator[None]:
-    """The session as the base model: every B is zero inside, and the adapter comes back after."""
-    state = session.get_state()
-    zero = {name: t * 0 if name.endswith("lora_B") else t for name, t in state.adapter.items()}
-    session.set_state(TrainState(state.step, zero, state.moments))
-    try:
-        yield
-    finally:
-        session.set_state(state)
-
-
-def start_from(session: Session, folder: Path, lora: LoraSpec) -> None:
-    """Take an adapter folder (PEFT or mlx-lm) as the start. Raises Incompatible when it does not fit."""
-    adapter = read_adapter(folder)
-    if adapter.rank != lora.rank or abs(adapter.scale - lora.scale) > 1e-9:
-        raise Incompatible(
-            f"lora.start_from: {folder} has rank {adapter.rank} and scale {adapter.scale:g}; the recipe has rank "
-            f"{lora.rank} and scale {lora.scale:g}. Set lora.rank: {adapter.rank} and "
-            f"lora.alpha: {adapter.scale * adapter.rank:g}"
-        )
-    try:
-        session.set_state(TrainState(0, adapter.tensors, {}))
-    except IncompatibleState as error:
-        raise Incompatible(f"lora.start_from: {folder} does not fit this model and these targets: {error}") from None
-
-
-def check_base(adapter: Path, model: Path, name: str | None = None) -> None:
-    """Raises Incompatible when the adapter folder was trained on another base than `model`.
-
-    Our adapters say the fingerprint of their base; others only its name, and that is compared where both it and
-    `name` are hub ids: without the owner, as mirrors are common.
-    """
-    config = adapter_config(adapter)
-    facts, trained = config.get("finetune"), config.get("base_model_name_or_path")
-    if isinstance(facts, dict) and "base_fingerprint" in facts:
-        if facts["base_fingerprint"] != fingerprint(model):
-            raise Incompatible(f"{adapter} was trained on other base weights than those in {model}; give the same base")
-    elif isinstance(trained, str) and name and _other_name(trained, name):
-        raise Incompatible(
-            f"{adapter} was trained on {trained}, and model.path is {name}; give the same base, or where they are "
-            f"the same weights, write {name} into base_model_name_or_path of its adapter_config.json"
-        )
-
-
-def _other_name(first: str, second: str) -> bool:
-    if not (_HUB_ID.fullmatch(first) and _HUB_ID.fullmatch(second)):
-        return False
-    return first.split("/")[1].lower() != second.split("/")[1].lower()
 
 
 def save_adapter(job: Job, run: RunFolder, tensors: Mapping[str, FloatArray], scheme: str, step: int) -> None:

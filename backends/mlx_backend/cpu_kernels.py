@@ -36,7 +36,7 @@ def rows_of(x: mx.array) -> FloatArray:
 
 
 def weighted_nll(logits: mx.array, targets: IntArray, shares: FloatArray) -> tuple[mx.array, mx.array]:
-    """As `mlx_loss.weighted_nll`, with one exponential for both."""
+    """As `head.weighted_nll`, with one exponential for both."""
     found, slope = room(logits.shape)
     with np.errstate(all="ignore"):
         np.subtract(np.asarray(logits), np.asarray(logits).max(axis=-1, keepdims=True), out=slope)

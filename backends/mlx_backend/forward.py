@@ -13,17 +13,15 @@ import mlx.nn as nn
 import numpy as np
 
 from backends.interface import Batch, Scores
-from backends.micro_batches import CPU_TOKENS, LOGITS, Rows, parts
-from backends.mlx_backend import attention, cpu_kernels, loss
+from backends.micro_batches import CPU_TOKENS, LOGITS, Rows, joined, parts
+from backends.mlx_backend import attention, cpu_kernels, head
 from backends.mlx_backend.attention import Attention
 from backends.mlx_backend.cpu_layers import spare_first_slopes
 from backends.mlx_backend.frozen import KeptBlocks, frozen_blocks
-from backends.mlx_backend.head import Head
-from backends.mlx_backend.loss import ChunkedLoss
+from backends.mlx_backend.head import ChunkedLoss, Head
+from backends.mlx_backend.model import check_window
 from backends.mlx_backend.prefix import caches_of, keeps_keys_and_values
 from backends.mlx_backend.tail import Tail
-from backends.mlx_backend.window import check_window
-from backends.prefixes import joined
 
 # To find out with what holds for a model: three rows in which different places are asked for, after unlike prefixes.
 _TOKENS = np.arange(1, 31, dtype=np.int32).reshape(3, 10)
@@ -38,7 +36,7 @@ class Forward:
     def __init__(self, model: nn.Module, on_cpu: bool, numpy: bool, checkpointing: bool) -> None:
         self.model, self._tokens = model, CPU_TOKENS["mlx"] if on_cpu else sys.maxsize
         self.head = Head(model, LOGITS["mlx", "cpu" if on_cpu else "gpu"])
-        self._loss = ChunkedLoss(self.head, (cpu_kernels if numpy else loss).weighted_nll, at_once=numpy)
+        self._loss = ChunkedLoss(self.head, (cpu_kernels if numpy else head).weighted_nll, at_once=numpy)
         self._attention = Attention(model, (cpu_kernels if numpy else attention).attend, always=numpy)
         self._tail: Tail | None = None
         self._kept: KeptBlocks | None = None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from backends.adapter_state import adapter_shapes, fitting
+from backends.adapter_state import adapter_shapes, fitting, initial_adapter
 from backends.interface import (
     Batch,
     FloatArray,
@@ -25,17 +25,15 @@ from backends.interface import (
     StepResult,
     TrainState,
 )
-from backends.lora_init import initial_adapter
 from backends.memory import available_bytes, process_peak_bytes
+from backends.micro_batches import joined, own_part
 from backends.mlx_backend.cpu_layers import use_blas
 from backends.mlx_backend.forward import Forward
 from backends.mlx_backend.generate import generate
 from backends.mlx_backend.lora import DropoutKeys, attach
-from backends.mlx_backend.model import checkpoint_blocks, load
+from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import Tensors, adamw
-from backends.mlx_backend.window import check_window, ignored_window
 from backends.model_folder import lora_modules, read_config
-from backends.prefixes import joined, own_part
 
 _NO_MEMORY = ("malloc", "insufficient memory", "out of memory", "unable to allocate")
 

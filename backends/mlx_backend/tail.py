@@ -12,8 +12,8 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.mlx_backend.past import Recorded, Recorder, Whole
 from backends.mlx_backend.patch import subclassed
+from backends.mlx_backend.prefix import Recorded, Recorder, Whole
 
 _SHARE = 2  # worth it where at most one position in so many is asked for
 

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from backends.interface import Batch, IntArray
-from backends.prefixes import joined
+from backends.micro_batches import joined
 from backends.torch_backend.frozen import KeptPrefix
 from backends.torch_backend.head import find_head
 from backends.torch_backend.patch import blocks_of

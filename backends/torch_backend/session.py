@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.adapter_state import adapter_shapes, fitting
+from backends.adapter_state import adapter_shapes, fitting, initial_adapter
 from backends.interface import (
     Batch,
     LoraSpec,
@@ -24,10 +24,8 @@ from backends.interface import (
     StepResult,
     TrainState,
 )
-from backends.lora_init import initial_adapter
-from backends.micro_batches import CPU_TOKENS, parts
+from backends.micro_batches import CPU_TOKENS, joined, own_part, parts
 from backends.model_folder import lora_modules
-from backends.prefixes import joined, own_part
 from backends.torch_backend.attention import use_products
 from backends.torch_backend.device import (
     device_name,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from finetune.check.texts import content, everything, words
 from finetune.data.prepare import Source
-from finetune.data.records import Record
+from finetune.data.rows import Record
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Groups
 

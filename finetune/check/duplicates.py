@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.check.texts import asked, content, words
-from finetune.data.prepare import Progress, Source
-from finetune.data.records import Record
+from finetune.data.prepare import Source
+from finetune.data.rows import Record
+from finetune.events import Report
 
 NEAR = 0.8  # Jaccard similarity of the three-word runs, from which rows count as nearly the same
 FEWEST_WORDS = 6  # shorter rows are compared exactly alone
@@ -48,7 +49,7 @@ class _Rows:
         return content(self.records[row], self.labelled)
 
 
-def find_duplicates(sources: Sequence[Source], labelled: bool, progress: Progress) -> Duplicates:
+def find_duplicates(sources: Sequence[Source], labelled: bool, progress: Report) -> Duplicates:
     """labelled: the answers are labels, and two rows of one text repeat each other whatever they are labelled.
 
     A held-out row leaks when train holds its question; or, nearly, the whole of it.

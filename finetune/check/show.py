@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -13,14 +14,12 @@ from finetune.check.balance import Balance
 from finetune.check.duplicates import Duplicates
 from finetune.check.lengths import Lengths
 from finetune.check.personal import Personal
-from finetune.check.specials import Specials
 from finetune.check.survey import Findings
-from finetune.check.tokens import REMEDIES, TokenCheck
-from finetune.data.encoding import harmless
+from finetune.check.tokens import REMEDIES, Specials, TokenCheck
 from finetune.data.problems import listed
 from finetune.data.tokenizer import Tokenizer
-from finetune.highlight import highlighted
-from finetune.report.tables import plain_page, shorten
+from finetune.report.tables import highlighted
+from finetune.text import harmless, plain_page, shorten
 
 SHOWN = 10  # rows of a list
 LABELS_SHOWN = 20
@@ -213,3 +212,20 @@ def _personal(found: Personal) -> list[RenderableType]:
         shown = [f"{place} {value}" for place, value in one.shown]
         lines.append(f"{kind}: {one.count:,} in {_counted(one.rows)}\n{_places(shown)}")
     return [Text("\n".join(lines), "yellow")]
+
+
+def headline(found: dict[str, Any]) -> str:
+    """One line of what `as_json` gave, for the end of a run."""
+    pairs = found["duplicates"]
+    personal = sum(one["rows"] for one in found["personal"].values())
+    specials = found["special_tokens"]
+    counts = {
+        "repeated": len(pairs["exact"]) + len(pairs["near"]),
+        "leaked from one split to another": len(pairs["leaks"]),
+        "with personal data": personal,
+        "with special tokens written out": 0 if specials["meant"] else len(specials["places"]),
+        "faulty": found["faults"],
+    }
+    said = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    enough = found["enough"]
+    return f"rows: {said or 'none repeated, leaked or faulty'}; {enough['level']}: {enough['reasons'][0]}"

@@ -1,30 +1,32 @@
-"""Everything that can be said of a recipe's data without its model, in one walk over the rows."""
+"""Everything that can be said of a recipe's data without its model, in one walk over the rows; and as JSON."""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from backends.model_folder import lora_modules
+from backends.model_folder import lora_modules, vocabulary_of
 from finetune.check.balance import Balance, weigh
 from finetune.check.duplicates import Duplicates, find_duplicates
 from finetune.check.enough import Enough, judge
 from finetune.check.lengths import Lengths, measure
 from finetune.check.personal import Personal
-from finetune.check.specials import Specials, special_pattern
 from finetune.check.texts import everything, written
-from finetune.check.tokens import TokenCheck
+from finetune.check.tokens import Specials, TokenCheck, special_pattern
 from finetune.check.walk import Walk
 from finetune.data import split as parting
-from finetune.data.prepare import Gathered, Progress, gather
+from finetune.data.prepare import Gathered, gather
 from finetune.data.problems import Problem, listed, too_many
 from finetune.data.read import read
 from finetune.data.rows import Example
 from finetune.data.tokenizer import Tokenizer
 from finetune.errors import DataError
+from finetune.events import Report
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
+from finetune.recipe.specs import lora_spec
 
 _REMEDY = "mend its rows, add some, or raise train.max_length"
 
@@ -66,14 +68,12 @@ class Findings:
         return (0 if self.skipped else len(self.bad)) + len(self.broken) + self.tokens.total
 
 
-def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progress: Progress) -> Findings:
+def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progress: Report) -> Findings:
     """model: the folder, of which only the headers are read.
 
     Raises DataError where the training file as a whole cannot be understood, RecipeError for settings that do
     not fit the rows.
     """
-    from finetune.training.job import vocabulary_of
-
     progress("reading", 0, 1)
     trainable = _trainable(recipe, model)
     broken: list[Problem] = []
@@ -140,7 +140,7 @@ def _problem(error: DataError) -> Problem:
     return place, reason
 
 
-def _words(rows: Gathered, tokenizer: Tokenizer, progress: Progress) -> tuple[Personal, Specials]:
+def _words(rows: Gathered, tokenizer: Tokenizer, progress: Report) -> tuple[Personal, Specials]:
     """What stands in the rows' words that people did not mean to train on."""
     personal, specials, pattern = Personal(), Specials(rows.task == "text"), special_pattern(tokenizer)
     records = [record for source in rows.sources for record in source.records]
@@ -154,8 +154,6 @@ def _words(rows: Gathered, tokenizer: Tokenizer, progress: Progress) -> tuple[Pe
 
 def _trainable(recipe: Recipe, model: Path) -> int:
     """Parameters of the adapter. Raises BackendError where lora.targets fit no layer."""
-    from finetune.training.job import lora_spec
-
     modules = lora_modules(model, lora_spec(recipe))
     return sum(recipe.lora.rank * (out + inputs) for out, inputs in modules.values())
 
@@ -165,3 +163,50 @@ def _enough(recipe: Recipe, trainable: int, walk: Walk, balance: Balance) -> Eno
     held_out = walk.used["test"] or walk.used["valid"]
     labels = balance.labels.get("train", {})
     return judge(len(walk.after), labels, held_out, walk.supervised, trainable, plan.steps / plan.steps_per_epoch)
+
+
+def as_json(found: Findings, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Plain values; lists of rows are whole."""
+    lengths = asdict(found.lengths)
+    return {
+        "format": found.format,
+        "task": found.task,
+        "template": found.template,
+        "bad_rows": _problems(found.bad),
+        "bad_rows_skipped": found.skipped,
+        "broken": _problems(found.broken),
+        "faults": found.faults,
+        "splits": {name: asdict(split) for name, split in found.splits.items()},
+        "tokens": found.tokens.summary(),
+        "samples": [
+            {
+                "place": one.place,
+                "prompt": one.prompt,
+                "tokens": [tokenizer.decode([token]) for token in one.tokens.tolist()],
+                "supervised": (one.weights > 0).tolist(),
+            }
+            for one in found.samples
+        ],
+        "lengths": lengths | {"dropped": _problems(found.lengths.dropped)},
+        "label_lengths": found.label_lengths,
+        "duplicates": {
+            "exact": [asdict(pair) for pair in found.duplicates.exact],
+            "near": [asdict(pair) for pair in found.duplicates.near],
+            "leaks": [{"split": a, "other_split": b} | asdict(pair) for a, b, pair in found.duplicates.leaks],
+        },
+        "balance": asdict(found.balance),
+        "enough": asdict(found.enough),
+        "personal": {
+            kind: {"count": one.count, "rows": one.rows, "shown": _shown(one.shown)}
+            for kind, one in found.personal.kinds.items()
+        },
+        "special_tokens": asdict(found.specials),
+    }
+
+
+def _problems(problems: list[Problem]) -> list[dict[str, str]]:
+    return [{"place": place, "reason": reason} for place, reason in problems]
+
+
+def _shown(findings: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"place": place, "masked": value} for place, value in findings]

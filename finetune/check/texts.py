@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-from finetune.data.records import Record
-from finetune.data.rendered import Renderer
+from finetune.data.rows import Record, Renderer
 
 _WORD = re.compile(r"\w+(?:'\w+)?")
 

@@ -7,11 +7,12 @@ from collections.abc import Collection
 
 from finetune.check.tokens import TokenChecker
 from finetune.data.labels import LabelTokens, label_tokens, same_label_tokens
-from finetune.data.prepare import Chunk, Gathered, Progress, Source, example, tokenised
+from finetune.data.prepare import Chunk, Gathered, Source, example, tokenised
 from finetune.data.problems import Problem
 from finetune.data.rows import Example
 from finetune.data.tokenizer import Tokenizer
 from finetune.data.truncate import Fitted, fit
+from finetune.events import Report
 from finetune.recipe.schema import Recipe
 
 SAMPLES = 3
@@ -44,7 +45,7 @@ class Walk:
         self.refused: list[Problem] = []  # too long, where the recipe allows none
         self.bad: list[Problem] = []
 
-    def through(self, source: Source, progress: Progress) -> None:
+    def through(self, source: Source, progress: Report) -> None:
         """One split, a chunk at a time."""
         strict = self.settings.truncation == "error"
         policy = "drop" if self.settings.truncation == "error" else self.settings.truncation

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from finetune.disk.run_folder import open_existing
+from rich.console import Console
+
+from backends import registry
+from backends.interface import Session, TrainState
+from finetune.data.renderers import question_tokens
+from finetune.data.tokenizer import load_tokenizer, stop_tokens
+from finetune.disk.adapter import check_base, read_adapter
+from finetune.disk.run_folder import RunFolder
 from finetune.errors import DataError
+from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from backends.interface import Session
+from finetune.recipe.specs import lora_spec, model_spec, optim_spec
 
 
 class Speaker:
     """A run's model, its tokenizer, and the way its prompts are written."""
 
-    def __init__(self, path: Path, base: bool, backend: str | None) -> None:
-        run, self.recipe = open_existing(path)  # first: what is wrong with it needs none of the libraries below
-        from backends import registry
-        from backends.interface import TrainState
-        from finetune.data.tokenizer import load_tokenizer, stop_tokens
-        from finetune.disk.adapter import read_adapter
-        from finetune.recipe.locate import model_folder
-        from finetune.run import check_base
-        from finetune.training.job import lora_spec, model_spec, optim_spec
-
+    def __init__(self, run: RunFolder, recipe: Recipe, base: bool, backend: str | None) -> None:
+        self.recipe = recipe
         adapter = read_adapter(run.adapter)
         folder = model_folder(self.recipe.model)
         check_base(run.adapter, folder)
@@ -46,27 +41,23 @@ class Speaker:
         return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
 
 
-def generate(path: Path, prompt: str, base: bool, temperature: float, max_tokens: int, backend: str | None) -> None:
+def generate(
+    run: RunFolder, recipe: Recipe, prompt: str, base: bool, temperature: float, max_tokens: int, backend: str | None
+) -> None:
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise DataError("the prompt is empty")
-    speaker = Speaker(path, base, backend)
-    from finetune.data.renderers import question_tokens
-
+    speaker = Speaker(run, recipe, base, backend)
     tokens = question_tokens(speaker.recipe, speaker.tokenizer, [{"role": "user", "content": text}])
     print(speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed))
 
 
-def chat(path: Path, base: bool, temperature: float, max_tokens: int, backend: str | None) -> None:
+def chat(run: RunFolder, recipe: Recipe, base: bool, temperature: float, max_tokens: int, backend: str | None) -> None:
     """Several turns where the recipe trains conversations; otherwise each line is a question of its own."""
-    speaker = Speaker(path, base, backend)
-    from rich.console import Console
-
-    from finetune.data.renderers import question_tokens
-
+    speaker = Speaker(run, recipe, base, backend)
     console, turns = Console(), 0
     messages: list[dict[str, str]] = []
-    console.print(f"{path.name}: {'base' if base else 'tuned'} model. An empty line ends.", markup=False)
+    console.print(f"{run.path.name}: {'base' if base else 'tuned'} model. An empty line ends.", markup=False)
     while text := _ask(console):
         messages.append({"role": "user", "content": text})
         tokens = question_tokens(speaker.recipe, speaker.tokenizer, messages)

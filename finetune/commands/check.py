@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from finetune.errors import DataError, RecipeError
-from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Data, Model, Prompt, Recipe
+from finetune.check.show import show
+from finetune.check.survey import as_json, survey
+from finetune.data.tokenizer import load_tokenizer
+from finetune.disk.atomic import write_file
+from finetune.errors import DataError
+from finetune.recipe.locate import model_folder
+from finetune.recipe.schema import Recipe
 
-RECIPES = (".yaml", ".yml")
 
-
-def check(target: str, overrides: Sequence[str], json_file: Path | None) -> None:
-    """target: a recipe, or data that are read as an ordinary recipe would have them.
-
-    Raises DataError, after everything is shown, where rows must be mended.
-    """
-    recipe = recipe_of(target, overrides)  # first: a mistake in it needs none of the libraries below
-    from finetune.check.record import as_json
-    from finetune.check.show import show
-    from finetune.check.survey import survey
-    from finetune.data.tokenizer import load_tokenizer
-    from finetune.disk.atomic import write_file
-    from finetune.recipe.locate import model_folder
-
+def check(recipe: Recipe, json_file: Path | None) -> None:
+    """Raises DataError, after everything is shown, where rows must be mended."""
     model = model_folder(recipe.model)
     tokenizer = load_tokenizer(model, recipe.model.remote_code)
     with Bar() as bar:
@@ -39,15 +29,6 @@ def check(target: str, overrides: Sequence[str], json_file: Path | None) -> None
     if found.faults:
         skip = "" if found.skipped or not found.bad else "; or leave bad rows out with data.on_error: skip"
         raise DataError(f"{found.faults:,} fault{'s' * (found.faults > 1)} to mend before training{skip}")
-
-
-def recipe_of(target: str, overrides: Sequence[str]) -> Recipe:
-    """The recipe that is named, or one around a data file with the embedded tokenizer and every default."""
-    if target.lower().endswith(RECIPES):
-        return load_recipe(Path(target), overrides)
-    if overrides:
-        raise RecipeError(f"{overrides[0]}: changes belong to a recipe, and {target} is data; write one: finetune init")
-    return Recipe(model=Model(path="builtin:reviews-base"), data=Data(train=target), prompt=Prompt(template="plain"))
 
 
 class Bar:

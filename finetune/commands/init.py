@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from finetune.data.formats import recognise
+from finetune.data.read import read_rows
 from finetune.disk.atomic import write_file
 from finetune.errors import RecipeError
 
@@ -48,9 +50,6 @@ train:
 
 def init(data: Path, output: Path, model: str) -> None:
     """Writes `output`; never over an existing file."""
-    from finetune.data.formats import recognise
-    from finetune.data.read import read_rows
-
     if output.exists():
         raise RecipeError(f"{output}: exists already; give another name with --output")
     rows, _ = read_rows(str(data.resolve()), base=Path.cwd())

@@ -13,22 +13,24 @@ from rich.table import Table
 from rich.text import Text
 
 from backends import registry
-from backends.interface import BackendError
+from backends.interface import BackendError, ModelSpec
 from backends.model_folder import lora_modules, tensor_shapes
 from finetune.commands.doctor import described
+from finetune.data.collate import collate, micro_batches, step_indices
+from finetune.data.prepare import prepare
 from finetune.data.rows import Example
-from finetune.highlight import highlighted
+from finetune.data.tokenizer import load_tokenizer
 from finetune.recipe.load import dump_recipe
+from finetune.recipe.locate import model_folder
+from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
+from finetune.recipe.specs import lora_spec, optim_spec
+from finetune.report.summary import account_table
+from finetune.report.tables import highlighted
+from finetune.training.budget import MACHINES, Forecast, here, on, workload
 
 
 def plan(recipe: Recipe, compare: bool) -> None:
-    from finetune.data.prepare import prepare
-    from finetune.data.tokenizer import load_tokenizer
-    from finetune.recipe.locate import model_folder
-    from finetune.report.summary import account_table
-    from finetune.training.job import lora_spec
-
     console = Console()
     console.rule("recipe, every default written out")
     console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
@@ -59,9 +61,6 @@ def plan(recipe: Recipe, compare: bool) -> None:
 
 
 def steps_table(recipe: Recipe, rows: int, examples: Sequence[Example]) -> Table:
-    from finetune.data.collate import micro_batches, step_indices
-    from finetune.recipe.schedule import make_plan
-
     found = make_plan(recipe, rows)
     first = step_indices(rows, recipe.train.batch_size, recipe.seed, 0)
     micro = micro_batches([examples[i] for i in first], recipe.train.tokens_at_once)
@@ -78,8 +77,6 @@ def steps_table(recipe: Recipe, rows: int, examples: Sequence[Example]) -> Table
 
 def forecast(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Iterator[RenderableType]:
     """A table of this machine and of others, and what the memory here is made of."""
-    from finetune.training.budget import MACHINES, Forecast, here, on, workload
-
     work = workload(recipe, model, examples)
     asked = None if recipe.train.micro_tokens == "auto" else recipe.train.micro_tokens
     table = Table("machine", "peak memory", "of", "", "tokens at once", "an epoch")
@@ -143,10 +140,6 @@ FOUR_BIT = {
 
 def compare_backends(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Table:
     """Log-probabilities of a few rows under every real backend, in float32: they should agree to about 1e-4."""
-    from backends.interface import ModelSpec
-    from finetune.data.collate import collate
-    from finetune.training.job import lora_spec, optim_spec
-
     table = Table("backend", "mean log-probability", "largest difference from the first", title="Same rows, same base")
     batch, first = collate(examples), None
     for name in registry.NAMES:

@@ -11,8 +11,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 from finetune.disk.run_folder import RunFolder, create
+from finetune.errors import Interrupted
 from finetune.recipe.schema import Recipe
+from finetune.report.live_screen import open_screen
+from finetune.report.summary import print_account, print_report
+from finetune.run import train_run
 from finetune.supervisor import tell_run
+from finetune.training.job import load_job
 
 
 class StopFlag:
@@ -57,12 +62,6 @@ def resume(run: RunFolder, recipe: Recipe, backend: str | None) -> None:
 
 def _go(recipe: Recipe, run: RunFolder | None, name: str) -> None:
     """One run, new or resumed; exits 130 or 143 after a checkpoint when a signal asked for it."""
-    from finetune.report.summary import print_account, print_report
-    from finetune.run import train_run
-    from finetune.screen import open_screen
-    from finetune.training.job import load_job
-    from finetune.training.loop import Interrupted
-
     with StopFlag().listening() as stop:
         job = load_job(recipe)
         resuming = run is not None

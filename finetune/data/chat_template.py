@@ -8,10 +8,9 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from finetune.data import template_sandbox as sandbox
+from finetune.data import template_sandbox
 from finetune.data.column_template import LossOn, Pieces, fill_answer
-from finetune.data.records import Record
-from finetune.data.rendered import Rendered, Span
+from finetune.data.rows import Record, Rendered, Span
 from finetune.data.tokenizer import Tokenizer, end_of_turn, special_texts
 
 # For models without a chat template, on request.
@@ -158,7 +157,7 @@ class ChatRenderer:
     def _apply(self, record: Record, prefixes: Sequence[tuple[int, bool]]) -> list[str]:
         """What the template writes for the first n messages, for each (n, with the prompt for an answer)."""
         try:
-            return sandbox.render(
+            return template_sandbox.render(
                 self.tokenizer,
                 record.messages,
                 prefixes,

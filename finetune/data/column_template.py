@@ -8,8 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Literal
 
 from finetune.data.formats import ANSWER
-from finetune.data.records import Record
-from finetune.data.rendered import Rendered
+from finetune.data.rows import Record, Rendered
 from finetune.errors import RecipeError
 
 LossOn = Literal["completion", "last", "all"]

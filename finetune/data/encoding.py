@@ -11,7 +11,6 @@ from finetune.errors import DataError
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UNFIT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
-_COMMANDS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 _ESCAPED = 0xDC00  # a byte that is no UTF-8 is held as this plus the byte, a lone surrogate
 
 
@@ -72,11 +71,6 @@ def unusual(raw: bytes) -> list[str]:
     if crlf:
         found.append("CRLF line ends" if crlf == lines else f"mixed line ends ({crlf} CRLF, {lines - crlf} LF)")
     return found
-
-
-def harmless(text: str) -> str:
-    """The text without what a terminal would obey: control characters, changes of direction; as long as before."""
-    return text if text.isprintable() else _COMMANDS.sub("?", text)
 
 
 def check_text(text: str, what: str) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.data.encoding import harmless
 from finetune.data.rows import Row
 from finetune.errors import DataError, RecipeError
+from finetune.text import harmless
 
 Format = Literal["classification", "prompt", "alpaca", "chat", "sharegpt", "text"]
 

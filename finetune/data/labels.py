@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from finetune.data.loss_mask import Tokenised, tokenise
 from finetune.data.problems import Problem
-from finetune.data.records import Record
-from finetune.data.rendered import Renderer
+from finetune.data.rows import Record, Renderer
 from finetune.data.tokenizer import Tokenizer
 from finetune.errors import DataError, RecipeError
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
-from finetune.data.rendered import Rendered, Span
+from finetune.data.rows import Rendered, Span
 from finetune.data.tokenizer import Encoded, Tokenizer, begin_tokens, encode, encode_prompts, with_begin
 from finetune.errors import RecipeError
 

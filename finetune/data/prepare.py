@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,16 +15,15 @@ from finetune.data.labels import Labels, LabelTokens, find_labels, label_tokens,
 from finetune.data.loss_mask import Tokenised, tokenise
 from finetune.data.problems import Problem, listed, naming, settle, skipping, too_many
 from finetune.data.read import Rows, read
-from finetune.data.records import Record, read_records
-from finetune.data.rendered import Rendered, Renderer
+from finetune.data.records import read_records
 from finetune.data.renderers import make_renderer
-from finetune.data.rows import Dataset, Example, Prepared
+from finetune.data.rows import Dataset, Example, Prepared, Record, Rendered, Renderer
 from finetune.data.tokenizer import Tokenizer, stop_tokens
 from finetune.data.truncate import Fitted, fit
 from finetune.errors import DataError, RecipeError
+from finetune.events import Report
 from finetune.recipe.schema import Data, Recipe
 
-Progress = Callable[[str, int, int], None]  # what, done, total
 Task = Literal["classification", "generation", "text"]
 TOGETHER = 2000  # rows between two reports of progress
 
@@ -59,7 +58,7 @@ def prepare(
     tokenizer: Tokenizer,
     *,
     base: Path,
-    progress: Progress = lambda what, done, total: None,
+    progress: Report = lambda what, done, total: None,
 ) -> Prepared:
     """Read, check, render, tokenise and fit all rows of a recipe.
 
@@ -159,7 +158,7 @@ def _set_apart(train: Source, recipe: Recipe, labels: Labels) -> tuple[Source, S
 
 
 def _fit(
-    recipe: Recipe, tokenizer: Tokenizer, renderer: Renderer, source: Source, progress: Progress
+    recipe: Recipe, tokenizer: Tokenizer, renderer: Renderer, source: Source, progress: Report
 ) -> tuple[Fitted, tuple[str, ...]]:
     """The rows of one split as tokens within max_length, and notes on them."""
     rows: list[Tokenised] = []
@@ -192,7 +191,7 @@ class Chunk:
     unrolled: int  # conversations that became several rows
 
 
-def tokenised(tokenizer: Tokenizer, renderer: Renderer, source: Source, progress: Progress) -> Iterator[Chunk]:
+def tokenised(tokenizer: Tokenizer, renderer: Renderer, source: Source, progress: Report) -> Iterator[Chunk]:
     """The rows of one split in order, so many at a time that memory stays small."""
     for start in range(0, len(source.records), TOGETHER):
         bad: list[Problem] = []

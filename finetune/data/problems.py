@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-from finetune.data.encoding import harmless
 from finetune.errors import DataError
 from finetune.recipe.schema import Recipe
+from finetune.text import harmless
 
 Problem = tuple[str, str]  # (place, reason with its remedy)
 OnError = Literal["stop", "skip"]

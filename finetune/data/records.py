@@ -1,33 +1,43 @@
-"""Rows to records: the same fields whatever the file called them, checked one by one."""
+"""Rows and conversations to records: the same fields whatever the file called them, checked one by one."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.data.conversations import Message, read_messages, read_tools
 from finetune.data.encoding import check_text
 from finetune.data.formats import ANSWER, REQUIRED, Layout
 from finetune.data.problems import Problem
-from finetune.data.rows import Row
+from finetune.data.rows import Message, Record, Row
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+_AFTER = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+_KEPT = ("name", "tool_call_id", "reasoning_content")
 
 
 class BadRow(ValueError):
     """Why a row cannot be trained on; the caller knows its place."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One row, ready to be written as text."""
-
-    place: str
-    key: str = ""  # records of the same key ask the same thing, and stay on one side of a split
-    values: Mapping[str, str] = field(default_factory=dict)  # by standard name and by the file's own
-    answer: str | None = None  # the label, completion or output
-    messages: tuple[Message, ...] = ()  # chat and sharegpt
-    tools: tuple[Any, ...] = ()
-    last_only: bool = False  # only the last assistant turn is supervised
 
 
 def read_records(
@@ -88,3 +98,107 @@ def _text(value: Any, column: str, part: str) -> str:
         return str(value)
     kinds = "text, a whole number or true/false" if part == "label" else "text"
     raise BadRow(f"{column} is {type(value).__name__}, and must be {kinds}; write it as text")
+
+
+def read_messages(value: Any, column: str) -> tuple[Message, ...]:
+    """The conversation of one row. Raises ValueError with the reason where it is not one."""
+    if isinstance(value, str):
+        value = _parsed(value, column)
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"{column} must be a list of at least a user and an assistant message")
+    messages = tuple(_message(one, f"{column}[{number}]") for number, one in enumerate(value))
+    before = ""
+    for number, message in enumerate(messages):
+        role = message["role"]
+        if role not in _AFTER[before]:
+            place = f"after {before}" if before else "first"
+            wanted = " or ".join(_AFTER[before])
+            raise ValueError(f"{column}[{number}]: {role} cannot stand {place}, only {wanted}; mend the turns")
+        before = role
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"{column}: no assistant turn to learn from; add one, or remove the row")
+    return messages
+
+
+def _parsed(value: str, column: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{column} is text that is no JSON list ({error}); write the messages as JSON") from None
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be an object with role and content")
+    told = _first(value, "role", "from")
+    role = _ROLES.get(told.lower()) if isinstance(told, str) else None
+    if role is None:
+        raise ValueError(f"{where}: unknown role {told!r}; use system, user, assistant or tool")
+    message: dict[str, Any] = {"role": role, "content": _content(_first(value, "content", "value"), where)}
+    calls = _tool_calls(value, where) if role == "assistant" else []
+    if calls:
+        message["tool_calls"] = calls
+    elif not message["content"].strip():
+        raise ValueError(f"{where} ({role}) is empty; give it some text, or remove the row")
+    message.update({key: value[key] for key in _KEPT if isinstance(value.get(key), str)})
+    weight = _first(value, "weight", "loss_weight")
+    if weight is not None and role == "assistant":
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise ValueError(f"{where}: weight {weight!r} must be 0 (not learned) or 1")
+        message["weight"] = int(weight)
+    return message
+
+
+def _first(value: Mapping[str, Any], *keys: str) -> Any:
+    """The first of the keys that holds something: Parquet gives every row every key."""
+    return next((value[key] for key in keys if value.get(key) is not None), None)
+
+
+def _content(value: Any, where: str) -> str:
+    """Text, nothing, or a list of text parts."""
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return "".join(_part(part, where) for part in value)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: content is {type(value).__name__}; write it as text")
+    check_text(value, f"{where}: content")
+    return value
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if kind == "str":
+        return _content(part, where)
+    text = _first(part, "text", "value") if kind == "text" else None
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: a content part of type {kind}; only text parts can be learned")
+    return _content(text, where)
+
+
+def _tool_calls(value: Mapping[str, Any], where: str) -> list[Any]:
+    """Calls as templates expect them: arguments as an object, an old function_call as a tool call."""
+    calls = value.get("tool_calls") or ()
+    if value.get("function_call"):
+        calls = [{"type": "function", "function": value["function_call"]}]
+    found = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{where}: a tool call must have a function with a name; mend the call")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _parsed(arguments or "{}", f"{where}: the arguments of {function['name']}")
+        found.append({**call, "function": {**function, "arguments": arguments}})
+    return found
+
+
+def read_tools(fields: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Any, ...]:
+    """The tools offered in a row; old `functions` are wrapped as tools."""
+    tools = fields.get(columns.get("tools", "tools")) or ()
+    functions = fields.get(columns.get("functions", "functions")) or ()
+    if isinstance(tools, str):
+        tools = _parsed(tools, "tools")
+    if not isinstance(tools, (list, tuple)) or not isinstance(functions, (list, tuple)):
+        raise ValueError("tools must be a list of tools; mend it")
+    return (*tools, *({"type": "function", "function": one} for one in functions))

@@ -7,8 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from finetune.data.chat_template import PLAIN_CHAT, ChatRenderer
 from finetune.data.column_template import ALPACA, PLAIN, TemplateRenderer, answer_form, placeholders
 from finetune.data.formats import OPTIONAL, QUESTION, REQUIRED, Format
-from finetune.data.records import Record
-from finetune.data.rendered import Renderer
+from finetune.data.rows import Record, Renderer
 from finetune.data.tokenizer import Tokenizer, encode_prompt
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Prompt, Recipe

@@ -1,13 +1,16 @@
-"""The data's types: what a row is on its way from a file to a batch. Numpy only."""
+"""The data's types: what a row is on its way from a file to a batch, and how it becomes text. Numpy only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:  # whoever only reads rows needs no numpy
     from backends.interface import FloatArray, IntArray
+
+Message = Mapping[str, Any]  # role, content (text), and where given tool_calls, name, tool_call_id, weight
+Span = tuple[int, int]  # (start, end) in characters
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,58 @@ class Row:
     @property
     def place(self) -> str:
         return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row, ready to be written as text."""
+
+    place: str
+    key: str = ""  # records of the same key ask the same thing, and stay on one side of a split
+    values: Mapping[str, str] = field(default_factory=dict)  # by standard name and by the file's own
+    answer: str | None = None  # the label, completion or output
+    messages: tuple[Message, ...] = ()  # chat and sharegpt
+    tools: tuple[Any, ...] = ()
+    last_only: bool = False  # only the last assistant turn is supervised
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A whole example as text; training adds the begin token, and EOS where `closed` is false."""
+
+    record: Record
+    text: str
+    supervised: tuple[Span, ...]
+    answer: Span | None  # the last answer, its end token left out
+    closed: bool  # nothing is to be added at the end
+
+    @property
+    def prompt(self) -> str:
+        return self.text[: self.answer[0]] if self.answer else ""
+
+
+class Renderer(Protocol):
+    """How records become text."""
+
+    name: str  # chat, plain, alpaca, or the recipe's own template
+
+    def render(self, record: Record) -> list[Rendered]:
+        """One example; more where a conversation must be unrolled. Raises ValueError with the reason."""
+
+    def question(self, record: Record) -> str:
+        """The prompt alone, up to where the model answers."""
+
+    def with_answer(self, record: Record, answer: str) -> Record:
+        """The record with another label."""
+
+    def parts(self, record: Record) -> Mapping[str, str]:
+        """The texts of the prompt that may be shortened, by name."""
+
+    def shorten(self, record: Record, part: str, text: str) -> Record:
+        """The record with one of those texts replaced."""
+
+    def drop_turns(self, record: Record, share: float) -> Record | None:
+        """Without its earliest exchanges: that share of its characters, one at least; None when one is left."""
 
 
 @dataclass(frozen=True)

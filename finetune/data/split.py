@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from finetune.data.records import Record
+from finetune.data.rows import Record
 from finetune.errors import DataError
 
 

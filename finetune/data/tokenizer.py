@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.untrusted import check_folder, needs_code, read_object
-from finetune.data import template_sandbox as sandbox
+from finetune.data import template_sandbox
 from finetune.errors import EnvironmentProblem
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase, which is not imported here
@@ -111,7 +111,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zyx"}]
     try:
-        text = sandbox.render(tokenizer, turns, [(2, False)])[0]
+        text = template_sandbox.render(tokenizer, turns, [(2, False)])[0]
     except ValueError:  # a template may refuse anything; then it has no turn to end
         return None
     tail = text[text.rfind("zyx") + 3 :].strip()

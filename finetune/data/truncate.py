@@ -9,8 +9,7 @@ from typing import Literal
 
 from finetune.data.loss_mask import Tokenised, tokenise
 from finetune.data.problems import Problem, settle
-from finetune.data.records import Record
-from finetune.data.rendered import Rendered, Renderer
+from finetune.data.rows import Record, Rendered, Renderer
 from finetune.data.tokenizer import Tokenizer, encode
 
 Policy = Literal["prompt", "end", "drop", "error"]

@@ -18,7 +18,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from backends.interface import BackendError, FloatArray, LoraSpec
+from backends.interface import BackendError, FloatArray, IncompatibleState, LoraSpec, Session, TrainState
+from backends.model_folder import fingerprint
 from backends.untrusted import read_object, validate
 from finetune.disk.atomic import write_pieces
 from finetune.disk.safetensors_file import tensor_pieces
@@ -27,6 +28,8 @@ from finetune.errors import Incompatible
 PEFT_FILE, MLX_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 _BLOCK = re.compile(r"^(?P<before>.*?layers)\.(?P<index>\d+)\.(?P<within>.+)$")
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -162,3 +165,42 @@ def _from_peft(name: str, tensor: FloatArray) -> tuple[str | None, FloatArray]:
 def _from_mlx(name: str, tensor: FloatArray) -> tuple[str | None, FloatArray]:
     match = re.fullmatch(r"(.+\.lora_)([ab])", name)
     return (match[1] + match[2].upper() if match else None), tensor.T
+
+
+def start_from(session: Session, folder: Path, lora: LoraSpec) -> None:
+    """Take an adapter folder (PEFT or mlx-lm) as the start. Raises Incompatible when it does not fit."""
+    adapter = read_adapter(folder)
+    if adapter.rank != lora.rank or abs(adapter.scale - lora.scale) > 1e-9:
+        raise Incompatible(
+            f"lora.start_from: {folder} has rank {adapter.rank} and scale {adapter.scale:g}; the recipe has rank "
+            f"{lora.rank} and scale {lora.scale:g}. Set lora.rank: {adapter.rank} and "
+            f"lora.alpha: {adapter.scale * adapter.rank:g}"
+        )
+    try:
+        session.set_state(TrainState(0, adapter.tensors, {}))
+    except IncompatibleState as error:
+        raise Incompatible(f"lora.start_from: {folder} does not fit this model and these targets: {error}") from None
+
+
+def check_base(adapter: Path, model: Path, name: str | None = None) -> None:
+    """Raises Incompatible when the adapter folder was trained on another base than `model`.
+
+    Our adapters say the fingerprint of their base; others only its name, and that is compared where both it and
+    `name` are hub ids: without the owner, as mirrors are common.
+    """
+    config = adapter_config(adapter)
+    facts, trained = config.get("finetune"), config.get("base_model_name_or_path")
+    if isinstance(facts, dict) and "base_fingerprint" in facts:
+        if facts["base_fingerprint"] != fingerprint(model):
+            raise Incompatible(f"{adapter} was trained on other base weights than those in {model}; give the same base")
+    elif isinstance(trained, str) and name and _other_name(trained, name):
+        raise Incompatible(
+            f"{adapter} was trained on {trained}, and model.path is {name}; give the same base, or where they are "
+            f"the same weights, write {name} into base_model_name_or_path of its adapter_config.json"
+        )
+
+
+def _other_name(first: str, second: str) -> bool:
+    if not (_HUB_ID.fullmatch(first) and _HUB_ID.fullmatch(second)):
+        return False
+    return first.split("/")[1].lower() != second.split("/")[1].lower()

@@ -21,7 +21,7 @@ from backends.interface import FloatArray, TrainState
 from finetune.disk.atomic import disk_errors, new_folder, recover, write_pieces
 from finetune.disk.manifest import MANIFEST, Broken, Tally, json_bytes, manifest_of, newest_first, read_verified, verify
 from finetune.disk.safetensors_file import tensor_pieces
-from finetune.errors import Diverged, Incompatible
+from finetune.errors import Diverged
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,6 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
                 aside = _set_aside(path)
                 messages.append(f"checkpoint {path} is broken ({reason}); it is now {aside.name}")
     return None, messages
-
-
-def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Raises Incompatible with every difference between a checkpoint's identity and this run's."""
-    now = json.loads(json.dumps(current))  # as it would come back from a file: tuples are lists
-    differences = [
-        f"{key.replace('_', ' ')}: the checkpoint has {_shown(saved, key)}, this run {_shown(now, key)}"
-        for key in sorted({*saved, *now})
-        if key not in saved or key not in now or saved[key] != now[key]
-    ]
-    if differences:
-        lines = "\n  ".join(differences)
-        raise Incompatible(
-            f"the checkpoint belongs to another run:\n  {lines}\n"
-            "Resume with what the run began with, or start a new run in another folder."
-        )
 
 
 def _pieces(checkpoint: Checkpoint) -> dict[str, Iterable[bytes | memoryview]]:
@@ -155,10 +139,3 @@ def _set_aside(path: Path) -> Path:
         aside = path.with_name(f"{path.name}.broken-{taken}")
     path.replace(aside)
     return aside
-
-
-def _shown(identity: Mapping[str, Any], key: str) -> str:
-    if key not in identity:
-        return "none"
-    text = json.dumps(identity[key], ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -49,17 +49,6 @@ class RunFolder:
     def write_identity(self, identity: Mapping[str, Any]) -> None:
         self.write_json("identity.json", identity)
 
-    def read_identity(self) -> dict[str, Any] | None:
-        """What the run began with; None where it ended before that was written. Raises Incompatible."""
-        from backends.untrusted import read_object  # not before a recipe is known to be right: it needs numpy
-
-        try:
-            return read_object(self.path / "identity.json")
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise Incompatible(f"{self.path / 'identity.json'}: cannot be read ({error}); start a new run") from None
-
     def evaluation(self, which: str) -> Path:
         return self.path / f"evaluation-{which}.json"
 

@@ -7,16 +7,18 @@ a way to get through it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from backends.interface import Session
+from backends.interface import Session, TrainState
 from finetune.data.rows import Dataset, Prepared
 from finetune.evaluation.intervals import confusion_matrix, macro_f1, per_class, wilson_interval
-from finetune.evaluation.scoring import Report, choose_labels, row_losses, write_answers
+from finetune.evaluation.scoring import choose_labels, row_losses, write_answers
+from finetune.events import Report
 
 
 @dataclass(frozen=True)
@@ -124,3 +126,15 @@ def _summarise(
         confusion=confusion,
         results=results,
     )
+
+
+@contextmanager
+def base_weights(session: Session) -> Iterator[None]:
+    """The session as the base model: every B is zero inside, and the adapter comes back after."""
+    state = session.get_state()
+    zero = {name: t * 0 if name.endswith("lora_B") else t for name, t in state.adapter.items()}
+    session.set_state(TrainState(state.step, zero, state.moments))
+    try:
+        yield
+    finally:
+        session.set_state(state)

@@ -11,8 +11,8 @@ from backends.sampling import PROMPTS_TOGETHER
 from finetune.data.collate import evaluation_batches, halve, label_batches
 from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted
+from finetune.events import Report
 
-Report = Callable[[str, int, int], None]  # what, done, total
 Scored = tuple[list[int], Batch, np.ndarray, np.ndarray]  # row numbers, batch, logprob [B, T], greedy [B, T]
 
 

@@ -1,19 +1,22 @@
-"""Plain sentences: did training go on too long, and is the tuned model better than the base?"""
+"""Plain sentences: did training diverge or go on too long, and is the tuned model better than the base?"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from finetune.evaluation.intervals import weighted_mean_interval
-from finetune.events import Validated
+from finetune.events import Event, StepDone, Validated
 
 if TYPE_CHECKING:
     from finetune.evaluation.evaluate import Evaluation
 
 RISE = 0.01  # of the lowest validation loss: a smaller rise is taken for noise
 SIGNIFICANT = 0.05
+
+IN_A_ROW = 3  # steps: one of a few strange rows is not divergence
 
 
 @dataclass(frozen=True)
@@ -114,3 +117,36 @@ def _word(gain: float) -> str:
 
 def _between(interval: tuple[float, float] | None) -> str:
     return f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+
+
+class Watch:
+    """Notices, once, a loss above ln(vocabulary): what a model has for which all tokens are equally likely."""
+
+    def __init__(self, vocabulary: int | None, warmup: int) -> None:
+        """warmup: steps in which the rate still rises, and nothing is said."""
+        self._guessing = math.log(vocabulary) if vocabulary else math.inf
+        self._warmup = warmup
+        self._above = 0  # the last so many steps
+        self._said = False
+
+    def look(self, event: Event) -> str | None:
+        if self._said or event.step <= self._warmup or not isinstance(event, StepDone | Validated):
+            return None
+        high = event.loss > self._guessing
+        if isinstance(event, StepDone):
+            self._above = self._above + 1 if high else 0
+            high = self._above >= IN_A_ROW
+        if not high:
+            return None
+        self._said = True
+        what = "training" if isinstance(event, StepDone) else "validation"
+        return (
+            f"Diverging? After step {event.step} the {what} loss is {event.loss:.2f}, and guessing has "
+            f"{self._guessing:.2f}, the logarithm of the vocabulary. Lower train.learning_rate, or look at the rows."
+        )
+
+
+def divergence(events: Iterable[Event], vocabulary: int | None, warmup: int) -> str | None:
+    """What was noticed in the events of a whole run."""
+    watch = Watch(vocabulary, warmup)
+    return next((said for event in events if (said := watch.look(event))), None)

@@ -17,7 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, StreamEndEvent
 
 from finetune.errors import RecipeError
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Data, Model, Prompt, Recipe
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 200_000, 5_000, 20  # a recipe is a page; what goes beyond is something else
 # Tokens of the hub, OpenAI and Anthropic, GitHub, AWS, Slack, Google, and a password in an address.
@@ -26,6 +26,8 @@ _SECRET = re.compile(
     r"xox[abpr]-[\w-]{10,}|AIza[\w-]{30,})|\w://[^/\s:@]+:[^/\s@]+@"
 )
 _PATH_KEYS = (("model", "path"), ("data", "train"), ("data", "valid"), ("data", "test"), ("lora", "start_from"))
+
+RECIPES = (".yaml", ".yml")
 
 
 def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -220,3 +222,12 @@ def _absolute_paths(recipe: Recipe, folder: Path, overridden: set[str]) -> Recip
         if candidate.exists() or Path(given).suffix or given.startswith((".", "/", "~")):
             values[section][key] = str(candidate)
     return Recipe.model_validate(values)
+
+
+def recipe_of(target: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe that is named, or one around a data file with the embedded tokenizer and every default."""
+    if target.lower().endswith(RECIPES):
+        return load_recipe(Path(target), overrides)
+    if overrides:
+        raise RecipeError(f"{overrides[0]}: changes belong to a recipe, and {target} is data; write one: finetune init")
+    return Recipe(model=Model(path="builtin:reviews-base"), data=Data(train=target), prompt=Prompt(template="plain"))

@@ -1,9 +1,10 @@
-"""The screen of a terminal: a few lines that stay in place while the run goes on."""
+"""The screen that suits where a person looks: on a terminal a few lines that stay in place while the run goes on."""
 
 from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import Protocol
 
 from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -14,9 +15,9 @@ from rich.text import Text
 
 from finetune.events import Event, Progress, RunStarted, StepDone
 from finetune.report.plot import sparkline
-from finetune.report.screen import note_line
+from finetune.report.screen import PlainScreen, Status, note_line
 from finetune.report.tables import epoch_table
-from finetune.status import Status, amount, duration
+from finetune.text import amount, duration
 
 REFRESH = 0.1  # seconds between two frames
 CHROME = 15  # lines of a frame that are not the newest epochs, where the terminal is 40 columns wide
@@ -109,3 +110,21 @@ class LiveScreen:
             "memory": amount(last.peak_bytes),
         }
         return [Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in figures.items()]
+
+
+class Screen(Protocol):
+    """A sink of events, and a context manager around the run."""
+
+    def handle(self, event: Event) -> None: ...
+
+    def __enter__(self) -> Screen: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_screen(console: Console | None = None) -> Screen:
+    """The screen that suits the console (standard error unless given). NO_COLOR is rich's to honour."""
+    console = console or Console(stderr=True)
+    return LiveScreen(console) if console.is_interactive else PlainScreen(console)

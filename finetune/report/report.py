@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.disk.atomic import write_file
-from finetune.disk.metrics import read
-from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import mcnemar_exact
 from finetune.evaluation.verdict import Overfitting, comparison_verdict
-from finetune.events import StepDone, Validated
-from finetune.report.plot import confusion_plot, loss_plot
+from finetune.events import Validated
 
 
 @dataclass(frozen=True)
@@ -79,32 +75,6 @@ def compare(base: Evaluation, tuned: Evaluation) -> Comparison:
     broken = tuple(pair for pair in pairs if pair[0].correct and pair[1].correct is False)
     p_value = mcnemar_exact(len(fixed), len(broken)) if tuned.accuracy is not None else None
     return Comparison(fixed, broken, p_value, comparison_verdict(base, tuned, p_value))
-
-
-def write_report(run: RunFolder, report: Report) -> None:
-    """report.txt (the tables), rows.jsonl, the plots, and report.json last: it says that the run is finished."""
-    from finetune.report.summary import as_text
-
-    write_file(run.path / "report.txt", as_text(report))
-    write_file(run.path / "rows.jsonl", _rows(report))
-    steps = [one for one in read(run.metrics) if isinstance(one, StepDone)]
-    loss_plot(steps, list(report.validations), run.path / "loss.png")
-    if report.tuned.confusion:
-        confusion_plot(report.tuned.confusion, report.tuned.labels, run.path / "confusion.png")
-    run.write_json("report.json", report.to_json())
-
-
-def _rows(report: Report) -> str:
-    """One JSON line a held-out row, base and tuned side by side."""
-    before: Sequence[RowResult | None] = report.base.results if report.base else [None] * report.tuned.rows
-    lines = []
-    for base, tuned in zip(before, report.tuned.results, strict=True):
-        line: dict[str, Any] = {"place": tuned.place, "prompt": tuned.prompt, "expected": tuned.expected}
-        for name, one in (("base", base), ("tuned", tuned)):
-            if one is not None:
-                line[name] = {"predicted": one.predicted, "correct": one.correct, "loss": one.loss}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return "".join(lines)
 
 
 def save_evaluation(path: Path, evaluation: Evaluation) -> None:

@@ -1,9 +1,11 @@
-"""The screen of a pipe, a log file or a dumb terminal: plain lines, each with its time."""
+"""What both screens show, and the screen of a pipe, a log file or a dumb terminal: plain lines, each with its time."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
 
@@ -20,10 +22,52 @@ from finetune.events import (
     StoppedEarly,
     Validated,
 )
-from finetune.status import Status, amount, duration
+from finetune.text import amount, duration
 
 PAUSE = 10.0  # seconds between two lines on the same work ...
 PARTS = 20  # ... unless the run is so short that this many lines in all come sooner
+
+RECENT = 20  # steps over which the speed is measured
+CURVE = 2000  # steps whose loss is drawn
+
+
+@dataclass
+class Status:
+    """Where a run is. Feed it every event in order."""
+
+    clock: Callable[[], float] = time.monotonic  # seconds
+    steps: int = 0  # in the whole run
+    first_step: int = 0  # done before this process began
+    last: StepDone | None = None
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=CURVE))
+    validations: list[Validated] = field(default_factory=list)
+    _began: float = 0.0
+    _recent: deque[StepDone] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    def note(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self.steps, self.first_step = event.steps, event.step
+        elif isinstance(event, StepDone):
+            if self.last is None:  # the validation before the first step is not part of the pace
+                self._began = self.clock() - event.seconds
+            self.last = event
+            self.losses.append(event.loss)
+            self._recent.append(event)
+        elif isinstance(event, Validated):
+            self.validations.append(event)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the examples, padding not counted, over the last steps."""
+        return sum(one.useful_tokens for one in self._recent) / max(sum(one.seconds for one in self._recent), 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace of this process so far, validations included; None before its first step."""
+        done = self.last.step - self.first_step if self.last else 0
+        if self.last is None or done <= 0:
+            return None
+        return (self.clock() - self._began) / done * (self.steps - self.last.step)
 
 
 class PlainScreen:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune.data.rows import Prepared
+from finetune.data.rows import Dataset, Prepared
+from finetune.disk.atomic import write_file
+from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder
-from finetune.evaluation.evaluate import Evaluation
+from finetune.evaluation.evaluate import Evaluation, RowResult
+from finetune.events import StepDone
+from finetune.report.plot import confusion_plot, loss_plot
 from finetune.report.report import Comparison, Report
-from finetune.report.tables import (
-    changed_rows_table,
-    comparison_table,
-    confusion_table,
-    epoch_table,
-    per_class_table,
-    plain_page,
-)
+from finetune.report.tables import changed_rows_table, comparison_table, confusion_table, epoch_table, per_class_table
+from finetune.text import plain_page
 
 if TYPE_CHECKING:
     from finetune.training.job import Job
@@ -112,3 +111,57 @@ def print_comparison(console: Console, base: Evaluation, tuned: Evaluation, comp
     if comparison.fixed or comparison.broken:
         console.print(changed_rows_table(comparison.fixed, comparison.broken))
     console.print(comparison.verdict, style="bold", markup=False)
+
+
+def account_of(prepared: Prepared) -> dict[str, Any]:
+    """What became of every row, for people and for JSON."""
+
+    def split(dataset: Dataset | None) -> dict[str, Any] | None:
+        if dataset is None:
+            return None
+        lengths = sorted(len(one.tokens) for one in dataset.examples)
+        return {
+            "rows": dataset.rows,
+            "used": len(dataset.examples),
+            "tokens": sum(lengths),
+            "supervised_tokens": int(sum(one.weights.sum() for one in dataset.examples)),
+            "median_length": lengths[len(lengths) // 2] if lengths else 0,
+            "longest": lengths[-1] if lengths else 0,
+            "shortened": list(dataset.shortened),
+            "dropped": [list(one) for one in dataset.dropped],
+            "notes": list(dataset.notes),
+        }
+
+    return {
+        "task": prepared.task,
+        "format": prepared.format,
+        "template": prepared.template,
+        "labels": list(prepared.labels),
+        "train": split(prepared.train),
+        "valid": split(prepared.valid),
+        "test": split(prepared.test),
+    }
+
+
+def write_report(run: RunFolder, report: Report) -> None:
+    """report.txt (the tables), rows.jsonl, the plots, and report.json last: it says that the run is finished."""
+    write_file(run.path / "report.txt", as_text(report))
+    write_file(run.path / "rows.jsonl", _rows(report))
+    steps = [one for one in read(run.metrics) if isinstance(one, StepDone)]
+    loss_plot(steps, list(report.validations), run.path / "loss.png")
+    if report.tuned.confusion:
+        confusion_plot(report.tuned.confusion, report.tuned.labels, run.path / "confusion.png")
+    run.write_json("report.json", report.to_json())
+
+
+def _rows(report: Report) -> str:
+    """One JSON line a held-out row, base and tuned side by side."""
+    before: Sequence[RowResult | None] = report.base.results if report.base else [None] * report.tuned.rows
+    lines = []
+    for base, tuned in zip(before, report.tuned.results, strict=True):
+        line: dict[str, Any] = {"place": tuned.place, "prompt": tuned.prompt, "expected": tuned.expected}
+        for name, one in (("base", base), ("tuned", tuned)):
+            if one is not None:
+                line[name] = {"predicted": one.predicted, "correct": one.correct, "loss": one.loss}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines)

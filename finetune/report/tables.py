@@ -1,23 +1,26 @@
-"""Tables for the terminal, of figures computed elsewhere."""
+"""Tables for the terminal, of figures computed elsewhere, and a row's tokens for people to look at."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Protocol
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from finetune.data.rows import Example
 from finetune.events import Validated
+from finetune.text import shorten
 
 MOST_LABELS = 12  # in a whole confusion matrix
 WORST = 10  # confusions shown of a larger one
 ROWS_SHOWN = 5  # of each kind of changed row
 TEXT_SHOWN = 160  # characters of a row's text
+
+SHOWN_TOKENS = 160  # of a row; the middle of a longer one is left out
+_LONGEST = 8  # tokens that one character may be made of
 
 
 class Answered(Protocol):
@@ -121,22 +124,6 @@ def changed_rows_table(fixed: Sequence[Pair], broken: Sequence[Pair]) -> Table:
     return table
 
 
-def plain_page(show: Callable[[Console], None]) -> str:
-    """What `show` prints, as a page without colour, 100 columns wide."""
-    page = io.StringIO()
-    show(Console(file=page, width=100, color_system=None, force_terminal=False, legacy_windows=False))
-    return page.getvalue()
-
-
-def shorten(text: str, length: int) -> str:
-    """On one line, without control characters; the middle gives way."""
-    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    if len(line) <= length:
-        return line
-    head = (length - 4) // 2
-    return f"{line[:head]} ... {line[len(line) - (length - 5 - head) :]}"
-
-
 def _table(*headings: str, texts: int = 1, title: str | None = None) -> Table:
     """The first `texts` columns hold words, the others figures."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, title_justify="left")
@@ -202,3 +189,35 @@ def _common(texts: Sequence[str]) -> int:
     """Characters that all texts begin with, the last of them a space."""
     shared = [chars[0] for chars in takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False))]
     return max((i + 1 for i, char in enumerate(shared) if char.isspace()), default=0)
+
+
+def highlighted(example: Example, tokenizer: Any) -> Text:
+    """The row's tokens, the supervised ones marked and in brackets."""
+    half = SHOWN_TOKENS // 2
+    text = Text()
+    pieces = list(_pieces(example, tokenizer))
+    long = len(pieces) > SHOWN_TOKENS
+    for number, (piece, supervised) in enumerate(pieces):
+        if long and half <= number < len(pieces) - half:
+            if number == half:
+                text.append(" ... ", style="dim")
+            continue
+        piece = piece.replace("\n", "\\n")
+        text.append(f"[{piece}]" if supervised else piece, style="bold green" if supervised else "dim")
+    return text
+
+
+def _pieces(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """(text, supervised) of each token; tokens that are parts of one character stand together."""
+    tokens: Sequence[int] = example.tokens.tolist()
+    start = 0
+    while start < len(tokens):
+        supervised = bool(example.weights[start])
+        for end in range(start + 1, min(start + _LONGEST, len(tokens)) + 1):
+            piece = tokenizer.decode(tokens[start:end])
+            if not piece.endswith("\ufffd") or bool(example.weights[end - 1]) != supervised:
+                break
+        else:
+            end, piece = start + 1, tokenizer.decode(tokens[start : start + 1])
+        yield piece, supervised
+        start = end

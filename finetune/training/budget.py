@@ -10,7 +10,8 @@ import numpy as np
 
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, Session
-from backends.memory import available_bytes, kept_bytes
+from backends.kept_states import kept_bytes
+from backends.memory import available_bytes
 from backends.memory_plan import (
     Architecture,
     Device,
@@ -24,10 +25,11 @@ from backends.model_folder import lora_modules
 from backends.rate import measured_rate
 from finetune.data.collate import groups, step_indices, width
 from finetune.data.rows import Example
-from finetune.events import Progress
+from finetune.events import Progress, Sink
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import MICRO_TOKENS, Recipe
-from finetune.training.job import Job, Sink, lora_spec, model_spec
+from finetune.recipe.specs import lora_spec, model_spec
+from finetune.training.job import Job
 
 SAMPLED = 64  # steps whose micro-batches are looked at; the one with the longest row is always among them
 LEAST, MOST = 64, 2**17  # tokens at a time that `auto` chooses from

@@ -13,14 +13,14 @@ from backends.interface import Batch, FloatArray, NonFinite, OutOfMemory, Sessio
 from finetune.data.collate import micro_batches, step_indices
 from finetune.data.rows import Prepared
 from finetune.disk import checkpoint as checkpoints
-from finetune.errors import Diverged, MemoryExhausted
+from finetune.errors import Diverged, Interrupted, MemoryExhausted
 from finetune.evaluation.evaluate import Evaluation, evaluate
-from finetune.evaluation.scoring import Report
 from finetune.events import (
     CheckpointSaved,
     Event,
     Finished,
     MemorySplit,
+    Report,
     RunStarted,
     StepDone,
     StoppedEarly,
@@ -28,10 +28,6 @@ from finetune.events import (
 )
 from finetune.recipe.schedule import Plan, learning_rate, make_plan
 from finetune.recipe.schema import Recipe
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; a checkpoint of the current step is written."""
 
 
 @dataclass

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from backends.adapter_state import initial_adapter
 from backends.interface import BackendError, Batch, IncompatibleState, LoraSpec, Session, TrainState
-from backends.lora_init import initial_adapter
+from backends.micro_batches import joined, own_part
 from backends.model_folder import lora_modules
-from backends.prefixes import joined, own_part
 from tests.conformance.toy import (
     DROPPING,
     LORA,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from backends.interface import Batch, NonFinite, OptimSpec, TrainState
-from backends.prefixes import joined
+from backends.micro_batches import joined
 from tests.conformance.toy import (
     DROPPING,
     LORA,

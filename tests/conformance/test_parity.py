@@ -13,7 +13,7 @@ import pytest
 
 from backends import registry
 from backends.interface import OptimSpec, Session
-from backends.prefixes import joined, own_part
+from backends.micro_batches import joined, own_part
 from tests.conformance.toy import LORA, Case, begun, close, part, prefixed, random_adapter, toy_batch
 
 pytest.importorskip("torch")

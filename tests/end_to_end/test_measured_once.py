@@ -13,10 +13,10 @@ from backends.interface import Session
 from finetune import run as runs
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder, create
+from finetune.errors import Interrupted
 from finetune.events import Validated
 from finetune.recipe.load import load_recipe
 from finetune.training.job import Job, load_job
-from finetune.training.loop import Interrupted
 from tests.end_to_end.command import Work, reviews, same
 
 LABELLED = "data: {train: train.jsonl, valid: test.jsonl}\ntrain: {epochs: 1, batch_size: 8, learning_rate: 0.01}\n"

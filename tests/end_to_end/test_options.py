@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from backends.interface import Session
-from backends.prefixes import joined, own_part
+from backends.micro_batches import joined, own_part
 from finetune.events import StepDone, Validated
 from finetune.recipe.load import load_recipe
 from finetune.training.job import load_job

@@ -17,7 +17,7 @@ from finetune.data.tokenizer import load_tokenizer
 from finetune.recipe.locate import builtin, demo_recipe
 from finetune.recipe.schedule import learning_rate, make_plan
 from finetune.recipe.schema import Recipe, Train
-from finetune.training.job import lora_spec, model_spec, optim_spec
+from finetune.recipe.specs import lora_spec, model_spec, optim_spec
 
 REAL = [name for name in registry.NAMES if name != "reference"]
 STEPS = 100

@@ -22,8 +22,9 @@ from finetune.errors import FinetuneError
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schedule import learning_rate, make_plan
 from finetune.recipe.schema import Recipe
+from finetune.recipe.specs import model_spec
 from finetune.run import train_run
-from finetune.training.job import Job, load_job, model_spec
+from finetune.training.job import Job, load_job
 from tests.unit.test_recipe import keys
 
 Values = dict[str, Any]  # dotted key -> value

@@ -25,8 +25,8 @@ from finetune.disk.run_folder import create
 from finetune.errors import DataError, Incompatible
 from finetune.events import RunStarted, StepDone
 from finetune.recipe.load import check_recipe
+from finetune.report.screen import Status
 from finetune.run import train_run
-from finetune.status import Status
 from finetune.training.job import load_job
 from tests.end_to_end.command import ROOT
 from tests.faults.test_every_key import World, models, world

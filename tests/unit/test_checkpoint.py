@@ -15,7 +15,8 @@ from safetensors.numpy import save as serialise
 from backends.interface import FloatArray, TrainState
 from backends.memory_plan import UPDATE
 from finetune.disk.atomic import new_folder, recover, write_file
-from finetune.disk.checkpoint import Checkpoint, check_identity, load_newest, save
+from finetune.disk.checkpoint import Checkpoint, load_newest, save
+from finetune.disk.identity import check_identity
 from finetune.disk.manifest import newest_good
 from finetune.disk.safetensors_file import tensor_pieces
 from finetune.errors import DiskError, Diverged, Incompatible

@@ -14,7 +14,7 @@ import pytest
 
 from backends import registry
 from backends.interface import Batch, Session
-from backends.prefixes import joined
+from backends.micro_batches import joined
 from finetune.disk.run_folder import create
 from finetune.recipe.load import check_recipe
 from finetune.run import train_run

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from backends.interface import Batch
-from backends.prefixes import joined
+from backends.micro_batches import joined
 from finetune.check.tokens import TokenChecker
 from finetune.data import chat_template as chat
 from finetune.data import collate as batches

@@ -20,8 +20,7 @@ from backends.model_folder import lora_modules
 from backends.untrusted import check_folder
 from finetune.data.tokenizer import encode_prompt, load_tokenizer, stop_tokens
 from finetune.disk import checkpoint as checkpoints
-from finetune.disk.adapter import read_adapter
-from finetune.run import check_base
+from finetune.disk.adapter import check_base, read_adapter
 from tests.unit.hostile import (
     CONFIG,
     damaged_json,

@@ -26,7 +26,6 @@ from backends.interface import (  # noqa: E402
 )
 from backends.mlx_backend import head as mlx_head  # noqa: E402
 from backends.mlx_backend import lora as mlx_lora  # noqa: E402
-from backends.mlx_backend import loss as mlx_loss  # noqa: E402
 from backends.mlx_backend import model as mlx_model  # noqa: E402
 from backends.mlx_backend import session as mlx_backend  # noqa: E402
 from tests.tiny_models import family, tiny_llama  # noqa: E402
@@ -176,7 +175,7 @@ def test_other_errors_pass_and_leave_the_state_too(llama: Path, monkeypatch: pyt
         raise RuntimeError("kernel not found")
 
     with monkeypatch.context() as patch:
-        patch.setattr(mlx_loss.ChunkedLoss, "__call__", failing)
+        patch.setattr(mlx_head.ChunkedLoss, "__call__", failing)
         with pytest.raises(RuntimeError, match="kernel not found"):
             session.step([a_batch()], 1e-2)
     assert flat(session.get_state()) == before

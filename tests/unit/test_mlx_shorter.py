@@ -15,14 +15,14 @@ pytest.importorskip("torch")
 
 from backends.interface import BackendError, Batch, LoraSpec, ModelSpec, OptimSpec  # noqa: E402
 from backends.kept_states import Activations  # noqa: E402
+from backends.micro_batches import joined  # noqa: E402
 from backends.mlx_backend import attention as mlx_attention  # noqa: E402
 from backends.mlx_backend import cpu_kernels as mlx_numpy  # noqa: E402
-from backends.mlx_backend import loss as mlx_loss  # noqa: E402
+from backends.mlx_backend import head as mlx_head  # noqa: E402
 from backends.mlx_backend import session as mlx_backend  # noqa: E402
 from backends.mlx_backend.cpu_layers import _FAST  # noqa: E402
 from backends.mlx_backend.lora import AdaptedLinear  # noqa: E402
-from backends.mlx_backend.window import ignored_window  # noqa: E402
-from backends.prefixes import joined  # noqa: E402
+from backends.mlx_backend.model import ignored_window  # noqa: E402
 from tests.tiny_models import family, tiny_llama  # noqa: E402
 
 VOCAB = 128
@@ -67,7 +67,7 @@ def both(session: mlx_backend.MlxSession, whole: mlx_backend.MlxSession, batch: 
 # --- the loss ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nll", [mlx_loss.weighted_nll, mlx_numpy.weighted_nll])
+@pytest.mark.parametrize("nll", [mlx_head.weighted_nll, mlx_numpy.weighted_nll])
 def test_the_slope_of_the_loss_is_its_gradient(nll: Callable[..., Any]) -> None:
     random = np.random.default_rng(0)
     logits = mx.array(random.standard_normal((5, 7)).astype(np.float32) * 4)

@@ -14,7 +14,7 @@ from backends.interface import Session
 from finetune.commands.train import StopFlag
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder, create
-from finetune.errors import Diverged, Incompatible
+from finetune.errors import Diverged, Incompatible, Interrupted
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import mcnemar_exact
 from finetune.events import Event, Progress, StepDone
@@ -24,7 +24,6 @@ from finetune.report.report import compare, load_evaluation, save_evaluation
 from finetune.run import train_run
 from finetune.training import job as jobs
 from finetune.training.job import Job, load_job
-from finetune.training.loop import Interrupted
 from tests.unit.toy_run import Poisoned, Wrapped, curve
 
 
@@ -220,7 +219,7 @@ def test_killed_while_the_report_is_written_it_is_written_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"finetune.report.{'summary' if killed_at == 'as_text' else 'report'}.{killed_at}", kill)
+        patch.setattr(f"finetune.report.summary.{killed_at}", kill)
         with pytest.raises(KeyboardInterrupt):
             train_run(load_job(recipe), run, Sink(), lambda: False)
     assert not run.report.exists(), "the run would pass for finished"

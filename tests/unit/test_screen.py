@@ -28,10 +28,9 @@ from finetune.events import (
     Validated,
 )
 from finetune.report import tables
-from finetune.report.live_screen import LiveScreen
-from finetune.report.screen import PlainScreen
-from finetune.screen import open_screen
-from finetune.status import Status, amount, duration
+from finetune.report.live_screen import LiveScreen, open_screen
+from finetune.report.screen import PlainScreen, Status
+from finetune.text import amount, duration
 
 WIDTHS = [40, 80, 200]
 
@@ -208,7 +207,7 @@ def test_a_terminal_without_blocks():
 CHILD = """
 import sys
 from tests.unit.test_screen import run
-from finetune.screen import open_screen
+from finetune.report.live_screen import open_screen
 with open_screen() as screen:
     for event in run():
         screen.handle(event)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from backends.interface import Batch, LoraSpec, ModelSpec, OptimSpec
-from backends.prefixes import joined
+from backends.micro_batches import joined
 from backends.torch_backend import forward as torch_forward
 from backends.torch_backend import frozen as torch_kept
 from backends.torch_backend import tail as torch_tail

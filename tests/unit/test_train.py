@@ -17,7 +17,7 @@ from backends.interface import IncompatibleState, LoraSpec, ModelSpec, OptimSpec
 from backends.reference import open as open_reference
 from finetune.disk import checkpoint as checkpoints
 from finetune.disk.metrics import MetricsFile, read
-from finetune.errors import Diverged, MemoryExhausted
+from finetune.errors import Diverged, Interrupted, MemoryExhausted
 from finetune.events import (
     CheckpointSaved,
     Event,
@@ -28,7 +28,7 @@ from finetune.events import (
     StoppedEarly,
     Validated,
 )
-from finetune.training.loop import Interrupted, LoopState, Trainer
+from finetune.training.loop import LoopState, Trainer
 from tests.unit.toy_run import Poisoned, Small, curve, model_folder, prepared, recipe, session, trainer
 
 STEPS = 8  # of toy_run's recipe

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from backends.model_folder import vocabulary_of
 from finetune.disk.run_folder import create
+from finetune.evaluation.verdict import IN_A_ROW, Watch, divergence
 from finetune.events import Event, Progress, StepDone, Validated
 from finetune.run import train_run
-from finetune.training.job import load_job, vocabulary_of
-from finetune.watch import IN_A_ROW, Watch, divergence
+from finetune.training.job import load_job
 from tests.unit.test_report import model, recipe
 from tests.unit.toy_run import Wrapped
 

@@ -10,7 +10,7 @@ import pytest
 from finetune.check import duplicates
 from finetune.check.duplicates import Pair, find_duplicates, shingles
 from finetune.data.prepare import Source
-from finetune.data.records import Record
+from finetune.data.rows import Record
 
 WORDS = [f"word{i}" for i in range(2000)]
 

@@ -11,7 +11,7 @@ from finetune.check.balance import contradictions, count_groups, telling_words, 
 from finetune.check.enough import judge
 from finetune.check.lengths import histogram, measure, padding
 from finetune.data.prepare import Source
-from finetune.data.records import Record
+from finetune.data.rows import Record
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Recipe
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.prefixes import joined
+from backends.micro_batches import joined
 from finetune.data.collate import (
     BATCH_COST,
     collate,

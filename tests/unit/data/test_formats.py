@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.data.conversations import read_messages, read_tools
 from finetune.data.formats import recognise
-from finetune.data.records import read_records
+from finetune.data.records import read_messages, read_records, read_tools
 from finetune.data.rows import Row
 from finetune.errors import DataError, RecipeError
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.records import Record
+from finetune.data.rows import Record
 from finetune.data.split import split
 from finetune.errors import DataError
 

@@ -12,8 +12,7 @@ from toy_tokenizers import BARE, BROKEN, CHATML, GEMMA, LLAMA3, MISTRAL, QWEN3, 
 from finetune.data.chat_template import PLAIN_CHAT, ChatRenderer
 from finetune.data.column_template import ALPACA, PLAIN, TemplateRenderer
 from finetune.data.loss_mask import Tokenised, tokenise
-from finetune.data.records import Record
-from finetune.data.rendered import Rendered
+from finetune.data.rows import Record, Rendered
 from finetune.data.tokenizer import begin_tokens, encode_prompt, stop_tokens
 from finetune.errors import RecipeError
 

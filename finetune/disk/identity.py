@@ -1,0 +1,77 @@
+"""What a resumed run must share with the one that wrote the checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from backends.model_folder import fingerprint
+from backends.untrusted import read_object
+from finetune.data.rows import Prepared
+from finetune.errors import Incompatible
+from finetune.recipe.schema import Recipe
+
+# Keys that change where or how fast a run goes, or whose effect the digests of rows and weights already hold.
+_NOT_IDENTITY = {
+    "output", "backend", "model.path", "model.revision", "model.dtype", "data.train", "data.valid", "data.test",
+    "data.max_dropped", "train.micro_tokens", "train.gradient_checkpointing", "evaluate.generate",
+    "evaluate.max_tokens", "evaluate.base",
+}  # fmt: skip
+
+
+def identity_of(recipe: Recipe, prepared: Prepared, model: Path) -> dict[str, Any]:
+    """What a resumed run must share with the one that wrote the checkpoint, key by key."""
+    settings = {
+        f"{key}": value
+        for key, value in _flat(recipe.model_dump(mode="json", exclude={"data": {"groups"}}))
+        if key not in _NOT_IDENTITY
+    }
+    digest = hashlib.sha256()
+    for dataset in (prepared.train, prepared.valid, prepared.test):
+        for example in dataset.examples if dataset else ():
+            digest.update(example.tokens.tobytes() + example.weights.tobytes())
+    return {"base_model_weights": fingerprint(model), "data_rows": digest.hexdigest()} | settings
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def read_identity(run: Path) -> dict[str, Any] | None:
+    """What the run began with; None where it ended before that was written. Raises Incompatible."""
+    try:
+        return read_object(run / "identity.json")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise Incompatible(f"{run / 'identity.json'}: cannot be read ({error}); start a new run") from None
+
+
+def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raises Incompatible with every difference between a checkpoint's identity and this run's."""
+    now = json.loads(json.dumps(current))  # as it would come back from a file: tuples are lists
+    differences = [
+        f"{key.replace('_', ' ')}: the checkpoint has {_shown(saved, key)}, this run {_shown(now, key)}"
+        for key in sorted({*saved, *now})
+        if key not in saved or key not in now or saved[key] != now[key]
+    ]
+    if differences:
+        lines = "\n  ".join(differences)
+        raise Incompatible(
+            f"the checkpoint belongs to another run:\n  {lines}\n"
+            "Resume with what the run began with, or start a new run in another folder."
+        )
+
+
+def _shown(identity: Mapping[str, Any], key: str) -> str:
+    if key not in identity:
+        return "none"
+    text = json.dumps(identity[key], ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
