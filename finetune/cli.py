@@ -12,147 +12,176 @@ import typer
 
 from finetune.errors import DiskError, FinetuneError
 
-app = typer.Typer(
-    name="finetune",
-    help="One recipe fine-tunes a language model with LoRA or QLoRA, on MLX or CUDA, and says whether it got better.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
+START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
 
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+app = typer.Typer(name="finetune", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes to the recipe, such as lora.rank=16.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Keys to change, such as lora.rank=16.", show_default=False),
 ]
-RunPath = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
-Backend = Annotated[str | None, typer.Option("--backend", help="mlx, torch or reference, instead of the recipe's.")]
-Alone = Annotated[bool, typer.Option("--no-supervisor", help="Train in this very process, as debuggers need it.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
+Backend = Annotated[
+    str | None, typer.Option("--backend", metavar="NAME", help="mlx, torch or reference. Replaces the recipe's choice.")
+]
+Alone = Annotated[bool, typer.Option("--no-supervisor", help="Run training in this process (for debuggers).")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the most probable token.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="The most tokens in an answer.")]
 
 
-@app.command()
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"finetune {version('recipe-finetune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune a language model with LoRA or QLoRA from one recipe, and measure whether it got better."""
+
+
+@app.command(rich_help_panel=START)
 def demo(
     backend: Backend = None,
-    output: Annotated[str, typer.Option(help="The folder in which the run makes its folder.")] = "runs",
+    output: Annotated[str, typer.Option(help="The run's folder is made in this folder.")] = "runs",
     alone: Alone = False,
 ) -> None:
-    """Measure, fine-tune with QLoRA and measure again: an embedded model on embedded reviews, offline."""
+    """Measure, fine-tune and measure again: a small built-in model on built-in reviews, offline."""
     from finetune.recipe.locate import demo_recipe
 
     _train(demo_recipe(), [f"output={output}"], backend, alone)
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def init(
-    data: Annotated[Path, typer.Argument(help="A data file to look at.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the recipe is written.")] = Path("recipe.yaml"),
-    model: Annotated[str, typer.Option(help="A model folder or hub id.")] = "builtin:reviews-base",
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A data file.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
+    model: Annotated[str, typer.Option(help="A model folder or a hub id.")] = "builtin:reviews-base",
 ) -> None:
-    """Look at a data file and write a commented starter recipe for it."""
-    from finetune.commands.init import init as run
+    """Look at a data file and write a commented recipe for it."""
+    from finetune.commands.init import run
 
     run(data, output, model)
 
 
-@app.command()
-def plan(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    compare: Annotated[bool, typer.Option(help="Load the model in every backend here and compare logits.")] = False,
-) -> None:
-    """Show the resolved recipe, the prepared data, the steps and what each backend would do; train nothing."""
-    from finetune.recipe.load import load_recipe
-
-    found = load_recipe(recipe, overrides or [])  # first: a mistake in it needs none of the libraries below
-    from finetune.commands.plan import plan as run
-
-    run(found, compare)
-
-
-@app.command()
+@app.command(rich_help_panel=START)
 def check(
     target: Annotated[str, typer.Argument(metavar="DATA|RECIPE", help="A data file, or a recipe.", show_default=False)],
     overrides: Overrides = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write what is found to this file too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the findings to this file too.")
+    ] = None,
 ) -> None:
-    """Say what the data are, what is wrong with them and how they will be trained on; load no model."""
+    """Read all data and report bad rows, lengths, duplicates, leaks, balance and personal data."""
     from finetune.recipe.load import recipe_of
 
-    found = recipe_of(target, overrides or [])  # first: a mistake in it needs none of the libraries below
-    from finetune.commands.check import check as run
+    recipe = recipe_of(target, overrides or [])  # first: a mistake in it needs none of the libraries below
+    from finetune.commands.check import run
 
-    run(found, json_file)
-
-
-@app.command()
-def train(recipe: RecipeFile, overrides: Overrides = None, backend: Backend = None, alone: Alone = False) -> None:
-    """Measure the base model, fine-tune it, measure the tuned one, and keep the adapter."""
-    _train(recipe, overrides or [], backend, alone)
+    run(recipe, json_file)
 
 
-@app.command()
-def resume(run: RunPath, backend: Backend = None, alone: Alone = False) -> None:
-    """Go on with a stopped run from its newest good checkpoint, on any backend."""
+@app.command(rich_help_panel=START)
+def plan(
+    file: RecipeFile,
+    overrides: Overrides = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Compare the backends' log-probabilities.")] = False,
+) -> None:
+    """Show the whole recipe, the prepared rows, the steps, and the memory and time needed. Trains nothing."""
+    from finetune.recipe.load import load_recipe
+
+    recipe = load_recipe(file, overrides or [])  # first: a mistake in it needs none of the libraries below
+    from finetune.commands.plan import run
+
+    run(recipe, compare)
+
+
+@app.command(rich_help_panel=TRAIN)
+def train(file: RecipeFile, overrides: Overrides = None, backend: Backend = None, alone: Alone = False) -> None:
+    """Measure the base model, fine-tune it, measure the tuned model, and save the adapter."""
+    _train(file, overrides or [], backend, alone)
+
+
+@app.command(rich_help_panel=TRAIN)
+def resume(folder: RunPath, backend: Backend = None, alone: Alone = False) -> None:
+    """Resume a stopped run from its last intact checkpoint, on the same backend or another."""
     from finetune.disk.run_folder import open_existing
 
-    opened, recipe = open_existing(run)
+    stopped, recipe = open_existing(folder)
     _supervised(alone)
-    from finetune.commands.train import resume as go_on
+    from finetune.commands.train import run
 
-    go_on(opened, recipe, backend)
+    run(recipe.model_copy(update={"backend": backend}) if backend else recipe, folder.name, stopped)
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=USE)
 def evaluate(
-    run: RunPath,
-    data: Annotated[str | None, typer.Option(help="Other rows to measure on: a file of the same format.")] = None,
+    folder: RunPath,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Other rows to measure on, in the same format.")
+    ] = None,
     backend: Backend = None,
 ) -> None:
-    """Measure a run's base and tuned model again, on its held-out rows or on others."""
+    """Measure the base and the tuned model of a run again, on its held-out rows or on other rows."""
     from finetune.disk.run_folder import open_existing
 
-    opened, recipe = open_existing(run)
-    from finetune.commands.evaluate import evaluate as measure
+    opened, recipe = open_existing(folder)
+    from finetune.commands.evaluate import run
 
-    measure(opened, recipe, data, backend)
+    run(opened, recipe, data, backend)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def generate(
-    run: RunPath,
-    prompt: Annotated[str, typer.Argument(help="The input text; - reads it from standard input.")],
-    base: Annotated[bool, typer.Option("--base", help="Ask the base model instead of the tuned one.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most probable token.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    folder: RunPath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The input text; - reads it from standard input.")],
+    base: Annotated[bool, typer.Option("--base", help="Ask the base model instead of the tuned model.")] = False,
+    temperature: Temperature = 0.0,
+    max_tokens: MaxTokens = 256,
     backend: Backend = None,
 ) -> None:
-    """Answer one prompt with a run's model."""
+    """Answer one prompt with the model of a run."""
     from finetune.disk.run_folder import open_existing
 
-    opened, recipe = open_existing(run)
-    from finetune.commands.chat import generate as answer
+    opened, recipe = open_existing(folder)
+    from finetune.commands.chat import run
 
-    answer(opened, recipe, prompt, base, temperature, max_tokens, backend)
+    run(opened, recipe, prompt, base, temperature, max_tokens, backend)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def chat(
-    run: RunPath,
-    base: Annotated[bool, typer.Option("--base", help="Talk to the base model instead of the tuned one.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    folder: RunPath,
+    base: Annotated[bool, typer.Option("--base", help="Talk to the base model instead of the tuned model.")] = False,
+    temperature: Temperature = 0.7,
+    max_tokens: MaxTokens = 512,
     backend: Backend = None,
 ) -> None:
-    """Talk to a run's model; an empty line ends it."""
+    """Talk to the model of a run. An empty line ends the chat."""
     from finetune.disk.run_folder import open_existing
 
-    opened, recipe = open_existing(run)
-    from finetune.commands.chat import chat as talk
+    opened, recipe = open_existing(folder)
+    from finetune.commands.chat import run
 
-    talk(opened, recipe, base, temperature, max_tokens, backend)
+    run(opened, recipe, None, base, temperature, max_tokens, backend)
 
 
-@app.command()
+@app.command(rich_help_panel=TOOLS)
+def doctor() -> None:
+    """Show which backends work on this machine, and why others do not."""
+    from finetune.commands.doctor import run
+
+    run()
+
+
+@app.command(rich_help_panel=TOOLS)
 def schema() -> None:
     """Print the recipe's JSON schema, for editors."""
     import json
@@ -162,26 +191,18 @@ def schema() -> None:
     typer.echo(json.dumps(Recipe.model_json_schema() | {"title": "finetune recipe"}, indent=2))
 
 
-@app.command()
-def doctor() -> None:
-    """Say which backends work on this machine, and why not."""
-    from finetune.commands.doctor import doctor as run
-
-    run()
-
-
-def _train(recipe: Path, overrides: list[str], backend: str | None, alone: bool) -> None:
+def _train(file: Path, overrides: list[str], backend: str | None, alone: bool) -> None:
     from finetune.recipe.load import load_recipe
 
-    found = load_recipe(recipe, [*overrides, *([f"backend={backend}"] if backend else [])])
-    _supervised(alone)  # a mistake in the recipe is told before a second process is started for it
-    from finetune.commands.train import train as run
+    recipe = load_recipe(file, [*overrides, *([f"backend={backend}"] if backend else [])])
+    _supervised(alone)  # a mistake in the recipe is reported before a second process is started for it
+    from finetune.commands.train import run
 
-    run(found, recipe.stem)
+    run(recipe, file.stem)
 
 
 def _supervised(alone: bool) -> None:
-    """From here on in a child process, but for `alone`, and for Windows, which has no signals to hand on."""
+    """Go on in a child process, unless `alone`, or on Windows, which has no signals to pass on."""
     if not alone and os.name == "posix":
         from finetune.supervisor import supervise
 
@@ -189,9 +210,9 @@ def _supervised(alone: bool) -> None:
 
 
 def main() -> None:
-    """Run the command; every error of the user's is one message and its own exit code."""
+    """Run the command; every error that a user can correct is one message and its own exit code."""
     try:
-        app()
+        app(prog_name="finetune")
     except FinetuneError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -222,7 +243,3 @@ def _backend_code(error: Exception) -> int | None:
 def _fail(message: str, code: int) -> None:
     print(f"finetune: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

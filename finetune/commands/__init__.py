@@ -1,1 +1,1 @@
-"""What the commands do once they are asked for; `finetune.cli` imports each of these only then."""
+"""What the commands do: one module each with one `run`, which `finetune.cli` imports when the command is used."""

@@ -41,23 +41,41 @@ class Speaker:
         return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
 
 
-def generate(
-    run: RunFolder, recipe: Recipe, prompt: str, base: bool, temperature: float, max_tokens: int, backend: str | None
+def run(
+    opened: RunFolder,
+    recipe: Recipe,
+    prompt: str | None,
+    base: bool,
+    temperature: float,
+    max_tokens: int,
+    backend: str | None,
+) -> None:
+    """Answer `prompt` (`-`: standard input), or talk where it is None."""
+    if prompt is None:
+        _talk(opened, recipe, base, temperature, max_tokens, backend)
+    else:
+        _answer(opened, recipe, prompt, base, temperature, max_tokens, backend)
+
+
+def _answer(
+    opened: RunFolder, recipe: Recipe, prompt: str, base: bool, temperature: float, max_tokens: int, backend: str | None
 ) -> None:
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise DataError("the prompt is empty")
-    speaker = Speaker(run, recipe, base, backend)
+    speaker = Speaker(opened, recipe, base, backend)
     tokens = question_tokens(speaker.recipe, speaker.tokenizer, [{"role": "user", "content": text}])
     print(speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed))
 
 
-def chat(run: RunFolder, recipe: Recipe, base: bool, temperature: float, max_tokens: int, backend: str | None) -> None:
+def _talk(
+    opened: RunFolder, recipe: Recipe, base: bool, temperature: float, max_tokens: int, backend: str | None
+) -> None:
     """Several turns where the recipe trains conversations; otherwise each line is a question of its own."""
-    speaker = Speaker(run, recipe, base, backend)
+    speaker = Speaker(opened, recipe, base, backend)
     console, turns = Console(), 0
     messages: list[dict[str, str]] = []
-    console.print(f"{run.path.name}: {'base' if base else 'tuned'} model. An empty line ends.", markup=False)
+    console.print(f"{opened.path.name}: {'base' if base else 'tuned'} model. An empty line ends.", markup=False)
     while text := _ask(console):
         messages.append({"role": "user", "content": text})
         tokens = question_tokens(speaker.recipe, speaker.tokenizer, messages)

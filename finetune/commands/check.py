@@ -17,7 +17,7 @@ from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
 
 
-def check(recipe: Recipe, json_file: Path | None) -> None:
+def run(recipe: Recipe, json_file: Path | None) -> None:
     """Raises DataError, after everything is shown, where rows must be mended."""
     model = model_folder(recipe.model)
     tokenizer = load_tokenizer(model, recipe.model.remote_code)

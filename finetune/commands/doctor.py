@@ -17,7 +17,7 @@ def described(name: str) -> str:
     return "; ".join([*(f"{key} {value}" for key, value in facts.items()), versions])
 
 
-def doctor() -> None:
+def run() -> None:
     """One row a backend; exits 7 when none of the real ones works."""
     table = Table(title="Backends on this machine")
     for heading in ("backend", "works", "what it would use, or why not"):

@@ -19,7 +19,7 @@ from finetune.report.summary import print_comparison
 from finetune.training.job import load_job
 
 
-def evaluate(run: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
+def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
     if data is not None:
         source = str(Path(data).resolve()) if Path(data).exists() else data
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})
@@ -33,6 +33,6 @@ def evaluate(run: RunFolder, recipe: Recipe, data: str | None, backend: str | No
             base = job.measure(session, job.prepared.held_out, "base model", screen.handle)
         tuned = job.measure(session, job.prepared.held_out, "tuned model", screen.handle)
     comparison = compare(base, tuned)
-    print_comparison(Console(), base, tuned, comparison, f"{job.prepared.held_out.rows} rows of {data or run.path}")
+    print_comparison(Console(), base, tuned, comparison, f"{job.prepared.held_out.rows} rows of {data or opened.path}")
     found = {"data": data, "base": base.summary(), "tuned": tuned.summary(), "verdict": comparison.verdict}
-    write_file(run.path / "eval.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    write_file(opened.path / "eval.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")

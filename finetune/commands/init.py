@@ -48,7 +48,7 @@ train:
 """
 
 
-def init(data: Path, output: Path, model: str) -> None:
+def run(data: Path, output: Path, model: str) -> None:
     """Writes `output`; never over an existing file."""
     if output.exists():
         raise RecipeError(f"{output}: exists already; give another name with --output")

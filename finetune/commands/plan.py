@@ -30,7 +30,8 @@ from finetune.report.tables import highlighted
 from finetune.training.budget import MACHINES, Forecast, here, on, workload
 
 
-def plan(recipe: Recipe, compare: bool) -> None:
+def run(recipe: Recipe, compare: bool) -> None:
+    """Print the recipe, the prepared rows, the steps, the backends and the forecast."""
     console = Console()
     console.rule("recipe, every default written out")
     console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))

@@ -45,34 +45,24 @@ class StopFlag:
                 signal.signal(number, handler)
 
 
-def train(recipe: Recipe, name: str) -> None:
-    """A new run in a folder that begins with `name`."""
-    _go(recipe, None, name)
+def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
+    """A new run in a folder that begins with `name`, or the `stopped` one from its last intact checkpoint.
 
-
-def resume(run: RunFolder, recipe: Recipe, backend: str | None) -> None:
-    """A stopped run from its newest good checkpoint; nothing where it is finished."""
-    if run.report.exists():
-        print(f"{run.path}: this run is finished; its report is {run.path / 'report.txt'}")
+    Exits 130 or 143, after a checkpoint, when a signal asks for it.
+    """
+    if stopped and stopped.report.exists():
+        print(f"{stopped.path}: this run is finished; its report is {stopped.path / 'report.txt'}")
         return
-    if backend:
-        recipe = recipe.model_copy(update={"backend": backend})
-    _go(recipe, run, run.path.name)
-
-
-def _go(recipe: Recipe, run: RunFolder | None, name: str) -> None:
-    """One run, new or resumed; exits 130 or 143 after a checkpoint when a signal asked for it."""
     with StopFlag().listening() as stop:
         job = load_job(recipe)
-        resuming = run is not None
-        run = run or create(job.recipe, name)  # with the format and the task that were recognised
-        tell_run(run.path)
-        print_account(job, run)
+        folder = stopped or create(job.recipe, name)  # with the format and the task that were recognised
+        tell_run(folder.path)
+        print_account(job, folder)
         try:
             with open_screen() as screen:
-                report = train_run(job, run, screen.handle, stop, resume=resuming)
-            print_report(report, run)
+                report = train_run(job, folder, screen.handle, stop, resume=stopped is not None)
+            print_report(report, folder)
         except (Interrupted, KeyboardInterrupt) as end:
             how = str(end) or "stopped at once"
-            print(f"{how}; go on with: finetune resume {shlex.quote(str(run.path))}", file=sys.stderr)
+            print(f"{how}; go on with: finetune resume {shlex.quote(str(folder.path))}", file=sys.stderr)
             sys.exit(128 + (stop.signal or signal.SIGINT))

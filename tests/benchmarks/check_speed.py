@@ -42,7 +42,7 @@ def _said(role: str, words: list[str], draw: random.Random) -> dict[str, str]:
 
 
 def main() -> None:
-    from finetune.commands.check import check
+    from finetune.commands.check import run
     from finetune.recipe.load import recipe_of
 
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
@@ -51,7 +51,7 @@ def main() -> None:
         with data.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in chat_rows(count))
         wall, used = time.perf_counter(), time.process_time()
-        check(recipe_of(str(data), []), Path(folder) / "found.json")
+        run(recipe_of(str(data), []), Path(folder) / "found.json")
         print(f"{count:,} rows, {data.stat().st_size / 1e6:.0f} MB", end=": ")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"{time.perf_counter() - wall:.1f} s, {time.process_time() - used:.1f} CPU s, peak {peak / 1e6:,.0f} MB")

@@ -9,7 +9,7 @@ import pytest
 
 from finetune.check.survey import as_json
 from finetune.check.tokens import TokenChecker
-from finetune.commands.check import check
+from finetune.commands.check import run
 from finetune.data.loss_mask import tokenise
 from finetune.data.rows import Record, Rendered
 from finetune.data.tokenizer import load_tokenizer
@@ -130,7 +130,7 @@ def test_parquet(tmp_path, tokenizer):
 def test_the_command_ends_with_3_after_writing_json(tmp_path, capsys):
     data = write(tmp_path / "a.jsonl", [*rows(20), {"prompt": "x"}])
     with pytest.raises(DataError, match=r"1 fault to mend.*on_error: skip") as caught:
-        check(recipe_of(data, []), tmp_path / "out.json")
+        run(recipe_of(data, []), tmp_path / "out.json")
     assert caught.value.exit_code == 3
     assert "a.jsonl:21: completion is missing" in capsys.readouterr().out.replace("\n", "")
     assert json.loads((tmp_path / "out.json").read_text())["faults"] == 1
