@@ -53,7 +53,7 @@ def demo(
     output: Annotated[str, typer.Option(help="The run's folder is made in this folder.")] = "runs",
     alone: Alone = False,
 ) -> None:
-    """Measure, fine-tune and measure again: a small built-in model on built-in reviews, offline."""
+    """Measure, fine-tune and measure again, with a built-in model and data, offline."""
     from finetune.recipe.locate import demo_recipe
 
     _train(demo_recipe(), [f"output={output}"], backend, alone)
@@ -79,7 +79,7 @@ def check(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the findings to this file too.")
     ] = None,
 ) -> None:
-    """Read all data and report bad rows, lengths, duplicates, leaks, balance and personal data."""
+    """Report bad rows, lengths, duplicates, leaks, balance and personal data."""
     from finetune.recipe.load import recipe_of
 
     recipe = recipe_of(target, overrides or [])  # first: a mistake in it needs none of the libraries below
@@ -94,7 +94,7 @@ def plan(
     overrides: Overrides = None,
     compare: Annotated[bool, typer.Option("--compare", help="Compare the backends' log-probabilities.")] = False,
 ) -> None:
-    """Show the whole recipe, the prepared rows, the steps, and the memory and time needed. Trains nothing."""
+    """Show the recipe, the rows, the steps, memory and time. Trains nothing."""
     from finetune.recipe.load import load_recipe
 
     recipe = load_recipe(file, overrides or [])  # first: a mistake in it needs none of the libraries below
@@ -105,13 +105,13 @@ def plan(
 
 @app.command(rich_help_panel=TRAIN)
 def train(file: RecipeFile, overrides: Overrides = None, backend: Backend = None, alone: Alone = False) -> None:
-    """Measure the base model, fine-tune it, measure the tuned model, and save the adapter."""
+    """Measure the base model, fine-tune it, measure again, save the adapter."""
     _train(file, overrides or [], backend, alone)
 
 
 @app.command(rich_help_panel=TRAIN)
 def resume(folder: RunPath, backend: Backend = None, alone: Alone = False) -> None:
-    """Resume a stopped run from its last intact checkpoint, on the same backend or another."""
+    """Resume a stopped run from its last intact checkpoint, on any backend."""
     from finetune.disk.run_folder import open_existing
 
     stopped, recipe = open_existing(folder)
@@ -129,7 +129,7 @@ def evaluate(
     ] = None,
     backend: Backend = None,
 ) -> None:
-    """Measure the base and the tuned model of a run again, on its held-out rows or on other rows."""
+    """Measure both models of a run again, on its held-out rows or on others."""
     from finetune.disk.run_folder import open_existing
 
     opened, recipe = open_existing(folder)
@@ -175,7 +175,7 @@ def chat(
 
 @app.command(rich_help_panel=TOOLS)
 def doctor() -> None:
-    """Show which backends work on this machine, and why others do not."""
+    """Show which backends work here, and why others do not."""
     from finetune.commands.doctor import run
 
     run()

@@ -1,0 +1,52 @@
+"""Write the README's table of commands from the command line: `python tests/assets/readme_commands.py`.
+
+`tests/unit/test_readme.py` fails when the table is stale.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+BEGIN, END = "<!-- commands: tests/assets/readme_commands.py -->\n", "<!-- end of commands -->"
+
+
+def usage(command: Any) -> str:
+    """The command with its arguments; options are in its --help."""
+    words = [command.name]
+    for argument in (parameter for parameter in command.params if parameter.param_type_name == "argument"):
+        words.append(argument.metavar if argument.required else f"[{argument.metavar}]...")
+    return " ".join(words).replace("|", "\\|")
+
+
+def rows() -> Iterator[str]:
+    from typer.main import get_command
+
+    from finetune.cli import app
+
+    group: Any = get_command(app)
+    for command in group.commands.values():
+        yield f"| `{usage(command)}` | {command.help.strip()} |"
+
+
+def table() -> str:
+    return "\n".join(["| command | what it does |", "|---|---|", *rows()]) + "\n"
+
+
+def in_readme(text: str) -> str:
+    """The table that stands in the text between its two marks."""
+    return text.split(BEGIN)[1].split(END)[0]
+
+
+def main() -> None:
+    sys.path.insert(0, str(ROOT))
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    README.write_text(f"{before}{BEGIN}{table()}{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
