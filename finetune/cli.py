@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.errors import DiskError, FinetuneError
+from finetune.errors import ExitCode, FinetuneError
 
 START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
 
@@ -210,36 +210,36 @@ def _supervised(alone: bool) -> None:
 
 
 def main() -> None:
-    """Run the command; every error that a user can correct is one message and its own exit code."""
+    """Run the command. Every error that the user can fix is one message and one exit code."""
     try:
         app(prog_name="finetune")
     except FinetuneError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", ExitCode.INTERRUPTED)
     except MemoryError:
-        _fail("out of memory; a smaller model, quantize: 4bit, or a lower train.max_length helps", 5)
+        _fail("out of memory; use a smaller model, quantize: 4bit, or a lower train.max_length", ExitCode.MEMORY)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        _fail(f"{error.filename or 'output'}: {error.strerror}", DiskError.exit_code)
+        _fail(f"{error.filename or 'output'}: {error.strerror}", ExitCode.DISK)
     except Exception as error:
-        code = _backend_code(error)
+        code = _boundary_exit_code(error)
         if code is None:
             raise
         _fail(str(error), code)
 
 
-def _backend_code(error: Exception) -> int | None:
-    """The exit code of an error from behind the boundary; None: our own bug, with its traceback."""
+def _boundary_exit_code(error: Exception) -> ExitCode | None:
+    """The exit code of an error that a backend raised; None: a bug in finetune, shown with its traceback."""
     from backends.interface import BackendError, IncompatibleState, OutOfMemory
 
-    for kind, code in ((BackendError, 7), (IncompatibleState, 8), (OutOfMemory, 5)):
-        if isinstance(error, kind):
-            return code
-    return None
+    codes = {
+        BackendError: ExitCode.BACKEND, IncompatibleState: ExitCode.INCOMPATIBLE, OutOfMemory: ExitCode.MEMORY,
+    }  # fmt: skip
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), None)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: ExitCode) -> None:
     print(f"finetune: {message}", file=sys.stderr)
     sys.exit(code)

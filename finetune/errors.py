@@ -1,45 +1,84 @@
-"""Errors a person can act on, each with its exit code."""
+"""Errors that the user can act on, and the one table of exit codes."""
 
 from __future__ import annotations
 
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a command ends: a name, the number that the shell sees, and what it means.
+
+    `for code in ExitCode: code.value, code.name, code.meaning` is the whole table.
+    """
+
+    meaning: str
+
+    DONE = 0, "done"
+    BUG = 1, "a crash, or a bug in finetune"
+    RECIPE = 2, "a mistake in the recipe or on the command line"
+    DATA = 3, "a problem in the data"
+    DIVERGED = 4, "training diverged: a loss or a number is not finite"
+    MEMORY = 5, "out of memory"
+    DISK = 6, "the disk is full, or a file cannot be written"
+    BACKEND = 7, "the backend does not work here, or cannot do what the recipe asks"
+    INCOMPATIBLE = 8, "files that do not belong together, or a broken file"
+    INTERRUPTED = 130, "stopped by Ctrl-C (SIGINT)"
+    TERMINATED = 143, "stopped by SIGTERM"
+
+    def __new__(cls, code: int, meaning: str = "") -> ExitCode:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
 
 class FinetuneError(Exception):
-    """Something the user can mend; the message names the place and the remedy."""
+    """Something that the user can fix; the message says where it is and what to do."""
 
-    exit_code = 1
+    exit_code = ExitCode.BUG
 
 
 class RecipeError(FinetuneError):
-    exit_code = 2
+    """A mistake in the recipe or on the command line."""
+
+    exit_code = ExitCode.RECIPE
 
 
 class DataError(FinetuneError):
-    exit_code = 3
+    """Rows or files that cannot be trained on."""
+
+    exit_code = ExitCode.DATA
 
 
 class Diverged(FinetuneError):
-    exit_code = 4
+    """A loss, a gradient or a weight is not a finite number."""
+
+    exit_code = ExitCode.DIVERGED
 
 
 class MemoryExhausted(FinetuneError):
-    exit_code = 5
+    """Even the smallest part of the work does not fit in memory."""
+
+    exit_code = ExitCode.MEMORY
 
 
 class DiskError(FinetuneError):
-    exit_code = 6
+    """A file cannot be written or read."""
+
+    exit_code = ExitCode.DISK
 
 
 class EnvironmentProblem(FinetuneError):
     """The backend cannot be used, or cannot do what the recipe asks."""
 
-    exit_code = 7
+    exit_code = ExitCode.BACKEND
 
 
 class Incompatible(FinetuneError):
     """Files that do not belong together: another base, another rank, a broken checkpoint."""
 
-    exit_code = 8
+    exit_code = ExitCode.INCOMPATIBLE
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; a checkpoint of the current step is written."""
+    """The run stopped because it was asked to; what it has done so far is on the disk."""

@@ -16,7 +16,7 @@ from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import open_screen
 from finetune.report.summary import print_account, print_report
 from finetune.run import train_run
-from finetune.supervisor import tell_run
+from finetune.supervisor import announce_run
 from finetune.training.job import load_job
 
 
@@ -56,7 +56,7 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
     with StopFlag().listening() as stop:
         job = load_job(recipe)
         folder = stopped or create(job.recipe, name)  # with the format and the task that were recognised
-        tell_run(folder.path)
+        announce_run(folder.path)
         print_account(job, folder)
         try:
             with open_screen() as screen:

@@ -114,8 +114,8 @@ def test_a_native_crash_loses_no_run(work: Work, number: int) -> None:
     (run,) = work.runs()
     message = answer.failed(1)
     assert signal.Signals(number).name in message
-    assert f"go on with: finetune resume {run.relative_to(work.folder)}" in message
-    assert "newest good checkpoint is of step" in message
+    assert f"Resume it with: finetune resume {run.relative_to(work.folder)}" in message
+    assert "last intact checkpoint is of step" in message
     work.finetune("resume", str(run)).good()
     assert len(losses(run)) == 20
 

@@ -72,7 +72,7 @@ def test_a_crash_gives_the_cursor_back(work: Work, number: int) -> None:
     psutil.Process(terminal.pid).children()[0].send_signal(number)
     assert terminal.ended() == 1
     assert terminal.shown.rindex(SHOW) > terminal.shown.rindex(HIDE)
-    assert b"go on with: finetune resume" in terminal.shown
+    assert b"Resume it with: finetune resume" in terminal.shown
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from finetune import supervisor
+from finetune.errors import ExitCode
 from tests.unit.test_checkpoint import checkpoint, save
 
 ROOT = Path(__file__).parents[2]
@@ -19,9 +20,9 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has
 
 
 def child(code: str) -> list[str]:
-    """A command that is supervised: `told` is the module."""
+    """A command that is supervised: `child` is the module."""
     start = f"import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"
-    begin = "from finetune import supervisor as told\ntold._PATIENCE = 1\ntold.supervise()\n"
+    begin = "from finetune import supervisor as child\nchild._PATIENCE = 1\nchild.supervise()\n"
     return [sys.executable, "-c", start + begin + code]
 
 
@@ -39,11 +40,11 @@ def run_folder(tmp_path: Path) -> Path:
     return tmp_path / "my run"
 
 
-@pytest.mark.parametrize("code", sorted(set(supervisor.EXIT_CODES) | {77}))
+@pytest.mark.parametrize("code", sorted(set(ExitCode) | {77}))
 def test_an_exit_code_is_handed_on(code: int, capfd: pytest.CaptureFixture[str]) -> None:
     assert supervisor.run(child(f"sys.exit({code})")) == code
     said = capfd.readouterr().err
-    assert said == (f"exit code {code}: {supervisor.EXIT_CODES[code]}.\n" if code in (1, 4, 5, 6) else "")
+    assert said == (f"exit code {code}: {ExitCode(code).meaning}.\n" if code in (1, 4, 5, 6) else "")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_an_exit_code_is_handed_on(code: int, capfd: pytest.CaptureFixture[str])
         (kill(signal.SIGSEGV), 1, "crashed in native code (SIGSEGV"),
         (kill(signal.SIGBUS), 1, "crashed in native code (SIGBUS"),
         (kill(signal.SIGILL), 1, "crashed in native code (SIGILL"),
-        (kill(signal.SIGKILL), 1, "killed from outside (SIGKILL)"),
+        (kill(signal.SIGKILL), 1, "another process killed the training process (SIGKILL)"),
         (f"signal.signal(15, signal.SIG_DFL); {kill(signal.SIGTERM)}", 143, "ended by SIGTERM"),
         (f"signal.signal(2, signal.SIG_DFL); {kill(signal.SIGINT)}", 130, "ended by SIGINT"),
         ("sys.exit(5)", 5, "exit code 5: out of memory"),
@@ -63,16 +64,16 @@ def test_an_exit_code_is_handed_on(code: int, capfd: pytest.CaptureFixture[str])
 def test_a_child_that_crashes_loses_no_run(
     run_folder: Path, capfd: pytest.CaptureFixture[str], end: str, code: int, words: str
 ) -> None:
-    assert supervisor.run(child(f"told.tell_run(Path({str(run_folder)!r}))\n{end}")) == code
+    assert supervisor.run(child(f"child.announce_run(Path({str(run_folder)!r}))\n{end}")) == code
     said = capfd.readouterr().err
     assert words in said
-    assert "newest good checkpoint is of step 3" in said, "that of step 6 is broken"
+    assert "last intact checkpoint is of step 3" in said, "that of step 6 is broken"
     assert f"finetune resume '{run_folder}'" in said
     assert (run_folder / "checkpoints" / "step-00000006").exists(), "it only looks"
 
 
 def test_after_divergence_there_is_no_going_on(run_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert supervisor.run(child(f"told.tell_run(Path({str(run_folder)!r})); sys.exit(4)")) == 4
+    assert supervisor.run(child(f"child.announce_run(Path({str(run_folder)!r})); sys.exit(4)")) == 4
     said = capfd.readouterr().err
     assert "step 3" in said
     assert "resume" not in said
@@ -80,25 +81,25 @@ def test_after_divergence_there_is_no_going_on(run_folder: Path, capfd: pytest.C
 
 def test_a_finished_run_needs_no_going_on(run_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (run_folder / "report.json").touch()
-    supervisor.run(child(f"told.tell_run(Path({str(run_folder)!r})); os.abort()"))
-    assert "The run is finished: its report is" in capfd.readouterr().err
+    supervisor.run(child(f"child.announce_run(Path({str(run_folder)!r})); os.abort()"))
+    assert "The run is finished; its report is" in capfd.readouterr().err
 
 
 def test_a_run_without_a_checkpoint_is_named_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe.yaml").touch()
-    supervisor.run(child(f"told.tell_run(Path({str(tmp_path)!r})); os.abort()"))
-    assert "it has no checkpoint yet; go on with: finetune resume" in capfd.readouterr().err
+    supervisor.run(child(f"child.announce_run(Path({str(tmp_path)!r})); os.abort()"))
+    assert "it has no checkpoint yet. Resume it with: finetune resume" in capfd.readouterr().err
 
 
 def test_killed_for_memory(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     counts = iter([7, 8])
     monkeypatch.setattr(supervisor, "_oom_kills", lambda: next(counts))
     assert supervisor.run(child(kill(signal.SIGKILL))) == 5
-    assert "killed for memory (the kernel's out-of-memory killer" in capfd.readouterr().err
+    assert "killed because memory ran out (by the system's out-of-memory killer" in capfd.readouterr().err
     monkeypatch.setattr(supervisor, "_oom_kills", lambda: 0)
     monkeypatch.setattr(supervisor, "_SHORT", 0.0)
     assert supervisor.run(child(kill(signal.SIGKILL))) == 5
-    assert "killed for memory (it held" in capfd.readouterr().err
+    assert "killed because memory ran out (it held" in capfd.readouterr().err
 
 
 STOPS = (
