@@ -1,4 +1,4 @@
-"""Texts for people: on one line, without what a terminal would obey, and figures in the units that people use."""
+"""Texts for people: on one line, without control characters, and figures in the units that people use."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # whoever only needs words needs no screen
+if TYPE_CHECKING:  # rich is slow to import, and most of these functions do not need it
     from rich.console import Console
 
+# Control characters, changes of direction, and halves of surrogate pairs.
 _COMMANDS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
 
 def harmless(text: str) -> str:
-    """The text without what a terminal would obey: control characters, changes of direction; as long as before."""
+    """The text with `?` for each character that a terminal would obey; the length stays the same."""
     return text if text.isprintable() else _COMMANDS.sub("?", text)
 
 
 def plain_page(show: Callable[[Console], None]) -> str:
-    """What `show` prints, as a page without colour, 100 columns wide."""
+    """The page that `show` prints, without colour, 100 columns wide."""
     from rich.console import Console
 
     page = io.StringIO()
@@ -28,7 +29,9 @@ def plain_page(show: Callable[[Console], None]) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """On one line, without control characters; the middle gives way."""
+    """The text on one line, without control characters; where it is longer than `length` (at least 6) its middle is
+    left out, since long texts often begin alike or end alike.
+    """
     line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     if len(line) <= length:
         return line
@@ -37,15 +40,19 @@ def shorten(text: str, length: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`1:02:03`; `-:--:--` for None."""
+    """`45 s`, `12 min`, `2 h 05 min`; `?` when it is not known."""
     if seconds is None:
-        return "-:--:--"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        return "?"
+    if seconds < 1:
+        return "under 1 s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours > 1 else f"{60 * hours + minutes} min"
 
 
 def amount(count: float) -> str:
-    """Bytes as people say them: `1.4 GB` (powers of 1000)."""
+    """Bytes in powers of 1000: `1.4 GB`."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -114,10 +114,6 @@ def _specials(found: Specials) -> list[RenderableType]:
     return [Text(f"{said}, not as words: take them out, or write them otherwise\n{_places(found.places)}", "yellow")]
 
 
-def _one_line(text: str, length: int = 40) -> str:
-    return harmless(shorten(text, length))
-
-
 def _rows_of(rows: Sequence[object]) -> str:
     return _counted(len(rows))
 
@@ -179,7 +175,7 @@ def _balance(found: Balance, lengths: dict[str, float]) -> list[RenderableType]:
         for label in sorted(found.labels["train"], key=lambda label: -found.labels["train"][label])[:LABELS_SHOWN]:
             words = (f"{'!' * one.alone}{one.word} {one.rows}/{one.elsewhere}" for one in found.words.get(label, ()))
             counts = (f"{found.labels[split].get(label, 0):,}" for split in splits)
-            table.add_row(Text(_one_line(label, 40)), *counts, f"{lengths.get(label, 0):g}", Text(", ".join(words)))
+            table.add_row(Text(shorten(label, 40)), *counts, f"{lengths.get(label, 0):g}", Text(", ".join(words)))
         if len(found.labels["train"]) > LABELS_SHOWN:
             table.caption = f"the {LABELS_SHOWN} commonest of {len(found.labels['train'])} labels"
         parts.append(table)
@@ -195,10 +191,10 @@ def _balance(found: Balance, lengths: dict[str, float]) -> list[RenderableType]:
 
 def _groups(found: Balance) -> Table:
     labels = list(found.labels.get("train", {}))[:LABELS_SHOWN]
-    table = _table("group", "rows", "share", *(Text(_one_line(label, 20)).plain for label in labels))
+    table = _table("group", "rows", "share", *(Text(shorten(label, 20)).plain for label in labels))
     for name, group in found.groups.items():
         shares = (f"{group.labels.get(label, 0) / max(group.rows, 1):.0%}" for label in labels)
-        table.add_row(Text(_one_line(name, 40)), f"{group.rows:,}", f"{group.share:.1%}", *shares)
+        table.add_row(Text(shorten(name, 40)), f"{group.rows:,}", f"{group.share:.1%}", *shares)
     return table
 
 

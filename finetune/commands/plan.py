@@ -27,6 +27,7 @@ from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, optim_spec
 from finetune.report.summary import account_table
 from finetune.report.tables import highlighted
+from finetune.text import duration
 from finetune.training.budget import MACHINES, Forecast, here, on, workload
 
 
@@ -86,7 +87,7 @@ def forecast(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Iterat
     def add(name: str, found: Forecast) -> None:
         mark = "" if found.fits is None else "fits" if found.fits else "[bold red]does not fit[/]"
         room = "?" if found.memory is None else f"{found.memory / 1e9:.1f} GB"
-        time = "?" if found.seconds is None else duration(found.seconds)
+        time = duration(found.seconds)
         table.add_row(Text(name), f"{found.needed.peak / 1e9:.2f} GB", room, mark, f"{found.tokens:,}", time)
         rates.append(f"{name}: {found.source}")
 
@@ -107,12 +108,6 @@ def forecast(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Iterat
         yield f"here, in GB: {parts}"
         if kept := work.kept_on_disk("cpu" if mine.cpu else "gpu"):
             yield f"frozen blocks' hidden states, kept in a temporary file: {kept / 1e9:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def backends_table(recipe: Recipe) -> Table:

@@ -1,4 +1,4 @@
-"""What a resumed run must share with the one that wrote the checkpoint."""
+"""The identity of a run: what a resumed run must share with the run that wrote the checkpoint."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from backends.untrusted import read_object
 from finetune.data.rows import Prepared
 from finetune.errors import Incompatible
 from finetune.recipe.schema import Recipe
+from finetune.text import shorten
 
 # Keys that change where or how fast a run goes, or whose effect the digests of rows and weights already hold.
 _NOT_IDENTITY = {
@@ -23,7 +24,7 @@ _NOT_IDENTITY = {
 
 
 def identity_of(recipe: Recipe, prepared: Prepared, model: Path) -> dict[str, Any]:
-    """What a resumed run must share with the one that wrote the checkpoint, key by key."""
+    """The recipe's keys that matter, a digest of the rows, and a fingerprint of the base's weights."""
     settings = {
         f"{key}": value
         for key, value in _flat(recipe.model_dump(mode="json", exclude={"data": {"groups"}}))
@@ -45,7 +46,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def read_identity(run: Path) -> dict[str, Any] | None:
-    """What the run began with; None where it ended before that was written. Raises Incompatible."""
+    """What the run began with; None when it ended before it was written. Raises Incompatible."""
     try:
         return read_object(run / "identity.json")
     except FileNotFoundError:
@@ -58,7 +59,7 @@ def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
     """Raises Incompatible with every difference between a checkpoint's identity and this run's."""
     now = json.loads(json.dumps(current))  # as it would come back from a file: tuples are lists
     differences = [
-        f"{key.replace('_', ' ')}: the checkpoint has {_shown(saved, key)}, this run {_shown(now, key)}"
+        f"{key.replace('_', ' ')}: the checkpoint has {_value(saved, key)}, this run has {_value(now, key)}"
         for key in sorted({*saved, *now})
         if key not in saved or key not in now or saved[key] != now[key]
     ]
@@ -66,12 +67,9 @@ def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
         lines = "\n  ".join(differences)
         raise Incompatible(
             f"the checkpoint belongs to another run:\n  {lines}\n"
-            "Resume with what the run began with, or start a new run in another folder."
+            "Resume with the same recipe, data and model, or start a new run."
         )
 
 
-def _shown(identity: Mapping[str, Any], key: str) -> str:
-    if key not in identity:
-        return "none"
-    text = json.dumps(identity[key], ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _value(identity: Mapping[str, Any], key: str) -> str:
+    return shorten(json.dumps(identity[key], ensure_ascii=False), 60) if key in identity else "no such key"

@@ -1,4 +1,4 @@
-"""How sure are the figures? Intervals, the paired test, and what a confusion matrix says of each label."""
+"""How sure are the figures? Intervals, the paired test, and what a confusion matrix says about each label."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Counts = NDArray[np.int64]
 def _quantile(confidence: float) -> float:
     """Of the standard normal, two-sided: 1.96 for 0.95."""
     if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence is {confidence}; it lies between 0 and 1")
+        raise ValueError(f"confidence is {confidence}, not between 0 and 1")
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """The score interval of a share (Wilson, 1927), without continuity correction.
 
-    It stays inside 0 and 1 and has a width at 0 and at 1 too. Of no rows nothing is known: (0, 1).
+    It stays inside 0 and 1, and has a width at 0 and at 1 too. Without rows it is (0, 1).
     """
     if not 0 <= correct <= total:
         raise ValueError(f"{correct} correct of {total} rows")
@@ -42,7 +42,7 @@ def mcnemar_exact(fixed: int, broken: int) -> float:
     """Two-sided p-value of "a changed row is as often fixed as broken" (McNemar, 1947, in its exact form).
 
     p = min(1, 2 * sum(C(n, k), k = 0..min(fixed, broken)) / 2^n) with n = fixed + broken: whole numbers
-    throughout, so exact for any n. The rows on which both models are right, or both wrong, say nothing.
+    throughout, so exact for any n. Rows on which both models are right, or both wrong, do not count.
     """
     if fixed < 0 or broken < 0:
         raise ValueError(f"{fixed} rows fixed and {broken} broken")
@@ -60,14 +60,14 @@ def weighted_mean_interval(values: ArrayLike, weights: ArrayLike, confidence: fl
 
     A row's tokens belong together, so rows, not tokens, are the sample: with m the weighted mean,
     variance = n / (n - 1) * sum((w_i (v_i - m))^2) / sum(w)^2 (the ratio estimator; Cochran, 1977,
-    Sampling Techniques, section 6.4). Of one row alone nothing is known: (-inf, inf).
+    Sampling Techniques, section 6.4). For a single row it is (-inf, inf).
     """
     v, w = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)  # [n], [n]
     z = _quantile(confidence)
     if v.ndim != 1 or v.shape != w.shape:
-        raise ValueError(f"values {v.shape} and weights {w.shape} are not two lists of one length")
+        raise ValueError(f"values {v.shape} and weights {w.shape} are not two lists of the same length")
     if (w < 0).any() or not w.sum() > 0:
-        raise ValueError("weights are zero or more, and not all zero")
+        raise ValueError("weights must not be negative, nor all be zero")
     n = len(v)
     if n < 2:
         return -math.inf, math.inf
@@ -80,14 +80,23 @@ def confusion_matrix(truth: Sequence[int], predicted: Sequence[int], k: int) -> 
     """How often label i was taken for label j: [k, k], rows are the truth."""
     t, p = np.asarray(truth, dtype=np.int64), np.asarray(predicted, dtype=np.int64)  # [n], [n]
     if t.shape != p.shape:
-        raise ValueError(f"{len(t)} true labels and {len(p)} predicted ones")
+        raise ValueError(f"{len(t)} true labels, but {len(p)} predicted labels")
     if ((t < 0) | (t >= k) | (p < 0) | (p >= k)).any():
-        raise ValueError(f"a label's index lies outside 0 to {k - 1}")
+        raise ValueError(f"the index of a label is not between 0 and {k - 1}")
     return np.bincount(t * k + p, minlength=k * k).reshape(k, k).astype(np.int64)
 
 
+def worst_confusions(matrix: ArrayLike, most: int) -> list[tuple[int, int, int]]:
+    """(true, predicted, rows) of the `most` most frequent confusions; equally frequent ones in the labels' order."""
+    wrong = np.array(matrix, dtype=np.int64)  # [k, k]
+    np.fill_diagonal(wrong, 0)
+    frequent = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    pairs = zip(*(index.tolist() for index in np.unravel_index(frequent, wrong.shape)), strict=True)
+    return [(true, predicted, int(wrong[true, predicted])) for true, predicted in pairs if wrong[true, predicted]]
+
+
 def per_class(matrix: Counts, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """Precision, recall, F1 and support of each label; 0 where a denominator is 0, as is the custom."""
+    """Precision, recall, F1 and support of each label; 0 where a denominator is 0, as is usual."""
     hits, truth, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)  # [k] each
     return [
         {
@@ -103,5 +112,5 @@ def per_class(matrix: Counts, labels: Sequence[str]) -> list[dict[str, Any]]:
 
 def macro_f1(matrix: Counts) -> float:
     """The plain mean of F1 over the labels that occur in the truth; 0 when none does."""
-    found = [one["f1"] for one in per_class(matrix, [""] * len(matrix)) if one["support"]]
-    return float(np.mean(found)) if found else 0.0
+    scores = [label["f1"] for label in per_class(matrix, [""] * len(matrix)) if label["support"]]
+    return float(np.mean(scores)) if scores else 0.0

@@ -18,6 +18,7 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, StreamE
 
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Data, Model, Prompt, Recipe
+from finetune.text import shorten
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 200_000, 5_000, 20  # a recipe is a page; what goes beyond is something else
 # Tokens of the hub, OpenAI and Anthropic, GitHub, AWS, Slack, Google, and a password in an address.
@@ -188,16 +189,15 @@ def _explain(error: Any, values: Any, place: Any) -> str:
         return f"{place(present)}: {'.'.join(keys)} is missing; `finetune init DATA` writes a recipe that has it"
     message = str(error["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    got = "" if error["type"] == "value_error" else f", not {_short(node)}"
+    got = "" if error["type"] == "value_error" else f", not {_written(node)}"
     return f"{place(present)}: {'.'.join(present) or 'recipe'}: {message}{got}"
 
 
-def _short(value: Any) -> str:
+def _written(value: Any) -> str:
     try:
-        text = repr(value)
+        return shorten(repr(value), 80)
     except ValueError:  # an integer of thousands of digits
         return f"a very long {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _fields_of(path: Sequence[str]) -> list[str]:

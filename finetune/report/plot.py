@@ -1,6 +1,6 @@
 """Pictures of a run: the loss curves, the confusions, and a sparkline for the terminal.
 
-Colours are of Okabe and Ito (2008), told apart under every common colour blindness.
+Colours are from Okabe and Ito (2008): people with any common colour blindness can tell them apart.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from finetune.disk.atomic import write_file
+from finetune.evaluation.intervals import worst_confusions
 from finetune.evaluation.verdict import overfitting_verdict
 from finetune.events import StepDone, Validated
+from finetune.text import shorten
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 BLOCKS = "▁▂▃▄▅▆▇█"
-MOST_LABELS = 20  # in a matrix with its numbers; of more labels only the worst confusions are shown
-LONGEST_LABEL = 31
+MOST_LABELS = 20  # in a matrix with its numbers; with more labels only the most frequent confusions are shown
+LONGEST_LABEL = 31  # characters
 SMOOTHING = 0.1  # the running mean's window, as a share of all steps
+WIDE = 20  # times; losses further apart are drawn on a logarithmic scale, where the end is not a flat line
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """At most `width` blocks, each the mean of its share of the values; a gap where none is finite."""
+    """At most `width` blocks, each the mean of its share of the values; a gap where no value is finite."""
     n = len(values)
     columns = min(n, width)
     means = []
     for i in range(columns):
         finite = [v for v in values[i * n // columns : (i + 1) * n // columns] if math.isfinite(v)]
         means.append(sum(finite) / len(finite) if finite else math.nan)
-    known = [mean for mean in means if math.isfinite(mean)]
-    low, span = (min(known), max(known) - min(known)) if known else (0.0, 0.0)
+    heights = [mean for mean in means if math.isfinite(mean)]
+    low, span = (min(heights), max(heights) - min(heights)) if heights else (0.0, 0.0)
     top = len(BLOCKS) - 1
     return "".join(
         " " if math.isnan(mean) else BLOCKS[min(round((mean - low) / span * top), top) if span else 0] for mean in means
@@ -54,9 +57,6 @@ def smooth(losses: ArrayLike, tokens: ArrayLike) -> NDArray[np.float64]:
     return mean
 
 
-WIDE = 20  # losses further apart than this are drawn on a logarithmic scale, or the end would be a flat line
-
-
 def loss_plot(steps: Sequence[StepDone], validations: Sequence[Validated], path: Path) -> None:
     """Training and validation loss against steps, epochs on top, the best validation marked. Writes a PNG."""
     from matplotlib.figure import Figure
@@ -67,7 +67,7 @@ def loss_plot(steps: Sequence[StepDone], validations: Sequence[Validated], path:
     _validation_curve(axes, validations)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per token)")
-    losses = [loss for loss in (*(one.loss for one in steps), *(one.loss for one in validations)) if loss > 0]
+    losses = [loss for loss in (*(s.loss for s in steps), *(v.loss for v in validations)) if loss > 0]
     if losses and max(losses) > WIDE * min(losses):
         axes.set_yscale("log")
     axes.grid(alpha=0.25, linewidth=0.6)
@@ -81,27 +81,27 @@ def loss_plot(steps: Sequence[StepDone], validations: Sequence[Validated], path:
 def _training_curve(axes: Any, steps: Sequence[StepDone]) -> None:
     if not steps:
         return
-    at, loss = [one.step for one in steps], [one.loss for one in steps]
-    axes.plot(at, loss, color=BLUE, alpha=0.25, linewidth=0.8, label="training, each step")
-    mean = smooth(loss, [one.tokens for one in steps])
-    axes.plot(at, mean, color=BLUE, linewidth=1.8, label="training, running mean")
+    numbers, loss = [event.step for event in steps], [event.loss for event in steps]
+    axes.plot(numbers, loss, color=BLUE, alpha=0.25, linewidth=0.8, label="training, each step")
+    mean = smooth(loss, [event.tokens for event in steps])
+    axes.plot(numbers, mean, color=BLUE, linewidth=1.8, label="training, running mean")
 
 
 def _validation_curve(axes: Any, validations: Sequence[Validated]) -> None:
     if not validations:
         return
-    at, loss = [one.step for one in validations], [one.loss for one in validations]
-    best = min(validations, key=lambda one: one.loss)
-    axes.plot(at, loss, color=ORANGE, linewidth=1.8, marker="o", markersize=4, label="validation")
+    numbers, loss = [event.step for event in validations], [event.loss for event in validations]
+    best = min(validations, key=lambda event: event.loss)
+    axes.plot(numbers, loss, color=ORANGE, linewidth=1.8, marker="o", markersize=4, label="validation")
     label = f"best: {best.loss:.4g} at step {best.step}"
     star = {"marker": "*", "markersize": 15, "markeredgecolor": "black", "linestyle": "none", "zorder": 5}
     axes.plot([best.step], [best.loss], color=ORANGE, label=label, **star)
     if overfitting_verdict(validations).verdict == "overfitting":
-        axes.axvspan(best.step, at[-1], color=GREY, alpha=0.12, linewidth=0, label="overfitting", zorder=0)
+        axes.axvspan(best.step, numbers[-1], color=GREY, alpha=0.12, linewidth=0, label="overfitting", zorder=0)
 
 
 def _epochs_on_top(axes: Any, events: Sequence[StepDone | Validated]) -> None:
-    last = max(events, key=lambda one: one.step, default=None)
+    last = max(events, key=lambda event: event.step, default=None)
     if last is None or last.step == 0 or last.epoch <= 0:
         axes.spines["top"].set_visible(False)
         return
@@ -113,12 +113,12 @@ def _epochs_on_top(axes: Any, events: Sequence[StepDone | Validated]) -> None:
 def confusion_plot(matrix: ArrayLike, labels: Sequence[str], path: Path) -> None:
     """Which label was taken for which ([k, k], rows are the truth). Writes a PNG.
 
-    Up to MOST_LABELS labels it is the matrix with its numbers, of more only the most frequent confusions.
+    Up to MOST_LABELS labels it is the matrix with its numbers; with more labels, the most frequent confusions.
     """
     from matplotlib.figure import Figure
 
     counts = np.asarray(matrix, dtype=np.int64)
-    names = [_short(label) for label in labels]
+    names = [shorten(label, LONGEST_LABEL) for label in labels]
     if len(names) <= MOST_LABELS:
         size = 2.5 + 0.55 * max(len(names), 3)
         figure = Figure(figsize=(size + 0.8, size), layout="constrained")
@@ -127,12 +127,6 @@ def confusion_plot(matrix: ArrayLike, labels: Sequence[str], path: Path) -> None
         figure = Figure(figsize=(9, 6.5), layout="constrained")
         _worst_pairs(figure, counts, names)
     _save(figure, path)
-
-
-def _short(label: str) -> str:
-    """One line, its middle left out where it is long: long labels often begin alike, or end alike."""
-    line, half = " ".join(label.split()), LONGEST_LABEL // 2
-    return line if len(line) <= LONGEST_LABEL else f"{line[:half]}…{line[-half:]}"
 
 
 def _matrix(figure: Any, counts: NDArray[np.int64], names: Sequence[str]) -> None:
@@ -152,24 +146,23 @@ def _matrix(figure: Any, counts: NDArray[np.int64], names: Sequence[str]) -> Non
 
 def _worst_pairs(figure: Any, counts: NDArray[np.int64], names: Sequence[str]) -> None:
     axes = figure.add_subplot()
-    wrong = counts - np.diag(np.diag(counts))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_LABELS]
-    pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]]
-    found = [int(wrong[i, j]) for i, j in pairs]
-    bars = axes.barh(range(len(pairs)), found, color=BLUE)
-    axes.bar_label(bars, [f"{n} of {counts[i].sum()}" for n, (i, _) in zip(found, pairs, strict=True)], padding=3)
-    axes.set_yticks(range(len(pairs)), [f"{names[i]}  →  {names[j]}" for i, j in pairs], parse_math=False)
+    worst = worst_confusions(counts, MOST_LABELS)
+    bars = axes.barh(range(len(worst)), [rows for _, _, rows in worst], color=BLUE)
+    axes.bar_label(bars, [f"{rows} of {counts[true].sum()}" for true, _, rows in worst], padding=3)
+    pairs = [f"{names[true]}  →  {names[predicted]}" for true, predicted, _ in worst]
+    axes.set_yticks(range(len(worst)), pairs, parse_math=False)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("rows")
-    figure.suptitle(f"{wrong.sum()} of {counts.sum()} rows wrong; the most frequent confusions, true → predicted")
+    wrong = counts.sum() - np.trace(counts)
+    figure.suptitle(f"{wrong} of {counts.sum()} rows wrong; the most frequent confusions, true → predicted")
 
 
 def _save(figure: Any, path: Path) -> None:
     with warnings.catch_warnings():
-        # A label in a script the font lacks is drawn as boxes; the tables have it in full.
+        # Characters that the font lacks are drawn as boxes; the tables show the label in full.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         picture = io.BytesIO()
         figure.savefig(picture, dpi=150, format="png")

@@ -1,4 +1,4 @@
-"""Tables for the terminal, of figures computed elsewhere, and a row's tokens for people to look at."""
+"""Tables for the terminal, of figures computed elsewhere; and a row's tokens, marked for people to read."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.data.rows import Example
+from finetune.evaluation.intervals import worst_confusions
 from finetune.events import Validated
 from finetune.text import shorten
 
-MOST_LABELS = 12  # in a whole confusion matrix
-WORST = 10  # confusions shown of a larger one
-ROWS_SHOWN = 5  # of each kind of changed row
+MOST_LABELS = 12  # in a whole confusion matrix; of a larger one only the most frequent confusions are shown
+WORST = 10  # of those
+ROWS_SHOWN = 5  # fixed rows, and as many broken rows
 TEXT_SHOWN = 160  # characters of a row's text
 
-SHOWN_TOKENS = 160  # of a row; the middle of a longer one is left out
-_LONGEST = 8  # tokens that one character may be made of
+SHOWN_TOKENS = 160  # of a row; the middle of a longer row is left out
+_LONGEST = 8  # tokens that make up a single character
 
 
 class Answered(Protocol):
@@ -40,28 +41,28 @@ Pair = tuple[Answered, Answered]  # the same row under the base and under the tu
 
 
 def epoch_table(validations: Sequence[Validated], newest: int | None = None) -> Table:
-    """A row a validation, 40 columns wide; the best is marked. `newest`: only so many, and the best."""
-    best = max((i for i, one in enumerate(validations) if one.best), default=None)
+    """One row per validation; 40 columns wide; the best is marked. `newest`: show only so many, and the best."""
+    best = max((i for i, validated in enumerate(validations) if validated.best), default=None)
     shown = [i for i in range(len(validations)) if newest is None or i >= len(validations) - newest or i == best]
-    labelled = any(one.accuracy is not None for one in validations)
+    labelled = any(validated.accuracy is not None for validated in validations)
     headings = ("epoch", "train\nloss", "valid.\nloss", "perpl.", "token\nacc.", *["label\nacc."] * labelled)
     table = _table(*headings, texts=0)
     for i in shown:
-        one = validations[i]
+        validated = validations[i]
         table.add_row(
-            f"{one.epoch:.2f}",
-            "-" if one.train_loss is None else f"{one.train_loss:.4f}",
-            f"{one.loss:.4f}{'*' if i == best else ' '}",
-            _perplexity(one.perplexity),
-            f"{one.token_accuracy:.1%}",
-            *([_percent(one.accuracy)] if labelled else []),
+            f"{validated.epoch:.2f}",
+            "-" if validated.train_loss is None else f"{validated.train_loss:.4f}",
+            f"{validated.loss:.4f}{'*' if i == best else ' '}",
+            _perplexity(validated.perplexity),
+            f"{validated.token_accuracy:.1%}",
+            *([_percent(validated.accuracy)] if labelled else []),
             style="bold green" if i == best else None,
         )
     table.caption = "* best" + (f"; {len(validations) - len(shown)} not shown" if len(shown) < len(validations) else "")
     return table
 
 
-# key of the summary, its name, whether more is better
+# key of Evaluation.summary, name in the table, whether more is better
 _MEASURES = (
     ("macro_f1", "macro F1", True),
     ("loss", "loss, nats/token", False),
@@ -71,7 +72,7 @@ _MEASURES = (
 
 
 def comparison_table(base: Mapping[str, Any], tuned: Mapping[str, Any], title: str | None = None) -> Table:
-    """Base and tuned side by side; a measure that neither has is left out, and an empty `base` with its columns."""
+    """Base and tuned side by side, without the measures that neither has. An empty `base`: the tuned model alone."""
     table = _table("", *(["base"] if base else []), "tuned", *(["change"] if base else []), title=title)
     accuracy = "accuracy" if tuned.get("labels") else "exact match"
     for key, name, more in (("accuracy", accuracy, True), *_MEASURES):
@@ -82,40 +83,42 @@ def comparison_table(base: Mapping[str, Any], tuned: Mapping[str, Any], title: s
                 cells = [_measured(key, before), *cells, _change(key, before, after, more)]
             table.add_row(name, *cells)
         if key == "accuracy" and (base.get("interval") or tuned.get("interval")):
-            table.add_row("95 % interval, %", *(_interval(one.get("interval")) for one in (base, tuned) if one))
+            table.add_row(
+                "95 % interval, %", *(_interval(values.get("interval")) for values in (base, tuned) if values)
+            )
     return table
 
 
 def per_class_table(classes: Sequence[Mapping[str, Any]]) -> Table:
-    """Precision, recall, F1 and support; `classes` has these keys and `label`."""
+    """Precision, recall, F1 and support of each label, as `intervals.per_class` gives them."""
     table = _table("label", "precision", "recall", "F1", "support")
-    for one in classes:
-        figures = (f"{one[key]:.3f}" for key in ("precision", "recall", "f1"))
-        table.add_row(_word(str(one["label"]), 40), *figures, f"{one['support']:,}")
+    for scores in classes:
+        figures = (f"{scores[key]:.3f}" for key in ("precision", "recall", "f1"))
+        table.add_row(_cell(str(scores["label"]), 40), *figures, f"{scores['support']:,}")
     return table
 
 
 def confusion_table(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> Table:
-    """`matrix[true][predicted]` for up to 12 labels; of more, the 10 largest confusions."""
+    """`matrix[true][predicted]` for up to 12 labels; with more labels, the 10 most frequent confusions."""
     if len(labels) > MOST_LABELS:
         return _worst_confusions(matrix, labels)
     table = _table("true \\ predicted", *(str(i + 1) for i in range(len(labels))))
     for i, (row, label) in enumerate(zip(matrix, labels, strict=True)):
         styles = ("bold green" if i == j else "red" if count else "dim" for j, count in enumerate(row))
         cells = [Text(f"{count:,}", style) for count, style in zip(row, styles, strict=True)]
-        table.add_row(_word(f"{i + 1} {label}", 26), *cells)
+        table.add_row(_cell(f"{i + 1} {label}", 26), *cells)
     return table
 
 
 def changed_rows_table(fixed: Sequence[Pair], broken: Sequence[Pair]) -> Table:
-    """Rows that tuning put right or wrong: the first five of each, their text shortened."""
+    """Rows that tuning fixed or broke: the first five of each, with shortened text."""
     shown = [("fixed", "green", pair) for pair in fixed[:ROWS_SHOWN]]
     shown += [("broken", "red", pair) for pair in broken[:ROWS_SHOWN]]
     table = Table.grid(padding=(0, 1))
     texts = _distinct([base.prompt for _, _, (base, _) in shown])
     for (kind, style, (base, tuned)), text in zip(shown, texts, strict=True):
-        said = zip(("expected", "base", "tuned"), (base.expected, base.predicted, tuned.predicted), strict=True)
-        answers = ", ".join(f"{who}: {shorten(answer or '', 60)}" for who, answer in said)
+        shown_answers = {"expected": base.expected, "base": base.predicted, "tuned": tuned.predicted}
+        answers = ", ".join(f"{name}: {shorten(answer or '', 60)}" for name, answer in shown_answers.items())
         row = Text.assemble((f"{base.place}\n", "dim"), shorten(text, TEXT_SHOWN), "\n", (answers, "italic"))
         table.add_row(Text(kind, style), row)
     table.caption_justify = "left"
@@ -134,18 +137,18 @@ def _table(*headings: str, texts: int = 1, title: str | None = None) -> Table:
     return table
 
 
-def _word(text: str, length: int) -> Text:
-    """Cut, not wrapped, where the column is narrow."""
+def _cell(text: str, length: int) -> Text:
+    """The text of a cell: cut, not wrapped, where the column is narrow."""
     return Text(shorten(text, length), no_wrap=True, overflow="ellipsis")
 
 
 def _worst_confusions(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> Table:
-    pairs = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
+    pairs = worst_confusions(matrix, len(labels) ** 2)
     table = _table("true", "predicted", "rows", "of true", texts=2)
-    for count, i, j in sorted(pairs, key=lambda pair: (-pair[0], pair[1], pair[2]))[:WORST]:
-        share = f"{count / sum(matrix[i]):.0%}"
-        table.add_row(_word(labels[i], 40), _word(labels[j], 40), f"{count:,}", share)
-    table.caption = f"the {min(WORST, len(pairs))} largest of {len(pairs)} confusions"
+    for true, predicted, rows in pairs[:WORST]:
+        share = f"{rows / sum(matrix[true]):.0%}"
+        table.add_row(_cell(labels[true], 40), _cell(labels[predicted], 40), f"{rows:,}", share)
+    table.caption = f"the {min(WORST, len(pairs))} most frequent of {len(pairs)} confusions"
     return table
 
 
@@ -176,7 +179,7 @@ def _percent(value: float | None) -> str:
 
 
 def _distinct(prompts: Sequence[str]) -> list[str]:
-    """Prompts without the template around them: what all begin or end with, up to a space."""
+    """Prompts without the template around them: without what all of them begin or end with, up to a space."""
     if len(set(prompts)) < 2:
         return list(prompts)
     start = _common(prompts)
@@ -186,7 +189,7 @@ def _distinct(prompts: Sequence[str]) -> list[str]:
 
 
 def _common(texts: Sequence[str]) -> int:
-    """Characters that all texts begin with, the last of them a space."""
+    """How many characters all texts begin with, up to and including the last space among them."""
     shared = [chars[0] for chars in takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False))]
     return max((i + 1 for i, char in enumerate(shared) if char.isspace()), default=0)
 
@@ -208,7 +211,7 @@ def highlighted(example: Example, tokenizer: Any) -> Text:
 
 
 def _pieces(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """(text, supervised) of each token; tokens that are parts of one character stand together."""
+    """(text, supervised) of each token; tokens that are parts of one character are joined."""
     tokens: Sequence[int] = example.tokens.tolist()
     start = 0
     while start < len(tokens):

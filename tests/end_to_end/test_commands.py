@@ -127,7 +127,7 @@ def test_a_run_that_is_not_finished_or_not_the_same_is_refused(work: Work) -> No
     saved = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(saved.replace("rank: 2", "rank: 3"))
     (other,) = work.several(["resume", str(run)])
-    assert "lora.rank: the checkpoint has 2, this run 3" in other.failed(8)
+    assert "lora.rank: the checkpoint has 2, this run has 3" in other.failed(8)
     (run / "recipe.yaml").write_text(saved)
     (run / "adapter" / "adapter_config.json").unlink()
     asked, resumed, talked = work.several(

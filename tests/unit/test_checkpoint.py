@@ -249,9 +249,9 @@ def test_identity_lists_every_difference():
     with pytest.raises(Incompatible) as caught:
         check_identity({"rank": 2, "data_digest": "a", "seed": 0}, {"rank": 4, "data_digest": "a", "base": "b" * 90})
     text = str(caught.value)
-    assert "rank: the checkpoint has 2, this run 4" in text
-    assert "seed: the checkpoint has 0, this run none" in text
-    assert "base: the checkpoint has none, this run" in text
+    assert "rank: the checkpoint has 2, this run has 4" in text
+    assert "seed: the checkpoint has 0, this run has no such key" in text
+    assert "base: the checkpoint has no such key, this run has" in text
     assert "data digest" not in text
 
 

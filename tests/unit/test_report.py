@@ -257,7 +257,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(recipe: Recipe, tmp_path: Pa
         for one in sorted(run.checkpoints.rglob("*"), reverse=True):
             one.rmdir() if one.is_dir() else one.unlink()
     wider = refused(changed(recipe, "lora", rank=3), run)
-    assert "lora.rank: the checkpoint has 2, this run 3" in wider
+    assert "lora.rank: the checkpoint has 2, this run has 3" in wider
     assert "alpha" not in wider
     assert "train.learning rate" in refused(changed(recipe, "train", learning_rate=0.5), run)
     assert "seed" in refused(recipe.model_copy(update={"seed": 5}), run)

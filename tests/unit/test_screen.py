@@ -30,7 +30,7 @@ from finetune.events import (
 from finetune.report import tables
 from finetune.report.live_screen import LiveScreen, open_screen
 from finetune.report.screen import PlainScreen, Status
-from finetune.text import amount, duration
+from finetune.text import amount, duration, shorten
 
 WIDTHS = [40, 80, 200]
 
@@ -130,7 +130,7 @@ def test_figures_of_a_step_line():
     clock.now += 3
     screen.handle(step(11))
     assert said(page)[1].split("  ", 1)[1] == (
-        "step 11/20  epoch 1.10  loss 0.1818  lr 1.00e-04  grad norm 0.5  1,800 tokens/s  memory 1.4 GB  ETA 0:00:04"
+        "step 11/20  epoch 1.10  loss 0.1818  lr 1.00e-04  grad norm 0.5  1,800 tokens/s  memory 1.4 GB  ETA 4 s"
     )
 
 
@@ -272,7 +272,9 @@ def test_speed_leaves_old_steps_behind():
 
 
 def test_words():
-    assert [duration(value) for value in (None, 0, 59.6, 3723)] == ["-:--:--", "0:00:00", "0:01:00", "1:02:03"]
+    seconds = (None, 0, 59.6, 99.6, 3723, 7199, 1e5)
+    times = ["?", "under 1 s", "60 s", "2 min", "62 min", "2 h 00 min", "27 h 47 min"]
+    assert [duration(value) for value in seconds] == times
     assert [amount(value) for value in (12, 45_600, 7e6, 1.45e11)] == ["12 B", "45.6 kB", "7 MB", "145.0 GB"]
 
 
@@ -457,9 +459,9 @@ def test_changed_rows(width):
 
 @given(st.text(max_size=40), st.integers(12, 30))
 def test_shortened_text_is_short(text, length):
-    assert len(tables.shorten(text, length)) <= length
+    assert len(shorten(text, length)) <= length
 
 
 def test_shortened_text_keeps_both_ends():
-    assert tables.shorten("abcdefghijklmnopqrstuvwxyz", 16) == "abcdef ... vwxyz"
-    assert tables.shorten(" a\n b ", 16) == "a b"
+    assert shorten("abcdefghijklmnopqrstuvwxyz", 16) == "abcdef ... vwxyz"
+    assert shorten(" a\n b ", 16) == "a b"

@@ -17,6 +17,7 @@ from finetune.evaluation.intervals import (
     per_class,
     weighted_mean_interval,
     wilson_interval,
+    worst_confusions,
 )
 
 shares = st.integers(1, 5000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))
@@ -109,10 +110,10 @@ def test_mean_interval_covers_as_often_as_it_says():
 
 def test_mean_interval_refuses_what_has_no_mean():
     assert weighted_mean_interval([2.0], [3]) == (-math.inf, math.inf)
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="same length"):
         weighted_mean_interval([1.0, 2.0], [1])
     for weights in ([0, 0], [2, -1]):
-        with pytest.raises(ValueError, match="zero or more"):
+        with pytest.raises(ValueError, match="must not be negative"):
             weighted_mean_interval([1.0, 2.0], weights)
 
 
@@ -157,10 +158,18 @@ def test_macro_f1_of_nothing_is_zero():
 
 @pytest.mark.parametrize(("truth", "predicted"), [([2], [0]), ([0], [2]), ([-1], [0])])
 def test_an_index_outside_the_labels_is_refused(truth, predicted):
-    with pytest.raises(ValueError, match="outside 0 to 1"):
+    with pytest.raises(ValueError, match="not between 0 and 1"):
         confusion_matrix(truth, predicted, 2)
 
 
 def test_lists_of_two_lengths_are_refused():
-    with pytest.raises(ValueError, match="2 true labels and 1 predicted"):
+    with pytest.raises(ValueError, match="2 true labels, but 1 predicted"):
         confusion_matrix([0, 1], [0], 2)
+
+
+def test_the_worst_confusions_come_first_and_equal_ones_in_the_labels_order():
+    matrix = [[9, 1, 0], [3, 9, 1], [0, 3, 0]]
+    assert worst_confusions(matrix, 9) == [(1, 0, 3), (2, 1, 3), (0, 1, 1), (1, 2, 1)]
+    assert worst_confusions(matrix, 1) == [(1, 0, 3)]
+    assert worst_confusions([[5, 0], [0, 5]], 9) == []
+    assert matrix[0][0] == 9, "it only looks"
