@@ -1,11 +1,13 @@
-"""What a run says while it goes on: frozen events, in order. Sinks consume them; nothing flows back."""
+"""What a run says while it goes on: frozen events, in order. Nothing flows back through them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from finetune.errors import Interrupted
+Said = TypeVar("Said", bound="Event")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class Event:
 
 @dataclass(frozen=True)
 class RunStarted(Event):
+    """Training begins, or continues after `step`."""
+
     steps: int  # in the whole run
     steps_per_epoch: int
     resumed: bool
@@ -24,6 +28,8 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
+    """One optimiser step."""
+
     epoch: float
     loss: float  # token-weighted mean over the step
     grad_norm: float
@@ -49,8 +55,43 @@ class Validated(Event):
 
 
 @dataclass(frozen=True)
-class Progress(Event):
-    """Long work other than a step: evaluating, generating."""
+class MemorySplit(Event):
+    """Memory ran out in a step, which was then repeated with smaller micro-batches."""
+
+    micro_tokens: int  # the new limit
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """A checkpoint of this step is on the disk."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class StoppedEarly(Event):
+    """The validation loss has not improved for as many validations as the recipe allows."""
+
+    best_step: int
+    best_loss: float
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """The last step is done."""
+
+    best_step: int
+    best_loss: float
+
+
+@dataclass(frozen=True)
+class Passing(Event):
+    """Base of the events that matter only when they are said: metrics.jsonl does not record them."""
+
+
+@dataclass(frozen=True)
+class Progress(Passing):
+    """How far long work has come that is not a step: evaluating, generating, checking data."""
 
     what: str
     done: int
@@ -58,37 +99,27 @@ class Progress(Event):
 
 
 @dataclass(frozen=True)
-class MemorySplit(Event):
-    micro_tokens: int  # the new budget
+class Note(Passing):
+    """A sentence for the user."""
+
+    text: str
 
 
 @dataclass(frozen=True)
-class CheckpointSaved(Event):
-    path: str
+class CheckpointDue(Passing):
+    """A checkpoint of this step is written once the next event is asked for.
+
+    What a resumed run needs beside the checkpoint must be on the disk before that.
+    """
 
 
-@dataclass(frozen=True)
-class StoppedEarly(Event):
-    best_step: int
-    best_loss: float
+class Work(Generic[Said, Result]):
+    """Long work, to be iterated over: its events, one by one. After the last, `result` is what the work returned."""
 
+    result: Result
 
-@dataclass(frozen=True)
-class Finished(Event):
-    best_step: int
-    best_loss: float
+    def __init__(self, events: Generator[Said, None, Result]) -> None:
+        self._events = events
 
-
-Sink = Callable[[Event], None]
-Report = Callable[[str, int, int], None]  # what, done, total: how far long work has come
-
-
-def reporter(what: str, sink: Sink, stop: Callable[[], bool]) -> Report:
-    """Progress of an evaluation, to the sink; it raises Interrupted once `stop()` is true."""
-
-    def report(kind: str, done: int, total: int) -> None:
-        sink(Progress(0, f"{what}: {kind}", done, total))
-        if stop():
-            raise Interrupted(f"stopped in the midst of the {what}")
-
-    return report
+    def __iter__(self) -> Iterator[Said]:
+        self.result = yield from self._events

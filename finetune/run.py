@@ -1,28 +1,29 @@
-"""One run from recipe to report: measure the base, train, keep the adapter, measure the tuned model."""
+"""One run from recipe to report: evaluate the base model, train, keep the adapter, evaluate the tuned model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from backends import registry
 from backends.interface import FloatArray, Session, TrainState
 from backends.model_folder import fingerprint, read_config, vocabulary_of
 from finetune.check.show import as_text, headline
 from finetune.check.survey import as_json, survey
-from finetune.disk import checkpoint as checkpoints
 from finetune.disk.adapter import check_base, start_from, write_adapter
 from finetune.disk.atomic import new_folder, write_file
+from finetune.disk.checkpoint import Checkpoint, Checkpoints, load_newest
 from finetune.disk.identity import check_identity, identity_of, read_identity
 from finetune.disk.metrics import MetricsFile, read
 from finetune.disk.run_folder import RunFolder, environment
-from finetune.evaluation.evaluate import Evaluation, base_weights
+from finetune.errors import Interrupted
+from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
 from finetune.evaluation.verdict import Watch, divergence, overfitting_verdict
-from finetune.events import Progress, Sink, reporter
+from finetune.events import Event, Note, Progress, Work
 from finetune.recipe.specs import lora_spec
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
@@ -30,115 +31,176 @@ from finetune.training.budget import starting_tokens
 from finetune.training.job import Job
 from finetune.training.loop import Trainer
 
+Result = TypeVar("Result")
 
-def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], resume: bool = False) -> Report:
-    """Train to the end and report. Raises Interrupted after a checkpoint when `stop()` turns true."""
-    identity = identity_of(job.recipe, job.prepared, job.model)
-    saved = _checkpoint_of(run, identity, sink) if resume else None
-    if job.recipe.lora.start_from:
-        check_base(Path(job.recipe.lora.start_from), job.model, job.recipe.model.path)
-    run.write_identity(identity)
-    facts = environment(job.backend, registry.describe(job.backend)) | {"remote_code": job.recipe.model.remote_code}
-    run.write_json("environment.json", facts)
-    run.write_json("data.json", account_of(job.prepared))
-    checked = _check_data(job, run, sink, stop)
-    session = job.open()
-    base = _measure_base(job, run, session, sink, stop)
-    showing = reporter("validation", sink, stop)
-    with MetricsFile(run.metrics) as metrics:
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that is ready for its next step."""
+
+    trainer: Trainer
+    resumed_after: int | None  # the step of the checkpoint; None: the run has done nothing yet
+    base: Evaluation | None  # None where the recipe asks for none
+    check: str  # what `finetune check` found in the data, in a line
+
+
+class Run:
+    """One run, new or resumed. `events` does all of it.
+
+    To end it early set `stopping`, between two events: the work in hand ends, with a checkpoint where steps have been
+    done, and Interrupted is raised.
+    """
+
+    def __init__(self, job: Job, folder: RunFolder) -> None:
+        self.job, self.folder = job, folder
+        self.stopping = False
+
+    def events(self, resume: bool = False) -> Generator[Event, None, Report]:
+        """Everything that happens, to the report. Raises Interrupted, FinetuneError, and errors of the backend."""
+        begun = yield from self.begin(resume)
+        yield from self.train(begun)
+        self.keep(begun.trainer)
+        return (yield from self.report(begun))
+
+    def begin(self, resume: bool) -> Generator[Event, None, Begun]:
+        """All that comes before training: the run's records, its data checked, its model loaded and evaluated.
+
+        Raises Incompatible where `resume` finds a run that began with something else, or the adapter to start from
+        does not fit.
+        """
+        job, folder = self.job, self.folder
+        identity = identity_of(job.recipe, job.prepared, job.model)
+        saved = (yield from self._newest_checkpoint(identity)) if resume else None
+        start = Path(job.recipe.lora.start_from) if job.recipe.lora.start_from else None
+        if start:
+            check_base(start, job.model, job.recipe.model.path)
+        folder.write_identity(identity)
+        facts = environment(job.backend, registry.describe(job.backend)) | {"remote_code": job.recipe.model.remote_code}
+        folder.write_json("environment.json", facts)
+        folder.write_json("data.json", account_of(job.prepared))
+        check = yield from self._check_data()
+        session = job.open()
+        base = yield from self._evaluate_base(session)
         trainer = Trainer(
-            session, job.prepared, job.recipe, run.checkpoints, identity, stop, showing, metrics.sync, _known(job, base)
+            session=session,
+            prepared=job.prepared,
+            recipe=job.recipe,
+            checkpoints=Checkpoints(folder.checkpoints, identity),
         )
-        metrics.truncate_after(-1 if saved is None else saved.state.step)
         if saved is not None:
             trainer.restore(saved)
-            if lost := metrics.missing(saved.state.step):
-                steps = f"{lost} of the {saved.state.step} steps done"
-                sink(Progress(0, f"{run.metrics} has lost {steps}; the loss curve will lack them", 0, 0))
-            for one in trainer.state.history():
-                sink(one)  # so that the table on the screen is whole
-            saved = None  # the session has its own
         else:
-            trainer.state.micro_tokens = starting_tokens(job, session, sink)
-            if job.recipe.lora.start_from:
-                start_from(session, Path(job.recipe.lora.start_from), lora_spec(job.recipe))
-        watch = Watch(vocabulary_of(job.model), trainer.plan.warmup)
-        for event in trainer.events():
-            metrics.handle(event)
-            sink(event)
-            if notice := watch.look(event):
-                sink(Progress(event.step, notice, 0, 0))
-    assert trainer.best is not None  # the validation before the first step is always a best one
-    session.set_state(TrainState(trainer.state.best_step, trainer.best, {}))
-    save_adapter(job, run, trainer.best, session.scheme, trainer.state.best_step)
-    tuned = job.measure(session, job.prepared.held_out, "tuned model", sink, stop)
-    save_evaluation(run.evaluation("tuned"), tuned)
-    report = build_report(job, run, session, trainer, base, tuned, checked)
-    write_report(run, report)
-    return report
+            trainer.limit_micro_batches((yield from starting_tokens(job, session)))
+            if start:
+                start_from(session, start, lora_spec(job.recipe))
+        return Begun(trainer, None if saved is None else saved.state.step, base, check)
+
+    def train(self, begun: Begun) -> Iterator[Event]:
+        """All steps that are left; metrics.jsonl records them. Raises Interrupted, Diverged, MemoryExhausted."""
+        trainer, step = begun.trainer, begun.resumed_after
+        watch = Watch(vocabulary_of(self.job.model), trainer.plan.warmup)
+        with MetricsFile(self.folder.metrics) as metrics:
+            metrics.truncate_after(-1 if step is None else step)
+            if step is not None and (lost := metrics.missing(step)):
+                without = f"{self.folder.metrics} has lost {lost} of the {step} steps done"
+                yield Note(step, f"{without}; the loss curve will lack them")
+            yield from trainer.state.history()  # so that the table on the screen is whole
+            for event in trainer.events(known_validation(self.job, begun.base)):
+                metrics.record(event)
+                yield event
+                if notice := watch.look(event):
+                    yield Note(event.step, notice)
+                trainer.stopping = self.stopping
+
+    def keep(self, trainer: Trainer) -> None:
+        """The adapter of the best validation: into the session, and into the run's folder."""
+        assert trainer.best is not None  # the validation before the first step is always a best one
+        step = trainer.state.best_step
+        trainer.session.set_state(TrainState(step, trainer.best, {}))
+        save_adapter(self.job, self.folder, trainer.best, trainer.session.scheme, step)
+
+    def report(self, begun: Begun) -> Generator[Event, None, Report]:
+        """The tuned model evaluated, and the report written. Raises Interrupted, Diverged."""
+        session = begun.trainer.session
+        tuned = yield from self._evaluate(session, "tuned model")
+        save_evaluation(self.folder.evaluation("tuned"), tuned)
+        report = self._figures(begun, tuned)
+        write_report(self.folder, report)
+        return report
+
+    def _figures(self, begun: Begun, tuned: Evaluation) -> Report:
+        job, trainer = self.job, begun.trainer
+        validations = tuple(trainer.state.history())
+        kind = "test" if job.prepared.test else "validation"
+        return Report(
+            run=str(self.folder.path),
+            adapter=str(self.folder.adapter),
+            backend=job.backend,
+            device=trainer.session.device,
+            scheme=trainer.session.scheme,
+            check=begun.check,
+            held_out=f"{len(job.prepared.held_out.examples)} {kind} rows",
+            base=begun.base,
+            tuned=tuned,
+            comparison=compare(begun.base, tuned) if begun.base else None,
+            overfitting=overfitting_verdict(validations),
+            divergence=divergence(read(self.folder.metrics), vocabulary_of(job.model), trainer.plan.warmup),
+            validations=validations,
+            best_step=trainer.state.best_step,
+        )
+
+    def _newest_checkpoint(self, identity: Mapping[str, Any]) -> Generator[Note, None, Checkpoint | None]:
+        """Raises Incompatible where the run began with something else."""
+        if earlier := read_identity(self.folder.path):  # there before any checkpoint, as the evaluated base may be
+            check_identity(earlier, identity)
+        saved, messages = load_newest(self.folder.checkpoints)
+        for message in messages:
+            yield Note(0, message)
+        if saved is not None:
+            check_identity(saved.identity, identity)
+        return saved
+
+    def _check_data(self) -> Generator[Event, None, str]:
+        """`finetune check` of the run's data, in check.txt and check.json; its headline. A resumed run finds them."""
+        job, folder = self.job, self.folder
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            return headline(json.loads((folder.path / "check.json").read_text(encoding="utf-8")))
+        survey_of_rows = survey(job.recipe, job.model, job.tokenizer, Path.cwd())
+        findings = yield from self._stoppable(survey_of_rows, "checking the data")
+        write_file(folder.path / "check.txt", as_text(findings, job.tokenizer))
+        values = as_json(findings, job.tokenizer)
+        folder.write_json("check.json", values)  # last: it says that both are there
+        return headline(values)
+
+    def _evaluate_base(self, session: Session) -> Generator[Event, None, Evaluation | None]:
+        """The base model on the held-out rows: evaluated once per run, and kept for a resumed one."""
+        if not self.job.recipe.evaluate.base:
+            return None
+        if saved := load_evaluation(self.folder.evaluation("base")):
+            return saved
+        with base_weights(session):
+            base = yield from self._evaluate(session, "base model")
+        save_evaluation(self.folder.evaluation("base"), base)
+        return base
+
+    def _evaluate(self, session: Session, name: str) -> Generator[Event, None, Evaluation]:
+        job = self.job
+        evaluation = evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, name)
+        return (yield from self._stoppable(evaluation, f"evaluating the {name}"))
+
+    def _stoppable(self, events: Generator[Progress, None, Result], doing: str) -> Generator[Progress, None, Result]:
+        """The same events and the same result. Raises Interrupted after an event that brought `stopping`."""
+        with closing(events):
+            work = Work(events)
+            for event in work:
+                yield event
+                if self.stopping:
+                    raise Interrupted(f"stopped while {doing}")
+        return work.result
 
 
-def _check_data(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool]) -> str:
-    """`finetune check` of the run's data, in check.txt and check.json; its headline. A resumed run has it there."""
-    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        return headline(json.loads((run.path / "check.json").read_text(encoding="utf-8")))
-    found = survey(job.recipe, job.model, job.tokenizer, Path.cwd(), reporter("data", sink, stop))
-    write_file(run.path / "check.txt", as_text(found, job.tokenizer))
-    run.write_json("check.json", values := as_json(found, job.tokenizer))  # last: it says that both are there
-    return headline(values)
-
-
-def build_report(
-    job: Job, run: RunFolder, session: Session, trainer: Trainer, base: Evaluation | None, tuned: Evaluation, check: str
-) -> Report:
-    """The figures and verdicts of a finished run."""
-    validations = tuple(trainer.state.history())
-    kind = "test" if job.prepared.test else "validation"
-    return Report(
-        run=str(run.path),
-        adapter=str(run.adapter),
-        backend=job.backend,
-        device=session.device,
-        scheme=session.scheme,
-        check=check,
-        held_out=f"{len(job.prepared.held_out.examples)} {kind} rows",
-        base=base,
-        tuned=tuned,
-        comparison=compare(base, tuned) if base else None,
-        overfitting=overfitting_verdict(validations),
-        divergence=divergence(read(run.metrics), vocabulary_of(job.model), trainer.plan.warmup),
-        validations=validations,
-        best_step=trainer.state.best_step,
-    )
-
-
-def _checkpoint_of(run: RunFolder, identity: Mapping[str, Any], sink: Sink) -> checkpoints.Checkpoint | None:
-    if earlier := read_identity(run.path):  # there before any checkpoint, as the measured base may be
-        check_identity(earlier, identity)
-    saved, messages = checkpoints.load_newest(run.checkpoints)
-    for message in messages:
-        sink(Progress(0, message, 0, 0))
-    if saved is not None:
-        check_identity(saved.identity, identity)
-    return saved
-
-
-def _measure_base(
-    job: Job, run: RunFolder, session: Session, sink: Sink, stop: Callable[[], bool]
-) -> Evaluation | None:
-    """The base model on the held-out rows: measured once a run, kept for a resumed one."""
-    if not job.recipe.evaluate.base:
-        return None
-    if found := load_evaluation(run.evaluation("base")):
-        return found
-    with base_weights(session):
-        base = job.measure(session, job.prepared.held_out, "base model", sink, stop)
-    save_evaluation(run.evaluation("base"), base)
-    return base
-
-
-def _known(job: Job, base: Evaluation | None) -> Evaluation | None:
-    """The validation before the first step, where it would be of the same model and rows as the base's measurement.
+def known_validation(job: Job, base: Evaluation | None) -> Evaluation | None:
+    """The validation before the first step, where the base's evaluation is of the same model and the same rows.
 
     A resumed run reads the same figures from evaluation-base.json. A validation writes no answers.
     """
@@ -148,7 +210,7 @@ def _known(job: Job, base: Evaluation | None) -> Evaluation | None:
 
 
 def save_adapter(job: Job, run: RunFolder, tensors: Mapping[str, FloatArray], scheme: str, step: int) -> None:
-    """The adapter folder, whole or absent, with the tokenizer and template it was trained with."""
+    """The adapter folder, whole or absent, with the tokenizer and template that it was trained with."""
     base = job.recipe.model.path if not job.recipe.model.path.startswith("builtin:") else str(job.model)
     config = read_config(job.model)
     blocks = int((config.get("text_config") or config)["num_hidden_layers"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from finetune.check.texts import asked, content, words
 from finetune.data.prepare import Source
 from finetune.data.rows import Record
-from finetune.events import Report
+from finetune.events import Progress
 
 NEAR = 0.8  # Jaccard similarity of the three-word runs, from which rows count as nearly the same
 FEWEST_WORDS = 6  # shorter rows are compared exactly alone
@@ -49,7 +49,7 @@ class _Rows:
         return content(self.records[row], self.labelled)
 
 
-def find_duplicates(sources: Sequence[Source], labelled: bool, progress: Report) -> Duplicates:
+def find_duplicates(sources: Sequence[Source], labelled: bool) -> Generator[Progress, None, Duplicates]:
     """labelled: the answers are labels, and two rows of one text repeat each other whatever they are labelled.
 
     A held-out row leaks when train holds its question; or, nearly, the whole of it.
@@ -67,7 +67,7 @@ def find_duplicates(sources: Sequence[Source], labelled: bool, progress: Report)
             signatures[len(kept)] = sets.of(runs)
             kept.append(row)
         if row % 1000 == 999 or row + 1 == len(records):
-            progress("comparing rows", row + 1, len(records))
+            yield Progress(0, "data: comparing rows", row + 1, len(records))
     for row, other in candidates(signatures[: len(kept)]):
         _note(rows, kept[row], kept[other], found)
     return found

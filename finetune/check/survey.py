@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from finetune.data.read import read
 from finetune.data.rows import Example
 from finetune.data.tokenizer import Tokenizer
 from finetune.errors import DataError
-from finetune.events import Report
+from finetune.events import Progress
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec
@@ -68,22 +69,22 @@ class Findings:
         return (0 if self.skipped else len(self.bad)) + len(self.broken) + self.tokens.total
 
 
-def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progress: Report) -> Findings:
+def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path) -> Generator[Progress, None, Findings]:
     """model: the folder, of which only the headers are read.
 
     Raises DataError where the training file as a whole cannot be understood, RecipeError for settings that do
     not fit the rows.
     """
-    progress("reading", 0, 1)
+    yield Progress(0, "data: reading", 0, 1)
     trainable = _trainable(recipe, model)
     broken: list[Problem] = []
     found = _gather(_lenient(recipe, base, broken), tokenizer, base, broken)
     balance = weigh(found.sources, found.labels, recipe.data.groups)
-    progress("reading", 1, 1)
-    personal, specials = _words(found, tokenizer, progress)
+    yield Progress(0, "data: reading", 1, 1)
+    personal, specials = yield from _words(found, tokenizer)
     walk = Walk(recipe, tokenizer, found, personal.places, vocabulary_of(model))
     for source in found.sources:
-        walk.through(source, progress)
+        yield from walk.through(source)
     bad = [problem for source in found.sources for problem in source.bad] + walk.bad
     broken += walk.refused
     broken += [(f"data.{one.name}", f"no row is left; {_REMEDY}") for one in found.sources if not walk.used[one.name]]
@@ -92,7 +93,7 @@ def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progre
     if not walk.after:
         raise DataError(f"{recipe.data.train}: no row can be trained on; {_REMEDY}\n{listed([*bad, *walk.dropped])}")
     lengths = measure(walk.before, walk.after, recipe, walk.shortened, walk.cut, walk.dropped)
-    duplicates = find_duplicates(found.sources, bool(found.labels), progress)
+    duplicates = yield from find_duplicates(found.sources, bool(found.labels))
     return Findings(
         found.layout.name,
         found.task,
@@ -140,7 +141,7 @@ def _problem(error: DataError) -> Problem:
     return place, reason
 
 
-def _words(rows: Gathered, tokenizer: Tokenizer, progress: Report) -> tuple[Personal, Specials]:
+def _words(rows: Gathered, tokenizer: Tokenizer) -> Generator[Progress, None, tuple[Personal, Specials]]:
     """What stands in the rows' words that people did not mean to train on."""
     personal, specials, pattern = Personal(), Specials(rows.task == "text"), special_pattern(tokenizer)
     records = [record for source in rows.sources for record in source.records]
@@ -148,7 +149,7 @@ def _words(rows: Gathered, tokenizer: Tokenizer, progress: Report) -> tuple[Pers
         personal.look(everything(record), record.place)
         specials.look(pattern, written(record, rows.renderer), record.place)
         if number % 1000 == 0 or number == len(records):
-            progress("looking for personal data", number, len(records))
+            yield Progress(0, "data: looking for personal data", number, len(records))
     return personal, specials
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from finetune.check.tokens import TokenChecker
 from finetune.data.labels import LabelTokens, label_tokens, same_label_tokens
-from finetune.data.prepare import Chunk, Gathered, Source, example, tokenised
+from finetune.data.prepare import TOGETHER, Chunk, Gathered, Source, example, tokenised
 from finetune.data.problems import Problem
 from finetune.data.rows import Example
 from finetune.data.tokenizer import Tokenizer
 from finetune.data.truncate import Fitted, fit
-from finetune.events import Report
+from finetune.events import Progress
 from finetune.recipe.schema import Recipe
 
 SAMPLES = 3
@@ -45,12 +45,12 @@ class Walk:
         self.refused: list[Problem] = []  # too long, where the recipe allows none
         self.bad: list[Problem] = []
 
-    def through(self, source: Source, progress: Report) -> None:
+    def through(self, source: Source) -> Iterator[Progress]:
         """One split, a chunk at a time."""
         strict = self.settings.truncation == "error"
         policy = "drop" if self.settings.truncation == "error" else self.settings.truncation
         self.left_out[source.name] += source.bad if self.skips else []
-        for chunk in tokenised(self.tokenizer, self.rows.renderer, source, progress):
+        for number, chunk in enumerate(tokenised(self.tokenizer, self.rows.renderer, source), start=1):
             fitted = fit(self.tokenizer, self.rows.renderer, chunk.rows, self.settings.max_length, policy)
             self._write_labels(fitted)
             supervised = self.checker.look(fitted.kept)
@@ -63,6 +63,8 @@ class Walk:
             if source.name == "train":
                 self.supervised += supervised
                 self._keep(chunk, fitted)
+            total = len(source.records)
+            yield Progress(0, f"data: preparing {source.name}", min(number * TOGETHER, total), total)
 
     def _write_labels(self, fitted: Fitted) -> None:
         """Labels in the tokens that are scored, as training writes them."""

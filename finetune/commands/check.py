@@ -8,11 +8,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from finetune import events
 from finetune.check.show import show
 from finetune.check.survey import as_json, survey
 from finetune.data.tokenizer import load_tokenizer
 from finetune.disk.atomic import write_file
 from finetune.errors import DataError
+from finetune.events import Work
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
 
@@ -21,8 +23,11 @@ def run(recipe: Recipe, json_file: Path | None) -> None:
     """Raises DataError, after everything is shown, where rows must be mended."""
     model = model_folder(recipe.model)
     tokenizer = load_tokenizer(model, recipe.model.remote_code)
+    work = Work(survey(recipe, model, tokenizer, Path.cwd()))
     with Bar() as bar:
-        found = survey(recipe, model, tokenizer, Path.cwd(), bar.report)
+        for progress in work:
+            bar.show(progress)
+    found = work.result
     show(Console(), found, tokenizer)
     if json_file is not None:
         write_file(json_file, json.dumps(as_json(found, tokenizer), indent=2, ensure_ascii=False) + "\n")
@@ -46,7 +51,7 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def report(self, what: str, done: int, total: int) -> None:
-        if what not in self.tasks:
-            self.tasks[what] = self.progress.add_task(what, total=total)
-        self.progress.update(self.tasks[what], completed=done)
+    def show(self, event: events.Progress) -> None:
+        if event.what not in self.tasks:
+            self.tasks[event.what] = self.progress.add_task(event.what, total=event.total)
+        self.progress.update(self.tasks[event.what], completed=event.done)

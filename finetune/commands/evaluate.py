@@ -1,38 +1,50 @@
-"""`eval`: a run's base and tuned model measured again, on its held-out rows or on others."""
+"""`eval`: a run's base and tuned model evaluated again, on its held-out rows or on others."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 
 from rich.console import Console
 
-from backends.interface import TrainState
+from backends.interface import Session, TrainState
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
 from finetune.disk.run_folder import RunFolder
-from finetune.evaluation.evaluate import base_weights
+from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
+from finetune.events import Progress, Work
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import open_screen
 from finetune.report.report import compare
 from finetune.report.summary import print_comparison
-from finetune.training.job import load_job
+from finetune.training.job import Job, load_job
 
 
 def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
+    """Prints both models side by side and writes eval.json."""
     if data is not None:
         source = str(Path(data).resolve()) if Path(data).exists() else data
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})
-    adapter = read_adapter(run.adapter)
+    adapter = read_adapter(opened.adapter)
     job = load_job(recipe, backend)
-    check_base(run.adapter, job.model)
+    check_base(opened.adapter, job.model)
     session = job.open()
     session.set_state(TrainState(0, adapter.tensors, {}))
+    work = Work(_evaluate_both(job, session))
     with open_screen() as screen:
-        with base_weights(session):
-            base = job.measure(session, job.prepared.held_out, "base model", screen.handle)
-        tuned = job.measure(session, job.prepared.held_out, "tuned model", screen.handle)
+        for event in work:
+            screen.show(event)
+    base, tuned = work.result
     comparison = compare(base, tuned)
     print_comparison(Console(), base, tuned, comparison, f"{job.prepared.held_out.rows} rows of {data or opened.path}")
-    found = {"data": data, "base": base.summary(), "tuned": tuned.summary(), "verdict": comparison.verdict}
-    write_file(opened.path / "eval.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    values = {"data": data, "base": base.summary(), "tuned": tuned.summary(), "verdict": comparison.verdict}
+    write_file(opened.path / "eval.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _evaluate_both(job: Job, session: Session) -> Generator[Progress, None, tuple[Evaluation, Evaluation]]:
+    """The base model, then the tuned one."""
+    with base_weights(session):
+        base = yield from evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, "base model")
+    tuned = yield from evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, "tuned model")
+    return base, tuned

@@ -7,37 +7,36 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 
 from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Interrupted
+from finetune.events import Work
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import open_screen
+from finetune.report.report import Report
 from finetune.report.summary import print_account, print_report
-from finetune.run import train_run
+from finetune.run import Run
 from finetune.supervisor import announce_run
 from finetune.training.job import load_job
 
 
 class StopFlag:
-    """True once SIGINT or SIGTERM has come; a second SIGINT ends at once."""
+    """Raised by the first SIGINT or SIGTERM; a second signal raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
-    def __call__(self) -> bool:
-        return self.signal is not None
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        os.write(2, b"stopping after this step; once more to stop at once\n")  # print is not for signal handlers
+        os.write(2, b"stopping after this step; press Ctrl-C again to stop at once\n")  # print is unsafe in a handler
 
     @contextmanager
     def listening(self) -> Iterator[StopFlag]:
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
@@ -48,7 +47,7 @@ class StopFlag:
 def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
     """A new run in a folder that begins with `name`, or the `stopped` one from its last intact checkpoint.
 
-    Exits 130 or 143, after a checkpoint, when a signal asks for it.
+    Exits with 130 or 143, after a checkpoint, when a signal asks it to stop.
     """
     if stopped and stopped.report.exists():
         print(f"{stopped.path}: this run is finished; its report is {stopped.path / 'report.txt'}")
@@ -59,10 +58,19 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
         announce_run(folder.path)
         print_account(job, folder)
         try:
-            with open_screen() as screen:
-                report = train_run(job, folder, screen.handle, stop, resume=stopped is not None)
-            print_report(report, folder)
+            report = show_run(Run(job, folder), stop, resume=stopped is not None)
+            print_report(report)
         except (Interrupted, KeyboardInterrupt) as end:
-            how = str(end) or "stopped at once"
-            print(f"{how}; go on with: finetune resume {shlex.quote(str(folder.path))}", file=sys.stderr)
+            reason = str(end) or "stopped at once"
+            print(f"{reason}; resume with: finetune resume {shlex.quote(str(folder.path))}", file=sys.stderr)
             sys.exit(128 + (stop.signal or signal.SIGINT))
+
+
+def show_run(run: Run, stop: StopFlag, resume: bool) -> Report:
+    """Every event of the run on the screen. Raises Interrupted, after a checkpoint, once `stop` has its signal."""
+    with closing(run.events(resume)) as events, open_screen() as screen:
+        work = Work(events)
+        for event in work:
+            screen.show(event)
+            run.stopping = stop.signal is not None
+    return work.result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,11 +21,11 @@ from finetune.data.rows import Dataset, Example, Prepared, Record, Rendered, Ren
 from finetune.data.tokenizer import Tokenizer, stop_tokens
 from finetune.data.truncate import Fitted, fit
 from finetune.errors import DataError, RecipeError
-from finetune.events import Report
 from finetune.recipe.schema import Data, Recipe
 
 Task = Literal["classification", "generation", "text"]
 TOGETHER = 2000  # rows between two reports of progress
+Report = Callable[[str, int, int], None]  # what, done, total
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,12 @@ class Chunk:
     unrolled: int  # conversations that became several rows
 
 
-def tokenised(tokenizer: Tokenizer, renderer: Renderer, source: Source, progress: Report) -> Iterator[Chunk]:
+def tokenised(
+    tokenizer: Tokenizer,
+    renderer: Renderer,
+    source: Source,
+    progress: Report = lambda what, done, total: None,
+) -> Iterator[Chunk]:
     """The rows of one split in order, so many at a time that memory stays small."""
     for start in range(0, len(source.records), TOGETHER):
         bad: list[Problem] = []

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on, in folders that are whole or absent.
+"""Checkpoints: everything that a run needs to resume, in folders that are whole or absent.
 
 `step-00000123/` holds `state.safetensors` (adapter and moments), `best.safetensors` (the best adapter so far, if
 any), `loop.json`, `identity.json`, and, written last, `manifest.json` with size and SHA-256 of all the others.
@@ -26,17 +26,31 @@ from finetune.errors import Diverged
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """One checkpoint in memory."""
+
     state: TrainState
     loop: dict[str, Any]  # the loop's own state; JSON with finite numbers
     best: Mapping[str, FloatArray] | None  # the best adapter so far
-    identity: dict[str, Any]  # base, recipe, data, rank, ...: what a resumed run must share; JSON
+    identity: Mapping[str, Any]  # base, recipe, data, rank, ...: what a resumed run must share; JSON
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a run saves its checkpoints, and what a run that resumes from one must share with it."""
+
+    folder: Path
+    identity: Mapping[str, Any]
+
+    def save(self, state: TrainState, loop: dict[str, Any], best: Mapping[str, FloatArray] | None) -> Path:
+        """The folder of the new checkpoint. Raises Diverged, DiskError."""
+        return save(self.folder, Checkpoint(state, loop, best, self.identity))
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
-    """Writes `folder/step-XXXXXXXX`, then removes all but the newest `keep` (>= 1) that verify.
+    """Writes `folder/step-XXXXXXXX`, then removes all but the newest `keep` (>= 1) intact ones.
 
-    No file is held whole on the way, and no tensor that is contiguous is copied.
-    Raises Diverged, writing nothing, where a number is not finite; DiskError.
+    No file is held whole in memory, and no tensor that is contiguous is copied.
+    Raises Diverged, before anything is written, where a number is not finite; DiskError.
     """
     files = _pieces(checkpoint)
     path = folder / f"step-{checkpoint.state.step:08d}"
@@ -52,9 +66,9 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and a sentence for each broken one met on the way.
+    """The newest intact checkpoint, and a sentence for each broken one that is newer.
 
-    Broken ones are renamed to `step-XXXXXXXX.broken`, and what a killed run left half done is cleared.
+    Broken ones are renamed to `step-XXXXXXXX.broken`; what a killed run left half written is removed.
     Raises DiskError.
     """
     messages: list[str] = []
@@ -67,12 +81,12 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
                 return _parse(step, read_verified(path)), messages
             except Broken as reason:
                 aside = _set_aside(path)
-                messages.append(f"checkpoint {path} is broken ({reason}); it is now {aside.name}")
+                messages.append(f"checkpoint {path} is broken ({reason}); it was renamed to {aside.name}")
     return None, messages
 
 
 def _pieces(checkpoint: Checkpoint) -> dict[str, Iterable[bytes | memoryview]]:
-    """What each file is written from. Raises Diverged where a number is not finite, before a byte of it is made."""
+    """File name -> its content, in pieces. Raises Diverged where a number is not finite, before it makes any piece."""
     state = checkpoint.state
     tensors = {
         **{f"adapter.{name}": tensor for name, tensor in state.adapter.items()},
@@ -85,7 +99,8 @@ def _pieces(checkpoint: Checkpoint) -> dict[str, Iterable[bytes | memoryview]]:
         files["loop.json"] = [json_bytes({"step": state.step, "loop": checkpoint.loop})]
         files["identity.json"] = [json_bytes(checkpoint.identity)]
     except ValueError as error:
-        raise Diverged(f"step {state.step}: the loop's state holds a number that is not finite ({error})") from error
+        message = f"step {state.step}: the state of the training loop holds a number that is not finite ({error})"
+        raise Diverged(message) from error
     return files
 
 
@@ -94,7 +109,7 @@ def _checked(tensors: Mapping[str, FloatArray], step: int) -> Iterable[bytes | m
     if bad:
         raise Diverged(
             f"step {step}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity ({bad[0]}, ...); "
-            "nothing was written, and the checkpoints before stay. Lower train.learning_rate."
+            "nothing was written, and earlier checkpoints stay. Lower train.learning_rate."
         )
     return tensor_pieces(tensors)
 
@@ -111,7 +126,7 @@ def _parse(step: int, files: Mapping[str, bytes]) -> Checkpoint:
     except KeyError as error:
         raise Broken(f"{error.args[0]} is missing") from error
     except (ValueError, TypeError, RecursionError, SafetensorError) as error:
-        raise Broken(f"it holds what was never written by a run ({error})") from error
+        raise Broken(f"it holds what no run writes ({error})") from error
 
 
 def _part(tensors: Mapping[str, FloatArray], prefix: str) -> dict[str, FloatArray]:
@@ -119,23 +134,24 @@ def _part(tensors: Mapping[str, FloatArray], prefix: str) -> dict[str, FloatArra
 
 
 def _prune(folder: Path, newest: int, keep: int) -> None:
-    kept = 0
+    """Removes checkpoints up to step `newest` when `keep` newer ones are intact."""
+    intact = 0
     for _, path in [(step, path) for step, path in newest_first(folder) if step <= newest]:
-        if kept >= keep:
+        if intact >= keep:
             shutil.rmtree(path)
             continue
         try:
             verify(path)
-            kept += 1
+            intact += 1
         except Broken:
-            continue  # load_newest will set it aside and say so
+            continue  # load_newest renames it and says so
 
 
 def _set_aside(path: Path) -> Path:
-    taken = 1
+    number = 1
     aside = path.with_name(f"{path.name}.broken")
     while aside.exists():
-        taken += 1
-        aside = path.with_name(f"{path.name}.broken-{taken}")
+        number += 1
+        aside = path.with_name(f"{path.name}.broken-{number}")
     path.replace(aside)
     return aside

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON line an event, written as it happens; what a resumed run repeats is cut off first."""
+"""metrics.jsonl: one JSON line per event, written as it happens. A resumed run first removes what it will repeat."""
 
 from __future__ import annotations
 
@@ -12,52 +12,59 @@ from typing import IO, Any
 
 from finetune.disk.atomic import disk_errors, write_file
 from finetune.errors import Incompatible
-from finetune.events import Event, StepDone
+from finetune.events import CheckpointDue, Event, Passing, StepDone
 
-_EVENTS = {kind.__name__: kind for kind in Event.__subclasses__()}
+_EVENTS = {kind.__name__: kind for kind in Event.__subclasses__() if kind is not Passing}
 
 
 class MetricsFile:
-    """A sink that appends to `path`. Floats are written so that reading gives the same bits back."""
+    """Appends events to `path`. Floats are written so that reading gives the same bits back."""
 
     def __init__(self, path: Path) -> None:
-        """Goes on with a file that is there. Raises DiskError, Incompatible."""
+        """Continues a file that exists; repairs its last line. Raises DiskError, Incompatible."""
         self._path = path
         self._file: IO[str] | None = None
         self.truncate_after(sys.maxsize)  # a killed run may have left half a line
 
-    def handle(self, event: Event) -> None:
-        """One line, handed to the system at once. Raises DiskError."""
+    def record(self, event: Event) -> None:
+        """One line, handed to the system at once; no line for events that only pass.
+
+        At CheckpointDue all lines before it are on the disk when this returns. Raises DiskError.
+        """
+        if isinstance(event, CheckpointDue):
+            self.sync()
+        if isinstance(event, Passing):
+            return
         assert self._file is not None
         with disk_errors(self._path):
             self._file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
             self._file.flush()
 
     def sync(self) -> None:
-        """What was handled is on the disk, whatever becomes of the machine. Raises DiskError."""
+        """Every recorded line is on the disk, even if the machine then loses power. Raises DiskError."""
         assert self._file is not None
         with disk_errors(self._path):
             os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> None:
-        """Drops every event of a later step, whole or not at all. Raises DiskError, Incompatible."""
+        """Removes every event of a later step: all of them or none. Raises DiskError, Incompatible."""
         self.close()
         if self._path.exists():
             lines = _lines(self._path)
-            kept = [line for line, values in lines if values["step"] <= step]
-            if len(kept) < len(lines) or not _ends_a_line(self._path):
-                write_file(self._path, "".join(f"{line}\n" for line in kept))
+            earlier = [line for line, values in lines if values["step"] <= step]
+            if len(earlier) < len(lines) or not _ends_a_line(self._path):
+                write_file(self._path, "".join(f"{line}\n" for line in earlier))
         with disk_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8", newline="\n")
 
     def missing(self, step: int) -> int:
-        """How many of the first `step` steps the file does not tell of. Raises DiskError, Incompatible."""
-        told = {values["step"] for _, values in _lines(self._path) if values["event"] == StepDone.__name__}
-        return len(set(range(1, step + 1)) - told)
+        """How many of the first `step` steps have no line in the file. Raises DiskError, Incompatible."""
+        recorded = {values["step"] for _, values in _lines(self._path) if values["event"] == StepDone.__name__}
+        return len(set(range(1, step + 1)) - recorded)
 
     def close(self) -> None:
-        """Raises DiskError where the last lines no longer fit."""
+        """Raises DiskError when the last lines no longer fit on the disk."""
         if self._file is not None:
             file, self._file = self._file, None
             with disk_errors(self._path):
@@ -73,7 +80,7 @@ class MetricsFile:
 
 
 def read(path: Path) -> list[Event]:
-    """The events of a file, in order. Raises DiskError; Incompatible for a line that is no event of this version."""
+    """The events of a file, in order. Raises DiskError, and Incompatible for a line that this version cannot read."""
     events = []
     for number, (_, values) in enumerate(_lines(path), start=1):
         kind = _EVENTS.get(values.pop("event"))
@@ -87,10 +94,10 @@ def read(path: Path) -> list[Event]:
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Every line with its values; half a line at the end, which a kill leaves, is left out."""
+    """Every line with its values, without the half line that a kill leaves at the end."""
     with disk_errors(path):
         text = path.read_bytes().decode("utf-8", errors="replace")
-    found = []
+    lines = []
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             values = json.loads(line)
@@ -98,8 +105,8 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 raise TypeError
         except (ValueError, TypeError, KeyError):
             raise _unreadable(path, number) from None
-        found.append((line, values))
-    return found
+        lines.append((line, values))
+    return lines
 
 
 def _ends_a_line(path: Path) -> bool:
@@ -111,4 +118,4 @@ def _ends_a_line(path: Path) -> bool:
 
 
 def _unreadable(path: Path, number: int) -> Incompatible:
-    return Incompatible(f"{path}:{number}: not an event of this version; mend or delete that line, or the whole file")
+    return Incompatible(f"{path}:{number}: not an event of this version; fix or delete that line, or the whole file")

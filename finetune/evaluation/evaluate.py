@@ -1,13 +1,13 @@
-"""How good is the model? One code for every backend, for the base and for the tuned model alike.
+"""How good is the model? One code for every backend, for the base model and for the tuned model.
 
-The whole set, the same rows in the same order in every call, whatever the memory: batches are only
-a way to get through it.
+The whole set, the same rows in the same order in every call, however little memory there is: batches are only a way
+to get through it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,16 +16,19 @@ import numpy as np
 
 from backends.interface import Session, TrainState
 from finetune.data.rows import Dataset, Prepared
+from finetune.data.tokenizer import Tokenizer
+from finetune.errors import Diverged
 from finetune.evaluation.intervals import confusion_matrix, macro_f1, per_class, wilson_interval
-from finetune.evaluation.scoring import choose_labels, row_losses, write_answers
-from finetune.events import Report
+from finetune.evaluation.scoring import RowLosses, choose_labels, row_losses, write_answers
+from finetune.events import Progress
+from finetune.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
 class RowResult:
     """One held-out row under one model."""
 
-    place: str
+    location: str  # file:line
     prompt: str
     expected: str | None
     predicted: str | None  # None where only the loss is measured
@@ -40,7 +43,7 @@ class Evaluation:
 
     rows: int
     tokens: int  # supervised
-    loss: float  # nats a supervised token
+    loss: float  # nats per supervised token
     perplexity: float
     token_accuracy: float
     accuracy: float | None  # of labels, or of whole answers word for word; None for plain text
@@ -57,7 +60,20 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """Everything but the rows, for JSON."""
-        return {k: v for k, v in asdict(self).items() if k != "results"} | {"classes": self.classes}
+        return {key: value for key, value in asdict(self).items() if key != "results"} | {"classes": self.classes}
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, rows included. In files a row's location has the key `place`."""
+        results = [{"place": row.pop("location")} | row for row in map(asdict, self.results)]
+        return asdict(self) | {"results": results}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
+        """What `to_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        rows = [dict(row) for row in values["results"]]
+        results = tuple(RowResult(location=row.pop("place"), **row) for row in rows)
+        interval = values["interval"] and tuple(values["interval"])
+        return cls(**{**values, "labels": tuple(values["labels"]), "interval": interval, "results": results})
 
 
 def evaluate(
@@ -65,42 +81,45 @@ def evaluate(
     prepared: Prepared,
     dataset: Dataset,
     *,
+    name: str,
     micro_tokens: int,
     max_tokens: int = 0,
     decode: Callable[[Sequence[int]], str] | None = None,
-    report: Report = lambda what, done, total: None,
-) -> Evaluation:
+) -> Generator[Progress, None, Evaluation]:
     """Loss on every row; labels where there are labels; written answers where `max_tokens` allows any.
 
-    Raises MemoryExhausted when even a single row does not fit.
+    `name` says in the progress what is evaluated. Raises MemoryExhausted when a single row does not fit.
     """
     examples = dataset.examples
-    loss, correct, tokens, first = row_losses(session, examples, micro_tokens, report)
+    losses = yield from row_losses(session, examples, micro_tokens, f"{name}: loss")
     predicted: list[str | None] = [None] * len(examples)
     if prepared.task == "classification":
-        chosen = choose_labels(session, examples, prepared.label_tokens, micro_tokens, report, first)
+        chosen = yield from choose_labels(
+            session, examples, prepared.label_tokens, micro_tokens, losses.first, f"{name}: labels"
+        )
         predicted = [prepared.labels[index] for index in chosen]
     elif prepared.task == "generation" and max_tokens and decode:
-        predicted = list(write_answers(session, examples, prepared.stop_tokens, max_tokens, decode, report))
+        stop = prepared.stop_tokens
+        answers = yield from write_answers(session, examples, stop, max_tokens, decode, f"{name}: answers")
+        predicted = [*answers]
     results = tuple(
         RowResult(
-            place=example.place,
+            location=example.place,
             prompt=example.prompt,
             expected=example.answer,
-            predicted=guess,
-            correct=None if guess is None else guess.strip() == (example.answer or "").strip(),
-            loss=float(loss[i] / tokens[i]),
-            tokens=int(tokens[i]),
+            predicted=answer,
+            correct=None if answer is None else answer.strip() == (example.answer or "").strip(),
+            loss=float(losses.loss[i] / losses.tokens[i]),
+            tokens=int(losses.tokens[i]),
         )
-        for i, (example, guess) in enumerate(zip(examples, predicted, strict=True))
+        for i, (example, answer) in enumerate(zip(examples, predicted, strict=True))
     )
-    return _summarise(prepared, results, float(loss.sum()), int(correct.sum()), int(tokens.sum()))
+    return _summarise(prepared, results, losses)
 
 
-def _summarise(
-    prepared: Prepared, results: tuple[RowResult, ...], loss: float, correct: int, tokens: int
-) -> Evaluation:
-    mean = loss / max(tokens, 1)
+def _summarise(prepared: Prepared, results: tuple[RowResult, ...], losses: RowLosses) -> Evaluation:
+    tokens = int(losses.tokens.sum())
+    mean = float(losses.loss.sum()) / max(tokens, 1)
     judged = [row for row in results if row.correct is not None]
     right = sum(bool(row.correct) for row in judged)
     confusion, macro = None, None
@@ -118,7 +137,7 @@ def _summarise(
         tokens=tokens,
         loss=mean,
         perplexity=math.exp(min(mean, 700.0)),
-        token_accuracy=correct / max(tokens, 1),
+        token_accuracy=int(losses.correct.sum()) / max(tokens, 1),
         accuracy=right / len(judged) if judged else None,
         interval=wilson_interval(right, len(judged)) if judged else None,
         macro_f1=macro,
@@ -128,9 +147,31 @@ def _summarise(
     )
 
 
+def evaluate_held_out(
+    session: Session, recipe: Recipe, prepared: Prepared, tokenizer: Tokenizer, name: str
+) -> Generator[Progress, None, Evaluation]:
+    """The rows of the final figures, evaluated as the recipe says: the same for the base model and the tuned model.
+
+    Raises Diverged where the loss is not a finite number, MemoryExhausted.
+    """
+    evaluation = yield from evaluate(
+        session,
+        prepared,
+        prepared.held_out,
+        name=name,
+        micro_tokens=recipe.train.tokens_at_once,
+        max_tokens=recipe.evaluate.max_tokens if recipe.evaluate.generate else 0,
+        decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
+    )
+    if not math.isfinite(evaluation.loss):
+        remedy = f"check the weights of {recipe.model.path}"
+        raise Diverged(f"{name}: its loss on the held-out rows is {evaluation.loss}; {remedy}")
+    return evaluation
+
+
 @contextmanager
 def base_weights(session: Session) -> Iterator[None]:
-    """The session as the base model: every B is zero inside, and the adapter comes back after."""
+    """Inside, the session is the base model: every lora_B is zero. Afterwards the adapter is back."""
     state = session.get_state()
     zero = {name: t * 0 if name.endswith("lora_B") else t for name, t in state.adapter.items()}
     session.set_state(TrainState(state.step, zero, state.moments))

@@ -1,25 +1,43 @@
-"""What evaluation asks of a session: losses, labels and answers of many rows, in batches that fit in memory."""
+"""What evaluation asks of a session: losses, labels and answers of many rows, in batches that fit in memory.
+
+Each function is a generator that yields its progress and returns its result.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from backends.interface import Batch, OutOfMemory, Session
+from backends.interface import Batch, FloatArray, IntArray, OutOfMemory, Session
 from backends.sampling import PROMPTS_TOGETHER
 from finetune.data.collate import evaluation_batches, halve, label_batches
 from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted
-from finetune.events import Report
+from finetune.events import Progress
 
-Scored = tuple[list[int], Batch, np.ndarray, np.ndarray]  # row numbers, batch, logprob [B, T], greedy [B, T]
+ScoredBatch = tuple[list[int], Batch, FloatArray, IntArray]  # row numbers, batch, logprob [B, T], greedy [B, T]
+
+
+class RowLosses(NamedTuple):
+    """Of each example, [n] each."""
+
+    loss: NDArray[np.float64]  # negative log-likelihood, summed over the supervised tokens
+    correct: NDArray[np.int64]  # supervised tokens that are the most probable ones
+    tokens: NDArray[np.int64]  # supervised
+    first: NDArray[np.int64]  # the most probable token of all where the answer begins; -1 where that is not scored
 
 
 def scored(
-    session: Session, batches: Iterable[tuple[list[int], Batch]], place: Callable[[int], str]
-) -> Iterator[Scored]:
-    """The scores of every batch; halves what does not fit in memory. `place` says where a row comes from."""
+    session: Session, batches: Iterable[tuple[list[int], Batch]], examples: Sequence[Example], per_example: int = 1
+) -> Iterator[ScoredBatch]:
+    """The scores of every batch; a batch that does not fit in memory is halved.
+
+    Row i of the batches belongs to example i // per_example. Raises MemoryExhausted, which names the example, when a
+    single row does not fit.
+    """
     for rows, batch in batches:
         waiting = [(rows, batch)]
         while waiting:
@@ -30,8 +48,8 @@ def scored(
                 halves = halve(part)
                 if halves is None:
                     raise MemoryExhausted(
-                        f"{place(rows[0])}: this row alone does not fit in memory while it is evaluated "
-                        f"({error}); lower train.max_length or choose a smaller model"
+                        f"{examples[rows[0] // per_example].place}: this row alone does not fit in memory during "
+                        f"evaluation ({error}); lower train.max_length or choose a smaller model"
                     ) from None
                 cut = len(halves[0].inputs)
                 waiting[:0] = [(rows[:cut], halves[0]), (rows[cut:], halves[1])]
@@ -40,29 +58,25 @@ def scored(
 
 
 def row_losses(
-    session: Session, examples: Sequence[Example], micro_tokens: int, report: Report
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of each example: summed negative log-likelihood (float64), greedy hits, supervised tokens, and the most
-    probable token of all where its answer begins (-1 where that is not scored). [n] each
-    """
-    loss = np.zeros(len(examples))
-    hits = np.zeros(len(examples), dtype=np.int64)
-    tokens = np.zeros(len(examples), dtype=np.int64)
-    first = np.full(len(examples), -1, dtype=np.int64)
+    session: Session, examples: Sequence[Example], micro_tokens: int, what: str = "loss"
+) -> Generator[Progress, None, RowLosses]:
+    """The loss of each example. `what` names the progress."""
+    n = len(examples)
+    losses = RowLosses(np.zeros(n), np.zeros(n, np.int64), np.zeros(n, np.int64), np.full(n, -1, np.int64))
     done = 0
     batches = evaluation_batches(examples, micro_tokens, session.shares_prefixes)
-    for rows, batch, logprob, greedy in scored(session, batches, lambda row: examples[row].place):
+    for rows, batch, logprob, greedy in scored(session, batches, examples):
         supervised = batch.weights > 0  # [B, T]
-        loss[rows] = -(logprob.astype(np.float64) * supervised).sum(axis=1)
-        hits[rows] = ((greedy == batch.targets) & supervised).sum(axis=1)
-        tokens[rows] = supervised.sum(axis=1)
+        losses.loss[rows] = -(logprob.astype(np.float64) * supervised).sum(axis=1)
+        losses.correct[rows] = ((greedy == batch.targets) & supervised).sum(axis=1)
+        losses.tokens[rows] = supervised.sum(axis=1)
         before = len(batch.prefixes[0]) if batch.prefixes else 0
-        begins = np.array([len(examples[i].prompt_tokens) - 1 - before for i in rows])  # what predicts the answer
-        each, place = np.arange(len(rows)), begins.clip(0, supervised.shape[1] - 1)
-        first[rows] = np.where(supervised[each, place] & (begins == place), greedy[each, place], -1)
+        begins = np.array([len(examples[i].prompt_tokens) - 1 - before for i in rows])  # predicts the answer's first
+        row, column = np.arange(len(rows)), begins.clip(0, supervised.shape[1] - 1)
+        losses.first[rows] = np.where(supervised[row, column] & (begins == column), greedy[row, column], -1)
         done += len(rows)
-        report("loss", done, len(examples))
-    return loss, hits, tokens, first
+        yield Progress(0, what, done, n)
+    return losses
 
 
 def choose_labels(
@@ -70,27 +84,26 @@ def choose_labels(
     examples: Sequence[Example],
     label_tokens: Sequence[Sequence[int]],
     micro_tokens: int,
-    report: Report = lambda what, done, total: None,
-    first: Sequence[int] | np.ndarray | None = None,
-) -> list[int]:
+    first: Sequence[int] | NDArray[np.int64] | None = None,
+    what: str = "labels",
+) -> Generator[Progress, None, list[int]]:
     """For each example the index of the label whose tokens are the most probable after its prompt.
 
     `first` is the most probable token of all after each prompt, where it is known: where every label is a single
-    token and `first` is one of them, that label is the choice, and the example need not be run again. [n]
+    token and `first` is one of them, that label is the choice, and the example need not be scored again. [n]
     """
     single = {label[0]: i for i, label in enumerate(label_tokens)} if all(len(x) == 1 for x in label_tokens) else {}
     best = [single.get(int(token), -1) for token in first] if first is not None else [-1] * len(examples)
-    open_ones = [examples[i] for i, label in enumerate(best) if label < 0]
+    undecided = [example for example, label in zip(examples, best, strict=True) if label < 0]
     labels = len(label_tokens)
-    batches = label_batches(
-        [one.prompt_tokens for one in open_ones], label_tokens, micro_tokens, session.shares_prefixes
-    )
-    total = np.zeros(len(open_ones) * labels)
+    prompts = [example.prompt_tokens for example in undecided]
+    batches = label_batches(prompts, label_tokens, micro_tokens, session.shares_prefixes)
+    total = np.zeros(len(undecided) * labels)
     done = 0
-    for rows, _, logprob, _ in scored(session, batches, lambda row: open_ones[row // labels].place):
+    for rows, _, logprob, _ in scored(session, batches, undecided, labels):
         total[rows] = logprob.astype(np.float64).sum(axis=1)
         done += len(rows)
-        report("labels", done // labels, len(open_ones))
+        yield Progress(0, what, done // labels, len(undecided))
     chosen = iter(total.reshape(-1, labels).argmax(axis=1).tolist())
     return [next(chosen) if label < 0 else label for label in best]
 
@@ -101,23 +114,24 @@ def write_answers(
     stop: frozenset[int],
     max_tokens: int,
     decode: Callable[[Sequence[int]], str],
-    report: Report,
-) -> list[str]:
-    """The greedy completion of each example's prompt, as text."""
+    what: str = "answers",
+) -> Generator[Progress, None, list[str]]:
+    """The greedy completion of each example's prompt, as text. Raises MemoryExhausted, which names the example."""
     answers = [""] * len(examples)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_tokens))
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_tokens))
     together, done = PROMPTS_TOGETHER, 0
-    while done < len(order):
-        rows = order[done : done + together]
+    while done < len(by_length):
+        rows = by_length[done : done + together]
         try:
             written = session.generate([examples[i].prompt_tokens.tolist() for i in rows], max_tokens, stop)
         except OutOfMemory as error:
             if len(rows) == 1:
-                raise MemoryExhausted(f"{examples[rows[0]].place}: no memory to write its answer ({error})") from None
+                message = f"{examples[rows[0]].place}: not enough memory to write its answer ({error})"
+                raise MemoryExhausted(f"{message}; lower evaluate.max_tokens or choose a smaller model") from None
             together = len(rows) // 2
             continue
         for i, tokens in zip(rows, written, strict=True):
             answers[i] = decode(tokens)
         done += len(rows)
-        report("answers", done, len(order))
+        yield Progress(0, what, done, len(by_length))
     return answers

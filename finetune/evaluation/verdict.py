@@ -1,4 +1,4 @@
-"""Plain sentences: did training diverge or go on too long, and is the tuned model better than the base?"""
+"""Verdicts in plain sentences: did training diverge, did it overfit, is the tuned model better than the base?"""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from finetune.events import Event, StepDone, Validated
 if TYPE_CHECKING:
     from finetune.evaluation.evaluate import Evaluation
 
-RISE = 0.01  # of the lowest validation loss: a smaller rise is taken for noise
-SIGNIFICANT = 0.05
+RISE = 0.01  # of the lowest validation loss; a smaller rise counts as noise
+SIGNIFICANT = 0.05  # p-values below this
 
-IN_A_ROW = 3  # steps: one of a few strange rows is not divergence
+IN_A_ROW = 3  # steps with a high loss; fewer may come from a few strange rows
 
 
 @dataclass(frozen=True)
 class Overfitting:
+    """Whether training overfitted, in a word and in a sentence."""
+
     verdict: Literal["none", "overfitting", "too short to say"]
     best_epoch: float  # where the validation loss was lowest; 0 is before training
     best_loss: float
@@ -28,18 +30,17 @@ class Overfitting:
 
 
 def overfitting_verdict(validations: Sequence[Validated]) -> Overfitting:
-    """Overfitting: the validation loss ends above its minimum while the training loss went on falling.
+    """Overfitting: the validation loss ends above its minimum while the training loss kept falling.
 
-    `validations` is the epoch table in order, with or without the row before training; not empty.
+    `validations` is the epoch table in order, with or without the row before training; it must not be empty.
     """
-    best = min(validations, key=lambda one: one.loss)  # the earliest of equals
+    best = min(validations, key=lambda validated: validated.loss)  # the first of equals
     last = validations[-1]
-    trained = [one for one in validations if one.train_loss is not None]
+    trained = [validated for validated in validations if validated.train_loss is not None]
     rose = last.loss > best.loss * (1 + RISE)
     if len(trained) < 2:
-        return Overfitting(
-            "too short to say", best.epoch, best.loss, "Overfitting: too short to say; it takes two validations."
-        )
+        message = "Overfitting: cannot tell, because the run made fewer than two validations after training began."
+        return Overfitting("too short to say", best.epoch, best.loss, message)
     before = best if best.train_loss is not None else trained[0]
     if rose and _train_loss(last) < _train_loss(before):
         message = (
@@ -70,33 +71,33 @@ def _no_overfitting(best: Validated, last: Validated, rose: bool) -> str:
     )
 
 
-def _train_loss(one: Validated) -> float:
-    assert one.train_loss is not None  # only the row before training has none
-    return one.train_loss
+def _train_loss(validated: Validated) -> float:
+    assert validated.train_loss is not None  # only the row before training lacks it
+    return validated.train_loss
 
 
-def _epoch(one: Validated) -> str:
-    return f"epoch {round(one.epoch, 2):g}"
+def _epoch(validated: Validated) -> str:
+    return f"epoch {round(validated.epoch, 2):g}"
 
 
 def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | None) -> str:
     """Better, worse, or no clear difference, and why, in one sentence.
 
-    Judged by McNemar's `p_value` on accuracy where answers were right or wrong, else by the 95 %
-    interval of the loss difference on the same rows.
+    `p_value` of McNemar's test decides where answers are right or wrong; elsewhere the 95 % interval of the change
+    of the loss on the same rows does.
     """
     if base.accuracy is None or tuned.accuracy is None or p_value is None:
         return _by_loss(base, tuned)
     same = all(before.correct == after.correct for before, after in zip(base.results, tuned.results, strict=True))
-    if same and not tuned.labels:  # open answers may all miss the expected words and still come closer
+    if same and not tuned.labels:  # no open answer may match word for word, and yet all come closer
         return _by_loss(base, tuned)
     measure = "accuracy" if tuned.labels else "exact match"
     change = tuned.accuracy - base.accuracy
-    word = _word(change) if p_value < SIGNIFICANT else "No clear difference"
+    verdict = _better_or_worse(change) if p_value < SIGNIFICANT else "No clear difference"
     p = "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
     return (
-        f"{word}: {measure} {base.accuracy:.3f}{_between(base.interval)} before, {tuned.accuracy:.3f}"
-        f"{_between(tuned.interval)} after, on the same {tuned.rows} rows (McNemar's exact test: {p})."
+        f"{verdict}: {measure} {base.accuracy:.3f}{_in_brackets(base.interval)} before, {tuned.accuracy:.3f}"
+        f"{_in_brackets(tuned.interval)} after, on the same {tuned.rows} rows (McNemar's exact test: {p})."
     )
 
 
@@ -104,33 +105,37 @@ def _by_loss(base: Evaluation, tuned: Evaluation) -> str:
     differences = [after.loss - before.loss for before, after in zip(base.results, tuned.results, strict=True)]
     tokens = [row.tokens for row in tuned.results]
     low, high = weighted_mean_interval(differences, tokens)
-    word = _word(-low) if low > 0 or high < 0 else "No clear difference"
+    verdict = _better_or_worse(-low) if low > 0 or high < 0 else "No clear difference"
     return (
-        f"{word}: loss {base.loss:.4f} before, {tuned.loss:.4f} after, on the same {tuned.rows} rows "
+        f"{verdict}: loss {base.loss:.4f} before, {tuned.loss:.4f} after, on the same {tuned.rows} rows "
         f"(95 % interval of the change: {low:+.4f} to {high:+.4f})."
     )
 
 
-def _word(gain: float) -> str:
+def _better_or_worse(gain: float) -> str:
     return "Better" if gain > 0 else "Worse"
 
 
-def _between(interval: tuple[float, float] | None) -> str:
+def _in_brackets(interval: tuple[float, float] | None) -> str:
     return f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
 
 
 class Watch:
-    """Notices, once, a loss above ln(vocabulary): what a model has for which all tokens are equally likely."""
+    """Notices, once, a loss above ln(vocabulary): the loss of a model to which all tokens are equally likely."""
 
     def __init__(self, vocabulary: int | None, warmup: int) -> None:
-        """warmup: steps in which the rate still rises, and nothing is said."""
+        """vocabulary: the model's tokens; None: not known, and nothing is noticed.
+
+        warmup: steps in which the learning rate still rises, and a high loss is no sign of divergence.
+        """
         self._guessing = math.log(vocabulary) if vocabulary else math.inf
         self._warmup = warmup
         self._above = 0  # the last so many steps
-        self._said = False
+        self._noticed = False
 
     def look(self, event: Event) -> str | None:
-        if self._said or event.step <= self._warmup or not isinstance(event, StepDone | Validated):
+        """The notice, at the event that gives reason for it; else None."""
+        if self._noticed or event.step <= self._warmup or not isinstance(event, StepDone | Validated):
             return None
         high = event.loss > self._guessing
         if isinstance(event, StepDone):
@@ -138,15 +143,15 @@ class Watch:
             high = self._above >= IN_A_ROW
         if not high:
             return None
-        self._said = True
+        self._noticed = True
         what = "training" if isinstance(event, StepDone) else "validation"
         return (
-            f"Diverging? After step {event.step} the {what} loss is {event.loss:.2f}, and guessing has "
-            f"{self._guessing:.2f}, the logarithm of the vocabulary. Lower train.learning_rate, or look at the rows."
+            f"Diverging? After step {event.step} the {what} loss is {event.loss:.2f}; random guessing would have "
+            f"{self._guessing:.2f}, the logarithm of the vocabulary size. Lower train.learning_rate, or check the rows."
         )
 
 
 def divergence(events: Iterable[Event], vocabulary: int | None, warmup: int) -> str | None:
-    """What was noticed in the events of a whole run."""
+    """The notice of a whole run, or None."""
     watch = Watch(vocabulary, warmup)
-    return next((said for event in events if (said := watch.look(event))), None)
+    return next((notice for event in events if (notice := watch.look(event))), None)

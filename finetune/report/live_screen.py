@@ -1,10 +1,10 @@
-"""The screen that suits where a person looks: on a terminal a few lines that stay in place while the run goes on."""
+"""The screen of a run: on a terminal a few lines that stay in place; elsewhere the plain screen."""
 
 from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -15,16 +15,16 @@ from rich.text import Text
 
 from finetune.events import Event, Progress, RunStarted, StepDone
 from finetune.report.plot import sparkline
-from finetune.report.screen import PlainScreen, Status, note_line
+from finetune.report.screen import PlainScreen, Status, sentence
 from finetune.report.tables import epoch_table
 from finetune.text import amount, duration
 
 REFRESH = 0.1  # seconds between two frames
-CHROME = 15  # lines of a frame that are not the newest epochs, where the terminal is 40 columns wide
+CHROME = 15  # lines of a frame beside the newest epochs, on a terminal 40 columns wide
 
 
 class Curve:
-    """The loss so far as one line of blocks, as wide as there is room for."""
+    """The loss so far as one line of blocks, as wide as the terminal allows."""
 
     def __init__(self, losses: list[float]) -> None:
         self._losses = losses
@@ -35,7 +35,7 @@ class Curve:
 
 
 class LiveScreen:
-    """Redraws on every event, at most ten times a second; leaves the last frame when the run fails."""
+    """Redraws on every event, at most ten times per second; leaves the last frame on the screen when the run fails."""
 
     def __init__(self, console: Console) -> None:
         self._status = Status()
@@ -64,40 +64,37 @@ class LiveScreen:
         self._live.transient = error is None  # the report that follows has the same table
         self._live.stop()
 
-    def handle(self, event: Event) -> None:
-        self._status.note(event)
+    def show(self, event: Event) -> None:
+        self._status.update(event)
         often = isinstance(event, StepDone | Progress)
-        if isinstance(event, Progress) and event.total:
+        if isinstance(event, Progress):
             self._bar(event.what, event.done, event.total)
-        elif isinstance(event, Progress):
-            self._say(event.what)
         elif isinstance(event, RunStarted | StepDone):
             self._bar("training", event.step, self._status.steps)
-        elif (note := note_line(event)) is not None:
-            self._say(note)
+        elif (text := sentence(event)) is not None:
+            self._notes = [*self._notes, text][-2:]
         if not often or time.monotonic() - self._drawn >= REFRESH:
             self._drawn = time.monotonic()
             self._live.update(self._frame(), refresh=not often)
 
     def _bar(self, what: str, done: int, total: int) -> None:
-        """The bar of the work in hand; the bars of other work that is done disappear."""
+        """Moves the bar of the present work, and removes the bars of earlier work."""
         for name in [name for name in self._tasks if name not in (what, "training")]:
             self._bars.remove_task(self._tasks.pop(name))
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total)
         self._bars.update(self._tasks[what], completed=done, total=total)
 
-    def _say(self, text: str) -> None:
-        self._notes = [*self._notes, text][-2:]
-
     def _frame(self) -> RenderableType:
         parts: list[RenderableType] = [self._bars]
         if self._status.last is not None:
             parts += [Columns(self._figures(self._status.last), padding=(0, 3)), Curve(list(self._status.losses))]
         if self._status.validations:
-            room = max(3, self._console.size.height - CHROME)
-            parts += [Text(), epoch_table(self._status.validations, newest=room)]
-        return Group(*parts, *(Text(note, "dim", no_wrap=True, overflow="ellipsis") for note in self._notes))
+            newest = max(3, self._console.size.height - CHROME)
+            parts += [Text(), epoch_table(self._status.validations, newest)]
+        # The ellipsis of rich is a character that a terminal without Unicode cannot show.
+        overflow: Literal["crop", "ellipsis"] = "crop" if self._console.options.ascii_only else "ellipsis"
+        return Group(*parts, *(Text(note, "dim", no_wrap=True, overflow=overflow) for note in self._notes))
 
     def _figures(self, last: StepDone) -> list[RenderableType]:
         figures = {
@@ -113,9 +110,9 @@ class LiveScreen:
 
 
 class Screen(Protocol):
-    """A sink of events, and a context manager around the run."""
+    """Shows events; a context manager around the run."""
 
-    def handle(self, event: Event) -> None: ...
+    def show(self, event: Event) -> None: ...
 
     def __enter__(self) -> Screen: ...
 
@@ -125,6 +122,6 @@ class Screen(Protocol):
 
 
 def open_screen(console: Console | None = None) -> Screen:
-    """The screen that suits the console (standard error unless given). NO_COLOR is rich's to honour."""
+    """The screen that suits the console; its default is standard error. Rich honours NO_COLOR."""
     console = console or Console(stderr=True)
     return LiveScreen(console) if console.is_interactive else PlainScreen(console)

@@ -1,4 +1,4 @@
-"""The plain answer at the end of a run: how good was the base, how good is the tuned model, did it overfit."""
+"""The figures of a finished run: how good was the base model, how good is the tuned one, did it overfit."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from finetune.events import Validated
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base against tuned on the same rows."""
+    """The base model against the tuned one on the same rows."""
 
     fixed: tuple[tuple[RowResult, RowResult], ...]  # (base, tuned): wrong before, right now
     broken: tuple[tuple[RowResult, RowResult], ...]  # right before, wrong now
-    p_value: float | None  # McNemar's exact test, two-sided; None without right and wrong
+    p_value: float | None  # McNemar's exact test, two-sided; None where answers are not right or wrong
     verdict: str
 
 
@@ -34,16 +34,17 @@ class Report:
     device: str
     scheme: str
     check: str  # what `finetune check` found in the data, in a line
-    held_out: str  # which rows the final figures are of
+    held_out: str  # the rows that were evaluated: "200 test rows"
     base: Evaluation | None
     tuned: Evaluation
     comparison: Comparison | None
     overfitting: Overfitting
-    divergence: str | None  # that the loss was above that of guessing
+    divergence: str | None  # a notice that the loss was above that of random guessing
     validations: tuple[Validated, ...]
     best_step: int
 
     def to_json(self) -> dict[str, Any]:
+        """What report.json holds: everything but the single rows."""
         comparison = self.comparison and {
             "verdict": self.comparison.verdict,
             "fixed": len(self.comparison.fixed),
@@ -64,7 +65,7 @@ class Report:
             "overfitting": asdict(self.overfitting),
             "divergence": self.divergence,
             "best_step": self.best_step,
-            "validations": [asdict(one) for one in self.validations],
+            "validations": [asdict(validated) for validated in self.validations],
         }
 
 
@@ -78,17 +79,13 @@ def compare(base: Evaluation, tuned: Evaluation) -> Comparison:
 
 
 def save_evaluation(path: Path, evaluation: Evaluation) -> None:
-    """Whole, rows included, so that a resumed run need not measure again."""
-    write_file(path, json.dumps(asdict(evaluation), ensure_ascii=False) + "\n")
+    """Everything, rows included, so that a resumed run need not evaluate again. Raises DiskError."""
+    write_file(path, json.dumps(evaluation.to_json(), ensure_ascii=False) + "\n")
 
 
 def load_evaluation(path: Path) -> Evaluation | None:
-    """None when it was not written; anything unreadable counts as not written and is measured again."""
+    """None when there is no such file; a file that cannot be read counts as none, and the model is evaluated again."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values["results"] = tuple(RowResult(**one) for one in values["results"])
-        values["labels"] = tuple(values["labels"])
-        values["interval"] = values["interval"] and tuple(values["interval"])
-        return Evaluation(**values)
+        return Evaluation.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError):
         return None

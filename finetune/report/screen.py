@@ -1,4 +1,4 @@
-"""What both screens show, and the screen of a pipe, a log file or a dumb terminal: plain lines, each with its time."""
+"""What both screens show; and the screen for a pipe, a log file or a simple terminal: plain lines with their time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from finetune.events import (
     Event,
     Finished,
     MemorySplit,
+    Note,
     Progress,
     RunStarted,
     StepDone,
@@ -24,8 +25,8 @@ from finetune.events import (
 )
 from finetune.text import amount, duration
 
-PAUSE = 10.0  # seconds between two lines on the same work ...
-PARTS = 20  # ... unless the run is so short that this many lines in all come sooner
+PAUSE = 10.0  # seconds between two lines about the same work ...
+PARTS = 20  # ... but never fewer lines about steps than this in a whole run
 
 RECENT = 20  # steps over which the speed is measured
 CURVE = 2000  # steps whose loss is drawn
@@ -33,7 +34,7 @@ CURVE = 2000  # steps whose loss is drawn
 
 @dataclass
 class Status:
-    """Where a run is. Feed it every event in order."""
+    """Where a run is. Give it every event in order."""
 
     clock: Callable[[], float] = time.monotonic  # seconds
     steps: int = 0  # in the whole run
@@ -44,7 +45,7 @@ class Status:
     _began: float = 0.0
     _recent: deque[StepDone] = field(default_factory=lambda: deque(maxlen=RECENT))
 
-    def note(self, event: Event) -> None:
+    def update(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self.steps, self.first_step = event.steps, event.step
         elif isinstance(event, StepDone):
@@ -59,11 +60,11 @@ class Status:
     @property
     def tokens_per_second(self) -> float:
         """Of the examples, padding not counted, over the last steps."""
-        return sum(one.useful_tokens for one in self._recent) / max(sum(one.seconds for one in self._recent), 1e-9)
+        return sum(step.useful_tokens for step in self._recent) / max(sum(step.seconds for step in self._recent), 1e-9)
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace of this process so far, validations included; None before its first step."""
+        """At the pace of this process so far, validations included. None before its first step."""
         done = self.last.step - self.first_step if self.last else 0
         if self.last is None or done <= 0:
             return None
@@ -76,8 +77,8 @@ class PlainScreen:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._status = Status(clock)
-        self._said_at: dict[str, float] = {}  # kind of work -> when its last line was written
-        self._said_step = 0
+        self._line_at: dict[str, float] = {}  # kind of work -> when its last line was written
+        self._last_step = 0  # that has a line
 
     def __enter__(self) -> PlainScreen:
         return self
@@ -87,8 +88,8 @@ class PlainScreen:
     ) -> None:
         pass
 
-    def handle(self, event: Event) -> None:
-        self._status.note(event)
+    def show(self, event: Event) -> None:
+        self._status.update(event)
         text = self._line(event)
         if text is not None:
             stamp = datetime.now().isoformat(sep=" ", timespec="seconds")
@@ -100,18 +101,18 @@ class PlainScreen:
         if isinstance(event, Progress):
             return self._progress(event)
         if isinstance(event, RunStarted):
-            self._said_step = event.step
+            self._last_step = event.step
             return f"{'resumed after step ' + str(event.step) if event.resumed else 'started'}: {event.steps} steps"
         if isinstance(event, Validated):
-            return validation_line(event)
-        return note_line(event)
+            return _validation_line(event)
+        return sentence(event)
 
     def _due(self, event: StepDone) -> bool:
-        first = "step" not in self._said_at
-        part = event.step - self._said_step >= self._status.steps / PARTS
+        first = "step" not in self._line_at
+        part = event.step - self._last_step >= self._status.steps / PARTS
         if not (self._pause_over("step") or part or first or event.step == self._status.steps):
             return False
-        self._said_at["step"], self._said_step = self._status.clock(), event.step
+        self._line_at["step"], self._last_step = self._status.clock(), event.step
         return True
 
     def _step(self, event: StepDone) -> str:
@@ -123,21 +124,19 @@ class PlainScreen:
         )
 
     def _progress(self, event: Progress) -> str | None:
-        if event.total == 0:
-            return event.what
         over = self._pause_over(event.what)
         if event.done >= event.total:
-            del self._said_at[event.what]  # the next time this work begins anew
+            del self._line_at[event.what]  # the next event of this name is the first of new work
         elif over:
-            self._said_at[event.what] = self._status.clock()
+            self._line_at[event.what] = self._status.clock()
         return f"{event.what} {event.done}/{event.total}" if over else None
 
     def _pause_over(self, what: str) -> bool:
         now = self._status.clock()
-        return now - self._said_at.setdefault(what, now) >= PAUSE
+        return now - self._line_at.setdefault(what, now) >= PAUSE
 
 
-def validation_line(event: Validated) -> str:
+def _validation_line(event: Validated) -> str:
     train = "" if event.train_loss is None else f"train loss {event.train_loss:.4f}  "
     labels = "" if event.accuracy is None else f"  accuracy {event.accuracy:.1%}"
     return (
@@ -147,14 +146,17 @@ def validation_line(event: Validated) -> str:
     )
 
 
-def note_line(event: Event) -> str | None:
-    """The events that are a sentence, on either screen."""
+def sentence(event: Event) -> str | None:
+    """What either screen says of an event that is neither a step, a validation nor progress; None: nothing."""
+    if isinstance(event, Note):
+        return event.text
     if isinstance(event, CheckpointSaved):
         return f"checkpoint of step {event.step}: {event.path}"
     if isinstance(event, MemorySplit):
-        return f"out of memory: micro-batches of at most {event.micro_tokens} tokens from here on"
+        return f"memory ran out: from now on micro-batches have at most {event.micro_tokens} tokens"
     if isinstance(event, StoppedEarly):
-        return f"stopped early after step {event.step}: no better than {event.best_loss:.4f} at step {event.best_step}"
+        best = f"the best validation loss stays {event.best_loss:.4f}, of step {event.best_step}"
+        return f"stopped early after step {event.step}: {best}"
     if isinstance(event, Finished):
         return f"finished {event.step} steps: best validation loss {event.best_loss:.4f} at step {event.best_step}"
     return None

@@ -1,4 +1,4 @@
-"""What a person reads before and after a run, in the terminal and in report.txt."""
+"""What the user reads before and after a run, in the terminal and in report.txt."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from finetune.text import plain_page
 if TYPE_CHECKING:
     from finetune.training.job import Job
 
-SHOWN_PLACES = 5  # rows named in the terminal; data.json has them all
+ROWS_NAMED = 5  # in the terminal; data.json names them all
 
 
 def print_account(job: Job, run: RunFolder) -> None:
-    """Before training: where the run stands, what it runs on, and what became of the rows."""
+    """Before training: the run's folder, what it runs on, and what became of the rows."""
     console = Console(stderr=True)
     console.print(f"run {run.path} on {job.backend}, base {job.recipe.model.path}", markup=False, soft_wrap=True)
     console.print(account_table(job.prepared))
 
 
 def account_table(prepared: Prepared) -> Table:
-    """Rows read, used, shortened and dropped in each split, with the first places of the last two."""
+    """Rows read, used, shortened and dropped in each split; the first rows shortened and dropped are named."""
     table = Table("split", "rows", "used", "tokens", "supervised", "shortened", "dropped")
     splits = {"train": prepared.train, "valid": prepared.valid} | ({"test": prepared.test} if prepared.test else {})
     for name, split in splits.items():
@@ -44,42 +44,41 @@ def account_table(prepared: Prepared) -> Table:
             name,
             f"{split.rows:,}",
             f"{len(split.examples):,}",
-            f"{sum(len(one.tokens) for one in split.examples):,}",
-            f"{int(sum(one.weights.sum() for one in split.examples)):,}",
-            Text(_counted([PurePath(place).name for place in split.shortened])),
-            Text(_counted([f"{PurePath(place).name}: {reason}" for place, reason in split.dropped])),
+            f"{sum(len(example.tokens) for example in split.examples):,}",
+            f"{int(sum(example.weights.sum() for example in split.examples)):,}",
+            Text(_count_and_names([PurePath(location).name for location in split.shortened])),
+            Text(_count_and_names([f"{PurePath(location).name}: {reason}" for location, reason in split.dropped])),
         )
     table.caption = Text("\n".join(_notes({name: split.notes for name, split in splits.items()})))
     return table
 
 
 def _notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
-    """Each note once; with its split's name unless every split says it."""
-    said = dict.fromkeys(note for split in notes.values() for note in split)
-    return [
-        note if all(note in split for split in notes.values()) else f"{name}: {note}"
-        for note in said
-        for name in [next(name for name, split in notes.items() if note in split)]
-    ]
+    """Each note once; with the name of its split, unless every split has it."""
+    splits_with: dict[str, list[str]] = {}
+    for split, its_notes in notes.items():
+        for note in its_notes:
+            splits_with.setdefault(note, []).append(split)
+    return [note if len(set(splits)) == len(notes) else f"{splits[0]}: {note}" for note, splits in splits_with.items()]
 
 
-def _counted(places: Sequence[str]) -> str:
-    if not places:
+def _count_and_names(rows: Sequence[str]) -> str:
+    if not rows:
         return "0"
-    shown = "\n".join(places[:SHOWN_PLACES])
-    return f"{len(places)}\n{shown}" + ("\n..." if len(places) > SHOWN_PLACES else "")
+    return "\n".join([str(len(rows)), *rows[:ROWS_NAMED], *["..."] * (len(rows) > ROWS_NAMED)])
 
 
-def print_report(report: Report, run: RunFolder) -> None:
+def print_report(report: Report) -> None:
     """After training: the answer, on standard output."""
-    render(Console(), report)
+    _render(Console(), report)
 
 
 def as_text(report: Report) -> str:
-    return plain_page(lambda console: render(console, report))
+    """The same page without colour, for report.txt."""
+    return plain_page(lambda console: _render(console, report))
 
 
-def render(console: Console, report: Report) -> None:
+def _render(console: Console, report: Report) -> None:
     console.print(epoch_table(report.validations))
     console.print(report.overfitting.message, markup=False)
     if report.divergence:
@@ -91,14 +90,14 @@ def render(console: Console, report: Report) -> None:
     console.print(f"data: {report.check} (check.txt)", markup=False)
     console.print(
         f"base weights: {report.scheme}; {report.backend} on {report.device}\n"
-        f"adapter: {report.adapter} ({_which(report.best_step)}; PEFT and mlx-lm load it as it is)\n"
+        f"adapter: {report.adapter} ({_adapter_step(report.best_step)}; PEFT and mlx-lm load it as it is)\n"
         f"everything else: {report.run} (report.json, rows.jsonl, loss.png, metrics.jsonl)",
         markup=False,
         soft_wrap=True,
     )
 
 
-def _which(best_step: int) -> str:
+def _adapter_step(best_step: int) -> str:
     return f"of step {best_step}" if best_step else "untrained: no validation was better than the one before step 1"
 
 
@@ -114,40 +113,40 @@ def print_comparison(console: Console, base: Evaluation, tuned: Evaluation, comp
 
 
 def account_of(prepared: Prepared) -> dict[str, Any]:
-    """What became of every row, for people and for JSON."""
-
-    def split(dataset: Dataset | None) -> dict[str, Any] | None:
-        if dataset is None:
-            return None
-        lengths = sorted(len(one.tokens) for one in dataset.examples)
-        return {
-            "rows": dataset.rows,
-            "used": len(dataset.examples),
-            "tokens": sum(lengths),
-            "supervised_tokens": int(sum(one.weights.sum() for one in dataset.examples)),
-            "median_length": lengths[len(lengths) // 2] if lengths else 0,
-            "longest": lengths[-1] if lengths else 0,
-            "shortened": list(dataset.shortened),
-            "dropped": [list(one) for one in dataset.dropped],
-            "notes": list(dataset.notes),
-        }
-
+    """What became of every row, for data.json."""
     return {
         "task": prepared.task,
         "format": prepared.format,
         "template": prepared.template,
         "labels": list(prepared.labels),
-        "train": split(prepared.train),
-        "valid": split(prepared.valid),
-        "test": split(prepared.test),
+        "train": _account_of_split(prepared.train),
+        "valid": _account_of_split(prepared.valid),
+        "test": _account_of_split(prepared.test),
+    }
+
+
+def _account_of_split(split: Dataset | None) -> dict[str, Any] | None:
+    if split is None:
+        return None
+    lengths = sorted(len(example.tokens) for example in split.examples)
+    return {
+        "rows": split.rows,
+        "used": len(split.examples),
+        "tokens": sum(lengths),
+        "supervised_tokens": int(sum(example.weights.sum() for example in split.examples)),
+        "median_length": lengths[len(lengths) // 2] if lengths else 0,
+        "longest": lengths[-1] if lengths else 0,
+        "shortened": list(split.shortened),
+        "dropped": [list(row) for row in split.dropped],
+        "notes": list(split.notes),
     }
 
 
 def write_report(run: RunFolder, report: Report) -> None:
-    """report.txt (the tables), rows.jsonl, the plots, and report.json last: it says that the run is finished."""
+    """report.txt (the tables), rows.jsonl, the plots; and report.json last, which marks the run as finished."""
     write_file(run.path / "report.txt", as_text(report))
     write_file(run.path / "rows.jsonl", _rows(report))
-    steps = [one for one in read(run.metrics) if isinstance(one, StepDone)]
+    steps = [event for event in read(run.metrics) if isinstance(event, StepDone)]
     loss_plot(steps, list(report.validations), run.path / "loss.png")
     if report.tuned.confusion:
         confusion_plot(report.tuned.confusion, report.tuned.labels, run.path / "confusion.png")
@@ -155,13 +154,13 @@ def write_report(run: RunFolder, report: Report) -> None:
 
 
 def _rows(report: Report) -> str:
-    """One JSON line a held-out row, base and tuned side by side."""
+    """One JSON line per held-out row, base and tuned side by side. A row's location has the key `place`."""
     before: Sequence[RowResult | None] = report.base.results if report.base else [None] * report.tuned.rows
     lines = []
     for base, tuned in zip(before, report.tuned.results, strict=True):
-        line: dict[str, Any] = {"place": tuned.place, "prompt": tuned.prompt, "expected": tuned.expected}
-        for name, one in (("base", base), ("tuned", tuned)):
-            if one is not None:
-                line[name] = {"predicted": one.predicted, "correct": one.correct, "loss": one.loss}
+        line: dict[str, Any] = {"place": tuned.location, "prompt": tuned.prompt, "expected": tuned.expected}
+        for name, row in (("base", base), ("tuned", tuned)):
+            if row is not None:
+                line[name] = {"predicted": row.predicted, "correct": row.correct, "loss": row.loss}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)

@@ -28,7 +28,7 @@ class Answered(Protocol):
     """What is shown of a held-out row under one model."""
 
     @property
-    def place(self) -> str: ...
+    def location(self) -> str: ...
     @property
     def prompt(self) -> str: ...
     @property
@@ -119,7 +119,7 @@ def changed_rows_table(fixed: Sequence[Pair], broken: Sequence[Pair]) -> Table:
     for (kind, style, (base, tuned)), text in zip(shown, texts, strict=True):
         shown_answers = {"expected": base.expected, "base": base.predicted, "tuned": tuned.predicted}
         answers = ", ".join(f"{name}: {shorten(answer or '', 60)}" for name, answer in shown_answers.items())
-        row = Text.assemble((f"{base.place}\n", "dim"), shorten(text, TEXT_SHOWN), "\n", (answers, "italic"))
+        row = Text.assemble((f"{base.location}\n", "dim"), shorten(text, TEXT_SHOWN), "\n", (answers, "italic"))
         table.add_row(Text(kind, style), row)
     table.caption_justify = "left"
     more = len(fixed) + len(broken) - len(shown)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from backends.model_folder import lora_modules
 from backends.rate import measured_rate
 from finetune.data.collate import groups, step_indices, width
 from finetune.data.rows import Example
-from finetune.events import Progress, Sink
+from finetune.events import Note
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import MICRO_TOKENS, Recipe
 from finetune.recipe.specs import lora_spec, model_spec
@@ -148,7 +148,7 @@ def fitting_tokens(work: Workload, backend: str, device: Device, free: float) ->
     return tokens
 
 
-def starting_tokens(job: Job, session: Session, sink: Sink) -> int:
+def starting_tokens(job: Job, session: Session) -> Generator[Note, None, int]:
     """With how many tokens at a time a new run begins: as the recipe says, but no more than fit beside the model.
 
     A resumed run goes on with its checkpoint's number, so that its sums are cut the same way.
@@ -163,7 +163,7 @@ def starting_tokens(job: Job, session: Session, sink: Sink) -> int:
     fits = fitting_tokens(work, job.backend, device, free)
     chosen = fits if asked == "auto" else min(asked, fits)
     if chosen != asked:
-        sink(Progress(0, f"micro-batches of at most {chosen:,} tokens: what fits in {free / 1e9:.1f} GB free", 0, 0))
+        yield Note(0, f"micro-batches of at most {chosen:,} tokens: what fits in {free / 1e9:.1f} GB free")
     return chosen
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,9 @@ from backends import registry
 from backends.interface import Session
 from backends.model_folder import vocabulary_of
 from finetune.data.prepare import prepare
-from finetune.data.rows import Dataset, Prepared
+from finetune.data.rows import Prepared
 from finetune.data.tokenizer import load_tokenizer
-from finetune.errors import Diverged, Incompatible
-from finetune.evaluation.evaluate import Evaluation, evaluate
-from finetune.events import Sink, reporter
+from finetune.errors import Incompatible
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec
@@ -41,30 +37,6 @@ class Job:
             optim_spec(self.recipe),
             self.recipe.seed,
         )
-
-    def decode(self, tokens: Any) -> str:
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
-
-    def measure(
-        self, session: Session, dataset: Dataset, what: str, sink: Sink, stop: Callable[[], bool] = lambda: False
-    ) -> Evaluation:
-        """The same evaluation for every model.
-
-        Raises Interrupted when asked to stop on the way, Diverged where the loss is not a finite number.
-        """
-        settings = self.recipe.evaluate
-        found = evaluate(
-            session,
-            self.prepared,
-            dataset,
-            micro_tokens=self.recipe.train.tokens_at_once,
-            max_tokens=settings.max_tokens if settings.generate else 0,
-            decode=self.decode,
-            report=reporter(what, sink, stop),
-        )
-        if not math.isfinite(found.loss):
-            raise Diverged(f"{what}: its loss on the held-out rows is {found.loss}; look at the weights: {self.model}")
-        return found
 
 
 def load_job(recipe: Recipe, backend: str | None = None) -> Job:

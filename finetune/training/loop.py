@@ -1,33 +1,36 @@
-"""The loop: a generator of events. Nothing calls back into it."""
+"""The loop: a generator of events without callbacks. To stop it, set `Trainer.stopping` between two events."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from backends.interface import Batch, FloatArray, NonFinite, OutOfMemory, Session, StepResult
+from backends.interface import Batch, FloatArray, NonFinite, OutOfMemory, Session
 from finetune.data.collate import micro_batches, step_indices
-from finetune.data.rows import Prepared
-from finetune.disk import checkpoint as checkpoints
+from finetune.data.rows import Example, Prepared
+from finetune.disk.checkpoint import Checkpoint, Checkpoints
 from finetune.errors import Diverged, Interrupted, MemoryExhausted
 from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.events import (
+    CheckpointDue,
     CheckpointSaved,
     Event,
     Finished,
     MemorySplit,
-    Report,
+    Progress,
     RunStarted,
     StepDone,
     StoppedEarly,
     Validated,
+    Work,
 )
 from finetune.recipe.schedule import Plan, learning_rate, make_plan
 from finetune.recipe.schema import Recipe
+
+_ROWS_NAMED = 4  # of a step that diverged
 
 
 @dataclass
@@ -52,7 +55,7 @@ class LoopState:
         return asdict(self) | {"best_loss": None if math.isinf(self.best_loss) else self.best_loss}
 
     def history(self) -> list[Validated]:
-        return [Validated(**one) for one in self.validations]
+        return [Validated(**values) for values in self.validations]
 
 
 @dataclass
@@ -62,99 +65,95 @@ class Trainer:
     session: Session
     prepared: Prepared
     recipe: Recipe
-    folder: Path  # of the checkpoints
-    identity: dict[str, Any]
-    stop_asked: Callable[[], bool] = lambda: False
-    report: Report = lambda what, done, total: None  # of a validation's progress; may raise Interrupted
-    before_save: Callable[[], None] = lambda: None  # what a checkpoint goes on from is on the disk before it
-    known: Evaluation | None = None  # the validation before the first step, where its figures are known already
+    checkpoints: Checkpoints
 
     def __post_init__(self) -> None:
+        self.stopping = False  # set by whoever takes the events: stop after this step, or within this validation
         self.plan: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
         self.state = LoopState(self.recipe.train.tokens_at_once)
-        self.best: Mapping[str, FloatArray] | None = None
+        self.best: Mapping[str, FloatArray] | None = None  # the adapter of the best validation
 
-    def restore(self, saved: checkpoints.Checkpoint) -> None:
-        """Go on from a checkpoint: raises IncompatibleState when its tensors do not fit the session."""
+    def limit_micro_batches(self, tokens: int) -> None:
+        """For a new run: micro-batches of at most so many tokens, padding counted."""
+        self.state.micro_tokens = tokens
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Continue after a checkpoint. Raises IncompatibleState when its tensors do not fit the session."""
         self.session.set_state(saved.state)
         self.state = LoopState.from_json(saved.loop)
         self.best = saved.best
 
-    def events(self) -> Iterator[Event]:
-        """Train to the end. Raises Interrupted, Diverged or MemoryExhausted after the last good checkpoint."""
+    def events(self, untrained: Evaluation | None = None) -> Iterator[Event]:
+        """Train to the end. Raises Interrupted, Diverged or MemoryExhausted, after the last good checkpoint.
+
+        untrained: the validation before the first step, where it is known already.
+        """
         step = self.session.get_state().step
         yield RunStarted(step, self.plan.steps, self.plan.steps_per_epoch, resumed=step > 0)
-        if not self._validated(step):  # a new run, or one that was stopped in the midst of a validation
-            yield from self._after(step)
+        if self._lacks_validation(step):  # a new run, or one that was stopped during a validation
+            yield from self._finish_step(step, untrained if step == 0 else None)
         while step < self.plan.steps and not self.state.stopped_early:
             yield from self._step(step)
             step += 1
-            yield from self._after(step)
+            yield from self._finish_step(step)
         yield Finished(step, self.state.best_step, self.state.best_loss)
 
-    def _validated(self, step: int) -> bool:
-        """Whether a validation that is due after `step` has been made."""
-        made = self.state.validations[-1]["step"] if self.state.validations else -1
-        return bool(made == step) or not self.plan.evaluates_after(step)
+    def _lacks_validation(self, step: int) -> bool:
+        """Whether a validation is due after `step` and has not been made."""
+        last = self.state.validations[-1]["step"] if self.state.validations else -1
+        return last != step and self.plan.evaluates_after(step)
 
-    def _after(self, step: int) -> Iterator[Event]:
+    def _finish_step(self, step: int, known: Evaluation | None = None) -> Iterator[Event]:
         """What is due once `step` steps are done: a validation, a checkpoint. Raises Interrupted when asked to stop."""
         if self.plan.evaluates_after(step):
             try:
-                yield self._validate(step)
+                yield from self._validate(step, known)
             except Interrupted:
-                yield self._save()
+                yield from self._save(step)
                 raise
             patience = self.recipe.train.early_stopping
             self.state.stopped_early = patience is not None and self.state.without_better >= patience
         if self.state.stopped_early:
             yield StoppedEarly(step, self.state.best_step, self.state.best_loss)
-        interrupted = self.stop_asked()
+        interrupted = self.stopping
         if interrupted or self.state.stopped_early or self.plan.checkpoints_after(step):
-            yield self._save()
+            yield from self._save(step)
         if interrupted:
             raise Interrupted(f"stopped after step {step}")
 
     def _step(self, step: int) -> Iterator[Event]:
-        examples = self.prepared.train.examples
-        indices = step_indices(len(examples), self.recipe.train.batch_size, self.recipe.seed, step)
-        chosen = [examples[i] for i in indices]
+        """One optimiser step, repeated with smaller micro-batches while memory runs out."""
+        rows = self.prepared.train.examples
+        indices = step_indices(len(rows), self.recipe.train.batch_size, self.recipe.seed, step)
+        examples = [rows[i] for i in indices]
         rate = learning_rate(self.recipe, self.plan, step)
         started = time.perf_counter()
         while True:
-            micro = micro_batches(chosen, self.state.micro_tokens, self.session.shares_prefixes)
+            micro = micro_batches(examples, self.state.micro_tokens, self.session.shares_prefixes)
             try:
                 result = self.session.step(micro, rate)
                 break
             except OutOfMemory as error:
                 self._split(step, micro, error)
             except NonFinite as error:
-                places = ", ".join(one.place for one in chosen[:4])
-                raise Diverged(
-                    f"step {step + 1}: {error}. The step was not applied and the last checkpoint is good. "
-                    f"Rows of this step: {places}{', ...' if len(chosen) > 4 else ''}. "
-                    f"Lower train.learning_rate (now {rate:g}), or look at those rows"
-                ) from None
+                raise _diverged(step + 1, error, examples, rate) from None
             yield MemorySplit(step, self.state.micro_tokens)
-        yield self._done(step + 1, result, rate, sum(len(one.tokens) for one in chosen), started)
-
-    def _done(self, step: int, result: StepResult, rate: float, useful: int, started: float) -> StepDone:
         self.state.loss_sum += result.loss * result.tokens
         self.state.loss_tokens += result.tokens
-        return StepDone(
-            step=step,
-            epoch=step / self.plan.steps_per_epoch,
+        yield StepDone(
+            step=step + 1,
+            epoch=(step + 1) / self.plan.steps_per_epoch,
             loss=result.loss,
             grad_norm=result.grad_norm,
             learning_rate=rate,
             tokens=result.tokens,
-            useful_tokens=useful,
+            useful_tokens=sum(len(example.tokens) for example in examples),
             seconds=time.perf_counter() - started,
             peak_bytes=self.session.peak_bytes(),
         )
 
     def _split(self, step: int, micro: list[Batch], error: OutOfMemory) -> None:
-        """Halve the largest micro-batch that has rows to share out; give up when every one is a single row."""
+        """Halve the largest micro-batch of several rows. Raises MemoryExhausted when every one is a single row."""
         divisible = [batch.inputs.size for batch in micro if len(batch.inputs) > 1]
         if not divisible:
             raise MemoryExhausted(
@@ -164,47 +163,52 @@ class Trainer:
             ) from None
         self.state.micro_tokens = max(divisible) // 2
 
-    def _validate(self, step: int) -> Validated:
-        """Raises Interrupted, from `report`, when asked to stop on the way."""
+    def _validate(self, step: int, known: Evaluation | None) -> Iterator[Event]:
+        """Raises Interrupted when asked to stop on the way, Diverged for a loss that is not finite."""
         started = time.perf_counter()
-        found = self.known if self.known and step == 0 else self._evaluate()
-        if not math.isfinite(found.loss):
-            raise Diverged(f"step {step}: the validation loss is {found.loss}; lower train.learning_rate")
-        better = found.loss < self.state.best_loss
+        evaluation = known or (yield from self._evaluate(step))
+        if not math.isfinite(evaluation.loss):
+            raise Diverged(f"step {step}: the validation loss is {evaluation.loss}; lower train.learning_rate")
+        better = evaluation.loss < self.state.best_loss
         event = Validated(
             step=step,
             epoch=step / self.plan.steps_per_epoch,
             train_loss=self.state.loss_sum / self.state.loss_tokens if self.state.loss_tokens else None,
-            loss=found.loss,
-            perplexity=found.perplexity,
-            token_accuracy=found.token_accuracy,
-            accuracy=found.accuracy,
+            loss=evaluation.loss,
+            perplexity=evaluation.perplexity,
+            token_accuracy=evaluation.token_accuracy,
+            accuracy=evaluation.accuracy,
             best=better,
             seconds=time.perf_counter() - started,
         )
         self.state.loss_sum, self.state.loss_tokens = 0.0, 0
         self.state.without_better = 0 if better else self.state.without_better + 1
         if better:
-            self.state.best_step, self.state.best_loss = step, found.loss
+            self.state.best_step, self.state.best_loss = step, evaluation.loss
             self.best = self.session.get_state().adapter
         self.state.validations.append(asdict(replace(event, seconds=0.0)))
-        return event
+        yield event
 
-    def _evaluate(self) -> Evaluation:
-        return evaluate(
-            self.session,
-            self.prepared,
-            self.prepared.valid,
-            micro_tokens=self.state.micro_tokens,
-            report=self._progress,
-        )
+    def _evaluate(self, step: int) -> Generator[Progress, None, Evaluation]:
+        """All validation rows. Raises Interrupted between two batches when asked to stop."""
+        limit = self.state.micro_tokens
+        work = Work(evaluate(self.session, self.prepared, self.prepared.valid, name="validation", micro_tokens=limit))
+        for progress in work:
+            yield replace(progress, step=step)
+            if self.stopping and progress.done < progress.total:
+                raise Interrupted(f"stopped during the validation after step {step}")
+        return work.result
 
-    def _progress(self, what: str, done: int, total: int) -> None:
-        if done < total:  # that it is done the event will say
-            self.report(what, done, total)
+    def _save(self, step: int) -> Iterator[Event]:
+        yield CheckpointDue(step)
+        path = self.checkpoints.save(self.session.get_state(), self.state.to_json(), self.best)
+        yield CheckpointSaved(step, str(path))
 
-    def _save(self) -> CheckpointSaved:
-        self.before_save()
-        state = self.session.get_state()
-        saved = checkpoints.Checkpoint(state, self.state.to_json(), self.best, self.identity)
-        return CheckpointSaved(state.step, str(checkpoints.save(self.folder, saved)))
+
+def _diverged(step: int, error: NonFinite, examples: list[Example], rate: float) -> Diverged:
+    locations = ", ".join(example.place for example in examples[:_ROWS_NAMED])
+    more = ", ..." if len(examples) > _ROWS_NAMED else ""
+    return Diverged(
+        f"step {step}: {error}. The step was not applied, and the last checkpoint is good. Rows of this step: "
+        f"{locations}{more}. Lower train.learning_rate (now {rate:g}), or check those rows"
+    )

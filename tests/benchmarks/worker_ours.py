@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,21 @@ def main() -> None:
     meter = Meter(task)
     for name in task.settings.get("patches", ()):
         PATCHES[name]()
+    from finetune.disk.checkpoint import Checkpoints
     from finetune.evaluation.evaluate import evaluate
-    from finetune.events import StepDone
+    from finetune.events import StepDone, Work
     from finetune.training.job import load_job
     from finetune.training.loop import Trainer
 
     job = load_job(recipe_of(task))
     session = job.open()
     positions = count_positions(session)
-    trainer = Trainer(session, job.prepared, job.recipe, Path(task.scratch), {})
+    trainer = Trainer(
+        session=session,
+        prepared=job.prepared,
+        recipe=job.recipe,
+        checkpoints=Checkpoints(Path(task.scratch), {}),
+    )
     events = trainer.events()
     meter.begin()
     for event in events:
@@ -108,8 +115,9 @@ def main() -> None:
         if event.step == task.steps and isinstance(event, StepDone):
             break
     meter.end()
-    reached = evaluate(session, job.prepared, job.prepared.held_out, micro_tokens=4096).loss
-    meter.write(held_loss=reached, scheme=session.scheme, device=session.device)
+    work = Work(evaluate(session, job.prepared, job.prepared.held_out, name="held out", micro_tokens=4096))
+    deque(work, maxlen=0)
+    meter.write(held_loss=work.result.loss, scheme=session.scheme, device=session.device)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def test_stopped_while_the_base_is_measured_it_goes_on(work: Work) -> None:
     process.send_signal(SIGINT)
     answer = ended(process)
     assert answer.code == 130, answer
-    assert "stopped in the midst of the base model" in answer.err
+    assert "stopped while evaluating the base model" in answer.err
     (run,) = work.runs()
     assert not (run / "evaluation-base.json").exists()
     work.finetune("resume", str(run)).good()
@@ -220,7 +220,7 @@ def test_a_second_interrupt_does_not_wait_for_the_step(work: Work) -> None:
     wait_for(lambda: (run := making()) is not None and (run / "checkpoints" / "step-00000000").exists(), process)
     time.sleep(0.3)
     process.send_signal(SIGINT)
-    _read_until(process, "once more to stop at once")
+    _read_until(process, "again to stop at once")
     process.send_signal(SIGINT)
     answer = ended(process)
     assert answer.code == 130, answer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from finetune.events import Validated
 from finetune.recipe.load import load_recipe
 from finetune.training.job import Job, load_job
 from tests.end_to_end.command import Work, reviews, same
+from tests.unit.toy_run import run_to_report
 
 LABELLED = "data: {train: train.jsonl, valid: test.jsonl}\ntrain: {epochs: 1, batch_size: 8, learning_rate: 0.01}\n"
 ANSWERED = LABELLED.replace("train.jsonl", "asked.jsonl").replace("test.jsonl", "asked-later.jsonl")
@@ -44,10 +44,10 @@ class Scored:
         return session
 
 
-def trained(work: Work, *changes: str, stop: Callable[[], bool] = lambda: False) -> tuple[RunFolder, Scored]:
+def trained(work: Work, *changes: str) -> tuple[RunFolder, Scored]:
     job = Scored(load_job(load_recipe(work.folder / "recipe.yaml", list(changes)), "reference"))
     run = create(job.recipe, "run")
-    runs.train_run(job, run, lambda event: None, stop)  # type: ignore[arg-type]
+    run_to_report(job, run)  # type: ignore[arg-type]
     return run, job
 
 
@@ -75,7 +75,7 @@ def test_events_and_report_are_those_of_measuring_twice(
 ) -> None:
     folder.recipe(recipe)
     once, counted = trained(folder)
-    monkeypatch.setattr(runs, "_known", lambda job, base: None)
+    monkeypatch.setattr(runs, "known_validation", lambda job, base: None)
     twice, more = trained(folder)
     assert told(once) == told(twice)
     same(once.path, twice.path)
@@ -90,8 +90,8 @@ def test_another_model_or_other_rows_are_measured(folder: Work, monkeypatch: pyt
     if "start_from" in change:
         change = f"lora.start_from={trained(folder)[0].adapter}"
     asked: list[Any] = []
-    known = runs._known
-    monkeypatch.setattr(runs, "_known", lambda job, base: asked.append(known(job, base)))
+    known = runs.known_validation
+    monkeypatch.setattr(runs, "known_validation", lambda job, base: asked.append(known(job, base)))
     run, _ = trained(folder, change)
     assert asked == [None] and asdict(next(e for e in read(run.metrics) if isinstance(e, Validated)))["step"] == 0
 
@@ -105,10 +105,10 @@ def test_stopped_before_the_first_step_it_goes_on_to_the_same_end(
     run = create(job.recipe, "stopped")
     seen: list[Any] = []
     with pytest.raises(Interrupted):
-        runs.train_run(job, run, seen.append, lambda: any(isinstance(one, Validated) for one in seen))
+        run_to_report(job, run, events=seen, stop=lambda event: isinstance(event, Validated))
     assert all(one.step == 0 for one in seen), "it was to be stopped before the first step"
     monkeypatch.setattr(runs, "survey", lambda *_: pytest.fail("the data are checked already"))
-    runs.train_run(job, run, lambda event: None, lambda: False, resume=True)
+    run_to_report(job, run, resume=True)
     same(run.path, whole.path)
     assert json.loads(run.report.read_text())["check"] == json.loads(whole.report.read_text())["check"]
 
@@ -120,5 +120,5 @@ def test_a_check_that_cannot_be_read_is_made_again(folder: Work, damage: str | N
     file = run.path / "check.json"
     before = file.read_bytes()
     file.unlink() if damage is None else file.write_text(damage)
-    runs.train_run(job, run, lambda event: None, lambda: False, resume=True)  # type: ignore[arg-type]
+    run_to_report(job, run, resume=True)  # type: ignore[arg-type]
     assert file.read_bytes() == before

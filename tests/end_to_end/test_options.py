@@ -11,6 +11,7 @@ import pytest
 
 from backends.interface import Session
 from backends.micro_batches import joined, own_part
+from finetune.disk.checkpoint import Checkpoints
 from finetune.events import StepDone, Validated
 from finetune.recipe.load import load_recipe
 from finetune.training.job import load_job
@@ -65,7 +66,12 @@ def curve(backend: str, work: Work, *changes: str, wrapped: Callable[[Session], 
     recipe = load_recipe(work.folder / work.recipe(RECIPE), list(changes))
     job = load_job(recipe, backend)
     session = wrapped(job.open())
-    trainer = Trainer(session, job.prepared, job.recipe, work.folder / "checkpoints", {})
+    trainer = Trainer(
+        session=session,
+        prepared=job.prepared,
+        recipe=job.recipe,
+        checkpoints=Checkpoints(work.folder / "checkpoints", {}),
+    )
     events = list(trainer.events())
     losses = [event.loss for event in events if isinstance(event, StepDone)]
     made = [(event.loss, event.accuracy) for event in events if isinstance(event, Validated)]

@@ -135,10 +135,10 @@ def test_a_disk_that_became_read_only(tmp_path: Path, small_disk: Path) -> None:
 def test_metrics_on_a_full_disk(tmp_path: Path) -> None:
     """The line that does not fit, and again when the file is closed."""
     with pytest.raises(DiskError, match="No space left") as caught, MetricsFile(tmp_path / "metrics.jsonl") as metrics:
-        metrics.handle(RunStarted(0, 1, 1, resumed=False))
+        metrics.record(RunStarted(0, 1, 1, resumed=False))
         metrics.close()
         metrics._file = Path("/dev/full").open("a")  # noqa: SIM115
-        metrics.handle(RunStarted(0, 1, 1, resumed=False))
+        metrics.record(RunStarted(0, 1, 1, resumed=False))
     assert caught.value.exit_code == 6
     assert len(read(tmp_path / "metrics.jsonl")) == 1
 

@@ -23,9 +23,9 @@ from finetune.recipe.load import check_recipe
 from finetune.recipe.schedule import learning_rate, make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import model_spec
-from finetune.run import train_run
 from finetune.training.job import Job, load_job
 from tests.unit.test_recipe import keys
+from tests.unit.toy_run import run_to_report
 
 Values = dict[str, Any]  # dotted key -> value
 
@@ -117,7 +117,7 @@ def whole_run(world: World, values: Values) -> Any:
     job = world.job(values)
     run = create(job.recipe, "run")
     events: list[Any] = []
-    train_run(job, run, events.append, lambda: False)
+    run_to_report(job, run, events=events)
     names = ("rows.jsonl", "adapter/adapter_model.safetensors", "evaluation-base.json")
     files = {name: (run.path / name).read_text("latin-1") for name in names if (run.path / name).exists()}
     return files, [type(event).__name__ for event in events if type(event).__name__ != "Progress"]
@@ -128,7 +128,7 @@ def from_an_adapter(world: World, values: Values) -> Any:
     if values.get("lora.start_from"):
         job = world.job({"seed": 5})
         first = create(job.recipe, "first")
-        train_run(job, first, lambda event: None, lambda: False)
+        run_to_report(job, first)
         values = values | {"lora.start_from": str(first.adapter)}
     return whole_run(world, values)
 

@@ -26,10 +26,10 @@ from finetune.errors import DataError, Incompatible
 from finetune.events import RunStarted, StepDone
 from finetune.recipe.load import check_recipe
 from finetune.report.screen import Status
-from finetune.run import train_run
 from finetune.training.job import load_job
 from tests.end_to_end.command import ROOT
 from tests.faults.test_every_key import World, models, world
+from tests.unit.toy_run import run_to_report
 
 __all__ = ["models", "world"]
 
@@ -39,7 +39,7 @@ def test_a_held_out_file_of_any_size_is_used_whole(world: World, rows: int) -> N
     """Smaller than a batch (4), and of one row."""
     world.write("tiny", [{"text": f"a film {i}", "label": ("bad", "good")[i % 2]} for i in range(rows)])
     job = world.job({"data.valid": "tiny"})
-    train_run(job, create(job.recipe, "run"), lambda event: None, lambda: False)
+    run_to_report(job, create(job.recipe, "run"))
     assert len(job.prepared.valid.examples) == rows
 
 
@@ -92,9 +92,9 @@ def test_the_clocks_stand_still_while_a_machine_sleeps() -> None:
 def test_a_gap_between_steps_is_no_time_at_work() -> None:
     now = [0.0]
     status = Status(clock=lambda: now[0])
-    status.note(RunStarted(0, 4, 4, False))
+    status.update(RunStarted(0, 4, 4, False))
     for number in (1, 2):
-        status.note(StepDone(number, 0.0, 1.0, 1.0, 1e-3, 10, 1000, 0.5, 0))
+        status.update(StepDone(number, 0.0, 1.0, 1.0, 1e-3, 10, 1000, 0.5, 0))
         now[0] += 86_400.0
     assert status.tokens_per_second == 2000.0
 
@@ -116,12 +116,12 @@ def test_two_runs_of_one_second_are_two_folders(world: World, monkeypatch: pytes
 def test_what_a_run_begins_with_is_only_read(world: World) -> None:
     """The model, the data and the adapter that a second run starts from, while it writes an adapter of its own."""
     first = create(world.recipe({}), "first")
-    train_run(world.job({}), first, lambda event: None, lambda: False)
+    run_to_report(world.job({}), first)
     watched = [*world.models[0].iterdir(), *world.folder.glob("*.jsonl"), *first.adapter.iterdir()]
     before = {file: (file.stat().st_mtime_ns, hashlib.sha256(file.read_bytes()).digest()) for file in watched}
     job = world.job({"lora.start_from": str(first.adapter), "seed": 3})
     second = create(job.recipe, "second")
-    train_run(job, second, lambda event: None, lambda: False)
+    run_to_report(job, second)
     assert second.adapter.is_dir() and second.adapter != first.adapter
     assert before == {file: (file.stat().st_mtime_ns, hashlib.sha256(file.read_bytes()).digest()) for file in watched}
 

@@ -14,7 +14,7 @@ from typing import Any
 from backends.interface import Session
 from finetune.disk import checkpoint as checkpoints
 from finetune.disk.metrics import MetricsFile, read
-from finetune.events import Event, Validated
+from finetune.events import Event, Passing, Validated
 from finetune.training.loop import Trainer
 from tests.unit.toy_run import curve, recipe, session, trainer
 
@@ -22,18 +22,19 @@ ACCUMULATING = {"micro_tokens": 40}  # two or three micro-batches a step
 
 
 def start_or_resume(run: Path, live: Session | None = None, train: dict[str, Any] | None = None) -> Iterator[Event]:
-    """The events of a run in that folder, new or gone on with, written down like a real one's."""
+    """The recorded events of a run in that folder, new or resumed; they are written down like a real run's."""
     asked = recipe(train=ACCUMULATING | (train or {}))
     live = live or session(run.parent / "model")
     with MetricsFile(run / "metrics.jsonl") as metrics:
-        made: Trainer = trainer(run, live, recipe=asked, before_save=metrics.sync)
-        saved, _ = checkpoints.load_newest(made.folder)
+        made: Trainer = trainer(run, live, asked)
+        saved, _ = checkpoints.load_newest(made.checkpoints.folder)
         metrics.truncate_after(-1 if saved is None else saved.state.step)
         if saved is not None:
             made.restore(saved)
         for event in made.events():
-            metrics.handle(event)
-            yield event
+            metrics.record(event)
+            if not isinstance(event, Passing):
+                yield event
 
 
 def run_to_the_end(run: Path, live: Session | None = None, train: dict[str, Any] | None = None) -> Path:

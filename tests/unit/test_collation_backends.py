@@ -17,11 +17,10 @@ from backends.interface import Batch, Session
 from backends.micro_batches import joined
 from finetune.disk.run_folder import create
 from finetune.recipe.load import check_recipe
-from finetune.run import train_run
 from finetune.training.job import load_job
 from tests.unit.chat_families import FAMILIES, tokenizer_of
 from tests.unit.test_collation_families import talks
-from tests.unit.toy_run import Wrapped
+from tests.unit.toy_run import Wrapped, run_to_report
 
 pytest.importorskip("torch")
 Call = tuple[str, list[Any]]
@@ -91,7 +90,7 @@ def recorded(name: str, backend: str, model: Path, folder: Path) -> Recorder:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "open_session", opened)
         job = load_job(recipe)
-        train_run(job, create(job.recipe, name.replace(" ", "-")), lambda event: None, lambda: False)
+        run_to_report(job, create(job.recipe, name.replace(" ", "-")))
     assert {call[0].split()[0] for call in found[0].calls} == {"step", "score", "generate"}
     return found[0]
 

@@ -226,7 +226,7 @@ def test_check_finds_no_fault_in_them(name: str, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, list(talks(FAMILIES[name], 50, 3, "")))
     found = prepare.gather(recipe, tokenizer, tmp_path)
     checker = TokenChecker(tokenizer, True, len(tokenizer))
-    for chunk in prepare.tokenised(tokenizer, found.renderer, found.sources[0], lambda *progress: None):
+    for chunk in prepare.tokenised(tokenizer, found.renderer, found.sources[0]):
         checker.look(chunk.rows)
     assert checker.found.rows >= 50 and not checker.found.total, checker.found.faults
 

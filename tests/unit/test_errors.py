@@ -33,7 +33,7 @@ def test_no_two_kinds_of_errors_end_alike() -> None:
 def ended(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
     """The exit code and standard error of a command that raises `error`."""
 
-    def app() -> None:
+    def app(prog_name: str) -> None:
         raise error
 
     monkeypatch.setattr(cli, "app", app)

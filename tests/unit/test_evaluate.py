@@ -17,7 +17,8 @@ from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted
 from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.evaluation.scoring import choose_labels, row_losses, scored, write_answers
-from tests.unit.toy_run import LABEL_TOKENS, LABELS, STOP, Small, Wrapped, dataset, prepared, session
+from finetune.events import Work
+from tests.unit.toy_run import LABEL_TOKENS, LABELS, STOP, Small, Wrapped, dataset, prepared, result_of, session
 
 ROWS = 23
 
@@ -42,7 +43,7 @@ def one_row(session: Session, tokens: Sequence[int], first: int) -> list[float]:
 
 def measured(session: Session, micro_tokens: int = 4096, task: str = "classification", **more: Any) -> Evaluation:
     rows = prepared(valid=ROWS, task=task)
-    return evaluate(session, rows, rows.valid, micro_tokens=micro_tokens, **more)
+    return result_of(evaluate(session, rows, rows.valid, name="model", micro_tokens=micro_tokens, **more))
 
 
 def test_labels_are_chosen_by_the_sum_of_their_log_probabilities(live: Session) -> None:
@@ -84,7 +85,7 @@ def test_it_is_the_same_in_every_call_and_changes_nothing(live: Session) -> None
     before = live.get_state()
     first = measured(live)
     assert measured(live) == first
-    assert [row.place for row in first.results] == [f"valid.jsonl:{i + 1}" for i in range(ROWS)]
+    assert [row.location for row in first.results] == [f"valid.jsonl:{i + 1}" for i in range(ROWS)]
     after = live.get_state()
     assert after.step == before.step
     assert all(after.adapter[name].tobytes() == before.adapter[name].tobytes() for name in before.adapter)
@@ -115,7 +116,7 @@ def test_every_row_is_scored_once_whatever_the_memory(live: Session) -> None:
     examples = dataset("valid", ROWS, 2).examples
     for session_ in (live, Small(live, 24)):
         batches = evaluation_batches(examples, 100)
-        seen = [i for rows, *_ in scored(session_, batches, lambda row: examples[row].place) for i in rows]
+        seen = [i for rows, *_ in scored(session_, batches, examples) for i in rows]
         assert sorted(seen) == list(range(ROWS))
 
 
@@ -172,22 +173,24 @@ def test_answers_are_the_same_however_many_are_written_at_once(live: Session, pr
     steps: list[int] = []
 
     def written(session: Session) -> list[str]:
-        return write_answers(session, examples, STOP, 5, str, lambda what, done, total: steps.append(done))
+        work = Work(write_answers(session, examples, STOP, 5, str))
+        steps.extend(event.done for event in work)
+        return work.result
 
     assert written(Small(live, 10**6, prompts)) == written(live)
     assert steps[-1] == ROWS
 
 
 def test_no_memory_for_a_single_answer_names_the_row(live: Session) -> None:
-    with pytest.raises(MemoryExhausted, match=r"valid\.jsonl:\d+: no memory to write its answer"):
-        write_answers(Small(live, 10**6, 0), dataset("valid", 3, 2).examples, STOP, 5, str, lambda *_: None)
+    with pytest.raises(MemoryExhausted, match=r"valid\.jsonl:\d+: not enough memory to write its answer"):
+        result_of(write_answers(Small(live, 10**6, 0), dataset("valid", 3, 2).examples, STOP, 5, str))
 
 
 def test_progress_is_told_on_the_way(live: Session) -> None:
-    told: list[tuple[str, int, int]] = []
-    measured(live, 64, report=lambda *one: told.append(one))
-    for what in ("loss", "labels"):
-        done = [one[1] for one in told if one[0] == what]
+    rows = prepared(valid=ROWS)
+    events = list(evaluate(live, rows, rows.valid, name="base model", micro_tokens=64))
+    for what in ("base model: loss", "base model: labels"):
+        done = [event.done for event in events if event.what == what]
         assert done == sorted(done)
         assert len(done) > 3
         assert done[-1] == ROWS
@@ -205,9 +208,9 @@ def test_a_label_that_is_the_beginning_of_another_is_told_apart_by_its_end() -> 
             return Scores(logprob.astype(np.float32), batch.targets)
 
     example = Example(np.array([7, 5, 2], np.int32), np.array([0, 1, 1], np.float32), "a:1", answer_start=1)
-    chosen = choose_labels(Fixed(), [example], [(5,), (5, 6)], 64)  # type: ignore[arg-type]
+    chosen = result_of(choose_labels(Fixed(), [example], [(5,), (5, 6)], 64))  # type: ignore[arg-type]
     assert chosen == [0]
-    chosen = choose_labels(Fixed(), [example], [(5, 5, 2), (5, 6, 2)], 64)  # type: ignore[arg-type]
+    chosen = result_of(choose_labels(Fixed(), [example], [(5, 5, 2), (5, 6, 2)], 64))  # type: ignore[arg-type]
     assert chosen == [1]
 
 
@@ -220,7 +223,7 @@ def test_a_label_that_is_the_most_probable_token_of_all_is_not_run_again() -> No
 
         def score(self, batch: Batch) -> Scores:
             runs.append(batch)
-            logits = np.random.default_rng(batch.inputs).normal(size=(*batch.inputs.shape, 8))
+            logits = np.random.default_rng(batch.inputs.ravel()).normal(size=(*batch.inputs.shape, 8))
             logits[..., 5:7] += 2.0
             table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             logprob = np.take_along_axis(table, batch.targets[..., None], -1)[..., 0] * (batch.weights > 0)
@@ -232,13 +235,13 @@ def test_a_label_that_is_the_most_probable_token_of_all_is_not_run_again() -> No
     chosen, again = [], []
     for row in range(8):  # one at a time: Noisy's logits are a function of the whole batch's inputs
         one = [replace(example(row), tokens=np.array([row, 5], np.int32), weights=np.array([0, 1], np.float32))]
-        first = row_losses(Noisy(), one, 64, lambda *_: None)[3]  # type: ignore[arg-type]
+        first = result_of(row_losses(Noisy(), one, 64)).first  # type: ignore[arg-type]
         before = len(runs)
-        chosen += choose_labels(Noisy(), one, [(5,), (6,)], 64, first=first)  # type: ignore[arg-type]
+        chosen += result_of(choose_labels(Noisy(), one, [(5,), (6,)], 64, first))  # type: ignore[arg-type]
         again.append(len(runs) > before)
         assert again[-1] == (first[0] not in (5, 6))
-        table = {label: -row_losses(Noisy(), [replace(one[0], tokens=np.array([row, label], np.int32))], 64,
-                                    lambda *_: None)[0][0] for label in (5, 6)}  # type: ignore[arg-type]  # fmt: skip
+        asked = {label: [replace(one[0], tokens=np.array([row, label], np.int32))] for label in (5, 6)}
+        table = {label: -result_of(row_losses(Noisy(), rows, 64)).loss[0] for label, rows in asked.items()}  # type: ignore[arg-type]
         assert chosen[-1] == max((0, 1), key=lambda i: table[(5, 6)[i]])
     assert any(again)
     assert not all(again)

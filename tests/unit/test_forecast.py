@@ -19,6 +19,7 @@ from backends.interface import LoraSpec
 from finetune.commands.plan import forecast as table
 from finetune.data.collate import micro_batches, step_indices
 from finetune.data.rows import Example
+from finetune.events import Work
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import MICRO_TOKENS
 from finetune.training import budget as forecast
@@ -140,8 +141,9 @@ def job(micro_tokens: Any) -> Any:
 def started(monkeypatch: pytest.MonkeyPatch, micro_tokens: Any, free: int | None) -> tuple[int, list[str]]:
     monkeypatch.setattr(forecast, "workload", lambda *_: work([300] * 64, batch_size=64))
     session: Any = SimpleNamespace(device="cuda: some card", free_bytes=lambda: free)
-    said: list[str] = []
-    return starting_tokens(job(micro_tokens), session, lambda event: said.append(event.what)), said  # type: ignore[attr-defined]
+    choice = Work(starting_tokens(job(micro_tokens), session))
+    notes = [note.text for note in choice]
+    return choice.result, notes
 
 
 def test_a_number_stands_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:

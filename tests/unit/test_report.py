@@ -11,20 +11,18 @@ import numpy as np
 import pytest
 
 from backends.interface import Session
-from finetune.commands.train import StopFlag
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Diverged, Incompatible, Interrupted
-from finetune.evaluation.evaluate import Evaluation, RowResult
+from finetune.evaluation.evaluate import Evaluation, RowResult, evaluate_held_out
 from finetune.evaluation.intervals import mcnemar_exact
-from finetune.events import Event, Progress, StepDone
+from finetune.events import Event, Finished, Note, Progress, StepDone
 from finetune.recipe.load import check_recipe, dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.report.report import compare, load_evaluation, save_evaluation
-from finetune.run import train_run
 from finetune.training import job as jobs
 from finetune.training.job import Job, load_job
-from tests.unit.toy_run import Poisoned, Wrapped, curve
+from tests.unit.toy_run import Poisoned, Wrapped, curve, result_of, run_to_report
 
 
 @pytest.fixture(scope="module")
@@ -57,32 +55,20 @@ def recipe(tmp_path: Path, model: Path) -> Recipe:
     )
 
 
-class Sink:
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-
-    def measured(self, what: str) -> bool:
-        return any(isinstance(event, Progress) and event.what.startswith(what) for event in self.events)
+def measured(events: list[Event], name: str) -> bool:
+    return any(isinstance(event, Progress) and event.what.startswith(name) for event in events)
 
 
-def run_of(recipe: Recipe) -> tuple[RunFolder, Any, Sink]:
-    run, sink = create(recipe, "toy"), Sink()
-    return run, train_run(load_job(recipe), run, sink, lambda: False), sink
+def run_of(recipe: Recipe) -> tuple[RunFolder, Any, list[Event]]:
+    run, events = create(recipe, "toy"), []
+    return run, run_to_report(load_job(recipe), run, events=events), events
 
 
 def stopped(recipe: Recipe, after: int) -> RunFolder:
     """A run that was asked to stop once its screen had shown so many steps."""
-    run, flag, job = create(recipe, "toy"), StopFlag(), load_job(recipe)
-
-    def sink(event: Event) -> None:
-        if isinstance(event, StepDone) and event.step == after:
-            flag.signal = 2
-
+    run = create(recipe, "toy")
     with pytest.raises(Interrupted, match=f"stopped after step {after}"):
-        train_run(job, run, sink, flag)
+        run_to_report(load_job(recipe), run, stop=lambda event: isinstance(event, StepDone) and event.step == after)
     return run
 
 
@@ -101,8 +87,8 @@ def test_pairs_are_sorted_into_fixed_and_broken() -> None:
     base = evaluation([False, False, True, True, False, True])
     tuned = evaluation([True, False, True, False, True, True])
     found = compare(base, tuned)
-    assert [pair[0].place for pair in found.fixed] == ["a:0", "a:4"]
-    assert [pair[1].place for pair in found.broken] == ["a:3"]
+    assert [pair[0].location for pair in found.fixed] == ["a:0", "a:4"]
+    assert [pair[1].location for pair in found.broken] == ["a:3"]
     assert found.p_value == mcnemar_exact(2, 1) == 1.0
 
 
@@ -124,9 +110,12 @@ def test_other_rows_cannot_be_compared() -> None:
 
 def test_an_evaluation_comes_back_as_it_was_saved(tmp_path: Path, recipe: Recipe) -> None:
     job = load_job(recipe)
-    found = job.measure(job.open(), job.prepared.held_out, "model", lambda event: None)
+    found = result_of(evaluate_held_out(job.open(), job.recipe, job.prepared, job.tokenizer, "model"))
     save_evaluation(tmp_path / "one.json", found)
     assert load_evaluation(tmp_path / "one.json") == found
+    values = json.loads((tmp_path / "one.json").read_text())
+    keys = ["place", "prompt", "expected", "predicted", "correct", "loss", "tokens"]
+    assert [list(row) for row in values["results"]] == [keys] * 9, "runs of earlier versions have these keys"
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"results": [{}]}'])
@@ -140,7 +129,7 @@ def test_an_evaluation_that_cannot_be_read_counts_as_not_made(tmp_path: Path, te
 
 
 def test_a_run_leaves_its_report(recipe: Recipe) -> None:
-    run, report, sink = run_of(recipe)
+    run, report, events = run_of(recipe)
     told = json.loads(run.report.read_text())
     assert told == json.loads(json.dumps(report.to_json()))
     assert told["base"]["rows"] == told["tuned"]["rows"] == 9
@@ -154,17 +143,17 @@ def test_a_run_leaves_its_report(recipe: Recipe) -> None:
     assert report.comparison.verdict == told["comparison"]["verdict"]
     assert load_evaluation(run.evaluation("tuned")) == report.tuned
     assert load_evaluation(run.evaluation("base")) == report.base
-    assert curve(read(run.metrics)) == curve(sink.events)
+    assert curve(read(run.metrics)) == curve(events)
     assert load_recipe(run.recipe) == recipe
     assert "\x1b" not in (run.path / "report.txt").read_text()
 
 
 def test_without_a_base_measurement_only_the_tuned_model_is_reported(recipe: Recipe) -> None:
-    run, report, sink = run_of(
+    run, report, events = run_of(
         recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"base": False})})
     )
     assert report.base is report.comparison is None
-    assert not sink.measured("base model")
+    assert not measured(events, "base model")
     assert "base" not in json.loads((run.path / "rows.jsonl").read_text().splitlines()[0])
 
 
@@ -188,24 +177,23 @@ def test_a_resumed_run_measures_the_base_once_and_ends_the_same(recipe: Recipe) 
     run = stopped(recipe, 3)
     assert run.evaluation("base").exists()
     assert not run.report.exists()
-    sink = Sink()
-    train_run(load_job(recipe), run, sink, lambda: False, resume=True)
-    assert not sink.measured("base model")
-    assert sink.measured("tuned model")
+    events: list[Event] = []
+    run_to_report(load_job(recipe), run, resume=True, events=events)
+    assert not measured(events, "base model")
+    assert measured(events, "tuned model")
     assert curve(read(run.metrics)) == curve(read(whole.metrics))
     for name in ("adapter/adapter_model.safetensors", "adapter/adapters.safetensors", "rows.jsonl"):
         assert (run.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
 def test_stopped_while_the_base_is_measured_it_begins_anew(recipe: Recipe) -> None:
-    run, sink = create(recipe, "toy"), Sink()
+    run, events = create(recipe, "toy"), []
     small = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_tokens": 64})})
-    with pytest.raises(Interrupted, match="base model"):
-        train_run(load_job(small), run, sink, lambda: sink.measured("base model"))
-    measured = [one for one in sink.events if isinstance(one, Progress) and one.what.startswith("base model")]
-    assert len(measured) == 1, "it should stop at once"
+    with pytest.raises(Interrupted, match=r"^stopped while evaluating the base model$"):
+        run_to_report(load_job(small), run, events=events, stop=lambda event: measured([event], "base model"))
+    assert sum(measured([event], "base model") for event in events) == 1, "it should stop at once"
     assert not run.evaluation("base").exists()
-    train_run(load_job(small), run, Sink(), lambda: False, resume=True)
+    run_to_report(load_job(small), run, resume=True)
     assert run.report.exists()
 
 
@@ -221,19 +209,19 @@ def test_killed_while_the_report_is_written_it_is_written_again(
     with monkeypatch.context() as patch:
         patch.setattr(f"finetune.report.summary.{killed_at}", kill)
         with pytest.raises(KeyboardInterrupt):
-            train_run(load_job(recipe), run, Sink(), lambda: False)
+            run_to_report(load_job(recipe), run)
     assert not run.report.exists(), "the run would pass for finished"
-    train_run(load_job(recipe), run, Sink(), lambda: False, resume=True)
+    run_to_report(load_job(recipe), run, resume=True)
     assert {"report.json", "report.txt", "rows.jsonl", "loss.png"} <= {path.name for path in run.path.iterdir()}
 
 
 def test_stopped_while_the_tuned_model_is_measured_it_only_measures(recipe: Recipe) -> None:
-    run, sink = create(recipe, "toy"), Sink()
-    with pytest.raises(Interrupted, match="tuned model"):
-        train_run(load_job(recipe), run, sink, lambda: sink.measured("tuned model"))
-    again = Sink()
-    train_run(load_job(recipe), run, again, lambda: False, resume=True)
-    assert not any(isinstance(event, StepDone) for event in again.events)
+    run = create(recipe, "toy")
+    with pytest.raises(Interrupted, match=r"^stopped while evaluating the tuned model$"):
+        run_to_report(load_job(recipe), run, stop=lambda event: measured([event], "tuned model"))
+    again: list[Event] = []
+    run_to_report(load_job(recipe), run, resume=True, events=again)
+    assert not any(isinstance(event, StepDone) for event in again)
     assert len(curve(read(run.metrics))) == 8
 
 
@@ -243,7 +231,7 @@ def changed(recipe: Recipe, section: str, **values: Any) -> Recipe:
 
 def refused(recipe: Recipe, run: RunFolder) -> str:
     with pytest.raises(Incompatible) as caught:
-        train_run(load_job(recipe), run, Sink(), lambda: False, resume=True)
+        run_to_report(load_job(recipe), run, resume=True)
     assert caught.value.exit_code == 8
     return str(caught.value)
 
@@ -269,19 +257,19 @@ def test_a_run_goes_on_only_with_what_it_began_with(recipe: Recipe, tmp_path: Pa
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes((tmp_path / "train.jsonl").read_bytes())
     same = changed(changed(recipe, "data", train=str(moved)), "train", micro_tokens=512)
-    train_run(load_job(same), run, Sink(), lambda: False, resume=True)
+    run_to_report(load_job(same), run, resume=True)
 
 
 def test_a_broken_checkpoint_is_told_of_and_the_one_before_is_used(recipe: Recipe) -> None:
     run = stopped(changed(recipe, "train", checkpoint_every=1), 4)
     newest = sorted(run.checkpoints.iterdir())[-1]
     (newest / "state.safetensors").write_bytes(b"rubbish")
-    sink = Sink()
-    train_run(load_job(changed(recipe, "train", checkpoint_every=1)), run, sink, lambda: False, resume=True)
-    told = [event.what for event in sink.events if isinstance(event, Progress) and "is broken" in event.what]
+    events: list[Event] = []
+    run_to_report(load_job(changed(recipe, "train", checkpoint_every=1)), run, resume=True, events=events)
+    told = [event.text for event in events if isinstance(event, Note) and "is broken" in event.text]
     assert len(told) == 1
     assert newest.name in told[0]
-    assert [event.step for event in sink.events if isinstance(event, StepDone)] == list(range(4, 9))
+    assert [event.step for event in events if isinstance(event, StepDone)] == list(range(4, 9))
 
 
 # Adapters as a start, and numbers that are not finite
@@ -298,10 +286,10 @@ def test_an_adapter_that_does_not_fit_is_refused_with_the_numbers_that_would(rec
     first, _, _ = run_of(recipe)
     wider = changed(recipe, "lora", start_from=str(first.adapter), rank=4, alpha=8.0)
     with pytest.raises(Incompatible, match=r"Set lora\.rank: 2 and lora\.alpha: 4"):
-        train_run(load_job(wider), create(wider, "toy"), Sink(), lambda: False)
+        run_to_report(load_job(wider), create(wider, "toy"))
     elsewhere = changed(recipe, "lora", start_from=str(first.adapter), targets=["v_proj"])
     with pytest.raises(Incompatible, match="does not fit this model and these targets"):
-        train_run(load_job(elsewhere), create(elsewhere, "toy"), Sink(), lambda: False)
+        run_to_report(load_job(elsewhere), create(elsewhere, "toy"))
 
 
 def opening(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
@@ -317,7 +305,7 @@ def test_a_run_that_diverges_leaves_nothing_that_is_not_finite(
     opening(monkeypatch, lambda live: Poisoned(live, step=step))
     run = create(recipe, "toy")
     with pytest.raises(Diverged, match=f"step {step}: "):
-        train_run(load_job(recipe), run, Sink(), lambda: False)
+        run_to_report(load_job(recipe), run)
     assert not run.adapter.exists()
     _finite(run)
 
@@ -326,7 +314,7 @@ def test_a_base_without_a_loss_is_said_at_once(recipe: Recipe, monkeypatch: pyte
     opening(monkeypatch, lambda live: Poisoned(live, scores=0))
     run = create(recipe, "toy")
     with pytest.raises(Diverged, match="base model: its loss on the held-out rows is nan"):
-        train_run(load_job(recipe), run, Sink(), lambda: False)
+        run_to_report(load_job(recipe), run)
     _finite(run)
 
 
@@ -351,12 +339,13 @@ def test_a_tuned_model_without_a_loss_on_the_test_rows_is_not_reported(
     opening(monkeypatch, wrap)
     run = create(recipe, "toy")
 
-    def sink(event: Event) -> None:
+    def finished(event: Event) -> bool:
         for live in made:
-            live.done = type(event).__name__ == "Finished"
+            live.done = live.done or isinstance(event, Finished)
+        return False
 
     with pytest.raises(Diverged, match="tuned model"):
-        train_run(load_job(recipe), run, sink, lambda: False)
+        run_to_report(load_job(recipe), run, stop=finished)
     assert not run.report.exists()
     _finite(run)
 

@@ -17,10 +17,12 @@ from rich.console import Console
 from finetune.disk.metrics import MetricsFile, read
 from finetune.errors import Incompatible
 from finetune.events import (
+    CheckpointDue,
     CheckpointSaved,
     Event,
     Finished,
     MemorySplit,
+    Note,
     Progress,
     RunStarted,
     StepDone,
@@ -52,7 +54,12 @@ def run(steps: int = 40) -> list[Event]:
         if number % 10 == 0:
             events += [validated(number, best=number <= 20), CheckpointSaved(number, f"runs/x/step-{number:08d}")]
     events += [MemorySplit(steps, 512), StoppedEarly(steps, 20, 1.23), Finished(steps, 20, 1.23)]
-    return [*events, Progress(0, "a message [x]", 0, 0)]
+    return [*events, CheckpointDue(steps), Note(0, "a message [x]")]
+
+
+def recorded(events: list[Event]) -> list[Event]:
+    """Those that metrics.jsonl holds."""
+    return [event for event in events if not isinstance(event, Progress | Note | CheckpointDue)]
 
 
 class Clock:
@@ -78,7 +85,7 @@ def test_a_pipe_gets_plain_lines():
     with open_screen(page) as screen:
         assert isinstance(screen, PlainScreen)
         for event in run():
-            screen.handle(event)
+            screen.show(event)
     lines = said(page)
     assert "\x1b" not in "".join(lines)
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  \S", line) for line in lines)
@@ -98,19 +105,19 @@ def steps_said(page: Console) -> list[int]:
 def test_a_step_line_every_ten_seconds_or_twentieth():
     page, clock = console(), Clock()
     screen = PlainScreen(page, clock)
-    screen.handle(RunStarted(0, 1000, 100, False))
+    screen.show(RunStarted(0, 1000, 100, False))
     for number in range(1, 1001):
         clock.now += 0.001
-        screen.handle(step(number))
+        screen.show(step(number))
     assert steps_said(page) == [1, *range(51, 1000, 50), 1000]
 
     page, clock = console(), Clock()
     screen = PlainScreen(page, clock)
-    screen.handle(RunStarted(500, 100_000, 100, True))
+    screen.show(RunStarted(500, 100_000, 100, True))
     assert "resumed after step 500" in said(page)[0]
     for number in range(501, 601):
         clock.now += 1
-        screen.handle(step(number))
+        screen.show(step(number))
     assert steps_said(page) == list(range(501, 601, 10))
 
 
@@ -119,16 +126,16 @@ def test_long_evaluations_speak_now_and_then():
     screen = PlainScreen(page, clock)
     for done in range(101):
         clock.now += 1
-        screen.handle(Progress(0, "tuned model: labels", done, 100))
+        screen.show(Progress(0, "tuned model: labels", done, 100))
     assert [line.split()[-1] for line in said(page)] == [*(f"{done}/100" for done in range(10, 101, 10))]
 
 
 def test_figures_of_a_step_line():
     page, clock = console(), Clock()
     screen = PlainScreen(page, clock)
-    screen.handle(RunStarted(10, 20, 10, True))
+    screen.show(RunStarted(10, 20, 10, True))
     clock.now += 3
-    screen.handle(step(11))
+    screen.show(step(11))
     assert said(page)[1].split("  ", 1)[1] == (
         "step 11/20  epoch 1.10  loss 0.1818  lr 1.00e-04  grad norm 0.5  1,800 tokens/s  memory 1.4 GB  ETA 4 s"
     )
@@ -136,7 +143,7 @@ def test_figures_of_a_step_line():
 
 def test_no_label_accuracy_where_there_are_no_labels():
     page = console()
-    PlainScreen(page).handle(validated(10, best=False, accuracy=None))
+    PlainScreen(page).show(validated(10, best=False, accuracy=None))
     assert "  accuracy" not in said(page)[0]
     assert "best" not in said(page)[0]
 
@@ -150,7 +157,7 @@ def played(page: Console, events: list[Event], fail: bool = False) -> str:
     try:
         with screen:
             for event in events:
-                screen.handle(event)
+                screen.show(event)
             if fail:
                 raise InterruptedError
     except InterruptedError:
@@ -199,8 +206,8 @@ def test_a_terminal_without_blocks():
 
     page = Console(file=Ascii(), width=80, height=24, force_terminal=True)
     with open_screen(page) as screen:
-        for event in run():
-            screen.handle(event)
+        for event in [*run(), Note(40, "a note that is wider than the terminal " * 3)]:
+            screen.show(event)
     assert page.file.getvalue().isascii()
 
 
@@ -210,7 +217,7 @@ from tests.unit.test_screen import run
 from finetune.report.live_screen import open_screen
 with open_screen() as screen:
     for event in run():
-        screen.handle(event)
+        screen.show(event)
     print("to standard output")
     if sys.argv[1:]:
         raise SystemExit(3)
@@ -265,16 +272,23 @@ def test_a_pseudo_terminal():
 
 def test_speed_leaves_old_steps_behind():
     status = Status()
-    status.note(step(1, seconds=1000.0))
+    status.update(step(1, seconds=1000.0))
     for number in range(2, 22):
-        status.note(step(number, seconds=0.5))
+        status.update(step(number, seconds=0.5))
     assert status.tokens_per_second == pytest.approx(1800)
 
 
 def test_words():
-    seconds = (None, 0, 59.6, 99.6, 3723, 7199, 1e5)
-    times = ["?", "under 1 s", "60 s", "2 min", "62 min", "2 h 00 min", "27 h 47 min"]
-    assert [duration(value) for value in seconds] == times
+    times = {
+        None: "?",
+        0: "under 1 s",
+        59.6: "60 s",
+        99.6: "2 min",
+        3723: "62 min",
+        7199: "2 h 00 min",
+        1e5: "27 h 47 min",
+    }
+    assert {seconds: duration(seconds) for seconds in times} == times
     assert [amount(value) for value in (12, 45_600, 7e6, 1.45e11)] == ["12 B", "45.6 kB", "7 MB", "145.0 GB"]
 
 
@@ -284,13 +298,24 @@ def test_words():
 def test_metrics_come_back_exactly(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     with MetricsFile(path) as metrics:
-        for number, event in enumerate(run(), start=1):
-            metrics.handle(event)
+        for number, event in enumerate(recorded(run()), start=1):
+            metrics.record(event)
             assert len(path.read_text().splitlines()) == number  # flushed
-    assert read(path) == run()
-    assert json.loads(path.read_text().splitlines()[1]) == {
+    assert read(path) == recorded(run())
+    assert json.loads(path.read_text().splitlines()[0]) == {
         "event": "RunStarted", "step": 0, "steps": 40, "steps_per_epoch": 10, "resumed": False,
     }  # fmt: skip
+
+
+def test_events_that_only_pass_leave_no_line(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(MetricsFile, "sync", lambda metrics: synced.append(path.read_text()))
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as metrics:
+        for event in (Progress(0, "x", 1, 2), Note(0, "x"), step(1), CheckpointDue(1), Progress(1, "x", 2, 2)):
+            metrics.record(event)
+    assert read(path) == [step(1)]
+    assert synced == [path.read_text()], "a checkpoint is due: the lines before it should be on the disk"
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=5))
@@ -299,7 +324,7 @@ def test_floats_survive(tmp_path_factory, losses):
     events = [replace(step(1), loss=loss) for loss in losses]
     with MetricsFile(path) as metrics:
         for event in events:
-            metrics.handle(event)
+            metrics.record(event)
     assert [event.loss.hex() for event in read(path)] == [loss.hex() for loss in losses]
 
 
@@ -307,21 +332,21 @@ def test_a_resumed_run_cuts_what_it_repeats(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as metrics:
         for event in run():
-            metrics.handle(event)
+            metrics.record(event)
     with path.open("a") as file:
         file.write('{"event": "StepDo')  # killed in the middle of a line
-    assert read(path) == run()
+    assert read(path) == recorded(run())
     with MetricsFile(path) as metrics:
         metrics.truncate_after(10)
-        metrics.handle(step(11))
-    assert read(path) == [*(event for event in run() if event.step <= 10), step(11)]
+        metrics.record(step(11))
+    assert read(path) == [*(event for event in recorded(run()) if event.step <= 10), step(11)]
 
 
 def test_half_a_line_is_gone_before_the_next(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"event": "Progress", "ste')
     with MetricsFile(path) as metrics:
-        metrics.handle(step(1))
+        metrics.record(step(1))
     assert read(path) == [step(1)]
 
 
@@ -340,7 +365,7 @@ def test_a_strange_line_is_named(tmp_path, line):
 
 @dataclass
 class Answer:
-    place: str
+    location: str
     prompt: str
     expected: str | None
     predicted: str | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,10 +19,13 @@ from finetune.disk import checkpoint as checkpoints
 from finetune.disk.metrics import MetricsFile, read
 from finetune.errors import Diverged, Interrupted, MemoryExhausted
 from finetune.events import (
+    CheckpointDue,
     CheckpointSaved,
     Event,
     Finished,
     MemorySplit,
+    Passing,
+    Progress,
     RunStarted,
     StepDone,
     StoppedEarly,
@@ -32,6 +35,7 @@ from finetune.training.loop import LoopState, Trainer
 from tests.unit.toy_run import Poisoned, Small, curve, model_folder, prepared, recipe, session, trainer
 
 STEPS = 8  # of toy_run's recipe
+EVENTS = 33  # of a run with it that nobody stops
 WORSE = {"train": {"learning_rate": 3.0, "epochs": 10, "early_stopping": 2, "warmup": 0.0}}
 
 
@@ -46,15 +50,41 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, list[Event
     return made, list(made.events())
 
 
+def recorded(events: list[Event]) -> list[type[Event]]:
+    """What of the events metrics.jsonl would hold."""
+    return [type(event) for event in events if not isinstance(event, Passing)]
+
+
 def test_the_events_come_in_order(whole: tuple[Trainer, list[Event]]) -> None:
     _, events = whole
     due = [RunStarted, Validated, CheckpointSaved]
     for step in range(1, STEPS + 1):
         due += [StepDone, *[Validated] * (step % 2 == 0), *[CheckpointSaved] * (step % 3 == 0 or step == STEPS)]
-    assert [type(event) for event in events] == [*due, Finished]
+    assert recorded(events) == [*due, Finished]
     assert [event.step for event in of(StepDone, events)] == list(range(1, STEPS + 1))
     assert [event.step for event in of(Validated, events)] == [0, 2, 4, 6, 8]
     assert events[0] == RunStarted(0, STEPS, 4, resumed=False)
+
+
+def test_a_checkpoint_is_announced_and_written_only_when_the_next_event_is_asked_for(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    announced = []
+    for event in made.events():
+        saved = made.checkpoints.folder / f"step-{event.step:08d}"
+        if isinstance(event, CheckpointDue):
+            announced.append(event.step)
+            assert not saved.exists()
+        elif isinstance(event, CheckpointSaved):
+            assert announced[-1] == event.step and str(saved) == event.path and saved.exists()
+    assert announced == [0, 3, 6, 8]
+
+
+def test_a_validation_tells_how_far_it_is(whole: tuple[Trainer, list[Event]]) -> None:
+    _, events = whole
+    progress = of(Progress, events)
+    assert {event.step for event in progress} == {0, 2, 4, 6, 8}
+    assert {event.what for event in progress} <= {"validation: loss", "validation: labels"}
+    assert all(0 <= event.done <= event.total for event in progress)
 
 
 def test_a_step_tells_what_it_did(whole: tuple[Trainer, list[Event]]) -> None:
@@ -82,7 +112,7 @@ def test_the_training_loss_of_a_validation_is_the_mean_over_tokens_since_the_las
 
 
 def test_the_best_adapter_is_kept(tmp_path: Path) -> None:
-    made = trainer(tmp_path, recipe=recipe(train={"learning_rate": 3.0, "epochs": 6}))
+    made = trainer(tmp_path, asked=recipe(train={"learning_rate": 3.0, "epochs": 6}))
     adapters: dict[int, Any] = {}
     found = []
     for event in made.events():
@@ -97,22 +127,22 @@ def test_the_best_adapter_is_kept(tmp_path: Path) -> None:
 
 
 def test_early_stopping_waits_for_its_patience(tmp_path: Path) -> None:
-    made = trainer(tmp_path, recipe=recipe(**WORSE))
+    made = trainer(tmp_path, asked=recipe(**WORSE))
     events = list(made.events())
     found = of(Validated, events)
     (stopped,) = of(StoppedEarly, events)
     best = max(i for i, one in enumerate(found) if one.best)
     assert len(found) - 1 - best == 2
     assert stopped == StoppedEarly(found[-1].step, found[best].step, found[best].loss)
-    assert [type(one) for one in events[-3:]] == [StoppedEarly, CheckpointSaved, Finished]
+    assert recorded(events)[-3:] == [StoppedEarly, CheckpointSaved, Finished]
     assert stopped.step < made.plan.steps
 
 
 def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path) -> None:
-    list(trainer(tmp_path, recipe=recipe(**WORSE)).events())
-    again = trainer(tmp_path, recipe=recipe(**WORSE))
+    list(trainer(tmp_path, asked=recipe(**WORSE)).events())
+    again = trainer(tmp_path, asked=recipe(**WORSE))
     again.restore(_newest(tmp_path))
-    assert [type(one) for one in again.events()] == [RunStarted, Finished]
+    assert recorded(list(again.events())) == [RunStarted, Finished]
 
 
 def test_a_validation_set_smaller_than_a_batch_and_one_row_are_enough(tmp_path: Path) -> None:
@@ -202,15 +232,21 @@ def _newest(folder: Path) -> checkpoints.Checkpoint:
     return saved
 
 
-def _through_metrics(folder: Path, made: Trainer, first: int, take: int | None = None) -> None:
-    """The events into metrics.jsonl, as a run writes them; `take`: only so many, as if the power failed then."""
+def _through_metrics(
+    folder: Path, made: Trainer, first: int, take: int | None = None, stop: Callable[[Event], bool] | None = None
+) -> None:
+    """The events into metrics.jsonl, as a run writes them.
+
+    take: only so many, as if the power failed then. stop: asks the trainer to stop after an event.
+    """
     with MetricsFile(folder / "metrics.jsonl") as metrics:
         metrics.truncate_after(first)
         for event in islice(made.events(), take):
-            metrics.handle(event)
+            metrics.record(event)
+            made.stopping = made.stopping or (stop is not None and stop(event))
 
 
-def _go_on(folder: Path) -> Trainer:
+def _resume(folder: Path) -> Trainer:
     """What `resume` does."""
     made = trainer(folder)
     saved, _ = checkpoints.load_newest(folder / "checkpoints")
@@ -233,7 +269,7 @@ def _same(folder: Path, made: Trainer, whole: tuple[Trainer, list[Event]]) -> No
     seen = [replace(one, seconds=0.0) for one in of(Validated, written)]
     assert seen == [replace(one, seconds=0.0) for one in of(Validated, events)] == made.state.history()
     last = f"checkpoints/step-{STEPS:08d}"
-    for file in (other.folder.parent / last).iterdir():
+    for file in (other.checkpoints.folder.parent / last).iterdir():
         assert file.read_bytes() == (folder / last / file.name).read_bytes(), file.name
 
 
@@ -241,71 +277,62 @@ def _same(folder: Path, made: Trainer, whole: tuple[Trainer, list[Event]]) -> No
 def test_stopped_after_any_step_it_goes_on_to_the_same_bytes(
     tmp_path: Path, whole: tuple[Trainer, list[Event]], stop: int
 ) -> None:
-    live = session(tmp_path / "model")
-    made = trainer(tmp_path, live, stop_asked=lambda: live.get_state().step == stop)
-    with pytest.raises(Interrupted, match=f"after step {stop}"):
-        _through_metrics(tmp_path, made, -1)
+    made = trainer(tmp_path)
+    with pytest.raises(Interrupted, match=f"^stopped after step {stop}$"):
+        _through_metrics(tmp_path, made, -1, stop=lambda event: isinstance(event, StepDone) and event.step == stop)
     assert _newest(tmp_path).state.step == stop
-    _same(tmp_path, _go_on(tmp_path), whole)
+    _same(tmp_path, _resume(tmp_path), whole)
 
 
-@pytest.mark.parametrize("taken", range(19))
+@pytest.mark.parametrize("taken", range(EVENTS))
 def test_killed_after_any_event_it_goes_on_to_the_same_bytes(
     tmp_path: Path, whole: tuple[Trainer, list[Event]], taken: int
 ) -> None:
-    assert taken < len(whole[1])
+    assert len(whole[1]) == EVENTS
     _through_metrics(tmp_path, trainer(tmp_path), -1, taken)
-    _same(tmp_path, _go_on(tmp_path), whole)
+    _same(tmp_path, _resume(tmp_path), whole)
 
 
 def test_stopped_after_every_single_step_it_still_ends_the_same(
     tmp_path: Path, whole: tuple[Trainer, list[Event]]
 ) -> None:
     for _ in range(STEPS):
-        made = trainer(tmp_path, stop_asked=lambda: True)
+        made = trainer(tmp_path)
         saved, _ = checkpoints.load_newest(tmp_path / "checkpoints")
         if saved is not None:
             made.restore(saved)
         with pytest.raises(Interrupted):
-            _through_metrics(tmp_path, made, -1 if saved is None else saved.state.step)
-    _same(tmp_path, _go_on(tmp_path), whole)
+            step = -1 if saved is None else saved.state.step
+            _through_metrics(tmp_path, made, step, stop=lambda event: True)
+    _same(tmp_path, _resume(tmp_path), whole)
 
 
 @pytest.mark.parametrize("stop", [0, 2, 4, 8])
-def test_stopped_in_the_midst_of_a_validation_it_is_made_again(
-    tmp_path: Path, whole: tuple[Trainer, list[Event]], stop: int
-) -> None:
-    live = session(tmp_path / "model")
-
-    def report(what: str, done: int, total: int) -> None:
-        assert 0 <= done < total
-        if live.get_state().step == stop:
-            raise Interrupted("in the midst")
-
+def test_stopped_during_a_validation_it_is_made_again(tmp_path: Path, stop: int) -> None:
     small = recipe(train={"micro_tokens": 40})
-    made = trainer(tmp_path, live, report=report, recipe=small)
-    with pytest.raises(Interrupted, match="in the midst"):
-        _through_metrics(tmp_path, made, -1)
+    made = trainer(tmp_path, asked=small)
+    with pytest.raises(Interrupted, match=f"^stopped during the validation after step {stop}$"):
+        _through_metrics(tmp_path, made, -1, stop=lambda event: isinstance(event, Progress) and event.step == stop)
     assert _newest(tmp_path).state.step == stop
-    again = trainer(tmp_path, recipe=small)
+    assert all(one.step < stop for one in made.state.history())
+    again = trainer(tmp_path, asked=small)
     again.restore(_newest(tmp_path))
     _through_metrics(tmp_path, again, stop)
-    other = trainer(tmp_path / "other", recipe=small)
+    other = trainer(tmp_path / "other", asked=small)
     _same(tmp_path, again, (other, list(other.events())))
 
 
 def test_the_budget_that_memory_set_is_remembered(tmp_path: Path) -> None:
-    live = Small(session(tmp_path / "model"), limit=24)
-    made = trainer(tmp_path, live, stop_asked=lambda: live.get_state().step == 4)
+    made = trainer(tmp_path, Small(session(tmp_path / "model"), limit=24))
     with pytest.raises(Interrupted):
-        list(made.events())
+        _through_metrics(tmp_path, made, -1, stop=lambda event: isinstance(event, StepDone) and event.step == 4)
     again = trainer(tmp_path, Small(session(tmp_path / "model"), limit=24))
     again.restore(_newest(tmp_path))
     assert again.state.micro_tokens == made.state.micro_tokens < recipe().train.micro_tokens
 
 
 def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path) -> None:
-    list(islice(trainer(tmp_path).events(), 3))
+    next(event for event in trainer(tmp_path).events() if isinstance(event, CheckpointSaved))
     wider = open_reference(ModelSpec(model_folder(tmp_path / "m")), LoraSpec(3, 4.0), OptimSpec(), 0)
     with pytest.raises(IncompatibleState, match=r"\[2, 32\], needed \[3, 32\]"):
         trainer(tmp_path, wider).restore(_newest(tmp_path))

@@ -11,11 +11,10 @@ import pytest
 from backends.model_folder import vocabulary_of
 from finetune.disk.run_folder import create
 from finetune.evaluation.verdict import IN_A_ROW, Watch, divergence
-from finetune.events import Event, Progress, StepDone, Validated
-from finetune.run import train_run
+from finetune.events import Event, Note, StepDone, Validated
 from finetune.training.job import load_job
 from tests.unit.test_report import model, recipe
-from tests.unit.toy_run import Wrapped
+from tests.unit.toy_run import Wrapped, run_to_report
 
 __all__ = ["model", "recipe"]
 VOCABULARY = 1000
@@ -47,7 +46,7 @@ def test_when_it_is_said(events: list[Event], said_at: int | None) -> None:
     said = [(event.step, text) for event in events if (text := watch.look(event))]
     assert [number for number, _ in said] == ([] if said_at is None else [said_at])
     assert divergence(events, VOCABULARY, 5) == (said[0][1] if said else None)
-    assert all(f"After step {said_at} " in text and "guessing has 6.91" in text for _, text in said)
+    assert all(f"After step {said_at} " in text and "guessing would have 6.91" in text for _, text in said)
 
 
 def test_without_a_vocabulary_nothing_is_said() -> None:
@@ -65,7 +64,7 @@ def test_a_run_above_guessing_says_so_on_the_screen_and_in_the_report(recipe, mo
     opened = job.open
     monkeypatch.setattr(type(job), "open", lambda self: Worse(opened()))
     run, events = create(job.recipe, "worse"), []
-    report = train_run(job, run, events.append, lambda: False)
-    notices = [one.what for one in events if isinstance(one, Progress) and one.what.startswith("Diverging?")]
+    report = run_to_report(job, run, events=events)
+    notices = [event.text for event in events if isinstance(event, Note) and event.text.startswith("Diverging?")]
     assert notices == [report.divergence]
     assert notices[0] in " ".join((run.path / "report.txt").read_text().split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,14 @@ import numpy as np
 from backends import registry
 from backends.interface import Batch, LoraSpec, ModelSpec, NonFinite, OptimSpec, OutOfMemory, Scores, Session
 from finetune.data.rows import Dataset, Example, Prepared
-from finetune.events import StepDone
+from finetune.disk.checkpoint import Checkpoints
+from finetune.disk.run_folder import RunFolder
+from finetune.events import Event, Result, StepDone, Work
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import Recipe
+from finetune.report.report import Report
+from finetune.run import Run
+from finetune.training.job import Job
 from finetune.training.loop import Trainer
 
 LABELS = ("no", "yes", "perhaps")
@@ -63,15 +68,45 @@ def recipe(**sections: Any) -> Recipe:
     return check_recipe(values | sections)
 
 
-def trainer(folder: Path, live: Session | None = None, **settings: Any) -> Trainer:
-    rows = settings.pop("rows", None) or prepared()
-    plan = settings.pop("recipe", None) or recipe()
-    return Trainer(live or session(folder / "model"), rows, plan, folder / "checkpoints", {"who": "a toy"}, **settings)
+def trainer(
+    folder: Path, live: Session | None = None, asked: Recipe | None = None, rows: Prepared | None = None
+) -> Trainer:
+    return Trainer(
+        session=live or session(folder / "model"),
+        prepared=rows or prepared(),
+        recipe=asked or recipe(),
+        checkpoints=Checkpoints(folder / "checkpoints", {"who": "a toy"}),
+    )
 
 
 def curve(events: Sequence[object]) -> list[tuple[int, float, float, float, int]]:
     """What of the steps is the same in every run; seconds and memory are not."""
     return [(e.step, e.loss, e.grad_norm, e.learning_rate, e.tokens) for e in events if isinstance(e, StepDone)]
+
+
+def run_to_report(
+    job: Job,
+    folder: RunFolder,
+    resume: bool = False,
+    events: list[Event] | None = None,
+    stop: Callable[[Event], bool] = lambda event: False,
+) -> Report:
+    """A run as the commands do it, without a screen. events: gets its events. stop: asks it to stop after an event."""
+    run = Run(job, folder)
+    work = Work(run.events(resume))
+    for event in work:
+        if events is not None:
+            events.append(event)
+        run.stopping = run.stopping or stop(event)
+    return work.result
+
+
+def result_of(events: Generator[Event, None, Result]) -> Result:
+    """What long work returns; its events are dropped."""
+    work = Work(events)
+    for _ in work:
+        pass
+    return work.result
 
 
 class Wrapped:

@@ -12,6 +12,7 @@ from finetune.check.show import show
 from finetune.check.survey import Findings, survey
 from finetune.recipe.locate import builtin
 from finetune.recipe.schema import Recipe
+from tests.unit.toy_run import result_of
 
 MODEL = builtin("builtin:reviews-base")
 WORDS = [
@@ -53,7 +54,7 @@ def recipe(path: str, **keys) -> Recipe:
 
 
 def surveyed(tokenizer, settings: Recipe) -> Findings:
-    return survey(settings, MODEL, tokenizer, Path.cwd(), lambda what, done, total: None)
+    return result_of(survey(settings, MODEL, tokenizer, Path.cwd()))
 
 
 def page(found, tokenizer) -> str:

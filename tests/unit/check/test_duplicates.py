@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from finetune.check import duplicates
-from finetune.check.duplicates import Pair, find_duplicates, shingles
+from finetune.check.duplicates import Duplicates, Pair, find_duplicates, shingles
 from finetune.data.prepare import Source
 from finetune.data.rows import Record
+from tests.unit.toy_run import result_of
 
 WORDS = [f"word{i}" for i in range(2000)]
 
 
-def quiet(what: str, done: int, total: int) -> None:
-    pass
+def duplicates_in(sources: list[Source], labelled: bool) -> Duplicates:
+    return result_of(find_duplicates(sources, labelled))
 
 
 def source(name: str, *texts: str, answers: list[str] | None = None) -> Source:
@@ -33,15 +34,15 @@ def sentence(draw: random.Random, words: int = 40) -> list[str]:
 
 
 def test_exact_duplicates_whatever_their_case_and_spaces():
-    found = find_duplicates([source("train", "A good film", "another", "a  GOOD\nfilm")], True, quiet)
+    found = duplicates_in([source("train", "A good film", "another", "a  GOOD\nfilm")], True)
     assert found.exact == [Pair("train:3", "train:1", 1.0)]
     assert not found.near and not found.leaks
 
 
 def test_the_answer_counts_where_it_is_no_label():
     rows = source("train", "how are you", "how are you", answers=["fine", "well"])
-    assert not find_duplicates([rows], False, quiet).exact
-    assert len(find_duplicates([rows], True, quiet).exact) == 1
+    assert not duplicates_in([rows], False).exact
+    assert len(duplicates_in([rows], True).exact) == 1
 
 
 def test_near_duplicates_are_found_with_their_similarity():
@@ -49,7 +50,7 @@ def test_near_duplicates_are_found_with_their_similarity():
     rows = [sentence(draw) for _ in range(200)]
     for i in range(0, 100, 5):
         rows.append([*rows[i][:-1], "other"])
-    found = find_duplicates([source("train", *map(" ".join, rows))], True, quiet)
+    found = duplicates_in([source("train", *map(" ".join, rows))], True)
     assert [(one.place, one.other) for one in found.near] == [
         (f"train:{201 + k}", f"train:{5 * k + 1}") for k in range(20)
     ]
@@ -62,7 +63,7 @@ def test_leaks_name_both_rows_and_are_found_through_every_split():
     train = source("train", " ".join(shared), " ".join(near))
     valid = source("valid", " ".join(shared).upper())
     test = source("test", " ".join([*near[1:], "x"]), "fresh words that stand nowhere else at all")
-    found = find_duplicates([train, valid, test], True, quiet)
+    found = duplicates_in([train, valid, test], True)
     assert [(a, b, one.place, one.other) for a, b, one in found.leaks] == [
         ("valid", "train", "valid:1", "train:1"),
         ("test", "train", "test:1", "train:2"),
@@ -70,9 +71,7 @@ def test_leaks_name_both_rows_and_are_found_through_every_split():
 
 
 def test_the_same_question_leaks_whatever_its_answer():
-    found = find_duplicates(
-        [source("train", "who is it"), source("test", "who is it", answers=["nobody"])], False, quiet
-    )
+    found = duplicates_in([source("train", "who is it"), source("test", "who is it", answers=["nobody"])], False)
     assert len(found.leaks) == 1
 
 
@@ -82,7 +81,7 @@ def test_near_is_decided_by_the_sets_themselves(changed, is_near):
     for _ in range(30):
         first = sentence(draw, 60)
         other = [f"new{i}" for i in range(changed)] + first[changed:]
-        found = find_duplicates([source("train", " ".join(first), " ".join(other) + " .")], True, quiet)
+        found = duplicates_in([source("train", " ".join(first), " ".join(other) + " .")], True)
         assert bool(found.near or found.exact) == is_near
 
 
@@ -93,7 +92,7 @@ def test_rows_of_one_template_cost_no_more(monkeypatch):
     rows = [f"{frame} {' '.join(sentence(draw, 6))}" for _ in range(3000)]
     compared = []
     monkeypatch.setattr(duplicates, "_note", lambda *args: compared.append(args[1:3]))
-    find_duplicates([source("train", *rows)], True, quiet)
+    duplicates_in([source("train", *rows)], True)
     assert 2900 < len(compared) < 3000
 
 
