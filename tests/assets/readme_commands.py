@@ -1,10 +1,11 @@
-"""Write the README's table of commands from the command line: `python tests/assets/readme_commands.py`.
+"""Write the README's table of commands and its exit codes from the code: `python tests/assets/readme_commands.py`.
 
-`tests/unit/test_readme.py` fails when the table is stale.
+`tests/unit/test_readme.py` fails when one of them is stale.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,13 @@ def table() -> str:
     return "\n".join(["| command | what it does |", "|---|---|", *rows()]) + "\n"
 
 
+def exit_codes() -> str:
+    """`0 done, 1 bug, ...`: the README's line, short; `finetune.errors.ExitCode` has what each of them means."""
+    from finetune.errors import ExitCode
+
+    return ", ".join(f"{code.value} {code.name.lower()}" for code in ExitCode) + "."
+
+
 def in_readme(text: str) -> str:
     """The table that stands in the text between its two marks."""
     return text.split(BEGIN)[1].split(END)[0]
@@ -45,7 +53,8 @@ def in_readme(text: str) -> str:
 def main() -> None:
     sys.path.insert(0, str(ROOT))
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}{table()}{END}{rest.partition(END)[2]}", encoding="utf-8")
+    after = re.sub(r"^0 done, .*", exit_codes(), rest.partition(END)[2], flags=re.MULTILINE)
+    README.write_text(f"{before}{BEGIN}{table()}{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,11 @@ def test_the_commands_are_those_of_the_command_line() -> None:
     assert written == readme_commands.table(), "stale; run: python tests/assets/readme_commands.py"
 
 
+def test_the_exit_codes_are_those_of_the_one_table() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert readme_commands.exit_codes() in lines, "stale; run: python tests/assets/readme_commands.py"
+
+
 def test_every_command_that_the_readme_shows_is_one() -> None:
     known = set(re.findall(r"^\| `(\w+)", readme_commands.table(), re.MULTILINE))
     shown = "\n".join(blocks(README.read_text(encoding="utf-8"), "sh"))
