@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from backends.interface import Batch, OutOfMemory, Session
-from backends.sampling import PROMPTS_TOGETHER
+from backends.interface import PROMPTS_TOGETHER, Batch, OutOfMemory, Session
 from finetune.data.collate import evaluation_batches, halve, label_batches
 from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted
