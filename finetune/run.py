@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -38,11 +38,11 @@ def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], re
     if job.recipe.lora.start_from:
         check_base(Path(job.recipe.lora.start_from), job.model, job.recipe.model.path)
     run.write_identity(identity)
-    facts = environment(job.backend, registry.describe(job.backend)) | {"remote_code": job.recipe.model.remote_code}
-    run.write_json("environment.json", facts)
+    _write_environment(job, run)
     run.write_json("data.json", account_of(job.prepared))
     checked = _check_data(job, run, sink, stop)
     session = job.open()
+    _write_environment(job, run, session.shortcuts)
     base = _measure_base(job, run, session, sink, stop)
     showing = reporter("validation", sink, stop)
     with MetricsFile(run.metrics) as metrics:
@@ -76,6 +76,12 @@ def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], re
     report = build_report(job, run, session, trainer, base, tuned, checked)
     write_report(run, report)
     return report
+
+
+def _write_environment(job: Job, run: RunFolder, shortcuts: Sequence[str] | None = None) -> None:
+    """environment.json: at first without shortcuts, since opening a session may crash."""
+    facts = environment(job.backend, registry.describe(job.backend), shortcuts)
+    run.write_json("environment.json", facts | {"remote_code": job.recipe.model.remote_code})
 
 
 def _check_data(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool]) -> str:
