@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from backends.interface import Architecture, Costs, Device, LoraSpec, Machine, Modules, Size
+from backends.rate import SIZES, operations_per_second
 
 SHARED_PREFIXES = "shared prefixes"
 FROZEN_BLOCKS = "frozen blocks computed once"
@@ -58,8 +59,6 @@ COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": _GPU}
 def measured_rate(bfloat16: bool) -> float:
     """Floating-point operations per second of MLX's matrix products here, or of numpy's where it uses those."""
     import mlx.core as mx
-
-    from backends.rate import SIZES, operations_per_second
 
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     kind: Device = "cpu" if on_cpu else "gpu"

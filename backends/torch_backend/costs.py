@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backends.interface import Architecture, Costs, Device, LoraSpec, Machine, Modules, Size
+from backends.rate import SIZES, operations_per_second
 
 SHARED_PREFIXES = "shared prefixes"
 FROZEN_BLOCKS = "frozen blocks computed once"
@@ -73,7 +74,6 @@ def measured_rate(bfloat16: bool) -> float:
     """Floating-point operations per second of torch's matrix products here."""
     import torch
 
-    from backends.rate import SIZES, operations_per_second
     from backends.torch_backend.device import pick_device
 
     device = pick_device("auto")
