@@ -23,9 +23,9 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
     if data is not None:
         source = str(Path(data).resolve()) if Path(data).exists() else data
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})
-    adapter = read_adapter(run.adapter)
+    adapter = read_adapter(opened.adapter)
     job = load_job(recipe, backend)
-    check_base(run.adapter, job.model)
+    check_base(opened.adapter, job.model)
     session = job.open()
     session.set_state(TrainState(0, adapter.tensors, {}))
     with open_screen() as screen:
