@@ -71,7 +71,7 @@ def measured_rate(bfloat16: bool) -> float:
     def products(count: int) -> None:
         y = x
         for _ in range(count):
-            y = y @ weight
+            y = y @ weight.T  # as a linear layer has it
         if not by_numpy:
             mx.eval(y)  # the one wait
 

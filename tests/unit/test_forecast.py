@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from backends import registry
+from backends import rate, registry
 from backends.interface import LoraSpec
 from finetune.commands.plan import forecast as table
 from finetune.data.collate import micro_batches, step_indices
@@ -169,3 +169,25 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     less, more = (started(monkeypatch, "auto", free)[0] for free in (60_000_000, 10**12))
     assert LEAST <= less < more == 2**15  # the step has 64 rows of 304
     assert started(monkeypatch, "auto", None)[0] == MICRO_TOKENS
+
+
+def test_the_rate_of_products_waits_once_and_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which a product takes 10 ms and a wait 30 ms: the longer the queue, the nearer to the true rate."""
+    clock, queued = [0.0], []
+    monkeypatch.setattr(rate.time, "perf_counter", lambda: clock[0])
+
+    def products(count: int) -> None:
+        queued.append(count)
+        clock[0] += 0.01 * count + 0.03
+
+    rows, width = rate.SIZES["gpu"]
+    found = rate.operations_per_second(products, "gpu")
+    assert queued == [1, 1, 2, 4, 8, 16]
+    assert found == pytest.approx(16 * 2 * rows * width**2 / 0.19)
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_every_backend_measures_its_rate(name: str) -> None:
+    if reason := registry.probe(name):
+        pytest.skip(reason)
+    assert 1e9 < registry.measured_rate(name, False) < 1e15
