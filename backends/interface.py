@@ -1,25 +1,27 @@
 """The boundary: what crosses between the shared code and a backend.
 
-Only numpy arrays, plain numbers and these small frozen types cross it. A backend is a module with
-
-    probe() -> str | None                                # None: usable here; else one sentence why not
-    open(model, lora, optim, seed) -> Session            # a live session, never half-initialised
+Only numpy arrays, plain numbers and these small frozen types cross it. A backend is two modules: one opens sessions
+(`Backend`), the other predicts memory and time without its framework (`Predictions`). `README.md` here says how to
+write them.
 
 B is the number of rows in a micro-batch, T its padded width, r the LoRA rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
+Modules = Mapping[str, tuple[int, int]]  # a linear layer's name -> (out, in)
+Device = Literal["cpu", "gpu"]  # the kind of device: all that memory and time depend on
+PROMPTS_TOGETHER = 32  # the most prompts that `Session.generate` completes side by side
 
 
 class BackendError(Exception):
@@ -27,7 +29,7 @@ class BackendError(Exception):
 
 
 class OutOfMemory(Exception):
-    """The device had no room for a micro-batch; the session's state is as it was before the call."""
+    """The device had too little memory for a micro-batch; the session's state is as it was before the call."""
 
 
 class NonFinite(Exception):
@@ -49,6 +51,15 @@ class ModelSpec:
     device: Literal["auto", "cpu"] = "auto"  # cpu: even where there is an accelerator
     remote_code: bool = False  # whether Python code that comes with the model may run
 
+    def number_type(self, device: Device) -> Literal["float32", "bfloat16"]:
+        """The type of activations and of weights that are not quantised."""
+        if self.dtype == "auto":
+            return "float32" if device == "cpu" else "bfloat16"
+        return self.dtype
+
+    def number_bytes(self, device: Device) -> int:
+        return 2 if self.number_type(device) == "bfloat16" else 4
+
 
 @dataclass(frozen=True)
 class LoraSpec:
@@ -63,6 +74,10 @@ class LoraSpec:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def trainable(self, modules: Modules) -> int:
+        """Numbers in the adapter of `modules`."""
+        return self.rank * sum(out + inputs for out, inputs in modules.values())
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,7 @@ class OptimSpec:
 class Batch:
     """A micro-batch, padded on the right. Shift and mask are already done.
 
-    Rows may go on from tokens that are computed once for all of them: row b then is
+    Rows may continue tokens that are computed once for all of them: row b then is
     `prefixes[prefix_of[b]]` followed by `inputs[b]`. Nothing in a prefix is supervised.
     """
 
@@ -87,7 +102,7 @@ class Batch:
     targets: IntArray  # [B, T] the token after each input; a valid id even where the weight is 0
     weights: FloatArray  # [B, T] 0 = prompt or padding
     prefixes: tuple[IntArray, ...] = ()  # [P] each, at least one token
-    prefix_of: tuple[int, ...] = ()  # B of them; none where there are no prefixes
+    prefix_of: tuple[int, ...] = ()  # B of them; empty without prefixes
 
 
 @dataclass(frozen=True)
@@ -119,17 +134,19 @@ class Session(Protocol):
 
     device: str  # "cpu", "cuda: NVIDIA GeForce RTX 4070", "gpu: Apple M3"
     scheme: str  # what the frozen weights are: "none", "nf4/64 double", "affine4/64", ...
-    lora_shapes: Mapping[str, tuple[int, int]]  # module -> (out, in)
-    shares_prefixes: bool  # whether a batch's prefixes cost no more than they say; else each row repeats its own
+    shortcuts: tuple[str, ...]  # what it computes in another way than the plain model, for speed or memory, in words
+    lora_shapes: Modules
+    shares_prefixes: bool  # True: a batch's prefixes are computed once; False: they are repeated for each row
 
     def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
         """One AdamW update from the mean loss over all micro-batches.
 
-        Raises OutOfMemory or NonFinite, and then leaves the state as it was.
+        Raises OutOfMemory, NonFinite, or ValueError for a token that the model does not have; then the state is as
+        it was.
         """
 
     def score(self, batch: Batch) -> Scores:
-        """Dropout off, nothing changed. Raises OutOfMemory."""
+        """Dropout off, nothing changed. Raises OutOfMemory, or ValueError for a token that the model does not have."""
 
     def generate(
         self,
@@ -139,7 +156,10 @@ class Session(Protocol):
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
-        """A completion for each prompt, without the stop token; greedy at temperature 0. Raises OutOfMemory."""
+        """A completion for each prompt, without the stop token; greedy at temperature 0.
+
+        Raises OutOfMemory, or ValueError for an empty prompt or a token that the model does not have.
+        """
 
     def get_state(self) -> TrainState:
         """A copy; later steps do not change it."""
@@ -151,15 +171,95 @@ class Session(Protocol):
         """The most memory in use so far: of the device, or of the process on a CPU."""
 
     def free_bytes(self) -> int | None:
-        """Memory still to be had on the device, where it can be known."""
+        """Memory that the device can still give, where that is known."""
 
 
 class Backend(Protocol):
-    """What every backend module exports."""
+    """What a backend's session module exports. Importing it loads the framework."""
 
-    def probe(self) -> str | None: ...
+    def probe(self) -> str | None:
+        """None: usable here; else one sentence that says why not."""
 
     def describe(self) -> dict[str, Any]:
-        """`device`, `versions` (library -> version), and whether `4bit` and `checkpointing` can be had."""
+        """`device`, `versions` (library -> version), and whether it can do `4bit` and `checkpointing`."""
 
-    def open(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Session: ...
+    def open(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Session:
+        """A live session, never half-initialised. Raises BackendError for what cannot be done."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What memory and time depend on in a model."""
+
+    blocks: int
+    hidden: int
+    inner: int  # width of the gated layer
+    queries: int  # width of all queries
+    keys: int  # width of all keys
+    vocabulary: int
+    modules: Modules  # every linear layer of the blocks
+    other: int  # weights outside of them: embedding, norms, a separate output layer
+    stored: int  # bytes of the files
+    stored_number: int  # bytes of one weight in the files
+    quantised: bool  # already in the files
+
+    @property
+    def linear(self) -> int:
+        return sum(out * inputs for out, inputs in self.modules.values())
+
+
+class Size(NamedTuple):
+    """Of something whose size depends on the type in which the model computes: so many bytes and so many numbers."""
+
+    fixed: float = 0.0
+    numbers: float = 0.0
+
+    def bytes(self, number: int) -> float:
+        return self.fixed + self.numbers * number
+
+
+A_NUMBER = Size(numbers=1.0)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a backend needs on one kind of device. All figures are in bytes, unless they say otherwise."""
+
+    device: Device
+    runtime: float  # before a model is loaded; CPU: Python and all libraries; GPU: the driver's own memory
+    # what the backward pass needs of one token and block: (architecture, adapted modules, lora, bytes of a number)
+    saved: Callable[[Architecture, Modules, LoraSpec, int], float]
+    reached: float  # the share of the rate of matrix products that a step reaches
+    held: float = 1.1  # bytes that the allocator holds per byte in use
+    update: float = 20.0  # per number of the adapter: an update makes weights, moments and their quotient anew
+    tokens_at_once: int | None = None  # computed at a time; None: the whole micro-batch
+    logits_at_once: int | None = None  # numbers computed at a time; None: those of all supervised positions
+    recomputed_blocks: float = 1.0  # whose saved results exist at once where activations are recomputed
+    four_bit: str | None = None  # the scheme in words; None: it has none
+    four_bit_runtime: float = 0.0  # what the library for it adds to `runtime`
+    four_bit_weight: Size = A_NUMBER  # one weight, with its share of the scales
+    unpacked_weight: Size = A_NUMBER  # one weight of the 4-bit layer that is being multiplied
+    bfloat16_products: float = 0.0  # per token computed at a time, held by the library after products in bfloat16
+    maps_files: bool = False  # whether the files' pages stay in memory while weights are cast or quantised
+    quantising: float = 0.0  # per weight of the layer that is being quantised
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine that is not at hand. The rate is its maker's figure for matrix products; it was not measured."""
+
+    name: str
+    memory: float  # bytes of the device that a process can use
+    rate: float  # floating-point operations per second, in 16 bits
+    source: str
+
+
+class Predictions(Protocol):
+    """What a backend's `costs` module exports. Importing it loads no framework, and needs none installed."""
+
+    COSTS: Mapping[Device, Costs]  # for each kind of device that it computes on
+    MACHINES: tuple[Machine, ...]  # well-known machines that it runs on
+    SHORTCUTS: tuple[str, ...]  # all that `Session.shortcuts` may name
+
+    def measured_rate(self, bfloat16: bool) -> float:
+        """Floating-point operations per second of matrix products here, timed now. Loads the framework."""

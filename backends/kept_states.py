@@ -1,6 +1,6 @@
 """What frozen layers make of a row, kept for a whole run in a temporary file.
 
-Below the first adapted layer nothing is learned and dropout is off, so a row's hidden states there are a pure
+Below the first adapted layer nothing is trained and dropout is off, so a row's hidden states there are a pure
 function of its tokens: computed once, they are read back each time the row is seen again, in training and in
 evaluation. They lie in a file, and the machine's spare memory caches it: none of it is the process's own.
 """
@@ -22,44 +22,44 @@ _SHARE = 2  # one part in so many of the free disk may be taken
 
 
 class Activations:
-    """Rows of hidden states by the tokens they belong to, until the room for them is used up.
+    """Rows of hidden states by the tokens they belong to, until the space for them is used up.
 
     Attention is causal and rows are padded on the right, so `tokens` [n] are a row's tokens up to the last position
     that is needed, from its first one on; `states` [n, width] are what the frozen layers make of exactly them.
     """
 
-    def __init__(self, width: int, dtype: DTypeLike, room: int | None = None) -> None:
-        """`dtype` is numpy's (uint16 holds bfloat16); `room` in bytes, of the disk's free space if it is not given."""
+    def __init__(self, width: int, dtype: DTypeLike, limit: int | None = None) -> None:
+        """`dtype` is numpy's (uint16 holds bfloat16); `limit` in bytes, half of the disk's free space if not given."""
         self.width, self.dtype = width, np.dtype(dtype)
         self.bytes = 0  # kept so far
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this object, and leaves no name)
         weakref.finalize(self, self._file.close)
-        self._room = shutil.disk_usage(tempfile.gettempdir()).free // _SHARE if room is None else room
-        self._places: dict[bytes, int] = {}
+        self._limit = shutil.disk_usage(tempfile.gettempdir()).free // _SHARE if limit is None else limit
+        self._offsets: dict[bytes, int] = {}
 
     def get(self, tokens: IntArray, out: NDArray[Any]) -> bool:
         """Whether `tokens` [n] are kept; if so `out` [n, width], contiguous, is filled with their states."""
-        place = self._places.get(_key(tokens))
-        if place is None:
+        offset = self._offsets.get(_key(tokens))
+        if offset is None:
             return False
-        self._file.seek(place)
+        self._file.seek(offset)
         if self._file.readinto(_bytes(out)) != out.nbytes:
             raise OSError("the temporary file of kept activations was cut short by something else")
         return True
 
     def put(self, tokens: IntArray, states: NDArray[Any]) -> None:
-        """Keep `states` [n, width] of `tokens` [n]; once the room is used up, nothing."""
+        """Keep `states` [n, width] of `tokens` [n]; does nothing once the space is used up."""
         key = _key(tokens)
-        if key in self._places or self.bytes + states.nbytes > self._room:
+        if key in self._offsets or self.bytes + states.nbytes > self._limit:
             return
         try:
             self._file.seek(self.bytes)
             self._file.write(_bytes(np.ascontiguousarray(states)))
             self._file.flush()
         except OSError:  # the disk is full: what is kept stays good
-            self._room = self.bytes
+            self._limit = self.bytes
             return
-        self._places[key] = self.bytes
+        self._offsets[key] = self.bytes
         self.bytes += states.nbytes
 
 
@@ -69,9 +69,3 @@ def _key(tokens: IntArray) -> bytes:
 
 def _bytes(array: NDArray[Any]) -> memoryview:
     return array.data.cast("B")
-
-
-def kept_bytes(tokens: int, hidden: int, number: int) -> int:
-    """What frozen blocks make of rows, kept in a temporary file: `tokens` [of all rows, each counted up to its last
-    supervised position] x hidden size x bytes of a number (2 in bfloat16)."""
-    return tokens * hidden * number

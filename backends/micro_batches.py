@@ -1,31 +1,40 @@
-"""A micro-batch in smaller parts, where memory is dear and small products are no slower than large ones.
-
-And one whose rows share prefixes, as one without: for sessions that cannot share, and for tests.
-"""
+"""Micro-batches: their tokens checked, cut into smaller parts, and with shared prefixes written out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backends.interface import Batch, Scores
 
-# What is computed at a time, from which a run's memory is foretold too. Tokens on a CPU, where more are no faster and
-# need more memory; and logits, a number for each position and token of the vocabulary: more on MLX's GPUs, which are
-# slow where they read the head for few positions.
-CPU_TOKENS = {"torch": 1024, "mlx": 512}
-LOGITS = {("torch", "cpu"): 2**23, ("torch", "gpu"): 2**23, ("mlx", "cpu"): 2**22, ("mlx", "gpu"): 2**24}
-
 Rows = NDArray[np.int64]
 
 
-def parts(batch: Batch, tokens: int) -> Iterator[tuple[Rows, Batch]]:
-    """The rows in which anything is supervised, the longest first, so many tokens at a time: (rows, their batch).
+def check_tokens(batches: Sequence[Batch], vocabulary: int) -> None:
+    """Raises ValueError for a token that a model of `vocabulary` tokens does not have.
 
-    What stands after a row's last supervised position changes nothing, and goes where the whole part allows. A row
-    longer than `tokens` is alone.
+    Here on the host: a GPU would find it too late, and the process could not use the device again.
+    """
+    for batch in batches:
+        for tokens in (batch.inputs, batch.targets, *batch.prefixes):
+            check_range(tokens, vocabulary)
+
+
+def check_range(tokens: NDArray[Any], vocabulary: int) -> None:
+    """Raises ValueError unless all are from 0 to `vocabulary` - 1."""
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocabulary):
+        wrong = tokens[(tokens < 0) | (tokens >= vocabulary)].flat[0]
+        raise ValueError(f"token {wrong} is not in the model's vocabulary of {vocabulary}")
+
+
+def parts(batch: Batch, tokens: int) -> Iterator[tuple[Rows, Batch]]:
+    """The rows in which anything is supervised, the longest first, at most `tokens` at a time: (rows, their batch).
+
+    Positions after a row's last supervised one change nothing, and are left out where the whole part allows it. A row
+    longer than `tokens` is a part by itself.
     """
     ends = batch.inputs.shape[1] - np.argmax(batch.weights[:, ::-1] != 0, axis=1)  # one past the last supervised
     order = np.argsort(-ends, kind="stable")
@@ -49,10 +58,10 @@ def joined(batch: Batch) -> Batch:
     weights = np.zeros(shape, np.float32)
     for row, start in enumerate(starts):
         prefix = batch.prefixes[batch.prefix_of[row]]
-        own = slice(start, start + width)
-        inputs[row, :start], inputs[row, own] = prefix, batch.inputs[row]
+        rest = slice(start, start + width)
+        inputs[row, :start], inputs[row, rest] = prefix, batch.inputs[row]
         targets[row, :start] = [*prefix[1:], batch.inputs[row, 0]]
-        targets[row, own], weights[row, own] = batch.targets[row], batch.weights[row]
+        targets[row, rest], weights[row, rest] = batch.targets[row], batch.weights[row]
     return Batch(inputs, targets, weights)
 
 
@@ -60,8 +69,8 @@ def own_part(scores: Scores, batch: Batch) -> Scores:
     """Of the scores of `joined(batch)`, those of the batch's own positions. [B, T]"""
     if not batch.prefixes:
         return scores
-    places = np.array(_starts(batch))[:, None] + np.arange(batch.inputs.shape[1])  # [B, T]
-    return Scores(np.take_along_axis(scores.logprob, places, 1), np.take_along_axis(scores.greedy, places, 1))
+    columns = np.array(_starts(batch))[:, None] + np.arange(batch.inputs.shape[1])  # [B, T]
+    return Scores(np.take_along_axis(scores.logprob, columns, 1), np.take_along_axis(scores.greedy, columns, 1))
 
 
 def _starts(batch: Batch) -> list[int]:

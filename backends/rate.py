@@ -1,45 +1,30 @@
-"""How fast this machine multiplies matrices under a backend: what the time of a run is foretold from."""
+"""How fast this machine multiplies matrices: what the time of a run is predicted from."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
+from backends.interface import Device
 
-_SIZE = (512, 2048, 2048)  # tokens, inputs, outputs: of the order of one layer's product
+# Rows and width of a product: of the order of one layer's, and large enough to keep the device busy.
+SIZES: dict[Device, tuple[int, int]] = {"cpu": (512, 2048), "gpu": (4096, 4096)}
 _SECONDS = 0.15
 
 
-def measured_rate(backend: str, bfloat16: bool) -> float:
-    """Floating-point operations a second on the backend's own device. The backend must be usable here."""
-    product = _product(backend, bfloat16)
-    product()  # the first call starts threads and chooses kernels
-    begun, done = time.perf_counter(), 0
-    while time.perf_counter() - begun < _SECONDS:
-        product()
-        done += 1
-    return done * 2.0 * float(np.prod(_SIZE)) / (time.perf_counter() - begun)
+def operations_per_second(products: Callable[[int], None], device: Device) -> float:
+    """Of floating-point operations.
 
-
-def _product(backend: str, bfloat16: bool) -> Callable[[], Any]:
-    rows, inputs, outputs = _SIZE
-    if backend == "torch":
-        import torch
-
-        from backends.torch_backend.device import pick_device
-
-        kind: dict[str, Any] = {"dtype": torch.bfloat16 if bfloat16 else torch.float32, "device": pick_device("auto")}
-        x, w = torch.ones(rows, inputs, **kind), torch.ones(outputs, inputs, **kind)
-        return lambda: (x @ w.T).flatten()[0].item()  # waits for the device
-    if backend == "mlx":
-        import mlx.core as mx
-
-        if bfloat16 or sys.platform == "darwin" or mx.default_device() != mx.Device(mx.cpu):
-            dtype = mx.bfloat16 if bfloat16 else mx.float32
-            a, b = mx.ones((rows, inputs), dtype), mx.ones((inputs, outputs), dtype)
-            return lambda: mx.eval(a @ b)
-    left, right = np.ones((rows, inputs), np.float32), np.ones((inputs, outputs), np.float32)
-    return lambda: left @ right
+    `products(count)` multiplies [rows, width] by [width, width] of SIZES `count` times, one after the other, and waits
+    once, at the end: on a fast GPU, a wait for each would be most of the time.
+    """
+    rows, width = SIZES[device]
+    products(1)  # the first call starts threads and chooses kernels
+    count = 1
+    while True:
+        begun = time.perf_counter()
+        products(count)
+        seconds = time.perf_counter() - begun
+        if seconds >= _SECONDS:
+            return count * 2.0 * rows * width * width / seconds
+        count *= 2

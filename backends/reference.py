@@ -19,12 +19,17 @@ import numpy as np
 
 from backends.adapter_state import adapter_shapes, fitting, initial_adapter
 from backends.interface import (
+    Architecture,
     BackendError,
     Batch,
+    Costs,
+    Device,
     FloatArray,
     IntArray,
     LoraSpec,
+    Machine,
     ModelSpec,
+    Modules,
     NonFinite,
     OptimSpec,
     OutOfMemory,
@@ -33,9 +38,34 @@ from backends.interface import (
     TrainState,
 )
 from backends.memory import available_bytes, process_peak_bytes
+from backends.micro_batches import check_tokens
 from backends.model_folder import lora_modules, read_config
+from backends.rate import SIZES, operations_per_second
+from backends.sampling import check_prompts
 
 Arrays = dict[str, FloatArray]
+
+
+def saved(architecture: Architecture, adapted: Modules, lora: LoraSpec, number: int) -> float:
+    return 4.0 * architecture.hidden
+
+
+COSTS: dict[Device, Costs] = {"cpu": Costs("cpu", runtime=490e6, saved=saved, reached=0.6, maps_files=True)}
+MACHINES: tuple[Machine, ...] = ()
+SHORTCUTS: tuple[str, ...] = ()
+
+
+def measured_rate(bfloat16: bool) -> float:
+    """Floating-point operations per second of numpy's matrix products here, in float32 whatever is asked for."""
+    rows, width = SIZES["cpu"]
+    x, weight = np.ones((rows, width), np.float32), np.full((width, width), 1 / width, np.float32)
+
+    def products(count: int) -> None:
+        y = x
+        for _ in range(count):
+            y = y @ weight.T  # as a linear layer has it
+
+    return operations_per_second(products, "cpu")
 
 
 def probe() -> str | None:
@@ -71,17 +101,19 @@ def adamw(
     m = m * beta1 + grad * (1 - beta1)
     v = v * beta2 + grad * grad * (1 - beta2)
     m_hat, v_hat = m / (1 - beta1**number), v / (1 - beta2**number)
-    return weight * (1 - lr * optim.weight_decay) - lr * m_hat / (np.sqrt(v_hat) + optim.eps), m, v
+    updated: Any = weight * (1 - lr * optim.weight_decay) - lr * m_hat / (np.sqrt(v_hat) + optim.eps)
+    return updated, m, v
 
 
 class ReferenceSession:
     shares_prefixes = True  # a bigram model never looks at them
+    shortcuts: tuple[str, ...] = ()
 
     def __init__(
         self, modules: Mapping[str, tuple[int, int]], vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int
     ) -> None:
         self.device, self.scheme, self.lora_shapes = "cpu", "none", modules
-        self._lora, self._optim, self._seed = lora, optim, seed
+        self._lora, self._optim, self._seed, self._vocabulary = lora, optim, seed, vocabulary
         rng = np.random.default_rng(20190111)  # the base is one model, whatever the run's seed
         inputs, outputs = sorted({i for _, i in modules.values()}), sorted({o for o, _ in modules.values()})
         self._embed = {i: _normal(rng, (vocabulary, i), 1.0) for i in inputs}
@@ -93,6 +125,7 @@ class ReferenceSession:
         total = float(sum(np.sum(batch.weights, dtype=np.float64) for batch in micro))
         if not total > 0:
             raise ValueError("nothing is supervised in this step: all weights are 0")
+        check_tokens(micro, self._vocabulary)
         with _memory_guard(), np.errstate(all="ignore"):
             loss, grads = 0.0, {name: np.zeros_like(value) for name, value in self._adapter.items()}
             for index, batch in enumerate(micro):
@@ -110,6 +143,7 @@ class ReferenceSession:
         return StepResult(loss, sum(int(np.count_nonzero(batch.weights)) for batch in micro), norm)
 
     def score(self, batch: Batch) -> Scores:
+        check_tokens([batch], self._vocabulary)
         chosen = batch.weights != 0  # [B, T]
         logprob, greedy = np.zeros(chosen.shape, np.float32), np.zeros(chosen.shape, np.int32)
         with _memory_guard(), np.errstate(all="ignore"):
@@ -126,6 +160,7 @@ class ReferenceSession:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
+        check_prompts(prompts, self._vocabulary)
         completions: list[list[int]] = []
         for row, prompt in enumerate(prompts):
             rng = np.random.default_rng((seed, row))
@@ -155,33 +190,33 @@ class ReferenceSession:
     def free_bytes(self) -> int | None:
         return available_bytes()
 
-    def _logits(self, tokens: IntArray, kept: Mapping[str, FloatArray] | None = None) -> FloatArray:
-        """[N] -> [N, V]; `kept` holds each module's dropout mask [N, in], already over 1 - p."""
+    def _logits(self, tokens: IntArray, masks: Mapping[str, FloatArray] | None = None) -> FloatArray:
+        """[N] -> [N, V]; `masks` holds each module's dropout mask [N, in], already over 1 - p."""
         logits = np.zeros((len(tokens), len(next(iter(self._head.values())))), np.float32)
         for module, (outputs, inputs) in self.lora_shapes.items():
             x = self._embed[inputs][tokens]  # [N, in]
             a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
-            dropped = x if kept is None else x * kept[module]
+            dropped = x if masks is None else x * masks[module]
             hidden = x @ self._frozen[module].T + self._lora.scale * (dropped @ a.T) @ b.T  # [N, out]
             logits += hidden @ self._head[outputs].T
         return logits
 
     def _gradient(self, batch: Batch, total: float, rng: np.random.Generator) -> tuple[float, Arrays]:
-        """sum(w * nll) / total over this micro-batch, and its gradient by every adapter tensor."""
+        """sum(w * nll) / total over this micro-batch, and its gradient for every adapter tensor."""
         chosen = batch.weights != 0
         tokens, targets = batch.inputs[chosen], batch.targets[chosen]  # [N]
         share = batch.weights[chosen] / np.float32(total)  # [N]
-        kept = self._dropout(len(tokens), rng)
-        logs = _log_softmax(self._logits(tokens, kept))  # [N, V]
-        rows, upstream = np.arange(len(tokens)), np.exp(logs)
-        upstream[rows, targets] -= 1  # d nll / d logits = softmax - one hot
-        upstream *= share[:, None]
+        masks = self._dropout(len(tokens), rng)
+        logs = _log_softmax(self._logits(tokens, masks))  # [N, V]
+        rows, grad_logits = np.arange(len(tokens)), np.exp(logs)
+        grad_logits[rows, targets] -= 1  # d nll / d logits = softmax - one hot
+        grad_logits *= share[:, None]
         grads: Arrays = {}
         for module, (outputs, inputs) in self.lora_shapes.items():
             a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
-            x = self._embed[inputs][tokens] * kept[module]  # [N, in]
-            back = self._lora.scale * upstream @ self._head[outputs]  # [N, out]
-            grads |= {f"{module}.lora_A": (back @ b).T @ x, f"{module}.lora_B": back.T @ (x @ a.T)}
+            x = self._embed[inputs][tokens] * masks[module]  # [N, in]
+            grad_output = self._lora.scale * grad_logits @ self._head[outputs]  # [N, out]
+            grads |= {f"{module}.lora_A": (grad_output @ b).T @ x, f"{module}.lora_B": grad_output.T @ (x @ a.T)}
         return float(np.sum(share * -logs[rows, targets], dtype=np.float64)), grads
 
     def _dropout(self, count: int, rng: np.random.Generator) -> Arrays:

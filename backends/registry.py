@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast
 
-from backends.interface import Backend, BackendError, LoraSpec, ModelSpec, OptimSpec, Session
+from backends.interface import (
+    Backend,
+    BackendError,
+    Costs,
+    Device,
+    LoraSpec,
+    Machine,
+    ModelSpec,
+    OptimSpec,
+    Predictions,
+    Session,
+)
 
-NAMES: dict[str, str] = {
-    "mlx": "backends.mlx_backend",
-    "torch": "backends.torch_backend",
-    "reference": "backends.reference",
+
+@dataclass(frozen=True)
+class Row:
+    """One backend."""
+
+    session: str  # the module that is a `Backend`
+    costs: str  # the module that is its `Predictions`
+    apple: bool = False  # made for Apple silicon: there `auto` tries it first, and elsewhere last
+    automatic: bool = True  # False: used only where it is named
+
+
+BACKENDS: dict[str, Row] = {
+    "mlx": Row("backends.mlx_backend.session", "backends.mlx_backend.costs", apple=True),
+    "torch": Row("backends.torch_backend.session", "backends.torch_backend.costs"),
+    "reference": Row("backends.reference", "backends.reference", automatic=False),
 }
+NAMES = tuple(BACKENDS)
 
 
 def load(name: str) -> Backend:
     """The backend's module. Raises BackendError for an unknown name, ImportError where a library is missing."""
-    if name not in NAMES:
-        raise BackendError(f"there is no backend {name!r}; there are {', '.join(NAMES)}")
-    return cast(Backend, import_module(NAMES[name]))
+    return cast(Backend, import_module(_row(name).session))
 
 
 def probe(name: str) -> str | None:
@@ -35,21 +57,27 @@ def probe(name: str) -> str | None:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Device and versions. Raises BackendError where the backend is not usable."""
+    """Device, versions and abilities (`Backend.describe`). Raises BackendError where the backend is not usable."""
     return usable(name).describe()
 
 
+def automatic() -> list[str]:
+    """The backends that "auto" considers, the best for this machine first."""
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    names = [name for name, row in BACKENDS.items() if row.automatic]
+    return sorted(names, key=lambda name: BACKENDS[name].apple != apple)
+
+
 def choose(requested: str = "auto") -> str:
-    """The backend to use: `requested`, or for "auto" the machine's own; the reference only when it is named.
+    """The backend to use: `requested`, or for "auto" the first of `automatic()` that works here.
 
     Raises BackendError with the reason of every backend that was considered.
     """
     if requested != "auto":
         usable(requested)
         return requested
-    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
     reasons = []
-    for name in ("mlx", "torch") if apple else ("torch", "mlx"):
+    for name in automatic():
         reason = probe(name)
         if reason is None:
             return name
@@ -68,3 +96,46 @@ def usable(name: str) -> Backend:
 def open_session(name: str, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Session:
     """A live session. Raises BackendError where the backend, or what is asked of it, cannot be used."""
     return usable(name).open(model, lora, optim, seed)
+
+
+def device_kind(device: str) -> Device:
+    """Of a device as sessions and `describe` name it ("cpu", "cuda: ...")."""
+    return "cpu" if device == "cpu" else "gpu"
+
+
+def costs(name: str, device: Device) -> Costs:
+    """What the backend needs on such a device, installed here or not. Raises BackendError where it cannot use one."""
+    known = _predictions(name).COSTS
+    if device not in known:
+        raise BackendError(f"{name} does not compute on a {device}")
+    return known[device]
+
+
+def four_bit(name: str) -> str | None:
+    """The backend's 4-bit scheme in words; None: it has none."""
+    return next((costs.four_bit for costs in _predictions(name).COSTS.values()), None)
+
+
+def machines() -> list[tuple[str, Machine]]:
+    """Well-known machines, each with the backend that runs there."""
+    return [(name, machine) for name in BACKENDS for machine in _predictions(name).MACHINES]
+
+
+def shortcuts(name: str) -> tuple[str, ...]:
+    """All that the `shortcuts` of the backend's sessions may name."""
+    return tuple(_predictions(name).SHORTCUTS)
+
+
+def measured_rate(name: str, bfloat16: bool) -> float:
+    """Floating-point operations per second of matrix products, timed now. The backend must be usable here."""
+    return _predictions(name).measured_rate(bfloat16)
+
+
+def _row(name: str) -> Row:
+    if name not in BACKENDS:
+        raise BackendError(f"there is no backend {name!r}; there are {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
+def _predictions(name: str) -> Predictions:
+    return cast(Predictions, import_module(_row(name).costs))

@@ -23,7 +23,7 @@ Overrides = Annotated[
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
 Backend = Annotated[
-    str | None, typer.Option("--backend", metavar="NAME", help="mlx, torch or reference. Replaces the recipe's choice.")
+    str | None, typer.Option("--backend", metavar="NAME", help="One that `finetune doctor` lists; not the recipe's.")
 ]
 Alone = Annotated[bool, typer.Option("--no-supervisor", help="Run training in this process (for debuggers).")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the most probable token.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,11 +75,11 @@ class Run:
         if start:
             check_base(start, job.model, job.recipe.model.path)
         folder.write_identity(identity)
-        facts = environment(job.backend, registry.describe(job.backend)) | {"remote_code": job.recipe.model.remote_code}
-        folder.write_json("environment.json", facts)
+        self._write_environment()
         folder.write_json("data.json", account_of(job.prepared))
         check = yield from self._check_data()
         session = job.open()
+        self._write_environment(session.shortcuts)
         base = yield from self._evaluate_base(session)
         trainer = Trainer(
             session=session,
@@ -148,6 +148,12 @@ class Run:
             validations=validations,
             best_step=trainer.state.best_step,
         )
+
+    def _write_environment(self, shortcuts: Sequence[str] | None = None) -> None:
+        """environment.json: at first without shortcuts, since opening a session may crash."""
+        backend = self.job.backend
+        facts = environment(backend, registry.describe(backend), shortcuts)
+        self.folder.write_json("environment.json", facts | {"remote_code": self.job.recipe.model.remote_code})
 
     def _newest_checkpoint(self, identity: Mapping[str, Any]) -> Generator[Note, None, Checkpoint | None]:
         """Raises Incompatible where the run began with something else."""

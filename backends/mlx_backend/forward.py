@@ -13,9 +13,10 @@ import mlx.nn as nn
 import numpy as np
 
 from backends.interface import Batch, Scores
-from backends.micro_batches import CPU_TOKENS, LOGITS, Rows, joined, parts
+from backends.micro_batches import Rows, joined, parts
 from backends.mlx_backend import attention, cpu_kernels, head
 from backends.mlx_backend.attention import Attention
+from backends.mlx_backend.costs import COSTS
 from backends.mlx_backend.cpu_layers import spare_first_slopes
 from backends.mlx_backend.frozen import KeptBlocks, frozen_blocks
 from backends.mlx_backend.head import ChunkedLoss, Head
@@ -34,8 +35,9 @@ class Forward:
     """`numpy`: by numpy also what lies between the products of a model changed by `use_blas`."""
 
     def __init__(self, model: nn.Module, on_cpu: bool, numpy: bool, checkpointing: bool) -> None:
-        self.model, self._tokens = model, CPU_TOKENS["mlx"] if on_cpu else sys.maxsize
-        self.head = Head(model, LOGITS["mlx", "cpu" if on_cpu else "gpu"])
+        costs = COSTS["cpu" if on_cpu else "gpu"]
+        self.model, self._tokens = model, costs.tokens_at_once or sys.maxsize
+        self.head = Head(model, costs.logits_at_once or sys.maxsize)
         self._loss = ChunkedLoss(self.head, (cpu_kernels if numpy else head).weighted_nll, at_once=numpy)
         self._attention = Attention(model, (cpu_kernels if numpy else attention).attend, always=numpy)
         self._tail: Tail | None = None

@@ -152,5 +152,5 @@ def check_window(tokens: int, window: int | None) -> None:
     if window is not None and tokens > window:
         raise BackendError(
             f"a row of {tokens} tokens is longer than this model's sliding window of {window}, which mlx-lm leaves "
-            f"out; set train.max_length to at most {window}, or use backend: torch"
+            f"out; set train.max_length to at most {window}, or use another backend"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,14 +27,16 @@ from backends.interface import (
     TrainState,
 )
 from backends.memory import available_bytes, process_peak_bytes
-from backends.micro_batches import joined, own_part
+from backends.micro_batches import check_tokens, joined, own_part
+from backends.mlx_backend.costs import SHARED_PREFIXES
 from backends.mlx_backend.cpu_layers import use_blas
 from backends.mlx_backend.forward import Forward
 from backends.mlx_backend.generate import generate
 from backends.mlx_backend.lora import DropoutKeys, attach
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import Tensors, adamw
-from backends.model_folder import lora_modules, read_config
+from backends.model_folder import lora_modules, read_config, vocabulary_of
+from backends.sampling import check_prompts
 
 _NO_MEMORY = ("malloc", "insufficient memory", "out of memory", "unable to allocate")
 
@@ -92,6 +95,8 @@ class MlxSession:
         self._forward = Forward(model, on_cpu, numpy, spec.checkpointing)
         self._forward.window = ignored_window(model, read_config(spec.path))
         self.shares_prefixes = self._forward.shares_prefixes
+        self.shortcuts: tuple[str, ...] = (SHARED_PREFIXES,) if self.shares_prefixes else ()
+        self._vocabulary = vocabulary_of(spec.path) or sys.maxsize
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._state: _State
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
@@ -99,7 +104,8 @@ class MlxSession:
     def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
         total = float(sum(batch.weights.sum(dtype=np.float64) for batch in micro))
         if not total > 0:
-            raise ValueError("a step needs at least one supervised position")
+            raise ValueError("nothing is supervised in this step: all weights are 0")
+        check_tokens(micro, self._vocabulary)
         with self._running(training=True):
             loss, gradient = self._gradient(micro, total)
             norm = float(mx.sqrt(mx.stack([mx.square(part).sum() for part in gradient.values()]).sum()))
@@ -115,6 +121,7 @@ class MlxSession:
         return StepResult(loss, int(sum(np.count_nonzero(batch.weights) for batch in micro)), norm)
 
     def score(self, batch: Batch) -> Scores:
+        check_tokens([batch], self._vocabulary)
         with self._running():
             if self.shares_prefixes:
                 return self._forward.scores(batch)
@@ -128,6 +135,7 @@ class MlxSession:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
+        check_prompts(prompts, self._vocabulary)
         check_window(max(map(len, prompts), default=0) + max_tokens, self._forward.window)
         with self._running():
             return generate(self._forward.model, self._forward.head, prompts, max_tokens, stop, temperature, seed)

@@ -15,19 +15,23 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-_NAME = "causal_products"
-# Queries of one head at a time; keys after the last of them are not looked at. More where a row is long: each number of
-# keys is a product of its own for oneDNN, which has to be made and kept.
+from backends.torch_backend.costs import ATTENTION
+
+_NAME = "causal_tiles"
+# Queries of one head at a time; keys after the last of them are left out. More where a row is long: oneDNN compiles and
+# keeps a kernel for each number of keys.
 _QUERIES, _TILES = 64, 8
-_NUMBERS = 2**20  # attention weights at a time: 2 MB, about what a core's own cache holds
+_NUMBERS = 2**20  # attention weights at a time: 2 MB, about the size of a core's own cache
 
 
-def use_products(model: Any) -> None:
-    """Let a model whose attention is torch's own use `attend` where that is the same and faster."""
-    if model.config._attn_implementation == "sdpa" and model.dtype == torch.bfloat16 and model.device.type == "cpu":
-        AttentionInterface.register(_NAME, _attention)
-        AttentionMaskInterface.register(_NAME, sdpa_mask)
-        model.set_attn_implementation(_NAME)
+def use_tiles(model: Any) -> list[str]:
+    """Lets a model whose attention is torch's own use `attend` where that is the same and faster."""
+    if model.config._attn_implementation != "sdpa" or model.dtype != torch.bfloat16 or model.device.type != "cpu":
+        return []
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    model.set_attn_implementation(_NAME)
+    return [ATTENTION]
 
 
 def _attention(
@@ -46,8 +50,8 @@ def _attention(
     special = dropout or rest.get("position_bias") is not None or rest.get("softcap") is not None
     described = attention_mask is not None or (causal and query.shape[2] == key.shape[2])
     if special or not described or query.shape[2] == 1 or query.dtype != torch.bfloat16:
-        given = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
-        return cast(tuple[torch.Tensor, None], sdpa_attention_forward(*given, **rest))
+        arguments = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
+        return cast(tuple[torch.Tensor, None], sdpa_attention_forward(*arguments, **rest))
     mask = attention_mask
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
@@ -66,7 +70,7 @@ def attend(
 
 
 class _Tile(NamedTuple):
-    """Some heads' queries from `start` to `end`, and how many keys they may look at."""
+    """Some heads' queries from `start` to `end`, and how many keys they may attend to."""
 
     heads: slice
     start: int
@@ -75,7 +79,7 @@ class _Tile(NamedTuple):
 
 
 class _Attend(torch.autograd.Function):  # type: ignore[misc]
-    """Keeps queries, keys and values; the weights [T, T] are computed anew in the backward pass, tile by tile."""
+    """Saves queries, keys and values; the backward pass computes the weights [T, T] again, tile by tile."""
 
     @staticmethod
     def forward(
@@ -90,30 +94,30 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         k, v = key.flatten(0, 1).contiguous(), value.flatten(0, 1).contiguous()  # [B * G, S, d]
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale, ctx.shapes = scale, (query.shape, key.shape)
-        out, later = torch.empty_like(q), _later(q)
+        out, causal = torch.empty_like(q), _causal_bias(q)
         for tile in _tiles(q, k, mask):
-            weights = _weights(_queries(q, tile), _seen(k, tile), scale, _hidden(q, tile, mask, later))
-            _put(out, tile, weights @ _seen(v, tile))
+            weights = _weights(_queries(q, tile), _visible(k, tile), scale, _bias(q, tile, mask, causal))
+            _put(out, tile, weights @ _visible(v, tile))
         return out.view(query.shape)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, mask = ctx.saved_tensors
-        g, later = grad.reshape(q.shape), _later(q)
-        by_q, by_k, by_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        grouped_grad, causal = grad_output.reshape(q.shape), _causal_bias(q)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for tile in _tiles(q, k, mask):
-            queries, keys, upstream = _queries(q, tile), _seen(k, tile), _queries(g, tile)
-            weights = _weights(queries, keys, ctx.scale, _hidden(q, tile, mask, later))
-            by_weights = upstream @ _seen(v, tile).transpose(1, 2)
-            by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
-            _put(by_q, tile, by_scores @ keys)
+            queries, keys, grad = _queries(q, tile), _visible(k, tile), _queries(grouped_grad, tile)
+            weights = _weights(queries, keys, ctx.scale, _bias(q, tile, mask, causal))
+            grad_weights = grad @ _visible(v, tile).mT
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            _put(grad_q, tile, grad_scores @ keys)
             new = tile.end == q.shape[2]  # the last queries come first
-            _add(by_v, tile, weights.transpose(1, 2) @ upstream, new)
-            _add(by_k, tile, by_scores.transpose(1, 2) @ queries, new)
-        shape, shared = ctx.shapes
-        by_q, by_k = by_q.mul_(ctx.scale), by_k.mul_(ctx.scale)
-        return by_q.view(shape), by_k.view(shared), by_v.view(shared), None, None
+            _add(grad_v, tile, weights.mT @ grad, new)
+            _add(grad_k, tile, grad_scores.mT @ queries, new)
+        query_shape, key_shape = ctx.shapes
+        grad_q, grad_k = grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale)
+        return grad_q.view(query_shape), grad_k.view(key_shape), grad_v.view(key_shape), None, None
 
 
 def _grouped(query: torch.Tensor, key: torch.Tensor) -> tuple[int, ...]:
@@ -123,7 +127,7 @@ def _grouped(query: torch.Tensor, key: torch.Tensor) -> tuple[int, ...]:
 
 
 def _tiles(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> Iterator[_Tile]:
-    """The last queries first: they look at all keys, so that what they give can be written where others add."""
+    """The last queries first: they attend to all keys, so their gradients are written and those of others are added."""
     groups, repeats, length, _ = q.shape
     step = _step(length)
     for start in reversed(range(0, length, step)):
@@ -143,43 +147,43 @@ def _queries(q: torch.Tensor, tile: _Tile) -> torch.Tensor:
     return q[tile.heads, :, tile.start : tile.end].flatten(1, 2)
 
 
-def _seen(k: torch.Tensor, tile: _Tile) -> torch.Tensor:
-    """Keys or values that the tile's queries may look at, one after another in memory. [n, keys, d]
+def _visible(k: torch.Tensor, tile: _Tile) -> torch.Tensor:
+    """Keys or values that the tile's queries may attend to, contiguous. [n, keys, d]
 
-    A product would copy others itself, and turned ones number by number, which takes as long as the product.
+    A product would copy others itself, and transposed ones number by number, which takes as long as the product.
     """
     return k[tile.heads, : tile.keys].contiguous()
 
 
 def _put(q: torch.Tensor, tile: _Tile, values: torch.Tensor) -> None:
-    place = q[tile.heads, :, tile.start : tile.end]
-    place.copy_(values.view(place.shape))
+    target = q[tile.heads, :, tile.start : tile.end]
+    target.copy_(values.view(target.shape))
 
 
 def _add(k: torch.Tensor, tile: _Tile, values: torch.Tensor, new: bool) -> None:
-    place = k[tile.heads, : tile.keys]
-    place.copy_(values) if new else place.add_(values)
+    target = k[tile.heads, : tile.keys]
+    target.copy_(values) if new else target.add_(values)
 
 
-def _later(q: torch.Tensor) -> torch.Tensor:
-    """Added to scores: hides from each of some queries in a row the keys after its own. [1, 1, t, t]"""
+def _causal_bias(q: torch.Tensor) -> torch.Tensor:
+    """Added to the scores of a step's queries: hides from each the keys after its own. [1, 1, t, t]"""
     size = _step(q.shape[2])
     return q.new_full((1, 1, size, size), float("-inf")).triu_(1)
 
 
-def _hidden(q: torch.Tensor, tile: _Tile, mask: torch.Tensor | None, later: torch.Tensor) -> torch.Tensor:
-    """What is added to the tile's scores, or to the last of their keys. [n or 1, 1, t, keys or fewer]"""
+def _bias(q: torch.Tensor, tile: _Tile, mask: torch.Tensor | None, causal: torch.Tensor) -> torch.Tensor:
+    """What is added to the scores of the tile's last keys. [n or 1, 1, t, last keys]"""
     if mask is None:
         size = tile.end - tile.start
-        return later[..., :size, :size]
+        return causal[..., :size, :size]
     rows = torch.arange(tile.heads.start, tile.heads.stop, device=q.device) * len(mask) // len(q)
     return mask[rows, :, tile.start : tile.end]
 
 
-def _weights(queries: torch.Tensor, keys: torch.Tensor, scale: float, hidden: torch.Tensor) -> torch.Tensor:
-    """The softmax of [n, R * t, d] and [n, keys, d], with what is hidden of the last keys. [n, R * t, keys]"""
+def _weights(queries: torch.Tensor, keys: torch.Tensor, scale: float, bias: torch.Tensor) -> torch.Tensor:
+    """The softmax over keys [n, keys, d] for queries [n, R * t, d]; `bias` is of the last keys. [n, R * t, keys]"""
     empty = queries.new_empty(len(queries), queries.shape[1], keys.shape[1])
-    scores = torch.baddbmm(empty, queries, keys.transpose(1, 2), beta=0, alpha=scale)
-    size, last = hidden.shape[-2:]
-    scores.unflatten(1, (-1, size))[..., -last:] += hidden
+    scores = torch.baddbmm(empty, queries, keys.mT, beta=0, alpha=scale)
+    size, last = bias.shape[-2:]
+    scores.unflatten(1, (-1, size))[..., -last:] += bias
     return torch.softmax(scores, -1)

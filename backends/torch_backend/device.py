@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from backends.interface import OutOfMemory
+from backends.interface import Device, OutOfMemory
 from backends.memory import available_bytes, process_peak_bytes
 
-# oneDNN keeps the products it has made, one for each shape, and memory between them that is not given back: by default
-# 1,024. Fewer than the shapes of a step would have to be made anew in every layer; attention in tiles needs the most.
+# oneDNN keeps a kernel for each shape of product, 1,024 by default, and memory between them that is not given back.
+# With fewer than a step has shapes, each layer would compile its kernels anew; attention in tiles has the most shapes.
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "128")
 
@@ -21,12 +21,16 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def pick_device(requested: str) -> torch.device:
-    """cuda, mps or cpu: the first there is, or the CPU where that is asked for."""
+    """The first of cuda, mps and cpu that this machine has, or the CPU where that is asked for."""
     if requested != "cpu" and torch.cuda.is_available():
         # cuBLAS reads this once, when it starts; without it equal runs may differ in their last bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if requested != "cpu" and torch.backends.mps.is_available() else "cpu")
+
+
+def device_kind(device: torch.device) -> Device:
+    return "cpu" if device.type == "cpu" else "gpu"
 
 
 def device_name(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Frozen blocks below the adapter left out, where what they make of a row is known already."""
+"""Frozen blocks below the adapter: computed once per row, and left out of a pass where their result is known."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from backends.kept_states import Activations
 from backends.torch_backend.patch import blocks_of, forward_as
 
 
-class _Reached(Exception):  # it is no error, and carries what was asked for
-    """The first adapted block was reached, with these hidden states."""
-
-
-class KeptPrefix:
+class FrozenBlocks:
     """A forward pass that begins at the first adapted block.
 
     Each row's frozen part is computed alone, so that its numbers do not depend on the rows it first came with.
@@ -27,30 +23,29 @@ class KeptPrefix:
     def __init__(self, model: Any, device: torch.device) -> None:
         blocks, first = blocks_of(model)
         self._body, self._device = model.base_model, device
-        self._frozen, self._adapted = list(blocks)[:first], blocks[first]
+        self._frozen, self._first_adapted, self._above = list(blocks)[:first], blocks[first], list(blocks)[first + 1 :]
         sample = self._computed(np.zeros(1, np.int32))  # [1, D]
         self._like, self._kept = sample, Activations(sample.shape[1], _array(sample).dtype)
 
     @contextmanager
-    def skipping(self, batch: Batch) -> Iterator[None]:
-        """In here a pass over the batch begins at the first adapted block, with what was kept."""
-        entering, own = self._entering(batch).to(self._device), self._adapted.forward
-        with ExitStack() as replaced:
-            for block in self._frozen:
-                replaced.enter_context(forward_as(block, _passing))
-            replaced.enter_context(forward_as(self._adapted, lambda _, *rest, **named: own(entering, *rest, **named)))
+    def left_out(self, batch: Batch) -> Iterator[None]:
+        """In here a pass over the batch begins at the first adapted block, with the states that enter it."""
+        entering, forward = self._entering(batch).to(self._device), self._first_adapted.forward
+
+        def enter(_: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+            return forward(entering, *arguments, **named)
+
+        with _passing(self._frozen), forward_as(self._first_adapted, enter):
             yield
 
     def _entering(self, batch: Batch) -> torch.Tensor:
-        """[B, T, D]; zero after a row's last supervised position, where nothing is asked of it."""
-        rows: list[torch.Tensor] = []
-        for tokens, weights in zip(batch.inputs, batch.weights, strict=True):
-            needed = np.flatnonzero(weights)
-            rows.append(self._row(np.ascontiguousarray(tokens[: needed[-1] + 1 if needed.size else 1])))
-        whole = self._like.new_zeros(*batch.inputs.shape, self._kept.width)
-        for place, row in zip(whole, rows, strict=True):
-            place[: len(row)] = row
-        return whole
+        """[B, T, D]; zero after a row's last supervised position, where nothing is needed of it."""
+        states = self._like.new_zeros(*batch.inputs.shape, self._kept.width)
+        for row, tokens, weights in zip(states, batch.inputs, batch.weights, strict=True):
+            supervised = np.flatnonzero(weights)
+            length = supervised[-1] + 1 if supervised.size else 1
+            row[:length] = self._row(np.ascontiguousarray(tokens[:length]))
+        return states
 
     def _row(self, tokens: IntArray) -> torch.Tensor:
         """[n] -> [n, D] on the CPU, from the file or, the first time, from the frozen blocks."""
@@ -61,21 +56,30 @@ class KeptPrefix:
         return row
 
     def _computed(self, tokens: IntArray) -> torch.Tensor:
-        def stop(states: torch.Tensor, *_: Any, **__: Any) -> None:
-            raise _Reached(states)
+        """What enters the first adapted block; from there on the pass goes through blocks that do nothing."""
+        entering: list[torch.Tensor] = []
+
+        def note(states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            entering.append(states)
+            return states
 
         ids = torch.from_numpy(tokens.astype(np.int64))[None].to(self._device)
-        with torch.no_grad(), forward_as(self._adapted, stop):
-            try:
-                self._body(input_ids=ids, use_cache=False)
-            except _Reached as reached:
-                states: torch.Tensor = reached.args[0]
-                return states[0].cpu().contiguous()
-        raise RuntimeError("the model's blocks were never reached")
+        with torch.no_grad(), forward_as(self._first_adapted, note), _passing(self._above):
+            self._body(input_ids=ids, use_cache=False)
+        return entering[0][0].cpu().contiguous()
 
 
-def _passing(states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return states
+@contextmanager
+def _passing(blocks: list[Any]) -> Iterator[None]:
+    """In here the blocks pass on what they are given."""
+
+    def same(states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return states
+
+    with ExitStack() as replaced:
+        for block in blocks:
+            replaced.enter_context(forward_as(block, same))
+        yield
 
 
 def _array(row: torch.Tensor) -> np.ndarray[Any, np.dtype[Any]]:

@@ -1,20 +1,19 @@
-"""Completions in torch: several prompts at once, and what they begin with in common once for all."""
+"""Completions in torch: several prompts at once, and their common beginning once for all."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from backends.sampling import Draws, groups, shared_start
+from backends.sampling import Completions, groups, shared_start
 from backends.torch_backend.forward import Forward
 
 _SPREAD = 64  # tokens by which prompts that run together may differ in length
-
-Choice = Callable[[torch.Tensor, Sequence[int]], list[int]]  # logits [N, V] and their rows -> a token for each
 
 
 def generate(
@@ -25,13 +24,10 @@ def generate(
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
-    """As `Session.generate`. What is sampled for a prompt depends on `seed` and its place in `prompts` alone."""
-    if not all(prompts):
-        raise ValueError("a prompt needs at least one token")
-    completions: list[list[int]] = [[] for _ in prompts]
+    """As `Session.generate`."""
+    completions = Completions(len(prompts), max_tokens, stop, temperature, seed, _greedy, _to_numpy)
     if not prompts or max_tokens < 1:
-        return completions
-    choose = _sampling(Draws(len(prompts), temperature, seed)) if temperature > 0 else _greedy
+        return completions.tokens
     cache = forward.empty_cache()
     together = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     start = shared_start(prompts) if together else 0
@@ -40,56 +36,43 @@ def generate(
     spread = _SPREAD if forward.attends_to_all() else 0  # a window would count padding as tokens
     alone = ([row] for row in range(len(prompts)))  # where rows cannot enter or leave the cache
     for rows in groups([len(prompt) for prompt in prompts], spread) if together else alone:
-        own = copy.deepcopy(cache)
+        group_cache = copy.deepcopy(cache)
         if start:
-            own.batch_repeat_interleave(len(rows))
-        _complete(forward, own, {row: prompts[row] for row in rows}, completions, max_tokens, stop, choose)
-    return completions
+            group_cache.batch_repeat_interleave(len(rows))
+        _complete(forward, group_cache, {row: prompts[row] for row in rows}, completions)
+    return completions.tokens
 
 
 def _complete(
-    forward: Forward,
-    cache: DynamicCache,
-    prompts: Mapping[int, Sequence[int]],
-    completions: list[list[int]],
-    max_tokens: int,
-    stop: Collection[int],
-    choose: Choice,
+    forward: Forward, cache: DynamicCache, prompts: Mapping[int, Sequence[int]], completions: Completions
 ) -> None:
-    """Fill `completions` at the rows of `prompts`; the cache holds their first tokens. Rows leave when done.
+    """Completes the rows of `prompts`, whose first tokens are in the cache. Rows leave it when they are complete.
 
-    Prompts are padded on the right: what comes later is attended to by nothing before it, and hidden from what is new.
+    Prompts are padded on the right: nothing attends to what comes later, and padding is hidden from new tokens.
     """
     start, rows = cache.get_seq_length(), list(prompts)
     lengths = np.array([len(prompt) for prompt in prompts.values()])  # [R]
     tokens = np.zeros((len(rows), lengths.max() - start), np.int64)
-    for own, prompt in zip(tokens, prompts.values(), strict=True):
-        own[: len(prompt) - start] = prompt[start:]
-    seen = np.arange(lengths.max()) < lengths[:, None]  # [R, T]
+    for row, prompt in zip(tokens, prompts.values(), strict=True):
+        row[: len(prompt) - start] = prompt[start:]
+    visible = np.arange(lengths.max()) < lengths[:, None]  # [R, T]
     logits = forward.last_logits(tokens, cache, lengths - start - 1)
     while True:
-        chosen = choose(logits, rows)
-        for row, token in zip(rows, chosen, strict=True):
-            completions[row].extend([] if token in stop else [token])
-        going = [
-            token not in stop and len(completions[row]) < max_tokens for row, token in zip(rows, chosen, strict=True)
-        ]
+        chosen, going = completions.add(logits, rows)
         if not any(going):
             return
         if not all(going):
             cache.batch_select_indices(torch.from_numpy(np.flatnonzero(going)))
         rows, lengths = [row for row, goes in zip(rows, going, strict=True) if goes], lengths[going] + 1
-        seen = np.pad(seen[going], ((0, 0), (0, 1)), constant_values=True)
-        logits = forward.next_logits(np.array(chosen)[going], cache, seen, lengths - 1)
+        visible = np.pad(visible[going], ((0, 0), (0, 1)), constant_values=True)
+        logits = forward.next_logits(np.array(chosen)[going], cache, visible, lengths - 1)
 
 
-def _greedy(logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
+def _greedy(logits: torch.Tensor) -> list[int]:
     tokens: list[int] = logits.argmax(-1).tolist()
     return tokens
 
 
-def _sampling(draws: Draws) -> Choice:
-    def choose(logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
-        return draws.choose(logits.cpu().numpy(), rows)
-
-    return choose
+def _to_numpy(logits: torch.Tensor) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any] = logits.cpu().numpy()
+    return array

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from backends.micro_batches import LOGITS
 from backends.torch_backend.patch import forward_as
 
 
@@ -17,7 +16,8 @@ from backends.torch_backend.patch import forward_as
 class Head:
     """logits = cap * tanh(scale * (W h + b) / cap); without a cap, scale * (W h + b)."""
 
-    linear: Any  # a frozen torch.nn.Linear; None: the states given already are the model's own logits
+    linear: Any  # a frozen torch.nn.Linear; None: the states are already the model's own logits
+    logits_at_once: int  # numbers of the logits that exist at a time
     scale: float = 1.0
     cap: float | None = None
 
@@ -33,19 +33,19 @@ class Head:
     def loss(
         self, states: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """sum(share * nll), and its gradient by the states [N, D]; targets and shares are [N]."""
-        loss, gradient = states.new_zeros((), dtype=torch.float32), torch.empty_like(states)
+        """sum(share * nll), and its gradient for the states [N, D]; targets and shares are [N]."""
+        loss, grad_states = states.new_zeros((), dtype=torch.float32), torch.empty_like(states)
         with torch.no_grad():
             for rows in self._chunks(states, targets):
                 logits = self.logits(states[rows])  # [n, V]
-                slope = None if self.cap is None else 1 - (logits / self.cap).square_()  # of the cap
+                cap_grad = None if self.cap is None else 1 - (logits / self.cap).square_()
                 logs = torch.log_softmax(logits, -1)
-                own, share = targets[rows, None], shares[rows, None]
-                loss -= (share * logs.gather(-1, own)).sum()
-                back = logs.exp_().mul_(share)  # d nll / d logits = softmax - one hot
-                back.scatter_(-1, own, back.gather(-1, own) - share)
-                gradient[rows] = self._back(back if slope is None else back.mul_(slope), states.dtype)
-        return loss, gradient
+                target, share = targets[rows, None], shares[rows, None]
+                loss -= (share * logs.gather(-1, target)).sum()
+                grad = logs.exp_().mul_(share)  # d nll / d logits = softmax - one hot
+                grad.scatter_(-1, target, grad.gather(-1, target) - share)
+                grad_states[rows] = self._grad_states(grad if cap_grad is None else grad.mul_(cap_grad), states.dtype)
+        return loss, grad_states
 
     def score(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """log p(target) and the most probable token. [N], [N]"""
@@ -57,40 +57,40 @@ class Head:
                 logprob[rows] = logits.gather(-1, targets[rows, None])[:, 0] - logits.logsumexp(-1)
         return logprob, greedy
 
-    def _back(self, by_logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _grad_states(self, grad_logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if self.linear is None:
-            return by_logits.to(dtype)
-        return (by_logits.mul_(self.scale) if self.scale != 1 else by_logits).to(dtype) @ self.linear.weight
+            return grad_logits.to(dtype)
+        return (grad_logits.mul_(self.scale) if self.scale != 1 else grad_logits).to(dtype) @ self.linear.weight
 
     def _chunks(self, states: torch.Tensor, targets: torch.Tensor) -> Iterator[slice]:
         width = states.shape[-1] if self.linear is None else self.linear.out_features
-        size = max(1, LOGITS["torch", "cpu" if states.device.type == "cpu" else "gpu"] // width)
+        size = max(1, self.logits_at_once // width)
         return (slice(start, start + size) for start in range(0, len(targets), size))
 
 
-def find_head(model: Any) -> Head:
-    """The model's head as its configuration describes it, if its own forward pass then gives the same logits.
+def find_head(model: Any, logits_at_once: int) -> Head:
+    """The model's head as its configuration describes it, if the model's own forward pass gives the same logits.
 
     The pass is run on random states in place of its blocks, so it costs no more than the head.
     """
+    unknown = Head(None, logits_at_once)
     linear, text = model.get_output_embeddings(), model.config.get_text_config()
     if type(linear) is not torch.nn.Linear or model.base_model is model:
-        return Head(None)
+        return unknown
     divided = getattr(text, "logits_scaling", None) or 1.0  # Granite
-    head = Head(
-        linear, (getattr(text, "logit_scale", None) or 1.0) / divided, getattr(text, "final_logit_softcapping", None)
-    )
+    scale = (getattr(text, "logit_scale", None) or 1.0) / divided
+    head = Head(linear, logits_at_once, scale, getattr(text, "final_logit_softcapping", None))
     generator = torch.Generator().manual_seed(0)
     size = 4 * (head.cap or 1.0) / abs(head.scale)  # logits of a size at which a cap bends them
     states = torch.randn(1, 4, linear.in_features, generator=generator) * size / linear.in_features**0.5
     states = states.to(linear.weight)
     try:
         theirs = _bypassing_blocks(model, states)
-    except Exception:  # whatever a model's forward makes of states that it did not compute itself
-        return Head(None)
+    except Exception:  # a model's own code may fail in many ways on states that it did not compute
+        return unknown
     ours = head.logits(states[0]).detach()
     near = 2e-2 if states.dtype == torch.bfloat16 else 1e-4
-    return head if torch.allclose(ours, theirs[0].float(), near, near * float(ours.abs().mean())) else Head(None)
+    return head if torch.allclose(ours, theirs[0].float(), near, near * float(ours.abs().mean())) else unknown
 
 
 def _bypassing_blocks(model: Any, states: torch.Tensor) -> torch.Tensor:

@@ -15,52 +15,25 @@ from transformers.utils import logging as transformers_logging
 from backends.interface import BackendError, ModelSpec
 from backends.memory import returning_freed
 from backends.model_folder import read_config
-from backends.torch_backend.device import says_no_memory
+from backends.torch_backend.device import device_kind, says_no_memory
 from backends.untrusted import needs_code
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
     """The base model, frozen. Raises BackendError where the folder is not a whole model."""
     config = read_config(spec.path)
     if "quantization" in config or "quantization_config" in config:
-        kind = (config.get("quantization_config") or {}).get("quant_method", "MLX")
+        kind = (config.get("quantization_config") or {}).get("quant_method", "mlx-lm")
         raise BackendError(f"{spec.path}: already quantised ({kind}), and torch quantises itself; give the original")
-    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype = _DTYPES.get(spec.dtype, auto)
     with _quiet(), returning_freed():
-        try:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                spec.path,
-                config=_without_dropout(spec),
-                dtype=dtype,
-                device_map={"": device},
-                quantization_config=_four_bit(device, dtype) if spec.quantize == "4bit" else None,
-                local_files_only=True,
-                trust_remote_code=spec.remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (BackendError, MemoryError):
-            raise
-        except Exception as error:  # whatever a model's own code makes of a config or weights it was not written for
-            if says_no_memory(error):
-                raise
-            if "trust_remote_code" in str(error):
-                raise needs_code(spec.path, "auto_map in config.json") from None
-            kind = type(error).__name__
-            raise BackendError(f"{spec.path}: transformers cannot load this model ({kind}: {error})") from error
+        model, info = _loaded(spec, device)
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if missing:  # transformers would fill them with random numbers
         raise BackendError(f"{spec.path}: weights are missing or misshapen: {', '.join(sorted(missing))}")
     if spec.checkpointing:
-        # the first name came with a later transformers 5, and the second warns from then on
-        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-        enable = next(getattr(model, name) for name in names if hasattr(model, name))
-        enable({"use_reentrant": False})
+        _recompute_activations(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weights on the first evaluation and compute otherwise from then on
@@ -69,12 +42,46 @@ def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
     return model.requires_grad_(False)
 
 
+def _loaded(spec: ModelSpec, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers says of its weights."""
+    dtype = getattr(torch, spec.number_type(device_kind(device)))
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            config=_without_dropout(spec),
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=_four_bit(device, dtype) if spec.quantize == "4bit" else None,
+            local_files_only=True,
+            trust_remote_code=spec.remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (BackendError, MemoryError):
+        raise
+    except Exception as error:  # a model's own code may fail in many ways on a config or weights not made for it
+        if says_no_memory(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise needs_code(spec.path, "auto_map in config.json") from None
+        kind = type(error).__name__
+        raise BackendError(f"{spec.path}: transformers cannot load this model ({kind}: {error})") from error
+    return model, info
+
+
+def _recompute_activations(model: Any) -> None:
+    # the first name came with a later transformers 5, and the second warns from then on
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
+    enable({"use_reentrant": False})
+
+
 def scheme_of(model: Any) -> str:
     """What the frozen linear layers really are, read from the layers themselves."""
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
-            # Blocks run over the flattened weight, so an input size that is no multiple of the block is no matter.
+            # Blocks run over the flattened weight, so the input size need not be a multiple of the block.
             double = " double" if state.nested else ""
             return f"{state.quant_type}/{state.blocksize}{double}"
     return "none"
@@ -82,7 +89,7 @@ def scheme_of(model: Any) -> str:
 
 def _four_bit(device: torch.device, dtype: torch.dtype) -> Any:
     if device.type == "mps":
-        raise BackendError("bitsandbytes has no 4-bit for Apple GPUs; use the mlx backend or quantize: none")
+        raise BackendError("no 4-bit on Apple GPUs with bitsandbytes here; use backend: auto or quantize: none")
     try:
         with _without_kernels():
             import bitsandbytes  # noqa: F401
@@ -110,20 +117,20 @@ def _without_dropout(spec: ModelSpec) -> Any:
 
 @contextmanager
 def _without_kernels() -> Iterator[None]:
-    """In here the package `kernels` is not to be had: by it bitsandbytes would fetch native code and run it."""
-    own = sys.modules.get("kernels")
+    """In here the package `kernels` cannot be imported: bitsandbytes would fetch native code with it, and run it."""
+    before = sys.modules.get("kernels")
     sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
         del sys.modules["kernels"]
-        if own is not None:
-            sys.modules["kernels"] = own
+        if before is not None:
+            sys.modules["kernels"] = before
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no reports of what went as it should, while a model is loaded."""
+    """No progress bars, and no reports where all went well, while a model is loaded."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

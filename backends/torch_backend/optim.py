@@ -17,7 +17,7 @@ class AdamW:
         self.moments: dict[str, torch.Tensor] = {}
 
     def update(self, number: int, lr: float) -> float:
-        """Step `number`, from 1. The gradient's norm, or NaN if a number was not finite; then nothing changed."""
+        """Step `number`, from 1. Returns the gradient's norm; NaN: a number was not finite, and nothing changed."""
         names = list(self._adapter)
         weights = [self._adapter[name] for name in names]
         grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
@@ -25,16 +25,16 @@ class AdamW:
         clip = self._spec.clip_norm
         if clip is not None and norm > clip:
             torch._foreach_mul_(grads, clip / (norm + 1e-6))
-        (beta1, beta2) = self._spec.betas
+        beta1, beta2 = self._spec.betas
         first = torch._foreach_mul([self.moments[f"{name}.exp_avg"] for name in names], beta1)
         torch._foreach_add_(first, grads, alpha=1 - beta1)
         second = torch._foreach_mul([self.moments[f"{name}.exp_avg_sq"] for name in names], beta2)
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        below = torch._foreach_div(second, 1 - beta2**number)
-        torch._foreach_sqrt_(below)
-        torch._foreach_add_(below, self._spec.eps)
+        denominator = torch._foreach_div(second, 1 - beta2**number)
+        torch._foreach_sqrt_(denominator)
+        torch._foreach_add_(denominator, self._spec.eps)
         updated = torch._foreach_mul(weights, 1 - lr * self._spec.weight_decay)
-        torch._foreach_addcdiv_(updated, torch._foreach_div(first, 1 - beta1**number), below, -lr)
+        torch._foreach_addcdiv_(updated, torch._foreach_div(first, 1 - beta1**number), denominator, -lr)
         if not np.isfinite(norm) or not torch.stack([tensor.isfinite().all() for tensor in updated]).all():
             return float("nan")
         torch._foreach_copy_(weights, updated)

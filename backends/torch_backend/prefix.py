@@ -18,11 +18,11 @@ def attends_to_all(model: Any) -> bool:
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
-class Start:
-    """What the blocks keep of P prefixes, padded to L tokens: keys and values [P, G, L, d] of each block.
+class SharedPrefixes:
+    """Keys and values [P, G, L, d] of P prefixes, padded to L tokens, in each block.
 
-    Rows take them as leaves, so that many micro-batches can be run, one after the other, from one graph of the
-    prefixes; `backward` then sends the gradients that have come together through that graph.
+    Rows take them as leaves of their own graph, so that many micro-batches can be run, one after the other, from one
+    graph of the prefixes; `backward` then sends the sum of their gradients through that graph.
     """
 
     def __init__(self, body: Any, prefixes: Sequence[IntArray], device: torch.device) -> None:
@@ -32,38 +32,43 @@ class Start:
             row[: len(prefix)] = prefix
         cache = DynamicCache(config=body.config)
         body(input_ids=torch.from_numpy(ids).to(device), past_key_values=cache, use_cache=True)
-        self._made = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        self._leaves = [made.detach().requires_grad_(made.requires_grad) for made in self._made]
+        self._computed = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        self._leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self._computed]
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
-        """How the model's blocks are told to go on from the prefixes with the batch's rows."""
-        of = torch.tensor(batch.prefix_of, device=self._lengths.device)  # [B]
-        lengths, longest = self._lengths[of, None], self._leaves[0].shape[2]
-        own = torch.arange(batch.inputs.shape[1], device=of.device)[None]  # [1, T]
-        seen = torch.ones(len(of), longest + own.shape[1], dtype=torch.long, device=of.device)
-        seen[:, :longest] = torch.arange(longest, device=of.device) < lengths
+        """What to call the model's blocks with, so that the batch's rows continue the prefixes."""
+        prefix_of = torch.tensor(batch.prefix_of, device=self._lengths.device)  # [B]
+        lengths, longest = self._lengths[prefix_of, None], self._leaves[0].shape[2]
+        columns = torch.arange(batch.inputs.shape[1], device=prefix_of.device)[None]  # [1, T]
+        visible = torch.ones(len(prefix_of), longest + columns.shape[1], dtype=torch.long, device=prefix_of.device)
+        visible[:, :longest] = torch.arange(longest, device=prefix_of.device) < lengths
         pairs = zip(self._leaves[::2], self._leaves[1::2], strict=True)
-        cache = Cache(layers=[_Layer(keys, values, of) for keys, values in pairs])
-        return {"past_key_values": cache, "use_cache": True, "attention_mask": seen, "position_ids": lengths + own}
+        cache = Cache(layers=[_Layer(keys, values, prefix_of) for keys, values in pairs])
+        return {
+            "past_key_values": cache,
+            "use_cache": True,
+            "attention_mask": visible,
+            "position_ids": lengths + columns,
+        }
 
     def backward(self) -> None:
-        """The gradient by the adapter of all that was computed from the leaves since."""
-        pairs = [(made, leaf.grad) for made, leaf in zip(self._made, self._leaves, strict=True)]
-        learnt = [(made, grad) for made, grad in pairs if grad is not None]
-        if learnt:
-            torch.autograd.backward([made for made, _ in learnt], [grad for _, grad in learnt])
+        """Adds the adapter's gradient from all that was computed with the leaves since."""
+        pairs = [(tensor, leaf.grad) for tensor, leaf in zip(self._computed, self._leaves, strict=True)]
+        needed = [(tensor, grad) for tensor, grad in pairs if grad is not None]
+        if needed:
+            torch.autograd.backward([tensor for tensor, _ in needed], [grad for _, grad in needed])
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]
-    """One block's keys and values of the prefixes, laid beside a row's own only while the block computes."""
+    """One block's keys and values of the prefixes, put before a row's own only while the block computes."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, of: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, prefix_of: torch.Tensor) -> None:
         super().__init__()
-        self.keys, self.values, self._of = keys, values, of
+        self.keys, self.values, self._prefix_of = keys, values, prefix_of
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.keys.index_select(0, self._of), self.values.index_select(0, self._of)
+        keys, values = self.keys.index_select(0, self._prefix_of), self.values.index_select(0, self._prefix_of)
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)

@@ -24,10 +24,13 @@ from backends.interface import (
     StepResult,
     TrainState,
 )
-from backends.micro_batches import CPU_TOKENS, joined, own_part, parts
+from backends.micro_batches import check_tokens, joined, own_part, parts
 from backends.model_folder import lora_modules
-from backends.torch_backend.attention import use_products
+from backends.sampling import check_prompts
+from backends.torch_backend.attention import use_tiles
+from backends.torch_backend.costs import COSTS, FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 from backends.torch_backend.device import (
+    device_kind,
     device_name,
     free_bytes,
     memory_guard,
@@ -42,11 +45,11 @@ from backends.torch_backend.layers import use_own_layers
 from backends.torch_backend.lora import Dropout, add_adapter
 from backends.torch_backend.model import load_frozen, scheme_of
 from backends.torch_backend.optim import AdamW
-from backends.torch_backend.prefix import Start
+from backends.torch_backend.prefix import SharedPrefixes
 
 
 def probe() -> str | None:
-    return None  # the imports above are all it takes; the registry reports one that fails
+    return None  # usable where the imports above work; the registry reports one that fails
 
 
 def describe() -> dict[str, Any]:
@@ -58,7 +61,7 @@ def describe() -> dict[str, Any]:
 
 
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> TorchSession:
-    """Raises BackendError where the folder, its targets or the quantisation cannot be had."""
+    """Raises BackendError for a folder, targets or a quantisation that cannot be used."""
     return TorchSession(model, lora, optim, seed)
 
 
@@ -69,18 +72,16 @@ class TorchSession:
         self.lora_shapes = lora_modules(model.path, lora, model.remote_code)
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._dropout = Dropout(lora.dropout, seed)
+        costs = COSTS[device_kind(self._device)]
+        self._spec, self._tokens_at_once = model, costs.tokens_at_once or sys.maxsize
         with memory_guard(self._device), random_numbers(self._device, seed):
             self._model = load_frozen(model, self._device)
             self._adapter = add_adapter(self._model, self.lora_shapes, lora, self._dropout)
-            use_own_layers(self._model)
-            use_products(self._model)
-            self._forward = Forward(self._model, self._device)
-            if not model.checkpointing:
-                self._forward.shorten_last_block()
-                self._forward.keep_frozen_blocks()
+            self._modules_replaced = [*use_own_layers(self._model), *use_tiles(self._model)]
+            self._forward = Forward(self._model, self._device, costs.logits_at_once or sys.maxsize)
+            self._frozen_kept = not model.checkpointing and self._forward.keep_frozen_blocks()
         self.scheme = scheme_of(self._model)
-        self._spec = model
-        self._tokens = CPU_TOKENS["torch"] if self._device.type == "cpu" else sys.maxsize  # computed at a time
+        self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
         self._step = 0
         self._optimiser = AdamW(self._adapter, optim)
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
@@ -88,12 +89,20 @@ class TorchSession:
     @cached_property
     def shares_prefixes(self) -> bool:
         with memory_guard(self._device):
-            return not self._spec.checkpointing and not self._spec.remote_code and self._forward.can_share()
+            return not self._spec.checkpointing and not self._spec.remote_code and self._forward.can_share_prefixes()
+
+    @cached_property
+    def shortcuts(self) -> tuple[str, ...]:
+        shared = [SHARED_PREFIXES] if self.shares_prefixes else []
+        frozen = [FROZEN_BLOCKS] if self._frozen_kept else []
+        head = [HEAD] if self._forward.head.linear is not None else []
+        return (*shared, *frozen, *head, LORA, *self._modules_replaced)
 
     def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
         total = float(sum(np.sum(batch.weights, dtype=np.float64) for batch in micro))
         if not total > 0:
             raise ValueError("nothing is supervised in this step: all weights are 0")
+        check_tokens(micro, self._vocabulary)
         try:
             with memory_guard(self._device), repeatable(self._device):
                 loss = self._backward(micro, total)
@@ -108,6 +117,7 @@ class TorchSession:
         return StepResult(loss, sum(int(np.count_nonzero(batch.weights)) for batch in micro), norm)
 
     def score(self, batch: Batch) -> Scores:
+        check_tokens([batch], self._vocabulary)
         if batch.prefixes and not self.shares_prefixes:
             return own_part(self._score(joined(batch)), batch)
         return self._score(batch)
@@ -116,13 +126,14 @@ class TorchSession:
         logprob = np.zeros(batch.weights.shape, np.float32)
         greedy = np.zeros(batch.weights.shape, np.int32)
         with memory_guard(self._device), torch.inference_mode():
-            start = self._forward.start(batch.prefixes) if batch.prefixes else None
-            for rows, part in parts(batch, self._tokens):
-                where = np.nonzero(part.weights)
-                states = self._forward.states(part, start)  # [N, D]
-                found, best = self._forward.head.score(states, self._tensor(part.targets[where].astype(np.int64)))
-                place = rows[where[0]], where[1]
-                logprob[place], greedy[place] = found.cpu().numpy(), best.cpu().numpy()
+            prefixes = self._forward.prefixes(batch.prefixes) if batch.prefixes else None
+            for rows, part in parts(batch, self._tokens_at_once):
+                supervised = np.nonzero(part.weights)
+                states = self._forward.states(part, prefixes)  # [N, D]
+                targets = self._tensor(part.targets[supervised].astype(np.int64))
+                part_logprob, part_greedy = self._forward.head.score(states, targets)
+                positions = rows[supervised[0]], supervised[1]
+                logprob[positions], greedy[positions] = part_logprob.cpu().numpy(), part_greedy.cpu().numpy()
         return Scores(logprob, greedy)
 
     def generate(
@@ -133,6 +144,7 @@ class TorchSession:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
+        check_prompts(prompts, self._vocabulary)
         with memory_guard(self._device), torch.inference_mode():
             return generate(self._forward, prompts, max_tokens, stop, temperature, seed)
 
@@ -156,32 +168,31 @@ class TorchSession:
 
     def _backward(self, micro: Sequence[Batch], total: float) -> float:
         """Adds the gradient of sum(w * nll) / total to every adapter tensor and returns that loss."""
-        loss, together = torch.zeros((), device=self._device), list(self._together(micro))
-        places = ((self._step, index) for index in count())
+        loss, numbers = torch.zeros((), device=self._device), count()
         self._model.train(self._spec.checkpointing)  # blocks are recomputed in training mode alone
         try:
-            for batches in together:
-                self._dropout.place = next(places)
-                start = self._forward.start(batches[0].prefixes) if batches[0].prefixes else None
-                for part in (part for batch in batches for _, part in parts(batch, self._tokens)):
-                    self._dropout.place = next(places)
-                    loss += self._backward_part(part, start, total)
-                if start:
-                    start.backward()
+            for batches in self._by_prefixes(micro):
+                self._dropout.at = self._step, next(numbers)
+                prefixes = self._forward.prefixes(batches[0].prefixes) if batches[0].prefixes else None
+                for part in (part for batch in batches for _, part in parts(batch, self._tokens_at_once)):
+                    self._dropout.at = self._step, next(numbers)
+                    loss += self._backward_part(part, prefixes, total)
+                if prefixes:
+                    prefixes.backward()
         finally:
-            self._dropout.place = None
+            self._dropout.at = None
             self._model.eval()
         return float(loss)
 
-    def _backward_part(self, batch: Batch, start: Start | None, total: float) -> torch.Tensor:
-        states, own = self._forward.states(batch, start), batch.weights != 0  # [N, D]
-        targets, shares = batch.targets[own].astype(np.int64), batch.weights[own] / np.float32(total)
-        loss, gradient = self._forward.head.loss(states, self._tensor(targets), self._tensor(shares))
-        states.backward(gradient)
+    def _backward_part(self, batch: Batch, prefixes: SharedPrefixes | None, total: float) -> torch.Tensor:
+        states, supervised = self._forward.states(batch, prefixes), batch.weights != 0  # [N, D]
+        targets, shares = batch.targets[supervised].astype(np.int64), batch.weights[supervised] / np.float32(total)
+        loss, grad_states = self._forward.head.loss(states, self._tensor(targets), self._tensor(shares))
+        states.backward(grad_states)
         return loss
 
-    def _together(self, micro: Sequence[Batch]) -> Iterator[list[Batch]]:
-        """Micro-batches that follow one another and have the same prefixes, which are then computed once for all."""
+    def _by_prefixes(self, micro: Sequence[Batch]) -> Iterator[list[Batch]]:
+        """Micro-batches that follow one another with the same prefixes, which are then computed once for all."""
         batches = (batch if not batch.prefixes or self.shares_prefixes else joined(batch) for batch in micro)
         for _, same in groupby(batches, lambda batch: [prefix.tobytes() for prefix in batch.prefixes]):
             yield list(same)

@@ -155,8 +155,8 @@ def _words(rows: Gathered, tokenizer: Tokenizer) -> Generator[Progress, None, tu
 
 def _trainable(recipe: Recipe, model: Path) -> int:
     """Parameters of the adapter. Raises BackendError where lora.targets fit no layer."""
-    modules = lora_modules(model, lora_spec(recipe))
-    return sum(recipe.lora.rank * (out + inputs) for out, inputs in modules.values())
+    lora = lora_spec(recipe)
+    return lora.trainable(lora_modules(model, lora, recipe.model.remote_code))
 
 
 def _enough(recipe: Recipe, trainable: int, walk: Walk, balance: Balance) -> Enough:

@@ -11,20 +11,30 @@ from finetune.errors import EnvironmentProblem
 
 
 def described(name: str) -> str:
-    """A usable backend's device, abilities and versions on one line."""
-    facts = dict(registry.describe(name))
-    versions = ", ".join(f"{library} {version}" for library, version in facts.pop("versions", {}).items())
-    return "; ".join([*(f"{key} {value}" for key, value in facts.items()), versions])
+    """A usable backend's device, abilities and library versions, on one line."""
+    facts = registry.describe(name)
+    abilities = {"4-bit": facts["4bit"], "activation recomputation": facts["checkpointing"]}
+    words = [f"{ability}: {'yes' if able else 'no'}" for ability, able in abilities.items()]
+    versions = ", ".join(f"{library} {version}" for library, version in facts["versions"].items())
+    return "; ".join([facts["device"], *words, versions])
 
 
 def run() -> None:
-    """One row a backend; exits 7 when none of the real ones works."""
+    """One row per backend; exits 7 when none that `backend: auto` considers works."""
     table = Table(title="Backends on this machine")
     for heading in ("backend", "works", "what it would use, or why not"):
         table.add_column(heading, overflow="fold")
-    for name in registry.NAMES:
-        reason = registry.probe(name)
-        table.add_row(name, "no" if reason else "yes", Text(reason or described(name)))
+    reasons = {name: registry.probe(name) for name in registry.NAMES}
+    for name, reason in reasons.items():
+        table.add_row(name, "no" if reason else "yes", Text(reason or _with_shortcuts(name)))
     Console().print(table)
-    if all(registry.probe(name) for name in registry.NAMES if name != "reference"):
-        raise EnvironmentProblem("no backend works here; the reasons stand in the table")
+    if all(reasons[name] for name in registry.automatic()):
+        raise EnvironmentProblem("no backend works here; the table says why")
+
+
+def _with_shortcuts(name: str) -> str:
+    """And the shortcuts that it has. Whether they work for a model is tested when that model is opened."""
+    shortcuts = ", ".join(registry.shortcuts(name))
+    if not shortcuts:
+        return described(name)
+    return f"{described(name)}\nshortcuts, where a model allows them (a run's own: environment.json): {shortcuts}"

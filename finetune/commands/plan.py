@@ -1,8 +1,8 @@
-"""`plan`: the whole run, said before anything is loaded or trained."""
+"""`plan`: the whole run, shown before anything is loaded or trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from finetune.recipe.specs import lora_spec, optim_spec
 from finetune.report.summary import account_table
 from finetune.report.tables import highlighted
 from finetune.text import duration
-from finetune.training.budget import MACHINES, Forecast, here, on, workload
+from finetune.training.budget import Forecast, forecast_here, forecast_on, workload
 
 
 def run(recipe: Recipe, compare: bool) -> None:
@@ -50,7 +50,7 @@ def run(recipe: Recipe, compare: bool) -> None:
     console.rule("work")
     console.print(steps_table(recipe, len(prepared.train.examples), prepared.train.examples))
     modules = lora_modules(model, lora_spec(recipe), recipe.model.remote_code)
-    trainable = sum(recipe.lora.rank * (out + inp) for out, inp in modules.values())
+    trainable = lora_spec(recipe).trainable(modules)
     total = sum(int(np.prod(shape)) for shape in tensor_shapes(model).values())
     console.print(f"trainable: {trainable:,} parameters in {len(modules)} layers; the base's tensors hold {total:,}")
     console.rule("backends on this machine")
@@ -81,33 +81,34 @@ def forecast(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Iterat
     """A table of this machine and of others, and what the memory here is made of."""
     work = workload(recipe, model, examples)
     asked = None if recipe.train.micro_tokens == "auto" else recipe.train.micro_tokens
-    table = Table("machine", "peak memory", "of", "", "tokens at once", "an epoch")
-    rates: list[str] = []
-
-    def add(name: str, found: Forecast) -> None:
-        mark = "" if found.fits is None else "fits" if found.fits else "[bold red]does not fit[/]"
-        room = "?" if found.memory is None else f"{found.memory / 1e9:.1f} GB"
-        time = duration(found.seconds)
-        table.add_row(Text(name), f"{found.needed.peak / 1e9:.2f} GB", room, mark, f"{found.tokens:,}", time)
-        rates.append(f"{name}: {found.source}")
-
-    mine: Forecast | None = None
+    forecasts: dict[str, Forecast] = {}
+    here: Forecast | None = None
     with suppress(BackendError):
-        mine = here(work, registry.choose(recipe.backend), asked)
-        add(f"here ({mine.backend})", mine)
-    for machine in MACHINES:
-        add(machine.name, on(machine, work, asked))
-    yield table
+        here = forecast_here(work, registry.choose(recipe.backend), asked)
+        forecasts[f"here ({here.backend})"] = here
+    forecasts |= {machine.name: forecast_on(machine, work, backend, asked) for backend, machine in registry.machines()}
+    yield _forecast_table(forecasts)
+    rates = ". ".join(f"{name}: {found.rate}" for name, found in forecasts.items())
     yield Text(
         "Times are for training alone. Those of other machines are estimates from their makers' rates of matrix "
-        f"products, of which 35 % is assumed to be reached; none was measured. {'. '.join(rates)}.",
+        f"products and an assumed share of them; none was measured. {rates}.",
         style="dim",
     )
-    if mine:
-        parts = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in vars(mine.needed).items() if value)
+    if here:
+        parts = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in vars(here.needed).items() if value)
         yield f"here, in GB: {parts}"
-        if kept := work.kept_on_disk("cpu" if mine.cpu else "gpu"):
+        if kept := work.kept_on_disk(here.device):
             yield f"frozen blocks' hidden states, kept in a temporary file: {kept / 1e9:.2f} GB"
+
+
+def _forecast_table(forecasts: Mapping[str, Forecast]) -> Table:
+    table = Table("machine", "peak memory", "of", "", "tokens at once", "per epoch")
+    marks = {None: "", True: "fits", False: "[bold red]does not fit[/]"}
+    for name, found in forecasts.items():
+        memory = "?" if found.memory is None else f"{found.memory / 1e9:.1f} GB"
+        peak, time = f"{found.needed.peak / 1e9:.2f} GB", duration(found.seconds)
+        table.add_row(Text(name), peak, memory, marks[found.fits], f"{found.tokens:,}", time)
+    return table
 
 
 def backends_table(recipe: Recipe) -> Table:
@@ -120,26 +121,21 @@ def backends_table(recipe: Recipe) -> Table:
         reason = registry.probe(name)
         if reason is None:
             facts = described(name)
-            weights = "weights as they are" if recipe.quantize == "none" else FOUR_BIT[name]
+            scheme = registry.four_bit(name)
+            packed = f"weights in {scheme}" if scheme else "no 4-bit"
+            weights = "weights as they are" if recipe.quantize == "none" else packed
             table.add_row(name, "chosen" if name == chosen else "works", Text(f"{weights}; {facts}"))
         else:
             table.add_row(name, "no", Text(reason))
     return table
 
 
-FOUR_BIT = {
-    "torch": "weights in NF4 with double quantisation (bitsandbytes)",
-    "mlx": "weights in MLX's affine 4-bit, groups of 64",
-    "reference": "no 4-bit",
-}
-
-
 def compare_backends(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Table:
-    """Log-probabilities of a few rows under every real backend, in float32: they should agree to about 1e-4."""
+    """Log-probabilities of a few rows under every backend of `auto`, in float32: they should agree to about 1e-4."""
     table = Table("backend", "mean log-probability", "largest difference from the first", title="Same rows, same base")
     batch, first = collate(examples), None
-    for name in registry.NAMES:
-        if name == "reference" or registry.probe(name):
+    for name in registry.automatic():
+        if registry.probe(name):
             continue
         spec = ModelSpec(model, "none", "float32")
         session = registry.open_session(name, spec, lora_spec(recipe), optim_spec(recipe), recipe.seed)

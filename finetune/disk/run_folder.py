@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +17,7 @@ from finetune.errors import Incompatible, RecipeError
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
 
-_LIBRARIES = ("numpy", "torch", "transformers", "bitsandbytes", "mlx", "mlx-lm", "safetensors", "tokenizers")
+_LIBRARIES = ("numpy", "transformers", "safetensors", "tokenizers")  # beside the backend's own
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ def open_existing(path: Path) -> tuple[RunFolder, Recipe]:
     return folder, load_recipe(folder.recipe)
 
 
-def environment(backend: str, described: Mapping[str, Any]) -> dict[str, Any]:
-    """Versions and machine, for the record of a run."""
+def environment(backend: str, described: Mapping[str, Any], shortcuts: Sequence[str] | None = None) -> dict[str, Any]:
+    """Versions and machine, for the record of a run: `described` as `registry.describe` gives it, `shortcuts` as the
+    session names them once it is open."""
     versions = {}
     for library in _LIBRARIES:
         try:
@@ -97,6 +98,6 @@ def environment(backend: str, described: Mapping[str, Any]) -> dict[str, Any]:
         "system": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "backend": backend,
-        "device": dict(described),
-        "libraries": versions,
-    }
+        "device": {key: value for key, value in described.items() if key != "versions"},
+        "libraries": versions | described["versions"],
+    } | ({} if shortcuts is None else {"shortcuts": list(shortcuts)})

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.interface import Batch, FloatArray, IntArray, OutOfMemory, Session
-from backends.sampling import PROMPTS_TOGETHER
+from backends.interface import PROMPTS_TOGETHER, Batch, FloatArray, IntArray, OutOfMemory, Session
 from finetune.data.collate import evaluation_batches, halve, label_batches
 from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted

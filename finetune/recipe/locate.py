@@ -12,12 +12,12 @@ ASSETS = Path(__file__).parents[1] / "assets"
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
-def builtin(reference: str) -> Path:
+def builtin(name: str) -> Path:
     """`builtin:reviews-base` -> the model folder shipped inside the package."""
-    path = ASSETS / reference.removeprefix("builtin:")
+    path = ASSETS / name.removeprefix("builtin:")
     if path.resolve().parent != ASSETS.resolve() or not (path / "config.json").exists():
         known = ", ".join(sorted(f"builtin:{one.parent.name}" for one in ASSETS.glob("*/config.json")))
-        raise RecipeError(f"{reference}: not shipped with finetune; there are {known}")
+        raise RecipeError(f"{name}: not shipped with finetune; there are {known}")
     return path
 
 

@@ -157,13 +157,14 @@ def measured(case: Case, backend: str, folder: Path) -> dict[str, int]:
 
 def predicted(case: Case, backend: str, folder: Path) -> float:
     """The peak in bytes, as `finetune plan` has it: nothing is loaded."""
+    from backends import registry
     from backends.memory_plan import Micro, footprint, read_architecture
     from backends.model_folder import lora_modules
 
     model, lora = specs(case, folder)
     micro = Micro(min(case.rows, max(case.micro_tokens // case.length, 1)), case.length, case.rows * case.supervised)
     adapted = lora_modules(folder, lora)
-    return footprint(read_architecture(folder), model, lora, adapted, micro, backend, "cpu").peak
+    return footprint(read_architecture(folder), model, lora, adapted, micro, registry.costs(backend, "cpu")).peak
 
 
 def main(backends: list[str]) -> None:

@@ -52,7 +52,7 @@ def keep_nothing_torch() -> None:
     """Every block computed in every step, also those below the first adapted one."""
     from backends.torch_backend.forward import Forward
 
-    _replace(Forward, "keep_frozen_blocks", lambda *_: None)
+    _replace(Forward, "keep_frozen_blocks", lambda *_: False)
 
 
 def keep_nothing_mlx() -> None:

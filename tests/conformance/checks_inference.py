@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from backends import registry
 from backends.adapter_state import initial_adapter
 from backends.interface import BackendError, Batch, IncompatibleState, LoraSpec, Session, TrainState
 from backends.micro_batches import joined, own_part
@@ -35,6 +36,7 @@ def check_names_shapes_and_types(case: Case) -> None:
     assert dict(session.lora_shapes) == modules
     assert (session.scheme == "none") == (case.quantize == "none")
     assert session.device and session.peak_bytes() > 0
+    assert type(session.shortcuts) is tuple and set(session.shortcuts) <= set(registry.shortcuts(case.backend))
     free = session.free_bytes()
     assert free is None or free > 0
     state, wanted = session.get_state(), initial_adapter(modules, LORA.rank, seed=5)

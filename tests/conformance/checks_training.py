@@ -13,6 +13,7 @@ from tests.conformance.toy import (
     DROPPING,
     LORA,
     OPTIM,
+    VOCABULARY,
     Case,
     begun,
     close,
@@ -39,6 +40,28 @@ def check_loss_is_the_mean_of_scores(case: Case) -> None:
     assert result.loss == pytest.approx(expected, rel=1e-4)
     assert result.tokens == np.count_nonzero(BATCH.weights)
     assert type(result.loss) is float and type(result.tokens) is int and type(result.grad_norm) is float
+
+
+def check_a_token_outside_the_vocabulary_is_refused(case: Case) -> None:
+    session = begun(case)
+    before = session.get_state()
+    wrong = BATCH.inputs.copy()
+    wrong[0, 1] = VOCABULARY
+    long = prefixed()
+    for batch in (
+        replace(BATCH, inputs=wrong),
+        replace(BATCH, targets=wrong),
+        replace(BATCH, inputs=BATCH.inputs - VOCABULARY),
+        replace(long, prefixes=(long.prefixes[0] + VOCABULARY, *long.prefixes[1:])),
+    ):
+        for call in (lambda batch=batch: session.step([BATCH, batch], LR), lambda batch=batch: session.score(batch)):
+            with pytest.raises(ValueError, match=f"vocabulary of {VOCABULARY}"):
+                call()
+    for prompt in ([5, VOCABULARY], [-1, 5], []):
+        with pytest.raises(ValueError, match="token"):
+            session.generate([[5], prompt], 3, ())
+    identical(session.get_state(), before)
+    assert session.step([BATCH], LR).tokens == np.count_nonzero(BATCH.weights)
 
 
 def check_padding_changes_nothing(case: Case) -> None:

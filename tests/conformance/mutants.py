@@ -226,6 +226,8 @@ FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "every tensor clipped alone": ("clipped", _each_alone),
     "clipped by value": ("clipped", _by_value),
     "scaled up to the limit": ("clipped", _always),
+    "any token accepted": ("check_tokens", lambda batches, vocabulary: None),
+    "any prompt accepted": ("check_prompts", lambda prompts, vocabulary: None),
     "any state accepted": ("fitting", lambda state, shapes: state),
     "adapter ignores the seed": ("initial_adapter", lambda shapes, rank, seed: _initial(shapes, rank, 0)),
 }

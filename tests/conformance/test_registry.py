@@ -12,15 +12,46 @@ import pytest
 from backends import registry
 from backends.interface import BackendError, LoraSpec, ModelSpec, OptimSpec
 
+ROOT = Path(__file__).parents[2]
 
-def test_importing_it_loads_no_framework() -> None:
-    heavy = "{'torch', 'mlx', 'mlx_lm', 'transformers', 'peft', 'bitsandbytes'}"
-    program = f"import sys; from backends import registry; sys.exit(bool({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2]).returncode == 0
+
+PREDICTS_ALL = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in {"torch", "mlx", "mlx_lm", "transformers", "peft", "bitsandbytes"}:
+            raise ImportError(f"{name} is not installed")
+
+sys.meta_path.insert(0, Absent())
+from backends import registry
+assert len(registry.machines()) >= 5
+for name in registry.NAMES:
+    assert registry.costs(name, "cpu").device == "cpu"
+    registry.shortcuts(name), registry.four_bit(name)
+assert all(registry.costs(name, "gpu").four_bit for name, _ in registry.machines())
+assert registry.probe("torch") and registry.probe("mlx")
+"""
+
+
+def test_importing_it_and_predicting_need_no_framework() -> None:
+    """A MacBook is predicted on a machine without MLX, and a GPU of NVIDIA on one without torch."""
+    done = subprocess.run([sys.executable, "-c", PREDICTS_ALL], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_predicted_belongs_to_a_device() -> None:
+    for name in registry.NAMES:
+        for device in ("cpu", "gpu"):
+            if name == "reference" and device == "gpu":
+                with pytest.raises(BackendError, match="does not compute on a gpu"):
+                    registry.costs(name, device)
+            else:
+                assert registry.costs(name, device).device == device
 
 
 def test_probe_gives_a_reason_and_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.NAMES, "mlx", "backends.not_there")
+    monkeypatch.setitem(registry.BACKENDS, "mlx", registry.Row("backends.not_there", "backends.not_there"))
     reason = registry.probe("mlx")
     assert reason is not None and 'pip install "recipe-finetune[mlx]"' in reason
     assert "no backend 'cuda'" in (registry.probe("cuda") or "")
@@ -54,6 +85,16 @@ def test_auto_is_the_machines_own(
     monkeypatch.setattr(platform, "machine", lambda: machine[1])
     monkeypatch.setattr(registry, "probe", lambda name: "it is broken" if name in broken else None)
     assert registry.choose("auto") == expected
+
+
+def test_a_third_backend_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference under another name: it is chosen, described, planned with and opened like any other."""
+    monkeypatch.setitem(registry.BACKENDS, "third", registry.Row("backends.reference", "backends.reference"))
+    monkeypatch.setattr(registry, "probe", lambda name: None if name == "third" else "it is broken")
+    assert "third" in registry.automatic()
+    assert registry.choose("auto") == "third"
+    assert registry.describe("third")["device"] == "cpu"
+    assert registry.costs("third", "cpu").runtime > 0
 
 
 def test_without_any_backend_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def rewrite(folder: Path, **keys: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "kind"),
     [
-        ({"quantization": {"bits": 4, "group_size": 64}, "quantization_config": {"bits": 4, "group_size": 64}}, "MLX"),
+        (
+            {"quantization": {"bits": 4, "group_size": 64}, "quantization_config": {"bits": 4, "group_size": 64}},
+            "mlx-lm",
+        ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
     ],
 )
@@ -97,12 +101,30 @@ def test_running_out_of_memory_leaves_the_state(
     assert session.step([BATCH], 1e-2) == expected.step([BATCH], 1e-2)  # no gradient is left over
 
 
-def test_other_runtime_errors_are_not_hidden(tiny_folder: Path) -> None:
-    session = begun(Case("torch", tiny_folder))
-    bad = toy_batch()
-    bad.inputs[0, 0] = 10_000
-    with pytest.raises(IndexError):
-        session.step([bad], 1e-2)
+def test_other_runtime_errors_are_not_hidden(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session: Any = begun(Case("torch", tiny_folder))
+
+    def fails(*arguments: Any) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(session._forward, "states", fails)
+    with pytest.raises(RuntimeError, match="mat1"):
+        session.step([BATCH], 1e-2)
+
+
+def test_nothing_is_sent_to_the_device_for_a_token_that_the_model_does_not_have(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA such a token is an assertion on the device, after which the process cannot use it."""
+    session: Any = begun(Case("torch", tiny_folder))
+    sent: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda *arguments, **_: sent.append(arguments))
+    bad = replace(BATCH, inputs=BATCH.inputs + 128)
+    calls: list[Any] = [lambda: session.step([bad], 1e-2), lambda: session.score(bad)]
+    for call in (*calls, lambda: session.generate([[128]], 1, ())):
+        with pytest.raises(ValueError, match="vocabulary of 128"):
+            call()
+    assert not sent
 
 
 def test_4bit_is_nf4_even_where_the_width_is_no_multiple_of_the_block(tmp_path: Path) -> None:
@@ -130,7 +152,7 @@ def test_only_supervised_positions_reach_the_output_head(
     plain: bool, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not plain:  # as of an architecture that does more after its head than is known here
-        monkeypatch.setattr(torch_forward, "find_head", lambda model: Head(None))
+        monkeypatch.setattr(torch_forward, "find_head", lambda model, logits_at_once: Head(None, logits_at_once))
     session: Any = begun(Case("torch", tiny_folder))
     seen: list[int] = []
     session._model.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.shape[:-1].numel()))

@@ -60,7 +60,11 @@ def test_a_run_leaves_what_was_promised(trained: Trained) -> None:
     assert report["tuned"]["rows"] == 9
     assert report["tuned"]["loss"] < report["base"]["loss"]
     assert [one["step"] for one in report["validations"]] == [0, 8, 16, 24, 32, 40]
-    assert "numpy" in json.loads((run / "environment.json").read_text())["libraries"]
+    environment = json.loads((run / "environment.json").read_text())
+    assert {"numpy", *registry.describe(backend)["versions"]} <= set(environment["libraries"])
+    assert "versions" not in environment["device"] and environment["device"]["device"] == report["device"]
+    assert set(environment["shortcuts"]) <= set(registry.shortcuts(backend))
+    assert bool(environment["shortcuts"]) == (backend != "reference")
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "\x1b" not in (run / "report.txt").read_text()
 

@@ -17,10 +17,6 @@ STILL = {
     ("finetune/data/tokenizer.py", "backends.untrusted"),
     ("finetune/disk/adapter.py", "backends.untrusted"),
     ("finetune/disk/identity.py", "backends.untrusted"),
-    ("finetune/evaluation/scoring.py", "backends.sampling"),
-    ("finetune/training/budget.py", "backends.kept_states"),
-    ("finetune/training/budget.py", "backends.memory"),
-    ("finetune/training/budget.py", "backends.rate"),
 }
 _LIGHT = "`--help` and a mistake in a recipe load nothing of the rest (tests/unit/test_startup.py)"
 # Imports inside functions, each with its reason. All others stand at the top.
@@ -38,7 +34,10 @@ LATE = {
     ("finetune/cli.py", "finetune.recipe.schema"): "`schema` needs nothing else, and `--help` not even that",
     ("finetune/cli.py", "finetune.supervisor"): f"{_LIGHT}; the parent of a run loads nothing more",
     ("finetune/cli.py", "backends.interface"): "numpy: only an error from behind the boundary needs it",
-    ("backends/rate.py", "backends.torch_backend.device"): "a framework is loaded when its backend is asked for",
+    (
+        "backends/torch_backend/costs.py",
+        "backends.torch_backend.device",
+    ): "a framework is loaded when its backend is asked for",
 }
 
 

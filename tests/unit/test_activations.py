@@ -36,7 +36,7 @@ def test_other_tokens_are_not_kept() -> None:
 
 
 def test_the_room_is_kept_to() -> None:
-    kept = Activations(2, np.float32, room=5 * 8)
+    kept = Activations(2, np.float32, limit=5 * 8)
     for row in (tokens(1, 2, 3), tokens(4, 5, 6), tokens(7, 8), tokens(1, 2, 3)):
         kept.put(row, np.full((len(row), 2), row[0], np.float32))
     assert kept.bytes == 5 * 8

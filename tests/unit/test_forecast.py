@@ -1,4 +1,4 @@
-"""What a run will need: the micro-batch that needs the most, operations, machines, and how many tokens fit."""
+"""What a run will need: the largest micro-batch, operations, machines, and how many tokens fit."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from backends import rate, registry
 from backends.interface import LoraSpec
 from finetune.commands.plan import forecast as table
 from finetune.data.collate import micro_batches, step_indices
@@ -22,10 +23,19 @@ from finetune.data.rows import Example
 from finetune.events import Work
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import MICRO_TOKENS
-from finetune.training import budget as forecast
-from finetune.training.budget import LEAST, MACHINES, Workload, fitting_tokens, here, largest_micro, on, starting_tokens
+from finetune.training import budget
+from finetune.training.budget import (
+    LEAST,
+    Workload,
+    fitting_tokens,
+    forecast_here,
+    forecast_on,
+    largest_micro,
+    starting_tokens,
+)
 from tests.unit.test_memory_plan import FLOAT, HALF, architecture, model_folder
 
+GPU = registry.costs("torch", "gpu")
 LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=40)
 
 
@@ -81,7 +91,7 @@ def test_frozen_blocks_are_computed_in_one_epoch_and_never_backward() -> None:
     assert longer < top < whole
 
 
-def test_checkpointing_is_half_as_much_again() -> None:
+def test_recomputation_is_half_as_much_again() -> None:
     plain = work()
     ratio = replace(plain, model=replace(FLOAT, checkpointing=True)).operations() / plain.operations()
     assert 1.3 < ratio < 1.5
@@ -90,30 +100,30 @@ def test_checkpointing_is_half_as_much_again() -> None:
 @given(st.floats(0, 2e9), st.floats(1, 4))
 def test_more_memory_never_means_fewer_tokens(free: float, factor: float) -> None:
     made = work([300] * 64, batch_size=64)
-    tokens = fitting_tokens(made, "torch", "gpu", free)
-    assert tokens <= fitting_tokens(made, "torch", "gpu", free * factor)
-    assert tokens == LEAST or made.memory(tokens, "torch", "gpu").step <= free
+    tokens = fitting_tokens(made, GPU, free)
+    assert tokens <= fitting_tokens(made, GPU, free * factor)
+    assert tokens == LEAST or made.memory(tokens, GPU).step <= free
     assert tokens & (tokens - 1) == 0
 
 
 def test_no_more_tokens_than_a_step_has() -> None:
-    assert fitting_tokens(work([50] * 4, batch_size=4), "torch", "gpu", 1e15) == 256
+    assert fitting_tokens(work([50] * 4, batch_size=4), GPU, 1e15) == 256
 
 
 def test_a_large_model_fits_on_large_machines_only() -> None:
     shape = architecture(4)
     heavy = work(architecture=replace(shape, other=8 * 10**9), model=HALF)
-    fits = {machine.name: on(machine, heavy, None).fits for machine in MACHINES}
+    fits = {machine.name: forecast_on(machine, heavy, name, None).fits for name, machine in registry.machines()}
     assert not fits["MacBook M1, 8 GB"]
     assert fits["RTX 4090, 24 GB"]
-    assert all(on(machine, work(), None).fits for machine in MACHINES)
+    assert all(forecast_on(machine, work(), name, None).fits for name, machine in registry.machines())
 
 
 def test_this_machine_is_timed() -> None:
-    found = here(work(), "reference", 4096)
+    found = forecast_here(work(), "reference", 4096)
     assert found.fits
-    assert found.seconds is not None and found.seconds > 0
-    assert found.source.startswith("measured")
+    assert found.seconds > 0
+    assert found.rate.startswith("measured") and found.rate.endswith("60% of it")
 
 
 @pytest.mark.parametrize(("layers", "kept"), [("all", False), (1, True)])
@@ -126,8 +136,8 @@ def test_the_plan_shows_every_machine(tmp_path: Path, layers: Any, kept: bool) -
     for part in table(check_recipe(values), model_folder(tmp_path), examples([40] * 20)):
         console.print(part)
     text = console.export_text()
-    assert all(machine.name in text for machine in MACHINES)
-    assert text.count("fits") == len(MACHINES) + 1
+    assert all(machine.name in text for _, machine in registry.machines())
+    assert text.count("fits") == len(registry.machines()) + 1
     assert "here (reference)" in text and "estimates from their makers' rates" in text
     assert ("kept in a temporary file" in text) == kept
 
@@ -139,7 +149,7 @@ def job(micro_tokens: Any) -> Any:
 
 
 def started(monkeypatch: pytest.MonkeyPatch, micro_tokens: Any, free: int | None) -> tuple[int, list[str]]:
-    monkeypatch.setattr(forecast, "workload", lambda *_: work([300] * 64, batch_size=64))
+    monkeypatch.setattr(budget, "workload", lambda *_: work([300] * 64, batch_size=64))
     session: Any = SimpleNamespace(device="cuda: some card", free_bytes=lambda: free)
     choice = Work(starting_tokens(job(micro_tokens), session))
     notes = [note.text for note in choice]
@@ -161,3 +171,25 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     less, more = (started(monkeypatch, "auto", free)[0] for free in (60_000_000, 10**12))
     assert LEAST <= less < more == 2**15  # the step has 64 rows of 304
     assert started(monkeypatch, "auto", None)[0] == MICRO_TOKENS
+
+
+def test_the_rate_of_products_waits_once_and_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which a product takes 10 ms and a wait 30 ms: the longer the queue, the nearer to the true rate."""
+    clock, queued = [0.0], []
+    monkeypatch.setattr(rate.time, "perf_counter", lambda: clock[0])
+
+    def products(count: int) -> None:
+        queued.append(count)
+        clock[0] += 0.01 * count + 0.03
+
+    rows, width = rate.SIZES["gpu"]
+    found = rate.operations_per_second(products, "gpu")
+    assert queued == [1, 1, 2, 4, 8, 16]
+    assert found == pytest.approx(16 * 2 * rows * width**2 / 0.19)
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_every_backend_measures_its_rate(name: str) -> None:
+    if reason := registry.probe(name):
+        pytest.skip(reason)
+    assert 1e9 < registry.measured_rate(name, False) < 1e15

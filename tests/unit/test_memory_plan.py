@@ -1,4 +1,4 @@
-"""Memory said beforehand: what it must grow with, and that it is right where it can be counted by hand."""
+"""Predicted memory: what it must grow with, and that it is right where it can be counted by hand."""
 
 from __future__ import annotations
 
@@ -13,16 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from backends.interface import LoraSpec, ModelSpec
-from backends.memory_plan import (
-    Architecture,
-    Footprint,
-    Micro,
-    first_adapted,
-    footprint,
-    read_architecture,
-    weight_bytes,
-)
+from backends import registry
+from backends.interface import Architecture, Costs, LoraSpec, ModelSpec, Size
+from backends.memory_plan import Footprint, Micro, first_adapted, footprint, read_architecture, weight_bytes
 
 FLOAT, HALF = ModelSpec(Path("model"), dtype="float32"), ModelSpec(Path("model"), dtype="bfloat16")
 ROWS = Micro(8, 128, 64)
@@ -47,7 +40,7 @@ def needed(
 ) -> Footprint:  # fmt: skip
     lora = LoraSpec(rank, 16.0)
     adapted = {name: size for name, size in shape.modules.items() if int(name.split(".")[2]) >= shape.blocks - last}
-    return footprint(shape, model, lora, adapted, micro, backend, device)
+    return footprint(shape, model, lora, adapted, micro, registry.costs(backend, device))
 
 
 BACKENDS = st.sampled_from(["torch", "mlx"])
@@ -73,14 +66,14 @@ def test_more_rows_blocks_or_rank_never_need_less(
 
 
 @given(st.integers(2, 12), st.integers(1, 12), BACKENDS)
-def test_fewer_adapted_blocks_keep_less(blocks: int, last: int, backend: str) -> None:
+def test_fewer_adapted_blocks_save_less(blocks: int, last: int, backend: str) -> None:
     part, whole = (needed(architecture(blocks), last=n, backend=backend) for n in (min(last, blocks), blocks))
     assert part.activations < whole.activations or last >= blocks
     assert part.weights == whole.weights
 
 
 @given(MODELS, BACKENDS)
-def test_checkpointing_keeps_less(model: ModelSpec, backend: str) -> None:
+def test_recomputation_saves_less(model: ModelSpec, backend: str) -> None:
     plain, saved = (needed(architecture(8), replace(model, checkpointing=on), backend=backend) for on in (False, True))
     assert saved.activations < plain.activations / 2
 
@@ -88,14 +81,15 @@ def test_checkpointing_keeps_less(model: ModelSpec, backend: str) -> None:
 def test_the_weights_are_those_of_the_scheme() -> None:
     shape = architecture()
     linear, other = shape.linear, shape.other
-    assert weight_bytes(shape, "none", 4, "torch") == 4 * (linear + other)
-    assert weight_bytes(shape, "none", 2, "mlx") == 2 * (linear + other)
+    torch, mlx = registry.costs("torch", "gpu"), registry.costs("mlx", "gpu")
+    assert weight_bytes(shape, "none", 4, torch) == 4 * (linear + other)
+    assert weight_bytes(shape, "none", 2, mlx) == 2 * (linear + other)
     nf4 = linear * (0.5 + 1 / 64 + 4 / 64 / 256)  # and bfloat16 for the rest
-    assert weight_bytes(shape, "4bit", 2, "torch") == pytest.approx(nf4 + 2 * other)
-    assert weight_bytes(shape, "4bit", 2, "mlx") == pytest.approx(linear * 4.5 / 8 + 2 * other)
+    assert weight_bytes(shape, "4bit", 2, torch) == pytest.approx(nf4 + 2 * other)
+    assert weight_bytes(shape, "4bit", 2, mlx) == pytest.approx(linear * 4.5 / 8 + 2 * other)
 
 
-def test_what_a_block_keeps_of_a_token() -> None:
+def test_what_a_block_saves_of_a_token() -> None:
     found = needed(architecture(1), micro=Micro(1, 128, 128), rank=1).activations / 128
     # x and its norm, twice; queries, keys, values and attention's result; gate and up; a number for each adapter
     assert found == pytest.approx(1.1 * 4 * (4 * D + 2 * D + 2 * KEYS + 2 * INNER + 7))  # and what the allocator holds
@@ -123,6 +117,40 @@ def test_only_a_changed_type_costs_more_than_the_weights_while_loading() -> None
     assert needed(architecture(), FLOAT, device="cpu").loading == 0
     assert needed(architecture(), HALF, device="cpu").loading == architecture().stored
     assert needed(architecture(), HALF, device="cpu", backend="mlx").loading < architecture().stored / 2
+
+
+def test_every_figure_is_the_backends_own() -> None:
+    """A plan from costs that no backend has: each figure is seen where it belongs, and nowhere else."""
+    plain = Costs("gpu", 1e9, lambda architecture, adapted, lora, number: 100.0 * number, 0.5, held=1.0)
+    model, shape = replace(HALF, quantize="4bit"), architecture(2)
+    lora, modules = LoraSpec(8, 16.0), dict(shape.modules)
+
+    def planned(costs: Costs, model: ModelSpec = model) -> Footprint:
+        return footprint(shape, model, lora, modules, ROWS, costs)
+
+    base = planned(plain)
+    assert (base.runtime, base.activations) == (1e9, 2 * 100 * 2 * ROWS.tokens)
+    assert base.working == (4 * INNER + 6 * D) * 2 * ROWS.tokens + 2 * INNER * D
+    assert base.loading == VOCABULARY * D * 4
+    changed = {
+        "runtime": (replace(plain, four_bit_runtime=7.0), base.runtime + 7),
+        "weights": (replace(plain, four_bit_weight=Size(1.0, 0.5)), 2 * (shape.linear + shape.other)),
+        "activations": (replace(plain, held=2.0, tokens_at_once=256), base.activations / 2),
+        "working": (replace(plain, unpacked_weight=Size(5.0)), base.working + 3 * INNER * D),
+        "loading": (replace(plain, maps_files=True, quantising=3.0), shape.stored + 3 * VOCABULARY * D),
+    }
+    for part, (costs, expected) in changed.items():
+        assert getattr(planned(costs), part) == pytest.approx(expected), part
+    assert planned(replace(plain, bfloat16_products=2.0)).runtime == base.runtime + 2 * ROWS.tokens
+    assert planned(replace(plain, update=1e6)).step == 1e6 * lora.trainable(modules)
+    again = replace(model, checkpointing=True)
+    one, three = (planned(replace(plain, recomputed_blocks=n), again).activations for n in (1.0, 3.0))
+    assert three - one == base.activations
+
+
+def test_bytes_of_a_number() -> None:
+    sizes = [(spec.number_bytes("cpu"), spec.number_bytes("gpu")) for spec in (ModelSpec(Path("m")), FLOAT, HALF)]
+    assert sizes == [(4, 2), (4, 4), (2, 2)]
 
 
 def test_the_first_adapted_block() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from backends.sampling import PROMPTS_TOGETHER, Draws, groups, sample, shared_start
+from backends.interface import PROMPTS_TOGETHER
+from backends.sampling import Completions, Draws, check_prompts, groups, sample, shared_start
 
 PROMPTS = some.lists(some.lists(some.integers(0, 3), min_size=1, max_size=9), min_size=2, max_size=6)
 
@@ -38,9 +40,37 @@ def test_samples_follow_the_distribution() -> None:
     np.testing.assert_allclose(counts, [0.5, 0.3, 0.2], atol=0.03)
 
 
-def test_draws_depend_on_seed_and_place_alone() -> None:
+def test_draws_depend_on_seed_and_row_alone() -> None:
     logits = np.zeros((1, 1000))
     drawn = [Draws(3, 1.0, seed).choose(logits, [row])[0] for seed, row in ((0, 0), (0, 0), (0, 2), (1, 0))]
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
     cold = np.random.default_rng(0).normal(size=(2, 50))
     assert Draws(2, 1e-6, 0).choose(cold, [0, 1]) == cold.argmax(-1).tolist()
+
+
+def completions(temperature: float, stop: tuple[int, ...] = (), max_tokens: int = 3) -> Completions:
+    return Completions(2, max_tokens, stop, temperature, 0, lambda logits: logits.argmax(-1).tolist(), np.asarray)
+
+
+def test_completions_end_at_a_stop_token_or_the_limit() -> None:
+    first, second = np.eye(9)[[4, 5]], np.eye(9)[[7, 5]]
+    written = completions(0, stop=(7,))
+    assert written.add(first, [0, 1]) == ([4, 5], [True, True])
+    assert written.add(second, [0, 1]) == ([7, 5], [False, True])
+    assert written.add(second[1:], [1]) == ([5], [False])  # its third token
+    assert written.tokens == [[4], [5, 5, 5]]
+
+
+def test_at_a_temperature_tokens_are_drawn_per_row() -> None:
+    logits = np.zeros((2, 1000))
+    both, second = completions(1.0), completions(1.0)
+    chosen, _ = both.add(logits, [0, 1])
+    assert second.add(logits[1:], [1])[0] == chosen[1:]
+    assert chosen[0] != chosen[1]
+
+
+@pytest.mark.parametrize(("prompts", "reason"), [([[1], []], "at least one"), ([[9]], "token 9"), ([[-1]], "token -1")])
+def test_prompts_that_no_model_can_continue_are_refused(prompts: list[list[int]], reason: str) -> None:
+    check_prompts([[0], [8]], 9)
+    with pytest.raises(ValueError, match=reason):
+        check_prompts(prompts, 9)

@@ -1,4 +1,4 @@
-"""What the torch session does less of: frozen blocks kept, prefixes shared, prompts completed together."""
+"""Shortcuts of the torch session: frozen blocks computed once, shared prefixes, prompts completed together."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import torch
 from backends.interface import Batch, LoraSpec, ModelSpec, OptimSpec
 from backends.micro_batches import joined
 from backends.torch_backend import forward as torch_forward
-from backends.torch_backend import frozen as torch_kept
-from backends.torch_backend import tail as torch_tail
+from backends.torch_backend import frozen as torch_frozen
 from backends.torch_backend.session import TorchSession
 from tests.conformance.toy import close, prefixed, random_adapter, toy_batch
 from tests.tiny_models import FAMILIES, family, tiny_llama
@@ -54,8 +53,8 @@ def counted(session: Any, block: int) -> list[int]:
 def test_every_family_keeps_its_frozen_blocks(name: str, dtype: str, tmp_path: Path, monkeypatch: Any) -> None:
     folder = family(name, tmp_path)
     kept = opened(folder, TOP, dtype=dtype)
-    assert kept._forward._kept is not None
-    monkeypatch.setattr(torch_forward.Forward, "keep_frozen_blocks", lambda self: None)
+    assert kept._forward._frozen is not None
+    monkeypatch.setattr(torch_forward.Forward, "keep_frozen_blocks", lambda self: False)
     fresh = opened(folder, TOP, dtype=dtype)
     near = {"rel": 1e-5} if dtype == "float32" else {"rel": 0.03}
     for _ in range(2):
@@ -91,60 +90,15 @@ def test_frozen_blocks_that_cannot_be_left_out_are_computed(llama: Path, monkeyp
     def broken(self: Any, tokens: Any) -> torch.Tensor:
         return torch.ones(len(tokens), 64)
 
-    monkeypatch.setattr(torch_kept.KeptPrefix, "_computed", broken)
+    monkeypatch.setattr(torch_frozen.FrozenBlocks, "_computed", broken)
     session = opened(llama, TOP)
-    assert session._forward._kept is None
+    assert session._forward._frozen is None
     assert session.step([BATCH], 1e-2).loss == pytest.approx(expected.loss, rel=1e-5)
 
 
 def test_nothing_is_kept_where_nothing_is_frozen_or_blocks_are_recomputed(llama: Path) -> None:
-    assert opened(llama)._forward._kept is None
-    assert opened(llama, TOP, checkpointing=True)._forward._kept is None
-
-
-# --- the last block -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_shortens_its_last_block(name: str, dtype: str, tmp_path: Path) -> None:
-    short, whole = (opened(family(name, tmp_path), dtype=dtype) for _ in range(2))
-    assert short._forward._tail is not None
-    whole._forward._tail = None
-    for batch in (sparse(), replace(sparse(), prefixes=prefixed().prefixes, prefix_of=(0, 1, 1, 0))):
-        ours, theirs = short.step([batch], 1e-2), whole.step([batch], 1e-2)
-        near = {"rel": 1e-5} if dtype == "float32" else {"rel": 0.03}
-        assert ours.loss == pytest.approx(theirs.loss, **near) and ours.tokens == theirs.tokens
-        if dtype == "float32":
-            np.testing.assert_allclose(short.score(batch).logprob, whole.score(batch).logprob, atol=1e-4)
-    if dtype == "float32":
-        close(short.get_state(), whole.get_state(), 1e-4)
-
-
-def sparse() -> Batch:
-    """Rows with two, one, no and two supervised positions among nine."""
-    batch = toy_batch(rows=4, width=9)
-    weights = np.zeros(batch.weights.shape, np.float32)
-    weights[[0, 0, 1, 3, 3], [1, 6, 4, 3, 2]] = 1, 0.5, 1, 1, 2
-    return replace(batch, weights=weights)
-
-
-def test_the_last_block_computes_what_is_asked_and_no_more(llama: Path) -> None:
-    session, seen = opened(llama), []
-    layer = session._model.model.layers[1].mlp.down_proj
-    layer.base.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
-    session.step([sparse()], 1e-2), session.score(sparse())
-    assert seen == [3 * 2] * 2  # three rows in which anything is asked, two positions at most
-    session.score(BATCH)
-    assert seen[2] == BATCH.weights.size  # where most is asked, all is computed
-
-
-def test_a_last_block_of_another_make_is_computed_whole(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = opened(llama).step([sparse()], 1e-2)
-    monkeypatch.setattr(torch_tail._Past, "update", lambda self, keys, values, *_: (keys, values))
-    session = opened(llama)
-    assert session._forward._tail is None
-    assert session.step([sparse()], 1e-2).loss == pytest.approx(expected.loss, rel=1e-5)
+    assert opened(llama)._forward._frozen is None
+    assert opened(llama, TOP, checkpointing=True)._forward._frozen is None
 
 
 # --- shared prefixes ----------------------------------------------------------------------------
@@ -234,12 +188,22 @@ def test_a_prompt_needs_a_token(llama: Path) -> None:
 
 def test_a_large_batch_is_computed_a_part_at_a_time(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, cut = opened(llama), opened(llama)
-    cut._tokens = 12
+    cut._tokens_at_once = 12
     seen = counted(cut, 1)
     ours, theirs = cut.step([BATCH], 1e-2), whole.step([BATCH], 1e-2)
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-5) and max(seen) <= 12 < BATCH.inputs.size
     close(cut.get_state(), whole.get_state())
     np.testing.assert_allclose(cut.score(BATCH).logprob, whole.score(BATCH).logprob, atol=1e-5)
+
+
+def test_a_session_names_its_shortcuts(llama: Path, tmp_path: Path) -> None:
+    always = ("head at supervised positions", "own LoRA gradient", "own norms", "own gated layers")
+    assert opened(llama).shortcuts == ("shared prefixes", *always)
+    assert opened(llama, TOP).shortcuts == ("frozen blocks computed once", *always)
+    assert opened(llama, checkpointing=True).shortcuts == always
+    assert opened(llama, dtype="bfloat16").shortcuts == ("shared prefixes", *always, "attention in tiles")
+    gemma = opened(family("gemma2", tmp_path))
+    assert gemma.shortcuts == ("head at supervised positions", "own LoRA gradient")
 
 
 def test_a_batch_without_supervision_has_no_scores(llama: Path) -> None:

@@ -66,7 +66,7 @@ def adapted(name: str, folder: Path, dropout: Dropout, dtype: torch.dtype) -> An
 @pytest.mark.parametrize("probability", [0.0, 0.4])
 def test_the_gated_layer_is_the_models_own(probability: float, dtype: torch.dtype, tmp_path: Path) -> None:
     dropout = Dropout(probability, seed=0)
-    dropout.place = (3, 1)
+    dropout.at = (3, 1)
     model = adapted("granite", tmp_path, dropout, dtype)
     mlp, x = model.model.layers[1].mlp, torch.randn(3, 5, 64).to(dtype)
     results = []
@@ -113,7 +113,7 @@ def test_the_lora_layer_is_its_formula(bias: bool, inputs_learn: bool) -> None:
 def test_the_gradient_of_the_lora_layer_is_that_of_finite_differences() -> None:
     torch.manual_seed(0)
     dropout = Dropout(0.3, seed=1)
-    dropout.place = (0, 0)
+    dropout.at = (0, 0)
     layer = LoraLinear(torch.nn.Linear(5, 6).double().requires_grad_(False), LoraSpec(2, 3.0), dropout, 4).double()
     torch.nn.init.normal_(layer.lora_A), torch.nn.init.normal_(layer.lora_B)
     x, gate, up = (torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -128,13 +128,13 @@ def test_masks_are_a_function_of_seed_step_micro_batch_and_layer() -> None:
     for seed, *place, layer in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 0)):
         dropout = Dropout(0.25, seed)
         assert dropout.mask(layer, like) is None  # outside a step
-        dropout.place = tuple(place)
+        dropout.at = tuple(place)
         masks.append(dropout.mask(layer, like))
         assert masks[-1].float().mean().item() == pytest.approx(0.75, abs=0.03)
     assert torch.equal(masks[0], masks[-1])
     assert len({mask.numpy().tobytes() for mask in masks}) == 5
     dropout = Dropout(0.0, 0)
-    dropout.place = (0, 0)
+    dropout.at = (0, 0)
     assert dropout.mask(0, like) is None
 
 
@@ -186,7 +186,7 @@ def test_a_model_in_bfloat16_uses_it_and_says_the_same(
     expected = [model(input_ids=ids, attention_mask=mask).logits for mask in (None, padding)]
     attend = torch_attention.attend
     monkeypatch.setattr(torch_attention, "attend", lambda *given: calls.append(1) or attend(*given))
-    torch_attention.use_products(model)
+    torch_attention.use_tiles(model)
     ours = [model(input_ids=ids, attention_mask=mask).logits for mask in (None, padding)]
     assert len(calls) == 2 * model.config.num_hidden_layers
     for found, wanted in zip(ours, expected, strict=True):
@@ -196,5 +196,5 @@ def test_a_model_in_bfloat16_uses_it_and_says_the_same(
 
 def test_in_float32_torchs_own_attention_stays(tmp_path: Path) -> None:
     model = opened("llama", tmp_path)
-    torch_attention.use_products(model)
+    torch_attention.use_tiles(model)
     assert model.config._attn_implementation == "sdpa"

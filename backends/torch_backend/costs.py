@@ -1,0 +1,92 @@
+"""What PyTorch with bitsandbytes needs of memory and time. Loads none of them: predictions need no torch.
+
+Measured with torch 2.13, transformers 5.23 and Python 3.11 on Linux. On a GPU nothing was measured yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from backends.interface import Architecture, Costs, Device, LoraSpec, Machine, Modules, Size
+from backends.rate import SIZES, operations_per_second
+
+SHARED_PREFIXES = "shared prefixes"
+FROZEN_BLOCKS = "frozen blocks computed once"
+HEAD = "head at supervised positions"
+LORA = "own LoRA gradient"
+NORMS = "own norms"
+GATED_LAYERS = "own gated layers"
+ATTENTION = "attention in tiles"
+SHORTCUTS = (SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, NORMS, GATED_LAYERS, ATTENTION)
+
+MACHINES = (
+    Machine("RTX 4060, 8 GB", 7.6 * 2**30, 30e12, "NVIDIA: 15 shader TFLOPS, twice that in bf16"),
+    Machine("RTX 4070, 12 GB", 11.5 * 2**30, 58e12, "NVIDIA: 29 shader TFLOPS, twice that in bf16"),
+    Machine("RTX 4090, 24 GB", 23.5 * 2**30, 165e12, "NVIDIA Ada whitepaper: 165 TFLOPS bf16, dense"),
+)
+
+
+def saved(architecture: Architecture, adapted: Modules, lora: LoraSpec, number: int) -> float:
+    """Counted by hand: the inputs of a block's norms and adapted layers, what attention needs, and dropout's masks."""
+    leaves = {name.rsplit(".", 1)[-1] for name in adapted}
+    hidden, queries, keys = 2.0, 2.0, 2.0  # the norms' inputs; queries, keys and values, and the attention's result
+    hidden += bool(leaves & {"q_proj", "k_proj", "v_proj", "qkv_proj"})
+    hidden += bool(leaves & {"gate_proj", "up_proj", "gate_up_proj"})
+    inner = 2.0 if "down_proj" in leaves else 3.0  # gate and up; without an adapter also their product's factor
+    wide = hidden * architecture.hidden + queries * architecture.queries + keys * architecture.keys
+    masks = sum(inputs for _, inputs in adapted.values()) / architecture.blocks if lora.dropout else 0.0  # 1 byte each
+    return (wide + inner * architecture.inner + lora.rank * len(leaves)) * number + masks
+
+
+_CPU = Costs(
+    device="cpu",
+    runtime=490e6,
+    saved=saved,
+    reached=0.6,  # one case timed
+    held=1.5,  # glibc keeps what lies freed between the tensors that stay: 1.4 to 1.6
+    tokens_at_once=1024,  # more are no faster on a CPU, and need more memory
+    logits_at_once=2**23,
+    recomputed_blocks=2.0,  # one block's own, and what is still there of the last one's
+    four_bit="NF4 with double quantisation (bitsandbytes)",
+    four_bit_runtime=50e6,
+    # 4 bits, a scale of 8 bits for 64 weights, and one of 32 bits for 256 of those scales
+    four_bit_weight=Size(0.5 + 1 / 64 + 4 / (64 * 256)),
+    unpacked_weight=Size(12.0),  # bitsandbytes makes indices of 32 bits and float32 of it on the way
+    bfloat16_products=1e5,  # what oneDNN keeps of its last products, and what lies between them
+    maps_files=True,
+    quantising=16.0,
+)
+_GPU = replace(
+    _CPU,
+    device="gpu",
+    runtime=450e6,
+    reached=0.35,  # assumed
+    held=1.1,
+    tokens_at_once=None,
+    four_bit_runtime=0.0,
+    bfloat16_products=0.0,
+    maps_files=False,
+)
+COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": _GPU}
+
+
+def measured_rate(bfloat16: bool) -> float:
+    """Floating-point operations per second of torch's matrix products here."""
+    import torch
+
+    from backends.torch_backend.device import pick_device
+
+    device = pick_device("auto")
+    kind: Device = "cpu" if device.type == "cpu" else "gpu"
+    rows, width = SIZES[kind]
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    x = torch.ones(rows, width, dtype=dtype, device=device)
+    weight = torch.full((width, width), 1 / width, dtype=dtype, device=device)
+
+    def products(count: int) -> None:
+        y = x
+        for _ in range(count):
+            y = y @ weight.T  # as a linear layer has it
+        y[0, 0].item()  # waits for the device
+
+    return operations_per_second(products, kind)

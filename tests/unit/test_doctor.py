@@ -1,0 +1,46 @@
+"""`doctor`: plain English of every backend, and exit code 7 where none works."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from backends import registry
+from finetune.commands.doctor import described, run
+from finetune.errors import EnvironmentProblem
+
+
+def test_a_backend_is_described_in_words() -> None:
+    wanted = f"cpu; 4-bit: no; activation recomputation: no; numpy {np.__version__}"
+    assert described("reference") == wanted
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_abilities_are_yes_or_no(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"device": "gpu: Some GPU", "versions": {"a": "1", "b": "2"}, "4bit": able, "checkpointing": not able}
+    monkeypatch.setattr(registry, "describe", lambda name: facts)
+    words = ("yes", "no") if able else ("no", "yes")
+    assert described("any") == f"gpu: Some GPU; 4-bit: {words[0]}; activation recomputation: {words[1]}; a 1, b 2"
+
+
+def test_every_backend_has_a_row_with_its_shortcuts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = {"mlx": "it is not installed"}
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(registry, "probe", broken.get)
+    monkeypatch.setattr(registry, "describe", lambda name: registry.load("reference").describe())
+    run()
+    out = capsys.readouterr().out
+    assert all(name in out for name in registry.NAMES) and "it is not installed" in out
+    assert ", ".join(registry.shortcuts("torch")) in out and ", ".join(registry.shortcuts("mlx")) not in out
+    assert "True" not in out and "False" not in out
+
+
+def test_no_backend_but_the_reference_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry, "probe", lambda name: None if name == "reference" else "it is broken")
+    with pytest.raises(EnvironmentProblem, match="no backend works here") as error:
+        run()
+    assert error.value.exit_code == 7 and "it is broken" in capsys.readouterr().out
