@@ -17,9 +17,10 @@ from backends.rate import SIZES, operations_per_second
 SHARED_PREFIXES = "shared prefixes"
 FROZEN_BLOCKS = "frozen blocks computed once"
 HEAD = "head at supervised positions"
+LORA = "own LoRA gradient"
 ATTENTION = "attention in tiles"
 NUMPY_PRODUCTS = "numpy products (BLAS bridge)"
-SHORTCUTS = (SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, ATTENTION, NUMPY_PRODUCTS)
+SHORTCUTS = (SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, ATTENTION, NUMPY_PRODUCTS)
 
 MACHINES = (
     Machine("MacBook M1, 8 GB", 5.33 * 2**30, 2.6e12, "Apple, 10 November 2020: 2.6 TFLOPS; Metal gives 2/3"),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,44 +13,51 @@ import numpy as np
 
 from backends.interface import Batch, Scores
 from backends.micro_batches import Rows, joined, parts
-from backends.mlx_backend import attention, cpu_kernels, head
-from backends.mlx_backend.attention import Attention
-from backends.mlx_backend.costs import COSTS
-from backends.mlx_backend.cpu_layers import spare_first_slopes
-from backends.mlx_backend.frozen import KeptBlocks, frozen_blocks
-from backends.mlx_backend.head import ChunkedLoss, Head
+from backends.mlx_backend.attention import TiledAttention
+from backends.mlx_backend.costs import ATTENTION, COSTS, FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
+from backends.mlx_backend.frozen import FrozenBlocks, frozen_blocks
+from backends.mlx_backend.head import Head
 from backends.mlx_backend.model import check_window
-from backends.mlx_backend.prefix import caches_of, keeps_keys_and_values
-from backends.mlx_backend.tail import Tail
+from backends.mlx_backend.prefix import keeps_keys_and_values, prefix_caches
 
-# To find out with what holds for a model: three rows in which different places are asked for, after unlike prefixes.
+# What a shortcut is tried on: three rows, each supervised at other positions, after prefixes of unequal length.
 _TOKENS = np.arange(1, 31, dtype=np.int32).reshape(3, 10)
 _SAMPLE = Batch(_TOKENS, _TOKENS, np.eye(10, dtype=np.float32)[[7, 9, 4]] + np.eye(10, dtype=np.float32)[[6, 8, 4]])
-_GOING_ON = replace(_SAMPLE, prefixes=(_TOKENS[1, :5], _TOKENS[0, :3]), prefix_of=(0, 1, 0))
+_PREFIXED = replace(_SAMPLE, prefixes=(_TOKENS[1, :5], _TOKENS[0, :3]), prefix_of=(0, 1, 0))
 _NEAR = {mx.float32: 1e-3, mx.bfloat16: 0.05}  # of the largest number; what is wrong is off by far more
+# What a model's own code raises where it is given a cache or blocks that it was not written for. A lack of memory is
+# not among these.
+_DOES_NOT_FIT = (TypeError, ValueError, AttributeError, LookupError, NotImplementedError)
 
 
 class Forward:
-    """`numpy`: by numpy also what lies between the products of a model changed by `use_blas`."""
+    """A model that runs the shortcuts which hold for it.
 
-    def __init__(self, model: nn.Module, on_cpu: bool, numpy: bool, checkpointing: bool) -> None:
+    `shortcuts` names them; `left_out` says of the others why not.
+    """
+
+    def __init__(self, model: nn.Module, on_cpu: bool, checkpointing: bool, window: int | None) -> None:
+        """`window`: the tokens that a row may have, if there is a limit."""
         costs = COSTS["cpu" if on_cpu else "gpu"]
-        self.model, self._tokens = model, costs.tokens_at_once or sys.maxsize
+        self.model, self.window = model, window
+        self._tokens_at_once = costs.tokens_at_once or sys.maxsize
         self.head = Head(model, costs.logits_at_once or sys.maxsize)
-        self._loss = ChunkedLoss(self.head, (cpu_kernels if numpy else head).weighted_nll, at_once=numpy)
-        self._attention = Attention(model, (cpu_kernels if numpy else attention).attend, always=numpy)
-        self._tail: Tail | None = None
-        self._kept: KeptBlocks | None = None
-        self.shares_prefixes = False
-        self.window: int | None = None  # the longest row, where there is one
+        self._attention = TiledAttention(model)
+        self._frozen: FrozenBlocks | None = None
+        self.left_out: dict[str, str] = {}
         self.train(False)
-        if not checkpointing:  # a block that is computed again must be the same function of its arguments alone
-            self._try_tail()
-        self._try_kept()
-        if numpy:
-            spare_first_slopes(model, partial(self._hidden, _SAMPLE))
-        if not checkpointing and self._kept is None and keeps_keys_and_values(model):
-            self.shares_prefixes = self._same(_GOING_ON, self._hidden(joined(_GOING_ON)))
+        expected = self._hidden(_SAMPLE)
+        self._keep_frozen_blocks(expected)
+        self.shares_prefixes = self._can_share_prefixes(checkpointing)
+        if not self.head.apart:
+            self.left_out[HEAD] = "the model has no module of its own for its blocks"
+        if not self._attention.used:
+            self.left_out[ATTENTION] = "the model does not call mlx-lm's attention"
+
+    @property
+    def shortcuts(self) -> tuple[str, ...]:
+        every = (SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, ATTENTION)
+        return tuple(name for name in every if name not in self.left_out)
 
     def train(self, on: bool) -> None:
         self.model.train(on)
@@ -59,62 +65,80 @@ class Forward:
 
     def parts(self, batch: Batch) -> Iterator[tuple[Rows, Batch]]:
         """The rows with anything supervised in them, in as many batches as memory asks for."""
-        before = max(map(len, batch.prefixes), default=0)
-        for rows, part in parts(batch, sys.maxsize if before else self._tokens):  # prefixes are computed for each part
-            check_window(before + part.inputs.shape[1], self.window)
+        longest = max(map(len, batch.prefixes), default=0)
+        tokens = sys.maxsize if longest else self._tokens_at_once  # each part would compute the prefixes again
+        for rows, part in parts(batch, tokens):
+            check_window(longest + part.inputs.shape[1], self.window)
             yield rows, part
 
-    @contextmanager
-    def prepared(self, part: Batch) -> Iterator[None]:
-        """In here `part` is run; what is needed of frozen blocks is there, and not traced."""
-        if self._kept is None:
-            yield
-            return
-        training, self._attention.training = self._attention.training, False  # what is kept comes from one arithmetic
-        with self._kept.given(part):
-            self._attention.training = training
-            yield
+    def entering(self, part: Batch) -> mx.array | None:
+        """What the frozen blocks make of the part's rows [B, T, D]; None where all blocks are run.
 
-    def loss(self, part: Batch, total: float) -> mx.array:
-        """sum(weight x nll) / total, differentiable by the adapter's tensors."""
-        chosen = np.flatnonzero(part.weights)
-        shares = part.weights.flat[chosen] / np.float32(total)
-        return self._loss(self._hidden(part), part.targets.flat[chosen], shares)
+        Not to be called while MLX traces.
+        """
+        if self._frozen is None:
+            return None
+        training = self.model.training
+        self.train(False)  # the same arithmetic in training and evaluation: what is kept serves both
+        try:
+            return self._frozen.states(part)
+        finally:
+            self.train(training)
+
+    def loss(self, part: Batch, entering: mx.array | None, total: float) -> mx.array:
+        """sum(weight x nll) / total, differentiable by the adapter's tensors; `entering` is `self.entering(part)`."""
+        supervised = np.flatnonzero(part.weights)
+        shares = part.weights.flat[supervised] / np.float32(total)
+        return self.head.loss(self._hidden(part, entering), part.targets.flat[supervised], shares)
 
     def scores(self, batch: Batch) -> Scores:
         logprob, greedy = np.zeros(batch.weights.shape, np.float32), np.zeros(batch.weights.shape, np.int32)
         for rows, part in self.parts(batch):
-            with self.prepared(part):
-                each, place = np.nonzero(part.weights)
-                found = self._loss.scores(self._hidden(part), part.targets[each, place])
-            logprob[rows[each], place], greedy[rows[each], place] = found
+            row, column = np.nonzero(part.weights)
+            scores = self.head.score(self._hidden(part, self.entering(part)), part.targets[row, column])
+            logprob[rows[row], column], greedy[rows[row], column] = scores
         return Scores(logprob, greedy)
 
-    def _hidden(self, part: Batch) -> mx.array:
+    def _hidden(self, part: Batch, entering: mx.array | None = None) -> mx.array:
         """[N, D] of the supervised positions."""
-        caches = caches_of(self.model, part)
-        if self._tail is None:
+        caches = prefix_caches(self.head, len(self.model.layers), part)
+        replaced = self._frozen.replaced_by(entering) if self._frozen and entering is not None else nullcontext()
+        with replaced:
             return self.head.hidden(mx.array(part.inputs), mx.array(np.flatnonzero(part.weights)), caches)
-        with self._tail.of(part.weights) as places:
-            return self.head.hidden(mx.array(part.inputs), mx.array(places), caches)
 
-    def _try_tail(self) -> None:
-        wanted, self._tail = self._hidden(_SAMPLE), Tail(self.model)
-        if not self._same(_SAMPLE, wanted):
-            self._tail = None
+    def _keep_frozen_blocks(self, expected: mx.array) -> None:
+        """From here on, what the frozen blocks make of a row is computed once, if the model can leave them out."""
+        count = frozen_blocks(self.model)
+        if not count:
+            self.left_out[FROZEN_BLOCKS] = "every block has an adapter"
+            return
 
-    def _try_kept(self) -> None:
-        frozen = frozen_blocks(self.model)
-        if frozen:
-            wanted, self._kept = self._hidden(_SAMPLE), KeptBlocks(self.model, frozen)
-            if not self._same(_SAMPLE, wanted):
-                self._kept = None
+        def computed_once() -> mx.array:
+            self._frozen = FrozenBlocks(self.model, self.head.states, count)
+            return self._hidden(_SAMPLE, self.entering(_SAMPLE))
 
-    def _same(self, batch: Batch, wanted: mx.array) -> bool:
-        """Whether a shorter way comes to the hidden states that are `wanted` in this architecture."""
+        if not self._agrees(FROZEN_BLOCKS, computed_once, expected):
+            self._frozen = None
+
+    def _can_share_prefixes(self, checkpointing: bool) -> bool:
+        if checkpointing:  # a block that is computed again must be a function of its arguments alone
+            self.left_out[SHARED_PREFIXES] = "activations are computed again in the backward pass"
+        elif self._frozen is not None:
+            self.left_out[SHARED_PREFIXES] = "frozen blocks are computed once for each whole row"
+        elif not keeps_keys_and_values(self.model):
+            self.left_out[SHARED_PREFIXES] = "the model's blocks keep more than keys and values"
+        else:
+            return self._agrees(SHARED_PREFIXES, lambda: self._hidden(_PREFIXED), self._hidden(joined(_PREFIXED)))
+        return False
+
+    def _agrees(self, shortcut: str, compute: Callable[[], mx.array], expected: mx.array) -> bool:
+        """Whether a shortcut comes to the hidden states that are `expected`; if not, `left_out` says why."""
         try:
-            with self.prepared(batch):
-                apart = mx.abs(self._hidden(batch) - wanted).max() / mx.abs(wanted).max()
-            return float(apart) < _NEAR[wanted.dtype]
-        except Exception:  # whatever a model's own code makes of a cache that it was not written for
+            difference = float(mx.abs(compute() - expected).max() / mx.abs(expected).max())
+        except _DOES_NOT_FIT as error:
+            self.left_out[shortcut] = f"{type(error).__name__}: {error}"
             return False
+        if not difference < _NEAR[expected.dtype]:
+            self.left_out[shortcut] = f"hidden states would be off by {difference:.1e} of the largest"
+            return False
+        return True

@@ -1,4 +1,4 @@
-"""Frozen blocks in MLX whose results are kept: below the first adapter, each row is computed once in a run."""
+"""Frozen blocks in MLX whose results are kept: below the first adapter, each row is computed once per run."""
 
 from __future__ import annotations
 
@@ -17,66 +17,64 @@ from backends.mlx_backend.lora import AdaptedLinear
 from backends.mlx_backend.patch import subclassed
 
 
-class _Entered(Exception):
-    """The frozen blocks are done: leaves the forward pass with what the first adapted block is given."""
-
-    def __init__(self, states: mx.array) -> None:
-        self.states = states
-
-
-class KeptBlocks:
+class FrozenBlocks:
     """Forward passes that begin at the first adapted block, with what the blocks before it once made of each row."""
 
-    def __init__(self, model: nn.Module, frozen: int) -> None:
-        self._model = model
-        self._given: mx.array | None = None
-        self._entering = False
-        for block in model.layers[:frozen]:
-            subclassed(block, self._pass_on)
-        subclassed(model.layers[frozen], self._enter)
-        self._dtype = mx.float32
-        self._kept: Activations | None = None  # until the first row tells how wide states are
+    def __init__(self, model: nn.Module, run: Callable[[mx.array], object], count: int) -> None:
+        """`run` is the model's forward pass over inputs [B, T]; its first `count` blocks are frozen."""
+        self._run = run
+        self._entering: mx.array | None = None  # what the first adapted block is given instead of its input
+        self._recording = False
+        self._recorded: mx.array | None = None  # the input of the first adapted block
+        for block in model.layers[:count]:
+            subclassed(block, self._run_frozen)
+        subclassed(model.layers[count], self._run_first)
+        for block in model.layers[count + 1 :]:
+            subclassed(block, self._run_later)
+        sample = self._computed(np.zeros(1, np.int32))  # [1, D]
+        self._dtype, self._kept = sample.dtype, Activations(sample.shape[1], _as_numpy(sample).dtype)
 
     @contextmanager
-    def given(self, batch: Batch) -> Iterator[None]:
-        """In here the model's forward pass is of this batch's inputs; every row has something supervised in it."""
-        self._given = self._states(batch)
+    def replaced_by(self, states: mx.array) -> Iterator[None]:
+        """In here a forward pass gives its first adapted block these states [B, T, D], and runs no block before it."""
+        self._entering = states
         try:
             yield
         finally:
-            self._given = None
+            self._entering = None
 
-    def _pass_on(self, base: Callable[..., Any], block: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return base(block, x, *args, **kwargs) if self._given is None else x
-
-    def _enter(self, base: Callable[..., Any], block: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._entering:
-            raise _Entered(x)
-        return base(block, x if self._given is None else self._given, *args, **kwargs)
-
-    def _states(self, batch: Batch) -> mx.array:
-        """[B, T, D]; 0 after a row's last supervised position, where nothing is asked of it."""
-        if self._kept is None:
-            sample = self._computed(batch.inputs[0, :1])
-            self._dtype, self._kept = sample.dtype, Activations(sample.shape[1], _numpy(sample).dtype)
+    def states(self, batch: Batch) -> mx.array:
+        """[B, T, D]; 0 after a row's last supervised position, where nothing is asked of it. Each row has one."""
         states = np.zeros((*batch.inputs.shape, self._kept.width), self._kept.dtype)
-        for place, tokens, weights in zip(states, batch.inputs, batch.weights, strict=True):
+        for row, tokens, weights in zip(states, batch.inputs, batch.weights, strict=True):
             end = int(np.flatnonzero(weights)[-1]) + 1
-            if not self._kept.get(tokens[:end], place[:end]):
-                place[:end] = _numpy(self._computed(tokens[:end]))  # alone: the same whatever stands beside it
-                self._kept.put(tokens[:end], place[:end])
+            if not self._kept.get(tokens[:end], row[:end]):
+                row[:end] = _as_numpy(self._computed(tokens[:end]))  # alone: the same whatever stands beside it
+                self._kept.put(tokens[:end], row[:end])
         return mx.array(states).view(self._dtype)
 
     def _computed(self, tokens: IntArray) -> mx.array:
         """[n] -> [n, D]"""
-        self._entering = True
+        self._recording = True
         try:
-            self._model(mx.array(tokens)[None])
-        except _Entered as entered:
-            return entered.states[0]
+            self._run(mx.array(tokens)[None])
         finally:
-            self._entering = False
-        raise TypeError("the model's blocks were never reached")
+            self._recording, recorded, self._recorded = False, self._recorded, None
+        if recorded is None:
+            raise TypeError("the model does not run its blocks")
+        return recorded[0]
+
+    def _run_frozen(self, base: Callable[..., Any], block: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return base(block, x, *args, **kwargs) if self._entering is None else x
+
+    def _run_first(self, base: Callable[..., Any], block: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._recording:
+            self._recorded = x
+            return x
+        return base(block, x if self._entering is None else self._entering, *args, **kwargs)
+
+    def _run_later(self, base: Callable[..., Any], block: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x if self._recording else base(block, x, *args, **kwargs)
 
 
 def frozen_blocks(model: nn.Module) -> int:
@@ -85,6 +83,6 @@ def frozen_blocks(model: nn.Module) -> int:
     return adapted.index(True)
 
 
-def _numpy(states: mx.array) -> NDArray[Any]:
-    """What numpy has no type for goes as it lies in memory."""
+def _as_numpy(states: mx.array) -> NDArray[Any]:
+    """bfloat16, which numpy does not have, as uint16."""
     return np.asarray(states.view(mx.uint16) if states.dtype == mx.bfloat16 else states)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -13,12 +13,10 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from backends.mlx_backend.head import Head
 from backends.mlx_backend.prefix import keeps_keys_and_values
-from backends.sampling import Draws, groups, shared_start
+from backends.sampling import Completions, groups, shared_start
 
-_DROPPED = 4  # rows are dropped once one in so many is finished: each time the cache is copied
-_SPREAD = 16  # tokens by which their lengths may differ; each costs one short forward pass
-
-Choice = Callable[[mx.array, Sequence[int]], list[int]]  # logits [N, vocab] and their rows -> a token for each
+_DROPPED = 4  # rows are dropped once one in so many is complete: each time the cache is copied
+_SPREAD = 16  # tokens by which prompts that run together may differ in length; each costs one short forward pass
 
 
 def generate(
@@ -30,20 +28,17 @@ def generate(
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
-    """As `Session.generate`. What is sampled for a prompt depends on `seed` and its place in `prompts` alone."""
-    if not all(prompts):
-        raise ValueError("a prompt needs at least one token")
-    completions: list[list[int]] = [[] for _ in prompts]
-    if max_tokens < 1 or not prompts:
-        return completions
-    choose = _sampling(Draws(len(prompts), temperature, seed)) if temperature > 0 else _greedy
-    start = _Start(model, head, prompts)
+    """As `Session.generate`."""
+    completions = Completions(len(prompts), max_tokens, stop, temperature, seed, _greedy, np.array)
+    if not prompts or max_tokens < 1:
+        return completions.tokens
+    start = _SharedStart(model, head, prompts)
     for rows in groups([len(prompt) for prompt in prompts], _SPREAD):
-        _complete(head, start, {row: prompts[row] for row in rows}, completions, max_tokens, stop, choose)
-    return completions
+        _complete(head, start, {row: prompts[row] for row in rows}, completions)
+    return completions.tokens
 
 
-class _Start:
+class _SharedStart:
     """What all prompts begin with, computed once."""
 
     def __init__(self, model: nn.Module, head: Head, prompts: Sequence[Sequence[int]]) -> None:
@@ -52,64 +47,46 @@ class _Start:
         self.length = shared_start(prompts) if self.divisible else 0
         self._cache = make_prompt_cache(model)
         if self.length:
-            head.hidden(mx.array([list(prompts[0][: self.length])]), mx.array([0]), self._cache)
+            head.states(mx.array([list(prompts[0][: self.length])]), self._cache)
             mx.eval([cache.state for cache in self._cache])
 
     def cache(self, rows: int) -> list[Any]:
-        return _taken(self._cache, [0] * rows) if self.length else make_prompt_cache(self._model)
+        return _rows_of(self._cache, [0] * rows) if self.length else make_prompt_cache(self._model)
 
 
-def _taken(cache: Sequence[Any], rows: list[int]) -> list[Any]:
+def _rows_of(cache: Sequence[Any], rows: list[int]) -> list[Any]:
     """A copy with these rows of each block's keys and values."""
-    copies = [copy(one) for one in cache]
-    for one in copies:
-        one.keys, one.values = one.keys[mx.array(rows)], one.values[mx.array(rows)]
+    copies = [copy(block) for block in cache]
+    for block in copies:
+        block.keys, block.values = block.keys[mx.array(rows)], block.values[mx.array(rows)]
     return copies
 
 
-def _complete(
-    head: Head,
-    start: _Start,
-    prompts: dict[int, Sequence[int]],
-    completions: list[list[int]],
-    max_tokens: int,
-    stop: Collection[int],
-    choose: Choice,
-) -> None:
-    """Fill `completions` at the rows of `prompts`, shortest first.
+def _complete(head: Head, start: _SharedStart, prompts: Mapping[int, Sequence[int]], completions: Completions) -> None:
+    """Completes the rows of `prompts`, the shortest first.
 
-    All start with as many tokens as the shortest prompt has; the longer ones then go on with their own.
+    All start with as many tokens as the shortest prompt has; the longer ones then continue with their own.
     """
     cache = start.cache(len(prompts))
-    running = list(prompts)  # as they lie in the cache, the finished among them until they are dropped
+    running = list(prompts)  # as they lie in the cache, the complete ones among them until they are dropped
     width = len(prompts[running[0]])
     tokens = np.array([prompts[row][start.length : width] for row in running], dtype=np.int32)  # [R, T]
-    finished: set[int] = set()
-    while len(finished) < len(running):
+    complete: set[int] = set()
+    while len(complete) < len(running):
         ends = mx.arange(1, len(running) + 1) * tokens.shape[1] - 1
         logits = head.logits(head.hidden(mx.array(tokens), ends, cache))  # [R, vocab]
         tokens = np.array([[prompts[row][min(width, len(prompts[row]) - 1)]] for row in running], dtype=np.int32)
-        places = [i for i, row in enumerate(running) if row not in finished and len(prompts[row]) <= width]
-        chosen = choose(logits[mx.array(places)], [running[i] for i in places]) if places else []
-        for place, token in zip(places, chosen, strict=True):
-            row, tokens[place] = running[place], token
-            if token not in stop:
-                completions[row].append(token)
-            if token in stop or len(completions[row]) == max_tokens:
-                finished.add(row)
-        if start.divisible and len(finished) * _DROPPED >= len(running) > len(finished):
-            places = [i for i, row in enumerate(running) if row not in finished]
-            running, tokens, cache = [running[i] for i in places], tokens[places], _taken(cache, places)
-            finished.clear()
+        answering = [i for i, row in enumerate(running) if row not in complete and len(prompts[row]) <= width]
+        if answering:
+            chosen, going = completions.add(logits[mx.array(answering)], [running[i] for i in answering])
+            tokens[answering, 0] = chosen
+            complete |= {running[i] for i, goes in zip(answering, going, strict=True) if not goes}
+        if start.divisible and len(complete) * _DROPPED >= len(running) > len(complete):
+            remaining = [i for i, row in enumerate(running) if row not in complete]
+            running, tokens, cache = [running[i] for i in remaining], tokens[remaining], _rows_of(cache, remaining)
+            complete.clear()
         width += 1
 
 
-def _greedy(logits: mx.array, rows: Sequence[int]) -> list[int]:
+def _greedy(logits: mx.array) -> list[int]:
     return [int(token) for token in np.array(mx.argmax(logits, axis=-1))]
-
-
-def _sampling(draws: Draws) -> Choice:
-    def choose(logits: mx.array, rows: Sequence[int]) -> list[int]:
-        return draws.choose(np.array(logits), rows)
-
-    return choose

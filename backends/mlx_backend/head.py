@@ -1,11 +1,11 @@
-"""From hidden states to the loss in MLX: only chosen positions reach the output head, a few at a time.
+"""From hidden states to losses and scores in MLX: only chosen positions reach the output head, a few at a time.
 
-[N, vocab] never exists whole, forward or backward.
+Logits of all positions, [N, vocab], never exist whole, forward or backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -16,48 +16,45 @@ from backends.interface import FloatArray, IntArray
 from backends.mlx_backend.patch import subclassed
 
 
-class _Reached(Exception):
-    """The blocks are done: leaves the forward pass with their hidden states."""
-
-    def __init__(self, hidden: mx.array) -> None:
-        self.hidden = hidden
-
-
 class Head:
-    """The model's forward pass in two parts: the blocks, and all that follows them position by position.
+    """The model's forward pass in two parts: its body (embedding and blocks), and what follows position by position.
 
-    What follows (the output layer, and in some architectures a scale or a softcap) is run by the model itself, given
-    hidden states in the place of its blocks' own.
+    What follows (the output layer, and in some architectures a scale or a softcap) is run by the model itself, with
+    given hidden states in the place of its body's own. If the model has no body of its own, hidden states are logits.
     """
 
-    def __init__(self, model: nn.Module, at_once: int) -> None:
-        """So many logits, in float32, make up a chunk; some ten of them may be under way at once."""
-        self._model, self._at_once = model, at_once
-        self._asked = False
-        self._given: mx.array | None = None
-        self._apart = False
+    def __init__(self, model: nn.Module, logits_at_once: int) -> None:
+        """`logits_at_once`: how many logits make up a chunk; in float32, some ten such arrays exist at a time."""
+        self._model, self._logits_at_once = model, logits_at_once
+        self._recording = False
+        self._recorded: mx.array | None = None  # what the body returned
+        self._given: mx.array | None = None  # what the body is to return instead
         self._vocabulary = 0
+        self.apart = False  # whether the last forward pass stopped at the body
         for module in model.modules():
-            if module is not model and _holds(module, model.layers):
-                self._watch(module)
+            if module is not model and _is_body(module, model.layers):
+                subclassed(module, self._run_body)
+
+    def states(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """[B, T, D] of `inputs` [B, T]; `logits` takes them."""
+        self._recording, self._recorded = True, None
+        try:
+            logits = self._model(inputs, cache=cache)
+        finally:
+            self._recording, recorded, self._recorded = False, self._recorded, None
+        self.apart = recorded is not None
+        states: mx.array = logits if recorded is None else recorded
+        return states
 
     def hidden(self, inputs: mx.array, positions: mx.array, cache: list[Any] | None = None) -> mx.array:
-        """[N, D] at the flat `positions` [N] of `inputs` [B, T]; `logits` takes them."""
-        self._asked = True
-        try:
-            found = self._model(inputs, cache=cache)
-            self._apart = False  # an architecture that was not recognised: its logits, which `logits` passes on
-        except _Reached as reached:
-            found, self._apart = reached.hidden, True
-        finally:
-            self._asked = False
-        chosen: mx.array = found.reshape(-1, found.shape[-1])[positions]
-        return chosen
+        """[N, D] at the flat `positions` [N] of `inputs` [B, T]."""
+        states = self.states(inputs, cache)
+        return states.reshape(-1, states.shape[-1])[positions]
 
     def logits(self, hidden: mx.array) -> mx.array:
         """float32 [N, vocab] of hidden states [N, D]."""
         logits = hidden
-        if self._apart:
+        if self.apart:
             self._given = hidden[None]
             try:
                 logits = self._model(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
@@ -66,93 +63,89 @@ class Head:
         self._vocabulary = logits.shape[-1]
         return logits.astype(mx.float32)
 
-    def chunks(self, hidden: mx.array) -> Iterator[slice]:
-        """Rows of `hidden` [N, D] whose logits may exist at once."""
-        if not self._vocabulary:
-            self.logits(hidden[:1])  # never evaluated
-        rows = max(self._at_once // self._vocabulary, 1)
-        return (slice(start, start + rows) for start in range(0, hidden.shape[0], rows))
+    def loss(self, hidden: mx.array, targets: IntArray, shares: FloatArray) -> mx.array:
+        """sum(share x nll), differentiable by `hidden` [N, D].
 
-    def _watch(self, backbone: nn.Module) -> None:
-        def call(base: Any, this: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._given is not None:
-                return self._given
-            hidden = base(this, *args, **kwargs)
-            if self._asked and isinstance(hidden, mx.array):
-                raise _Reached(hidden)
-            return hidden
-
-        subclassed(backbone, call)
-
-
-def _holds(module: nn.Module, blocks: list[nn.Module]) -> bool:
-    own = module.get("layers")
-    return isinstance(own, list) and any(block is blocks[0] for block in own)
-
-
-def weighted_nll(logits: mx.array, targets: IntArray, shares: FloatArray) -> tuple[mx.array, mx.array]:
-    """sum(share x -log p(target)) of float32 `logits` [n, vocab], and its slope by the logits."""
-    index, share = mx.array(targets)[:, None], mx.array(shares)[:, None]
-    normaliser = mx.logsumexp(logits, axis=-1, keepdims=True)
-    loss = (share * (normaliser - mx.take_along_axis(logits, index, axis=-1))).sum()
-    slope = share * mx.exp(logits - normaliser)
-    at_target = mx.take_along_axis(slope, index, axis=-1) - share
-    return loss, mx.put_along_axis(slope, index, at_target, axis=-1)
-
-
-class ChunkedLoss:
-    """The loss of hidden states. Each chunk's slope is computed with its loss, while its logits are there."""
-
-    def __init__(self, head: Head, nll: Callable[..., tuple[mx.array, mx.array]], at_once: bool) -> None:
-        """`at_once`: what is computed is evaluated there and then, and must not be traced together."""
-        self._head, self._nll, self._at_once = head, nll, at_once
-
-    def __call__(self, hidden: mx.array, targets: IntArray, shares: FloatArray) -> mx.array:
-        """sum(share x nll), differentiable by `hidden` [N, D]."""
+        Each chunk's gradient is computed with its loss, while its logits exist.
+        """
 
         @mx.custom_function
         def loss(hidden: mx.array) -> tuple[mx.array, mx.array]:
-            source = mx.array(np.asarray(hidden)) if self._at_once else hidden
-            values: list[mx.array] = []
-            slopes: list[mx.array] = []
-            for rows in self._head.chunks(hidden):
-                # one after another, not all at once
-                part = mx.depends(source[rows], [values[-1], slopes[-1]]) if values else source[rows]
-                value, slope = self._with_slope(part, targets[rows], shares[rows])
-                values.append(value)
-                slopes.append(slope)
-            return mx.stack(values).sum(), mx.concatenate(slopes)
+            losses: list[mx.array] = []
+            grads: list[mx.array] = []
+            for rows in self._chunks(hidden):
+                # one chunk after another: logits of several would need memory at once
+                chunk = mx.depends(hidden[rows], [losses[-1], grads[-1]]) if losses else hidden[rows]
+                chunk_loss, grad = self._chunk_loss(chunk, targets[rows], shares[rows])
+                losses.append(chunk_loss)
+                grads.append(grad)
+            return mx.stack(losses).sum(), mx.concatenate(grads)
 
         @loss.vjp
-        def backward(_hidden: mx.array, slopes: Any, outputs: Any) -> mx.array:
-            below: mx.array = slopes[0] * outputs[1]
-            return below
+        def backward(_hidden: mx.array, grad_outputs: Any, outputs: Any) -> mx.array:
+            grad_hidden: mx.array = grad_outputs[0] * outputs[1]
+            return grad_hidden
 
-        found: Any = loss(hidden)
-        total: mx.array = found[0]
+        outputs: Any = loss(hidden)
+        total: mx.array = outputs[0]
         return total
 
-    def _with_slope(self, hidden: mx.array, targets: IntArray, shares: FloatArray) -> tuple[mx.array, mx.array]:
-        @mx.custom_function
-        def nll(logits: mx.array) -> Any:
-            return self._nll(logits, targets, shares)
-
-        @nll.vjp
-        def backward(_logits: mx.array, _slopes: Any, outputs: Any) -> mx.array:
-            slope: mx.array = outputs[1]  # the loss itself is what is differentiated: its own slope is 1
-            return slope
-
-        loss: Any = nll
-        found: tuple[mx.array, mx.array] = mx.value_and_grad(lambda part: loss(self._head.logits(part))[0])(hidden)
-        return found
-
-    def scores(self, hidden: mx.array, targets: IntArray) -> tuple[FloatArray, IntArray]:
+    def score(self, hidden: mx.array, targets: IntArray) -> tuple[FloatArray, IntArray]:
         """log p(target) and the most probable token, of hidden states [N, D]. [N] each"""
         logprob, greedy = np.zeros(len(targets), np.float32), np.zeros(len(targets), np.int32)
         mx.eval(hidden)
-        for rows in self._head.chunks(hidden):
-            logits = self._head.logits(hidden[rows])
-            picked = mx.take_along_axis(logits, mx.array(targets[rows])[:, None], axis=-1)[:, 0]
-            logprob[rows] = np.array(picked - mx.logsumexp(logits, axis=-1))
+        for rows in self._chunks(hidden):
+            logits = self.logits(hidden[rows])
+            of_target = mx.take_along_axis(logits, mx.array(targets[rows])[:, None], axis=-1)[:, 0]
+            logprob[rows] = np.array(of_target - mx.logsumexp(logits, axis=-1))
             greedy[rows] = np.array(mx.argmax(logits, axis=-1))
         return logprob, greedy
+
+    def _chunk_loss(self, hidden: mx.array, targets: IntArray, shares: FloatArray) -> tuple[mx.array, mx.array]:
+        """The loss of a chunk, and its gradient by `hidden`. scalar, [n, D]"""
+
+        @mx.custom_function
+        def nll(logits: mx.array) -> Any:
+            return weighted_nll(logits, targets, shares)
+
+        @nll.vjp
+        def backward(_logits: mx.array, _grad_outputs: Any, outputs: Any) -> mx.array:
+            grad_logits: mx.array = outputs[1]  # the loss itself is what is differentiated: its own gradient is 1
+            return grad_logits
+
+        loss: Any = nll
+        loss_and_grad: tuple[mx.array, mx.array] = mx.value_and_grad(lambda part: loss(self.logits(part))[0])(hidden)
+        return loss_and_grad
+
+    def _chunks(self, hidden: mx.array) -> Iterator[slice]:
+        """Rows of `hidden` [N, D] whose logits may exist at once."""
+        if not self._vocabulary:
+            self.logits(hidden[:1])  # for its shape
+        rows = max(self._logits_at_once // self._vocabulary, 1)
+        return (slice(start, start + rows) for start in range(0, hidden.shape[0], rows))
+
+    def _run_body(self, base: Any, body: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """In the place of the body's own call."""
+        if self._given is not None:
+            return self._given
+        states = base(body, *args, **kwargs)
+        if not self._recording or not isinstance(states, mx.array):
+            return states
+        self._recorded = states
+        return states[:, :0]  # no position reaches the head
+
+
+def weighted_nll(logits: mx.array, targets: IntArray, shares: FloatArray) -> tuple[mx.array, mx.array]:
+    """sum(share x -log p(target)) of float32 `logits` [n, vocab], and its gradient by the logits."""
+    index, share = mx.array(targets)[:, None], mx.array(shares)[:, None]
+    normaliser = mx.logsumexp(logits, axis=-1, keepdims=True)
+    loss = (share * (normaliser - mx.take_along_axis(logits, index, axis=-1))).sum()
+    grad = share * mx.exp(logits - normaliser)  # share x (softmax - one hot)
+    at_target = mx.take_along_axis(grad, index, axis=-1) - share
+    return loss, mx.put_along_axis(grad, index, at_target, axis=-1)
+
+
+def _is_body(module: nn.Module, blocks: list[nn.Module]) -> bool:
+    """Whether this module itself runs the model's blocks."""
+    layers = module.get("layers")
+    return isinstance(layers, list) and any(block is blocks[0] for block in layers)

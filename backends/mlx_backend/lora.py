@@ -20,106 +20,122 @@ class DropoutKeys:
     """
 
     def __init__(self, seed: int) -> None:
-        self._place = (seed, 0, 0)
+        self._seed, self._step, self._micro = seed, 0, 0
 
     def at(self, step: int, micro: int) -> None:
-        self._place = (self._place[0], step, micro)
+        self._step, self._micro = step, micro
 
     def key(self, module: int) -> mx.array:
-        seed = np.random.SeedSequence((*self._place, module)).generate_state(1, np.uint64)[0]
-        key: mx.array = mx.random.key(int(seed))
+        sequence = np.random.SeedSequence((self._seed, self._step, self._micro, module))
+        key: mx.array = mx.random.key(int(sequence.generate_state(1, np.uint64)[0]))
         return key
 
 
 class Dropout(nn.Module):  # type: ignore[misc]
-    """Which entries of an adapter's input are kept."""
+    """Which entries of an adapter's input remain."""
 
     def __init__(self, rate: float, keys: DropoutKeys, module: int) -> None:
         super().__init__()
         self.keep, self._keys, self._module = 1.0 - rate, keys, module
 
     def mask(self, x: mx.array) -> mx.array | None:
-        """bool, as x; None where all are kept."""
+        """bool, as x; None where every entry remains."""
         if not self.training or self.keep == 1.0:
             return None
-        kept: mx.array = mx.random.bernoulli(self.keep, x.shape, key=self._keys.key(self._module))
-        return kept
+        mask: mx.array = mx.random.bernoulli(self.keep, x.shape, key=self._keys.key(self._module))
+        return mask
 
 
 class AdaptedLinear(LoRALinear):  # type: ignore[misc]
     """W x + scale * B A dropout(x), with A [in, r] and B [r, out].
 
-    The gradient has a formula of its own: the scale is applied to the small products [.., r] and not to the wide
+    The gradient has a formula of its own: the scale is applied to the low-rank products [.., r] and not to the wide
     ones, and nothing wide is kept but x.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        kept = self.dropout.mask(x)  # the mask is kept for the backward pass, not the masked input
+        mask = self.dropout.mask(x)  # the mask is kept for the backward pass, not the masked input
 
         @mx.custom_function
         def product(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-            return self.forward(x, a, b, kept)
+            low_rank = self.factor(mask) * self.matmul(_dropped(x, mask), a)  # [.., r], needed by the backward pass
+            return self.addmm(self.linear(x), low_rank, b), low_rank
 
         @product.vjp
-        def backward(inputs: Any, slopes: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
+        def backward(inputs: Any, grad_outputs: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
             x, a, b = inputs
-            return self.backward(x, a, b, kept, outputs[1], slopes[0])
+            return self.backward(x, a, b, mask, outputs[1], grad_outputs[0])
 
-        found: Any = product(x, self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype))
-        return found[0]  # type: ignore[no-any-return]
+        outputs: Any = product(x, self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype))
+        return outputs[0]  # type: ignore[no-any-return]
 
-    def factor(self, kept: mx.array | None) -> float:
-        """What the adapter's product is multiplied by; what dropout keeps of its input is divided by 1 - p."""
-        return float(self.scale if kept is None else self.scale / self.dropout.keep)
-
-    def forward(self, x: mx.array, a: mx.array, b: mx.array, kept: mx.array | None) -> tuple[mx.array, mx.array]:
-        """y [.., out] and the small product [.., r] that the backward pass needs."""
-        small = self.factor(kept) * ((x if kept is None else x * kept) @ a)
-        return mx.addmm(self.linear(x), small, b), small
+    def factor(self, mask: mx.array | None) -> float:
+        """What the adapter's product is multiplied by; what dropout leaves of its input is divided by 1 - p."""
+        return float(self.scale if mask is None else self.scale / self.dropout.keep)
 
     def backward(
-        self, x: mx.array, a: mx.array, b: mx.array, kept: mx.array | None, small: mx.array, slope: mx.array
+        self, x: mx.array, a: mx.array, b: mx.array, mask: mx.array | None, low_rank: mx.array, grad_output: mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """The slopes of x, A and B from that of y [.., out]."""
-        thin = self.factor(kept) * (slope @ b.T)  # [.., r]
-        seen = x if kept is None else x * kept
-        slope_a = _rows(seen).T @ _rows(thin)
-        slope_b = _rows(small).T @ _rows(slope)
-        below = input_slope(self.linear, slope)
-        below = mx.addmm(below, thin, a.T) if kept is None else below + kept * (thin @ a.T)
-        return below, slope_a, slope_b
+        """The gradients by x, A and B from that by y [.., out]."""
+        grad_low_rank = self.factor(mask) * self.matmul(grad_output, b.T)  # [.., r]
+        grad_a = self.matmul(_rows_of(_dropped(x, mask)).T, _rows_of(grad_low_rank))
+        grad_b = self.matmul(_rows_of(low_rank).T, _rows_of(grad_output))
+        grad_input = self.frozen_grad(grad_output)
+        if mask is None:
+            return self.addmm(grad_input, grad_low_rank, a.T), grad_a, grad_b
+        return grad_input + mask * self.matmul(grad_low_rank, a.T), grad_a, grad_b
 
+    @staticmethod
+    def matmul(left: mx.array, right: mx.array) -> mx.array:
+        """[.., K] @ [K, M]"""
+        return left @ right
 
-def input_slope(linear: nn.Linear | nn.QuantizedLinear, slope: mx.array) -> mx.array:
-    """The slope [.., in] of a frozen layer's input."""
-    below: mx.array
-    if isinstance(linear, nn.QuantizedLinear):
-        packing = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
-        weight = (linear.weight, linear.scales, linear.get("biases"))
-        below = mx.quantized_matmul(slope, *weight, transpose=False, **packing)
-    else:
-        below = slope @ linear.weight
-    return below
+    @staticmethod
+    def addmm(added: mx.array, left: mx.array, right: mx.array) -> mx.array:
+        return mx.addmm(added, left, right)
+
+    def frozen_grad(self, grad_output: mx.array) -> mx.array:
+        """The gradient [.., in] by the input of the frozen layer alone."""
+        linear, grad = self.linear, grad_output
+        if not isinstance(linear, nn.QuantizedLinear):
+            return self.matmul(grad, linear.weight)
+        grad_input: mx.array = mx.quantized_matmul(
+            grad,
+            linear.weight,
+            linear.scales,
+            linear.get("biases"),
+            transpose=False,
+            group_size=linear.group_size,
+            bits=linear.bits,
+            mode=linear.mode,
+        )
+        return grad_input
 
 
 def attach(
     model: nn.Module, modules: Mapping[str, tuple[int, int]], lora: LoraSpec, keys: DropoutKeys
 ) -> dict[str, AdaptedLinear]:
     """An adapter on each of `modules` -> (out, in). Raises BackendError for names that MLX's model lacks."""
-    there = dict(model.named_modules())
-    missing = [name for name in modules if not isinstance(there.get(name), nn.Linear | nn.QuantizedLinear)]
+    named = dict(model.named_modules())
+    missing = [name for name in modules if not isinstance(named.get(name), nn.Linear | nn.QuantizedLinear)]
     if missing:
         raise BackendError(f"mlx-lm's model has no linear layers named {', '.join(missing)}")
     adapters: dict[str, AdaptedLinear] = {}
     for index, name in enumerate(modules):
         parent, _, leaf = name.rpartition(".")
-        adapter = LoRALinear.from_base(there[name], r=lora.rank, scale=lora.scale)
+        adapter = LoRALinear.from_base(named[name], r=lora.rank, scale=lora.scale)
         adapter.__class__ = AdaptedLinear
         adapter.dropout = Dropout(lora.dropout, keys, index)
-        setattr(there[parent], leaf, adapter)
+        setattr(named[parent], leaf, adapter)
         adapters[name] = adapter
     return adapters
 
 
-def _rows(x: mx.array) -> mx.array:
+def _dropped(x: mx.array, mask: mx.array | None) -> mx.array:
+    """What the adapter sees of x."""
+    return x if mask is None else x * mask
+
+
+def _rows_of(x: mx.array) -> mx.array:
+    """[.., D] -> [N, D]"""
     return x.reshape(-1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Models in MLX: loading, 4-bit weights, checkpointed blocks, and the sliding windows that mlx-lm leaves out."""
+"""Models in MLX: loading, 4-bit weights, checkpointed blocks, sliding windows."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method == "bitsandbytes":
         raise BackendError(f"{spec.path}: quantised by bitsandbytes, which MLX cannot read; give the unquantised model")
-    said = io.StringIO()
+    printed = io.StringIO()
     # The folder was checked before: it needs code of its own only where the recipe allows that. mlx-lm 0.31, the
     # last for Python 3.10, has no such parameter.
     trust = {"trust_remote_code": True} if spec.remote_code else {}
     try:
-        with contextlib.redirect_stdout(said):  # mlx-lm prints what it leaves out of a config
+        with contextlib.redirect_stdout(printed):  # mlx-lm prints what it leaves out of a config
             model, loaded = load_model(spec.path, lazy=True, model_config=legacy_rope(config), **trust)
     except Exception as error:  # whatever a model's own code makes of a config or weights it was not written for
         raise BackendError(f"{spec.path}: mlx-lm cannot load this model ({type(error).__name__}: {error})") from error
-    if said.getvalue():
-        raise BackendError(f"{spec.path}: mlx-lm cannot run this model as it is ({said.getvalue().strip()})")
+    if printed.getvalue():
+        raise BackendError(f"{spec.path}: mlx-lm cannot run this model as it is ({printed.getvalue().strip()})")
     quantise = spec.quantize == "4bit" and "quantization" not in loaded
     for module in _outside_blocks(model):  # the widest first: they are cast while little else is held
-        _settle(module, dtype)
+        _cast(module, dtype)
     for block in model.layers:
         if quantise:
             block.set_dtype(dtype)
-            nn.quantize(block, bits=_BITS, class_predicate=_how_to_quantise)
-        _settle(block, dtype)
+            nn.quantize(block, bits=_BITS, class_predicate=_quantisation)
+        _cast(block, dtype)
     model.set_dtype(dtype)
     mx.eval(model.parameters())
     mx.clear_cache()  # of what was cast and quantised
@@ -66,8 +66,8 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
     return model, scheme
 
 
-def _settle(module: nn.Module, dtype: mx.Dtype) -> None:
-    """Reads and computes its tensors, one at a time."""
+def _cast(module: nn.Module, dtype: mx.Dtype) -> None:
+    """Read its tensors and cast them, one at a time."""
     module.set_dtype(dtype)
     for _, tensor in tree_flatten(module.parameters()):
         mx.eval(tensor)
@@ -79,12 +79,12 @@ def _outside_blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if id(module) not in inside and not module.children()]
 
 
-def _how_to_quantise(path: str, module: nn.Module) -> bool | dict[str, Any]:
+def _quantisation(path: str, module: nn.Module) -> bool | dict[str, Any]:
     """`nn.quantize` settings; as in bitsandbytes only linear layers, and not the choice of experts."""
     if not isinstance(module, nn.Linear) or path.endswith(("gate", "router")):
         return False
-    fitting = [group for group in _GROUPS if module.weight.shape[-1] % group == 0]
-    return {"bits": _BITS, "group_size": fitting[0]} if fitting else False
+    groups = [group for group in _GROUPS if module.weight.shape[-1] % group == 0]
+    return {"bits": _BITS, "group_size": groups[0]} if groups else False
 
 
 def _scheme(model: nn.Module) -> str:
@@ -107,10 +107,10 @@ class _LongRope(SuScaledRoPE):  # type: ignore[misc]
         long = x.shape[-2] + offset > self.original_max_position_embeddings
         scaled = x.at[..., : self.dim].multiply(self._scale)
         freqs = self._freqs if long else self._short_freqs
-        turned: mx.array = mx.fast.rope(
+        rotated: mx.array = mx.fast.rope(
             scaled, self.dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs
         )
-        return turned
+        return rotated
 
 
 def _use_short_factors(model: nn.Module, config: Mapping[str, Any]) -> None:
@@ -134,10 +134,10 @@ def checkpoint_blocks(model: nn.Module) -> None:
 
 
 def ignored_window(model: nn.Module, config: Mapping[str, Any]) -> int | None:
-    """The tokens that a row may have, where mlx-lm lets every query see every earlier key and transformers does not.
+    """How many tokens a row may have, if mlx-lm ignores the config's sliding window; up to it nothing differs.
 
-    mlx-lm's models that know windows have other caches than plain ones (in 0.32 not so Mistral, Mixtral, Gemma 2,
-    Phi 3, Starcoder 2, Qwen 2 and 3).
+    A model of mlx-lm that knows its window has a cache of another type than KVCache. mlx-lm 0.32 ignores the window
+    of Mistral, Mixtral, Gemma 2, Phi 3, Starcoder 2, Qwen 2 and 3.
     """
     window = config.get("sliding_window")
     switch = config.get("use_sliding_window", not str(config.get("model_type")).startswith("qwen"))
@@ -151,6 +151,6 @@ def check_window(tokens: int, window: int | None) -> None:
     """Raises BackendError where a row of so many tokens is longer than an ignored window."""
     if window is not None and tokens > window:
         raise BackendError(
-            f"a row of {tokens} tokens is longer than this model's sliding window of {window}, which mlx-lm leaves "
-            f"out; set train.max_length to at most {window}, or use another backend"
+            f"a row of {tokens} tokens is longer than this model's sliding window of {window}, which mlx-lm "
+            f"ignores; set train.max_length to at most {window}, or use another backend"
         )

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 
 def subclassed(module: nn.Module, call: Callable[..., Any]) -> None:
-    """Put `call(the class's own __call__, module, ...)` in the place of one module's `__call__`."""
+    """Replace one module's `__call__` by `call(the class's own __call__, module, ...)`."""
     base = type(module)
 
     def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -19,13 +19,16 @@ def subclassed(module: nn.Module, call: Callable[..., Any]) -> None:
     module.__class__ = type(base.__name__, (base,), {"__call__": changed})
 
 
-def rebound(model: nn.Module, name: str, function: Callable[..., Any], other: Callable[..., Any]) -> None:
-    """Where modules call the global `name`, which is `function`, let this model's call `other`: the same code else."""
+def rebound(model: nn.Module, name: str, function: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Where this model's modules call the global `name`, which is `function`, let them call `other`.
+
+    Returns whether any module does.
+    """
     changed: dict[type, type] = {}
     for module in model.modules():
         base = type(module)
-        call = getattr(base.__call__, "__globals__", {}).get(name) is function
-        if not call or name not in base.__call__.__code__.co_names:
+        calls_it = getattr(base.__call__, "__globals__", {}).get(name) is function
+        if not calls_it or name not in base.__call__.__code__.co_names:
             continue
         if base not in changed:
             code = base.__call__
@@ -39,3 +42,4 @@ def rebound(model: nn.Module, name: str, function: Callable[..., Any], other: Ca
             copy.__kwdefaults__ = code.__kwdefaults__
             changed[base] = type(base.__name__, (base,), {"__call__": copy})
         module.__class__ = changed[base]
+    return bool(changed)

@@ -28,8 +28,8 @@ from backends.interface import (
 )
 from backends.memory import available_bytes, process_peak_bytes
 from backends.micro_batches import check_tokens, joined, own_part
-from backends.mlx_backend.costs import SHARED_PREFIXES
-from backends.mlx_backend.cpu_layers import use_blas
+from backends.mlx_backend import blas_bridge
+from backends.mlx_backend.costs import NUMPY_PRODUCTS
 from backends.mlx_backend.forward import Forward
 from backends.mlx_backend.generate import generate
 from backends.mlx_backend.lora import DropoutKeys, attach
@@ -62,9 +62,9 @@ def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSe
     """Raises BackendError where the model or what is asked of it cannot be had in MLX."""
     device = mx.Device(mx.cpu) if model.device == "cpu" else mx.default_device()
     with mx.stream(device):
-        room = None if device.type == mx.cpu else mx.device_info(device).get("max_recommended_working_set_size")
-        if room is not None:  # Apple's GPUs: keep the weights resident, as mlx-lm does
-            mx.set_wired_limit(int(room))
+        working_set = _working_set_bytes(device)
+        if working_set is not None:  # Apple's GPUs: keep the weights resident, as mlx-lm does
+            mx.set_wired_limit(working_set)
         return MlxSession(model, lora, optim, seed, device)
 
 
@@ -81,22 +81,24 @@ class MlxSession:
 
     def __init__(self, spec: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int, device: mx.Device) -> None:
         on_cpu = device.type == mx.cpu
-        names = {"auto": mx.float32 if on_cpu else mx.bfloat16, "float32": mx.float32, "bfloat16": mx.bfloat16}
+        dtypes = {"auto": mx.float32 if on_cpu else mx.bfloat16, "float32": mx.float32, "bfloat16": mx.bfloat16}
+        dtype = dtypes[spec.dtype]
         self.device = _device_name(device)
         self.lora_shapes: Mapping[str, tuple[int, int]] = lora_modules(spec.path, lora, spec.remote_code)
-        model, self.scheme = load(spec, names[spec.dtype])
-        self._optim, self._on, self._on_cpu = optim, device, on_cpu
+        self._optim, self._mlx_device, self._on_cpu = optim, device, on_cpu
+        model, self.scheme = load(spec, dtype)
         self._keys = DropoutKeys(seed)
         self._layers = attach(model, self.lora_shapes, lora, self._keys)
-        # not with checkpointing: what is evaluated at once keeps what checkpointing drops
-        numpy = on_cpu and names[spec.dtype] == mx.float32 and not spec.checkpointing and bool(use_blas(model))
+        bridged = blas_bridge.serves(device, dtype, spec.checkpointing)
+        if bridged:
+            blas_bridge.connect(model)
         if spec.checkpointing:
             checkpoint_blocks(model)
-        self._forward = Forward(model, on_cpu, numpy, spec.checkpointing)
-        self._forward.window = ignored_window(model, read_config(spec.path))
+        self._forward = Forward(model, on_cpu, spec.checkpointing, ignored_window(model, read_config(spec.path)))
         self.shares_prefixes = self._forward.shares_prefixes
-        self.shortcuts: tuple[str, ...] = (SHARED_PREFIXES,) if self.shares_prefixes else ()
         self._vocabulary = vocabulary_of(spec.path) or sys.maxsize
+        self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
+        self.shortcuts = (*self._forward.shortcuts, *([NUMPY_PRODUCTS] if bridged else []))
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._state: _State
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
@@ -107,16 +109,14 @@ class MlxSession:
             raise ValueError("nothing is supervised in this step: all weights are 0")
         check_tokens(micro, self._vocabulary)
         with self._running(training=True):
-            loss, gradient = self._gradient(micro, total)
-            norm = float(mx.sqrt(mx.stack([mx.square(part).sum() for part in gradient.values()]).sum()))
+            loss, grads = self._loss_and_grads(micro, total)
+            norm = float(mx.sqrt(mx.stack([mx.square(grad).sum() for grad in grads.values()]).sum()))
             step = self._state.step + 1
-            updated = _State(
-                step, *adamw(self._state.adapter, self._state.moments, gradient, norm, step, lr, self._optim)
-            )
+            updated = _State(step, *adamw(self._state.adapter, self._state.moments, grads, norm, step, lr, self._optim))
             finite = mx.stack([mx.isfinite(value).all() for value in updated.adapter.values()]).all()
             mx.eval(finite, updated.adapter, updated.moments)
             if not (math.isfinite(loss) and math.isfinite(norm) and finite.item()):
-                raise NonFinite(f"loss {loss}, gradient norm {norm} in step {self._state.step + 1}")
+                raise NonFinite(f"loss {loss}, gradient norm {norm} in step {step}")
             self._state = updated
         return StepResult(loss, int(sum(np.count_nonzero(batch.weights) for batch in micro)), norm)
 
@@ -144,8 +144,8 @@ class MlxSession:
         return TrainState(self._state.step, _to_numpy(self._state.adapter), _to_numpy(self._state.moments))
 
     def set_state(self, state: TrainState) -> None:
-        whole = fitting(state, self._shapes)
-        self._state = _State(whole.step, _to_mlx(whole.adapter), _to_mlx(whole.moments))
+        state = fitting(state, self._shapes)
+        self._state = _State(state.step, _to_mlx(state.adapter), _to_mlx(state.moments))
 
     def peak_bytes(self) -> int:
         return process_peak_bytes() if self._on_cpu else int(mx.get_peak_memory())
@@ -153,16 +153,16 @@ class MlxSession:
     def free_bytes(self) -> int | None:
         if self._on_cpu:
             return available_bytes()
-        room = mx.device_info(self._on).get("max_recommended_working_set_size")  # of Apple's devices
-        return None if room is None else max(0, int(room) - int(mx.get_active_memory()))
+        working_set = _working_set_bytes(self._mlx_device)
+        return None if working_set is None else max(0, working_set - int(mx.get_active_memory()))
 
     @contextmanager
     def _running(self, training: bool = False) -> Iterator[None]:
         """On the session's device, with its adapter in the model, also afterwards, however a call ends."""
-        self._place(self._state.adapter)
+        self._put_in(self._state.adapter)
         self._forward.train(training)
         try:
-            with mx.stream(self._on):
+            with mx.stream(self._mlx_device):
                 yield
         except (RuntimeError, ValueError, MemoryError) as error:
             if not any(sign in str(error).lower() for sign in _NO_MEMORY):
@@ -170,30 +170,29 @@ class MlxSession:
             mx.clear_cache()
             raise OutOfMemory(str(error)) from error
         finally:
-            self._place(self._state.adapter)  # and not the traced arrays, which hold a whole step's memory
+            self._put_in(self._state.adapter)  # and not the traced arrays, which hold a whole step's memory
 
-    def _gradient(self, micro: Sequence[Batch], total: float) -> tuple[float, Tensors]:
+    def _loss_and_grads(self, micro: Sequence[Batch], total: float) -> tuple[float, Tensors]:
         """sum(weight x nll) / total over all micro-batches, and its gradient; one micro-batch in memory at a time."""
         loss = 0.0
-        gradient: Tensors = {}
-        every = (
-            part for batch in micro for _, part in self._forward.parts(batch if self.shares_prefixes else joined(batch))
-        )
-        for index, part in enumerate(every):
+        grads: Tensors = {}
+        batches = micro if self.shares_prefixes else [joined(batch) for batch in micro]
+        parts = (part for batch in batches for _, part in self._forward.parts(batch))
+        for index, part in enumerate(parts):
             self._keys.at(self._state.step, index)
-            with self._forward.prepared(part):
-                nll, found = mx.value_and_grad(partial(self._loss, part, total))(self._state.adapter)
+            loss_of = partial(self._loss, part, self._forward.entering(part), total)
+            part_loss, part_grads = mx.value_and_grad(loss_of)(self._state.adapter)
             # a sum also of the first, since an array that came out of a trace may hold on to all that was traced
-            gradient = {name: value + gradient.get(name, 0.0) for name, value in found.items()}
-            mx.eval(nll, gradient)
-            loss += float(nll)
-        return loss, gradient
+            grads = {name: grad + grads.get(name, 0.0) for name, grad in part_grads.items()}
+            mx.eval(part_loss, grads)
+            loss += float(part_loss)
+        return loss, grads
 
-    def _loss(self, batch: Batch, total: float, adapter: Tensors) -> mx.array:
-        self._place(adapter)
-        return self._forward.loss(batch, total)
+    def _loss(self, part: Batch, entering: mx.array | None, total: float, adapter: Tensors) -> mx.array:
+        self._put_in(adapter)
+        return self._forward.loss(part, entering, total)
 
-    def _place(self, adapter: Tensors) -> None:
+    def _put_in(self, adapter: Tensors) -> None:
         for module, layer in self._layers.items():
             layer.lora_a, layer.lora_b = adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"]
 
@@ -211,3 +210,9 @@ def _device_name(device: mx.Device) -> str:
     if device.type == mx.cpu:
         return "cpu"
     return f"gpu: {mx.device_info(device).get('device_name', 'unknown')}"
+
+
+def _working_set_bytes(device: mx.Device) -> int | None:
+    """What Apple's GPUs say that they can hold; None for other devices."""
+    size = None if device.type == mx.cpu else mx.device_info(device).get("max_recommended_working_set_size")
+    return None if size is None else int(size)

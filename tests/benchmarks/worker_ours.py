@@ -43,9 +43,9 @@ def recipe_of(task: Task) -> Any:
 
 def use_mlx_products() -> None:
     """MLX's own matrix products in place of numpy's BLAS, which a CPU without Accelerate gets."""
-    from backends.mlx_backend import session as mlx_backend
+    from backends.mlx_backend import blas_bridge
 
-    _replace(mlx_backend, "use_blas", lambda *_, **__: False)
+    _replace(blas_bridge, "ENABLED", False)
 
 
 def keep_nothing_torch() -> None:

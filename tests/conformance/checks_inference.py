@@ -22,6 +22,7 @@ from tests.conformance.toy import (
     identical,
     prefixed,
     random_adapter,
+    registered,
     toy_batch,
     without_b,
 )
@@ -36,7 +37,9 @@ def check_names_shapes_and_types(case: Case) -> None:
     assert dict(session.lora_shapes) == modules
     assert (session.scheme == "none") == (case.quantize == "none")
     assert session.device and session.peak_bytes() > 0
-    assert type(session.shortcuts) is tuple and set(session.shortcuts) <= set(registry.shortcuts(case.backend))
+    assert type(session.shortcuts) is tuple and set(session.shortcuts) <= set(
+        registry.shortcuts(registered(case.backend))
+    )
     free = session.free_bytes()
     assert free is None or free > 0
     state, wanted = session.get_state(), initial_adapter(modules, LORA.rank, seed=5)

@@ -1,4 +1,4 @@
-"""Which backends the suite runs on: all that the registry names."""
+"""Which backends the suite runs on: all that the registry names, and MLX in two forms."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import pytest
 
 from backends import registry
+from tests.conformance.toy import registered
 
 
 @pytest.fixture
@@ -15,6 +16,7 @@ def usable() -> object:
     required = {name.strip() for name in os.environ.get("FINETUNE_REQUIRE_BACKENDS", "").split(",")}
 
     def check(name: str) -> None:
+        name = registered(name)
         reason = registry.probe(name)
         if reason is not None:
             (pytest.fail if name in required else pytest.skip)(f"{name}: {reason}")

@@ -12,7 +12,7 @@ import pytest
 from backends import registry
 from backends.interface import Backend, BackendError, Session
 from tests.conformance.checks import CHECKS
-from tests.conformance.toy import Case
+from tests.conformance.toy import BACKENDS, Case
 
 Usable = Callable[[str], None]
 WITHOUT_4BIT = {"reference"}
@@ -21,7 +21,7 @@ WITHOUT_4BIT = {"reference"}
 def holdings() -> list[Any]:
     return [
         pytest.param(name, quantize, id=f"{name}-{quantize}")
-        for name in registry.NAMES
+        for name in BACKENDS
         for quantize in ("none", "4bit")
         if quantize == "none" or name not in WITHOUT_4BIT
     ]

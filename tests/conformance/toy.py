@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -16,10 +19,29 @@ LORA = LoraSpec(rank=4, alpha=8.0)
 DROPPING = replace(LORA, dropout=0.3)
 OPTIM = OptimSpec(eps=1e-2)  # a large epsilon keeps the update smooth where a gradient is almost nothing
 
+# MLX as a Mac runs it: on a Linux CPU its products otherwise go over a bridge to numpy's BLAS.
+MLX_PLAIN = "mlx-plain"
+BACKENDS = [*registry.NAMES, *([MLX_PLAIN] if sys.platform == "linux" else [])]
+REAL_BACKENDS = [name for name in BACKENDS if name != "reference"]
+
+
+def registered(backend: str) -> str:
+    """The name that the registry knows."""
+    return "mlx" if backend == MLX_PLAIN else backend
+
+
+def without_bridge(backend: str) -> AbstractContextManager[Any]:
+    """In here a session of `mlx-plain` is to be opened; for the other backends, nothing changes."""
+    if backend != MLX_PLAIN:
+        return nullcontext()
+    from backends.mlx_backend import blas_bridge
+
+    return mock.patch.object(blas_bridge, "ENABLED", False)
+
 
 @dataclass(frozen=True)
 class Case:
-    """One backend with one way of holding the base; float32 unless a check says otherwise."""
+    """One of BACKENDS with one way of holding the base; float32 unless a check says otherwise."""
 
     backend: str
     folder: Path
@@ -27,7 +49,10 @@ class Case:
 
     def open(self, lora: LoraSpec = LORA, optim: OptimSpec = OPTIM, seed: int = 0, **spec: Any) -> Session:
         settings: dict[str, Any] = {"quantize": self.quantize, "dtype": "float32"} | spec
-        return registry.open_session(self.backend, ModelSpec(self.folder, **settings), lora, optim, seed)
+        with without_bridge(self.backend):
+            return registry.open_session(
+                registered(self.backend), ModelSpec(self.folder, **settings), lora, optim, seed
+            )
 
 
 def toy_batch(rows: int = 5, width: int = 10, seed: int = 0) -> Batch:

@@ -1,6 +1,5 @@
 """Ways in which MLX computes less than the whole model, each against the whole."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,31 +9,28 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 nn = pytest.importorskip("mlx.nn")
-rope_utils = pytest.importorskip("mlx_lm.models.rope_utils")
 pytest.importorskip("torch")
 
 from backends.interface import BackendError, Batch, LoraSpec, ModelSpec, OptimSpec  # noqa: E402
 from backends.kept_states import Activations  # noqa: E402
 from backends.micro_batches import joined  # noqa: E402
 from backends.mlx_backend import attention as mlx_attention  # noqa: E402
-from backends.mlx_backend import cpu_kernels as mlx_numpy  # noqa: E402
-from backends.mlx_backend import head as mlx_head  # noqa: E402
+from backends.mlx_backend import blas_bridge, costs  # noqa: E402
 from backends.mlx_backend import session as mlx_backend  # noqa: E402
-from backends.mlx_backend.cpu_layers import _FAST  # noqa: E402
-from backends.mlx_backend.lora import AdaptedLinear  # noqa: E402
+from backends.mlx_backend.head import Head, weighted_nll  # noqa: E402
 from backends.mlx_backend.model import ignored_window  # noqa: E402
+from backends.mlx_backend.patch import subclassed  # noqa: E402
 from tests.tiny_models import family, tiny_llama  # noqa: E402
 
 VOCAB = 128
 LORA = LoraSpec(4, 8.0)
 
 
-@pytest.fixture(params=["numpy", "own"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """By numpy's BLAS where this machine needs it, and by MLX's own, as on a GPU."""
+@pytest.fixture(params=["bridge", "own"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By numpy's BLAS where this machine needs it, and by MLX's own, as on a Mac."""
     if request.param == "own":
-        monkeypatch.setattr(mlx_backend, "use_blas", lambda model: None)
-    return str(request.param)
+        monkeypatch.setattr(blas_bridge, "ENABLED", False)
 
 
 def opened(folder: Path, lora: LoraSpec = LORA, **spec: Any) -> mlx_backend.MlxSession:
@@ -64,11 +60,10 @@ def both(session: mlx_backend.MlxSession, whole: mlx_backend.MlxSession, batch: 
     np.testing.assert_allclose(session.score(batch).logprob, whole.score(batch).logprob, atol=1e-4)
 
 
-# --- the loss ------------------------------------------------------------------------------------
+# --- the head ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nll", [mlx_head.weighted_nll, mlx_numpy.weighted_nll])
-def test_the_slope_of_the_loss_is_its_gradient(nll: Callable[..., Any]) -> None:
+def test_the_gradient_of_the_loss() -> None:
     random = np.random.default_rng(0)
     logits = mx.array(random.standard_normal((5, 7)).astype(np.float32) * 4)
     targets, shares = random.integers(0, 7, 5).astype(np.int32), random.random(5).astype(np.float32)
@@ -76,10 +71,10 @@ def test_the_slope_of_the_loss_is_its_gradient(nll: Callable[..., Any]) -> None:
     def plain(x: Any) -> Any:
         return (mx.array(shares) * nn.losses.cross_entropy(x, mx.array(targets))).sum()
 
-    wanted, gradient = mx.value_and_grad(plain)(logits)
-    loss, slope = nll(logits, targets, shares)
-    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
-    np.testing.assert_allclose(np.array(slope), np.array(gradient), atol=1e-6)
+    expected, expected_grad = mx.value_and_grad(plain)(logits)
+    loss, grad = weighted_nll(logits, targets, shares)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    np.testing.assert_allclose(np.array(grad), np.array(expected_grad), atol=1e-6)
 
 
 @pytest.mark.usefixtures("products")
@@ -88,11 +83,11 @@ def test_the_loss_in_chunks_is_the_loss_at_once(name: str, tmp_path: Path) -> No
     folder, batch = family(name, tmp_path), replace(a_batch(), weights=np.ones((3, 24), np.float32))
     whole, session = opened(folder), opened(folder)
     whole.step([batch], 1e-2), session.step([batch], 1e-2)
-    wanted, scores = whole.step([batch], 1e-2), whole.score(batch)
-    session._forward.head._at_once = VOCAB * 5  # five rows at once
-    found = session.step([batch], 1e-2)
-    assert found.loss == pytest.approx(wanted.loss, rel=1e-6)
-    assert found.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
+    expected, scores = whole.step([batch], 1e-2), whole.score(batch)
+    session._forward.head._logits_at_once = VOCAB * 5  # five rows at once
+    result = session.step([batch], 1e-2)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
     np.testing.assert_allclose(session.score(batch).logprob, scores.logprob, atol=1e-5)
 
 
@@ -100,7 +95,7 @@ def test_the_loss_in_chunks_is_the_loss_at_once(name: str, tmp_path: Path) -> No
 def test_the_logits_of_a_step_never_exist_at_once(tmp_path: Path) -> None:
     batch = replace(a_batch(rows=8, width=30), weights=np.ones((8, 30), np.float32))
     session = opened(tiny_llama(tmp_path, vocab_size=30_000))
-    session._forward.head._at_once = 30_000 * 4
+    session._forward.head._logits_at_once = 30_000 * 4
     session.step([batch], 1e-3)
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -109,17 +104,27 @@ def test_the_logits_of_a_step_never_exist_at_once(tmp_path: Path) -> None:
     assert mx.get_peak_memory() - before < 0.6 * 240 * 30_000 * 4
 
 
+def test_a_model_that_is_not_split_gives_its_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = opened(tiny_llama(tmp_path))
+    monkeypatch.setattr("backends.mlx_backend.head._is_body", lambda *_: False)
+    whole = opened(tmp_path)
+    assert (
+        costs.HEAD in session.shortcuts
+        and costs.HEAD not in whole.shortcuts
+        and "its blocks" in whole.left_out[costs.HEAD]
+    )
+    both(session, whole, a_batch())
+
+
 # --- attention -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["causal", "longer", "none", "window", "rows"])
-@pytest.mark.parametrize("attend", [mlx_attention.attend, mlx_numpy.attend])
-def test_attention_and_its_gradient(attend: Callable[..., Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for ops in (mlx_attention.MLX, mlx_numpy.NUMPY):
-        monkeypatch.setattr(ops, "queries", 4)
+def test_attention_and_its_gradient(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlx_attention, "TILE", 4)
     length, keys = (10, 15) if kind == "longer" else (10, 10)
     random = np.random.default_rng(0)
-    q, k, v, slope = (
+    q, k, v, grad_output = (
         mx.array(random.standard_normal((2, heads, size, 8)).astype(np.float32))
         for heads, size in ((6, length), (3, keys), (3, keys), (6, length))
     )
@@ -128,105 +133,54 @@ def test_attention_and_its_gradient(attend: Callable[..., Any], kind: str, monke
     mask = {"none": None, "window": window, "rows": rows}.get(kind, "causal")
 
     def plain(q: Any, k: Any, v: Any) -> Any:
-        return (mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask) * slope).sum()
+        return (mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask) * grad_output).sum()
 
-    wanted, gradients = mx.value_and_grad(plain, argnums=(0, 1, 2))(q, k, v)
-    found, ours = mx.value_and_grad(lambda *x: (attend(*x, 0.3, mask) * slope).sum(), argnums=(0, 1, 2))(q, k, v)
-    assert float(found) == pytest.approx(float(wanted), rel=1e-4)
-    for one, other in zip(ours, gradients, strict=True):
-        np.testing.assert_allclose(np.array(one), np.array(other), atol=1e-4)
+    def tiled(q: Any, k: Any, v: Any) -> Any:
+        return (mlx_attention.attend(q, k, v, 0.3, mask) * grad_output).sum()
 
-
-def test_swiglu_by_numpy_and_its_gradient() -> None:
-    random = np.random.default_rng(0)
-    gate, x = (mx.array(random.standard_normal((2, 50, 8)).astype(np.float32) * 9) for _ in range(2))
-    gate[0, 0, 0], gate[0, 0, 1] = 200.0, -200.0
-
-    def plain(gate: Any, x: Any) -> Any:
-        return (nn.silu(gate) * x * x).sum()
-
-    wanted = mx.grad(plain, argnums=(0, 1))(gate, x)
-    found = mx.grad(lambda gate, x: (mlx_numpy.swiglu(gate, x) * x).sum(), argnums=(0, 1))(gate, x)
-    for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-4, atol=1e-4)
+    expected, expected_grads = mx.value_and_grad(plain, argnums=(0, 1, 2))(q, k, v)
+    result, grads = mx.value_and_grad(tiled, argnums=(0, 1, 2))(q, k, v)
+    assert float(result) == pytest.approx(float(expected), rel=1e-4)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(np.array(grad), np.array(expected_grad), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        nn.RMSNorm(16, eps=1e-3),
-        nn.RoPE(16, base=100.0),
-        nn.RoPE(16, traditional=True),
-        nn.RoPE(8),
-        nn.RoPE(16, scale=0.25),
-        rope_utils.YarnRoPE(16, scaling_factor=4.0, original_max_position_embeddings=8),
-    ],
-    ids=["norm", "plain", "in pairs", "half of the head", "scaled", "yarn"],
-)
-@pytest.mark.parametrize("offset", [0, 5, [3, 7]])
-@pytest.mark.parametrize("turned", [False, True])
-def test_modules_by_numpy_and_their_gradients(module: Any, offset: Any, turned: bool) -> None:
-    kind, random = type(module), np.random.default_rng(0)
-    x, slope = (mx.array(random.standard_normal((2, 3, 6, 16)).astype(np.float32)) for _ in range(2))
-    if kind is nn.RMSNorm:
-        module.weight, more = mx.array(random.standard_normal(16).astype(np.float32)), {}
-    else:
-        more = {"offset": mx.array(offset) if isinstance(offset, list) else offset}
-
-    def run(x: Any) -> Any:
-        return (module(x.swapaxes(1, 2) if turned else x, **more) * (slope.swapaxes(1, 2) if turned else slope)).sum()
-
-    wanted = mx.value_and_grad(run)(x)
-    module.__class__ = _FAST[kind]
-    try:
-        for _ in range(2):  # the second time with tables that are there
-            for one, other in zip(mx.value_and_grad(run)(x), wanted, strict=True):
-                np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-5, atol=1e-5)
-    finally:
-        module.__class__ = kind
-
-
-def test_the_first_input_s_slope_is_not_computed_and_nothing_else_is_missing(tmp_path: Path) -> None:
-    session, batch = opened(tiny_llama(tmp_path)), a_batch()
-    spared = [name for name, layer in session._layers.items() if getattr(layer, "first", False)]
-    if not mlx_numpy_is_used(session):
-        assert not spared
-        return
-    assert sorted(name.rpartition("layers.0.")[2] for name in spared) == [f"self_attn.{n}_proj" for n in "kqv"]
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3", "phi3"])
+def test_training_in_tiles_is_training(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also behind a shared prefix, where masks are arrays."""
+    session = opened(family(name, tmp_path, sliding_window=16 if "gemma" in name else None))
     whole = opened(tmp_path)
-    for layer in whole._layers.values():
-        layer.__dict__["first"] = False
-    assert session.step([batch], 1e-2).grad_norm == pytest.approx(whole.step([batch], 1e-2).grad_norm, rel=1e-6)
-
-
-def mlx_numpy_is_used(session: mlx_backend.MlxSession) -> bool:
-    return all(isinstance(layer, _FAST[AdaptedLinear]) for layer in session._layers.values())
+    whole._forward._attention.training = False
+    monkeypatch.setattr(mlx_attention, "TILE", 8)
+    monkeypatch.setattr(whole._forward, "train", whole._forward.model.train)  # its attention stays MLX's own
+    tiles: list[int] = []
+    attend = mlx_attention.attend
+    monkeypatch.setattr(mlx_attention, "attend", lambda *args: tiles.append(1) or attend(*args))
+    prefix = np.random.default_rng(2).integers(3, VOCAB, 9).astype(np.int32)
+    for batch in (a_batch(), replace(a_batch(), prefixes=(prefix,), prefix_of=(0, 0, 0))):
+        tiles.clear()
+        both(session, whole, batch)
+        assert len(tiles) >= len(session._forward.model.layers)
+    assert costs.ATTENTION in session.shortcuts
 
 
 # --- blocks --------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("products")
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3", "phi3"])
-def test_the_last_block_only_where_something_is_asked(name: str, tmp_path: Path) -> None:
-    session, whole = opened(family(name, tmp_path)), opened(tmp_path)
-    assert session._forward._tail is not None
-    whole._forward._tail = None
-    spread = a_batch(seed=1)
-    spread.weights[1, 2] = 1.0  # far from the row's last: a window would be too wide
-    for batch in (a_batch(), spread, a_batch(rows=1)):
-        both(session, whole, batch)
-
-
-@pytest.mark.usefixtures("products")
-def test_frozen_blocks_are_computed_once_for_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, lora = tiny_llama(tmp_path, num_hidden_layers=4), replace(LORA, layers=2)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "qwen3"])
+def test_frozen_blocks_are_computed_once_for_each_row(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, lora = family(name, tmp_path, num_hidden_layers=6), replace(LORA, layers=2)
     session, whole = opened(folder, lora), opened(folder, lora)
-    whole._forward._kept = None
-    kept, computed = session._forward._kept, []
-    assert kept is not None
-    once = kept._computed
-    monkeypatch.setattr(kept, "_computed", lambda tokens: computed.append(len(tokens)) or once(tokens))
+    assert costs.FROZEN_BLOCKS in session.shortcuts
+    whole._forward._frozen = None
+    frozen, computed = session._forward._frozen, []
+    assert frozen is not None
+    compute = frozen._computed
+    monkeypatch.setattr(frozen, "_computed", lambda tokens: computed.append(len(tokens)) or compute(tokens))
     for _ in range(3):
         both(session, whole, a_batch())
     assert computed == [24, 21, 18]  # up to the last supervised position, each row once
@@ -236,7 +190,7 @@ def test_frozen_blocks_are_computed_once_for_each_row(tmp_path: Path, monkeypatc
 def test_frozen_blocks_without_room_are_computed_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, lora = tiny_llama(tmp_path, num_hidden_layers=3), replace(LORA, layers=1)
     session, whole = opened(folder, lora), opened(folder, lora)
-    whole._forward._kept = None
+    whole._forward._frozen = None
     monkeypatch.setattr(Activations, "put", lambda *_: None)
     for _ in range(2):
         both(session, whole, a_batch())
@@ -245,26 +199,66 @@ def test_frozen_blocks_without_room_are_computed_each_time(tmp_path: Path, monke
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen2"])
 @pytest.mark.usefixtures("products")
 def test_prefixes_are_computed_once(name: str, tmp_path: Path) -> None:
-    session, random = (
-        opened(family(name, tmp_path, sliding_window=16 if "gemma" in name else None)),
-        np.random.default_rng(2),
-    )
-    assert session.shares_prefixes
-    whole = opened(tmp_path)
+    session = opened(family(name, tmp_path, sliding_window=16 if "gemma" in name else None))
+    assert session.shares_prefixes and costs.SHARED_PREFIXES in session.shortcuts
+    whole, random = opened(tmp_path), np.random.default_rng(2)
     whole.shares_prefixes = False
     long, short = (random.integers(3, VOCAB, size).astype(np.int32) for size in (17, 9))
     for prefixes, prefix_of in (((long, short), (1, 0, 1)), ((long,), (0, 0, 0))):
         both(session, whole, replace(a_batch(), prefixes=prefixes, prefix_of=prefix_of))
 
 
-def test_what_cannot_share_says_so(tmp_path: Path) -> None:
+# --- which of them hold for a model --------------------------------------------------------------
+
+
+def test_shortcuts_that_do_not_hold_say_why(tmp_path: Path) -> None:
     llama = tiny_llama(tmp_path / "llama")
-    assert not opened(llama, checkpointing=True).shares_prefixes
-    assert not opened(llama, replace(LORA, layers=1)).shares_prefixes
+    plain, sparing, top = opened(llama), opened(llama, checkpointing=True), opened(llama, replace(LORA, layers=1))
+    always = (costs.HEAD, costs.LORA, costs.ATTENTION)
+    bridge = (costs.NUMPY_PRODUCTS,) if blas_bridge.ENABLED and plain.device == "cpu" else ()
+    assert plain.shortcuts == (costs.SHARED_PREFIXES, *always, *bridge)
+    assert plain.left_out == {costs.FROZEN_BLOCKS: "every block has an adapter"}
+    assert sparing.shortcuts == always and "again" in sparing.left_out[costs.SHARED_PREFIXES]
+    assert top.shortcuts == (costs.FROZEN_BLOCKS, *always, *bridge)
+    assert "frozen" in top.left_out[costs.SHARED_PREFIXES]
+    assert not sparing.shares_prefixes and not top.shares_prefixes
     gemma = opened(family("gemma2", tmp_path / "gemma2"))  # its own attention takes no mask for each row
-    assert not gemma.shares_prefixes and gemma._forward._tail is None
+    assert not gemma.shares_prefixes and gemma.left_out[costs.SHARED_PREFIXES].startswith("ValueError: ")
+    assert "mlx-lm's attention" in gemma.left_out[costs.ATTENTION]
     batch = replace(a_batch(), prefixes=(np.array([5, 6], np.int32),), prefix_of=(0, 0, 0))
     assert gemma.step([batch], 1e-3).loss == pytest.approx(opened(tmp_path / "gemma2").step([joined(batch)], 1e-3).loss)
+
+
+def test_a_shortcut_to_other_hidden_states_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "backends.mlx_backend.frozen.FrozenBlocks._computed", lambda _, tokens: mx.ones((len(tokens), 64))
+    )
+    session = opened(tiny_llama(tmp_path), replace(LORA, layers=1))
+    assert "off by" in session.left_out[costs.FROZEN_BLOCKS] and costs.FROZEN_BLOCKS not in session.shortcuts
+    monkeypatch.undo()
+    both(session, opened(tmp_path, replace(LORA, layers=1)), a_batch())
+
+
+def test_what_is_no_misfit_is_not_hidden_when_a_shortcut_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+
+    monkeypatch.setattr("backends.mlx_backend.frozen.FrozenBlocks._computed", failing)
+    with pytest.raises(RuntimeError, match="malloc"):
+        opened(tiny_llama(tmp_path), replace(LORA, layers=1))
+
+
+def test_hidden_states_do_not_cost_a_run_of_the_head(tmp_path: Path) -> None:
+    model = opened(tiny_llama(tmp_path))._forward.model
+    head, given = Head(model, 10**6), []
+    subclassed(model.lm_head, lambda base, module, x: given.append(x.shape) or base(module, x))
+    states = head.states(mx.array([[1, 2, 3], [4, 5, 6]]))
+    assert states.shape == (2, 3, 64) and given == [(2, 0, 64)]
+    logits = head.logits(states.reshape(6, 64)[2:])
+    expected = np.array(model(mx.array([[1, 2, 3], [4, 5, 6]])).reshape(6, -1)[2:])
+    np.testing.assert_allclose(np.array(logits), expected, atol=1e-5)
 
 
 # --- windows -------------------------------------------------------------------------------------
