@@ -136,6 +136,7 @@ class Session(Protocol):
     scheme: str  # what the frozen weights are: "none", "nf4/64 double", "affine4/64", ...
     shortcuts: tuple[str, ...]  # what it computes in another way than the plain model, for speed or memory, in words
     lora_shapes: Modules
+    repeatable: bool  # True: equal steps from equal states give equal bytes. A step may find that they do not
     shares_prefixes: bool  # True: a batch's prefixes are computed once; False: they are repeated for each row
 
     def step(self, micro: Sequence[Batch], lr: float) -> StepResult:

@@ -108,6 +108,7 @@ def adamw(
 class ReferenceSession:
     shares_prefixes = True  # a bigram model never looks at them
     shortcuts: tuple[str, ...] = ()
+    repeatable: bool = True
 
     def __init__(
         self, modules: Mapping[str, tuple[int, int]], vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int

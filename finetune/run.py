@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,10 @@ from finetune.training.job import Job
 from finetune.training.loop import Trainer
 
 Result = TypeVar("Result")
+NOT_REPEATABLE = (
+    "this model uses an operation that has no repeatable kernel on this device: the same run again, or a resumed one, "
+    "will differ in the last digits"
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Run:
         folder.write_json("data.json", account_of(job.prepared))
         check = yield from self._check_data()
         session = job.open()
-        self._write_environment(session.shortcuts)
+        self._write_environment(session)
         base = yield from self._evaluate_base(session)
         trainer = Trainer(
             session=session,
@@ -97,7 +101,7 @@ class Run:
 
     def train(self, begun: Begun) -> Iterator[Event]:
         """All steps that are left; metrics.jsonl records them. Raises Interrupted, Diverged, MemoryExhausted."""
-        trainer, step = begun.trainer, begun.resumed_after
+        trainer, step, repeatable = begun.trainer, begun.resumed_after, True
         watch = Watch(vocabulary_of(self.job.model), trainer.plan.warmup)
         with MetricsFile(self.folder.metrics) as metrics:
             metrics.truncate_after(-1 if step is None else step)
@@ -110,6 +114,10 @@ class Run:
                 yield event
                 if notice := watch.look(event):
                     yield Note(event.step, notice)
+                if repeatable and not trainer.session.repeatable:
+                    repeatable = False
+                    self._write_environment(trainer.session)
+                    yield Note(event.step, NOT_REPEATABLE)
                 trainer.stopping = self.stopping
 
     def keep(self, trainer: Trainer) -> None:
@@ -149,11 +157,14 @@ class Run:
             best_step=trainer.state.best_step,
         )
 
-    def _write_environment(self, shortcuts: Sequence[str] | None = None) -> None:
-        """environment.json: at first without shortcuts, since opening a session may crash."""
+    def _write_environment(self, session: Session | None = None) -> None:
+        """environment.json: at first without what the session says, since opening one may crash."""
         backend = self.job.backend
-        facts = environment(backend, registry.describe(backend), shortcuts)
-        self.folder.write_json("environment.json", facts | {"remote_code": self.job.recipe.model.remote_code})
+        facts = environment(backend, registry.describe(backend))
+        facts["remote_code"] = self.job.recipe.model.remote_code
+        if session:
+            facts |= {"shortcuts": list(session.shortcuts), "repeatable": session.repeatable}
+        self.folder.write_json("environment.json", facts)
 
     def _newest_checkpoint(self, identity: Mapping[str, Any]) -> Generator[Note, None, Checkpoint | None]:
         """Raises Incompatible where the run began with something else."""

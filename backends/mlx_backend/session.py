@@ -99,6 +99,7 @@ class MlxSession:
         self._vocabulary = vocabulary_of(spec.path) or sys.maxsize
         self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
         self.shortcuts = (*self._forward.shortcuts, *([NUMPY_PRODUCTS] if bridged else []))
+        self.repeatable = True
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._state: _State
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))

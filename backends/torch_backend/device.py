@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,11 @@ from backends.memory import available_bytes, process_peak_bytes
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "128")
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+# As torch's allocators, cuBLAS, cuDNN and Metal say it.
+_NO_MEMORY = (
+    "out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED", "Invalid buffer size",
+)  # fmt: skip
 
 
 def pick_device(requested: str) -> torch.device:
@@ -25,6 +30,7 @@ def pick_device(requested: str) -> torch.device:
     if requested != "cpu" and torch.cuda.is_available():
         # cuBLAS reads this once, when it starts; without it equal runs may differ in their last bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans its attention anew for each shape, up to a second each
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if requested != "cpu" and torch.backends.mps.is_available() else "cpu")
 
@@ -44,7 +50,15 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes()
+    """What can still be allocated. What torch holds without using it goes back to the device first."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # parts of blocks in use
+        return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
+    if device.type == "mps":
+        torch.mps.empty_cache()
+        return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory()))
+    return available_bytes()
 
 
 @contextmanager
@@ -56,18 +70,31 @@ def random_numbers(device: torch.device, *seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
-    """On CUDA: the kernels that give the same bits every time, where there is a choice."""
+def repeatable_kernels(device: torch.device, strict: bool) -> Iterator[None]:
+    """On CUDA: kernels that give the same bits every time.
+
+    strict: an operation that has no such kernel raises RuntimeError (`lacks_repeatable_kernel`), and attention's
+    gradient is repeatable too. Otherwise such an operation uses the kernel that it has, without a warning.
+    """
     if device.type != "cuda":
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled()
+    enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would write NaN into each new tensor
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"(?s).*determinis")
+            yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def lacks_repeatable_kernel(error: RuntimeError) -> bool:
+    return "does not have a deterministic implementation" in str(error)
 
 
 def says_no_memory(error: Exception) -> bool:
@@ -88,4 +115,6 @@ def memory_guard(device: torch.device) -> Iterator[None]:
     # outside the handler: the exception's frames held the tensors that are to be freed
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
     raise OutOfMemory(f"{device_name(device)}: {reason}")

@@ -33,11 +33,12 @@ from backends.torch_backend.device import (
     device_kind,
     device_name,
     free_bytes,
+    lacks_repeatable_kernel,
     memory_guard,
     peak_bytes,
     pick_device,
     random_numbers,
-    repeatable,
+    repeatable_kernels,
 )
 from backends.torch_backend.forward import Forward
 from backends.torch_backend.generate import generate
@@ -83,6 +84,7 @@ class TorchSession:
         self.scheme = scheme_of(self._model)
         self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
         self._step = 0
+        self.repeatable = True
         self._optimiser = AdamW(self._adapter, optim)
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
 
@@ -104,17 +106,27 @@ class TorchSession:
             raise ValueError("nothing is supervised in this step: all weights are 0")
         check_tokens(micro, self._vocabulary)
         try:
-            with memory_guard(self._device), repeatable(self._device):
-                loss = self._backward(micro, total)
-                with torch.no_grad():
-                    norm = self._optimiser.update(self._step + 1, lr) if np.isfinite(loss) else float("nan")
-        finally:
-            for tensor in self._adapter.values():
-                tensor.grad = None
+            loss, norm = self._update(micro, total, lr)
+        except RuntimeError as error:
+            if not self.repeatable or not lacks_repeatable_kernel(error):
+                raise
+            self.repeatable = False
+            loss, norm = self._update(micro, total, lr)
         if not np.isfinite(norm):
             raise NonFinite(f"loss {loss}, gradient norm {norm} in step {self._step + 1}")
         self._step += 1
         return StepResult(loss, sum(int(np.count_nonzero(batch.weights)) for batch in micro), norm)
+
+    def _update(self, micro: Sequence[Batch], total: float, lr: float) -> tuple[float, float]:
+        """The loss, and the gradient's norm; if either is not finite, nothing is updated."""
+        with memory_guard(self._device), repeatable_kernels(self._device, self.repeatable):
+            try:
+                loss = self._backward(micro, total)
+                with torch.no_grad():
+                    return loss, self._optimiser.update(self._step + 1, lr) if np.isfinite(loss) else float("nan")
+            finally:  # before the guard gives free memory back to the device
+                for tensor in self._adapter.values():
+                    tensor.grad = None
 
     def score(self, batch: Batch) -> Scores:
         check_tokens([batch], self._vocabulary)

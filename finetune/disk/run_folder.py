@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -84,9 +84,8 @@ def open_existing(path: Path) -> tuple[RunFolder, Recipe]:
     return folder, load_recipe(folder.recipe)
 
 
-def environment(backend: str, described: Mapping[str, Any], shortcuts: Sequence[str] | None = None) -> dict[str, Any]:
-    """Versions and machine, for the record of a run: `described` as `registry.describe` gives it, `shortcuts` as the
-    session names them once it is open."""
+def environment(backend: str, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions and machine, for the record of a run: `described` as `registry.describe` gives it."""
     versions = {}
     for library in _LIBRARIES:
         try:
@@ -100,4 +99,4 @@ def environment(backend: str, described: Mapping[str, Any], shortcuts: Sequence[
         "backend": backend,
         "device": {key: value for key, value in described.items() if key != "versions"},
         "libraries": versions | described["versions"],
-    } | ({} if shortcuts is None else {"shortcuts": list(shortcuts)})
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from backends.model_folder import vocabulary_of
 from finetune.disk.run_folder import create
 from finetune.evaluation.verdict import IN_A_ROW, Watch, divergence
 from finetune.events import Event, Note, StepDone, Validated
+from finetune.run import NOT_REPEATABLE
 from finetune.training.job import load_job
 from tests.unit.test_report import model, recipe
 from tests.unit.toy_run import Wrapped, run_to_report
@@ -68,3 +70,20 @@ def test_a_run_above_guessing_says_so_on_the_screen_and_in_the_report(recipe, mo
     notices = [event.text for event in events if isinstance(event, Note) and event.text.startswith("Diverging?")]
     assert notices == [report.divergence]
     assert notices[0] in " ".join((run.path / "report.txt").read_text().split())
+
+
+def test_a_run_that_cannot_be_repeated_says_so_once_and_in_environment_json(recipe, monkeypatch) -> None:
+    class Unlucky(Wrapped):
+        repeatable = True
+
+        def step(self, *given: Any) -> Any:
+            self.repeatable = False
+            return self.inner.step(*given)
+
+    job = load_job(recipe)
+    opened = job.open
+    monkeypatch.setattr(type(job), "open", lambda self: Unlucky(opened()))
+    run, events = create(job.recipe, "unlucky"), []
+    run_to_report(job, run, events=events)
+    assert [event.text for event in events if isinstance(event, Note)].count(NOT_REPEATABLE) == 1
+    assert json.loads((run.path / "environment.json").read_text())["repeatable"] is False

@@ -1,0 +1,135 @@
+"""What torch is asked on a GPU: repeatable kernels, free memory, and every way in which memory runs out."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backends import registry
+from backends.interface import OutOfMemory
+
+if registry.probe("torch") is not None:
+    pytest.skip("torch is not usable here", allow_module_level=True)
+
+import torch
+
+from backends.torch_backend import device as devices
+from backends.torch_backend import session as sessions
+from tests.conformance.toy import Case, begun, identical, toy_batch
+
+BATCH = toy_batch()
+CUDA, MPS, CPU = torch.device("cuda", 0), torch.device("mps"), torch.device("cpu")
+NO_KERNEL = RuntimeError("some_backward_cuda does not have a deterministic implementation, but you set ...")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_on_cuda_kernels_are_repeatable_and_new_tensors_are_not_filled(strict: bool) -> None:
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    with devices.repeatable_kernels(CUDA, strict):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() != strict
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        warnings.warn("Flash Attention defaults to a non-deterministic algorithm.", stacklevel=1)  # not shown
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory == filled
+
+
+def test_on_a_cpu_nothing_is_changed() -> None:
+    with devices.repeatable_kernels(CPU, True):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_without_a_repeatable_kernel_runs_all_the_same_and_the_session_says_so(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session: Any = begun(Case("torch", tiny_folder))
+    asked: list[bool] = []
+    kernels, states = sessions.repeatable_kernels, session._forward.states
+
+    def watched(device: Any, strict: bool) -> Any:
+        asked.append(strict)
+        return kernels(device, strict)
+
+    def refused(*arguments: Any) -> Any:
+        if asked[-1]:
+            raise NO_KERNEL
+        return states(*arguments)
+
+    monkeypatch.setattr(sessions, "repeatable_kernels", watched)
+    monkeypatch.setattr(session._forward, "states", refused)
+    assert session.repeatable
+    results = [session.step([BATCH], 1e-2) for _ in range(2)]
+    assert not session.repeatable and asked == [True, False, False]
+    expected = begun(Case("torch", tiny_folder))
+    assert results == [expected.step([BATCH], 1e-2) for _ in range(2)]
+    identical(session.get_state(), expected.get_state())
+
+
+def test_free_memory_on_cuda_is_the_drivers_and_what_torch_holds_without_using_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (calls.append("asked"), (1_000, 8_000))[1])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    assert devices.free_bytes(CUDA) == 1_200
+    assert calls == ["emptied", "asked"]
+
+
+def test_free_memory_on_mps_is_what_metal_recommends_less_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 5_000)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 2_000)
+    assert devices.free_bytes(MPS) == 3_000
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "MPS backend out of memory (MPS allocated: 5.00 GB)",
+        "Invalid buffer size: 12.00 GiB",
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_memory_that_runs_out_is_recognised_as_each_library_says_it(message: str) -> None:
+    with pytest.raises(OutOfMemory, match="cpu: "), devices.memory_guard(CPU):
+        raise RuntimeError(message)
+
+
+def test_gradients_are_dropped_before_memory_goes_back_to_the_device(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session: Any = begun(Case("torch", tiny_folder))
+    left: list[bool] = []
+
+    def guard_ends(error: Exception) -> bool:
+        left.extend(tensor.grad is not None for tensor in session._adapter.values())
+        return True
+
+    monkeypatch.setattr(devices, "says_no_memory", guard_ends)
+    monkeypatch.setattr(session._optimiser, "update", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
+    with pytest.raises(OutOfMemory):
+        session.step([BATCH], 1e-2)
+    assert left and not any(left)
+
+
+def test_torchs_fused_norm_computes_what_the_norm_written_here_does() -> None:
+    """On CUDA the fused one runs; here both run on the CPU."""
+    from backends.torch_backend.layers import _RmsNorm
+
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 64, generator=draw, requires_grad=True)
+    weight, grad_output = torch.rand(64, generator=draw) + 0.5, torch.randn(3, 5, 64, generator=draw)
+    ours = _RmsNorm.apply(x, weight, 1e-6)
+    fused = torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
+    grads = [torch.autograd.grad(y, x, grad_output)[0].numpy() for y in (ours, fused)]
+    np.testing.assert_allclose(fused.detach().numpy(), ours.detach().numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grads[1], grads[0], rtol=1e-4, atol=1e-6)
