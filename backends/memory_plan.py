@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from backends.interface import LoraSpec, ModelSpec
 from backends.micro_batches import CPU_TOKENS, LOGITS
-from backends.model_folder import lora_modules, read_config, tensor_shapes, weight_files
+from backends.model_folder import ModelFolder, trainable_parameters
 
 Device = Literal["cpu", "gpu"]
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: 4 bits, a scale of 8 bits for 64, one of 32 bits for 256 of those
@@ -92,19 +91,17 @@ class Footprint:
         return max(self.training, self.runtime + self.weights + self.loading)
 
 
-def read_architecture(folder: Path, remote_code: bool = False) -> Architecture:
-    """Raises BackendError where the folder is not a model's."""
-    modules = lora_modules(folder, LoraSpec(1, 1.0), remote_code)
-    config, shapes = read_config(folder), tensor_shapes(folder)
-    inner = config.get("text_config")
-    text = inner if isinstance(inner, dict) else config
-    tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+def read_architecture(folder: ModelFolder) -> Architecture:
+    """Raises BackendError where the folder has no weights, or no linear layers in its blocks."""
+    modules = folder.lora_modules(LoraSpec(1, 1.0))
+    text, shapes = folder.text_config, folder.shapes
+    tied = bool(text.get("tie_word_embeddings", folder.config.get("tie_word_embeddings", False)))
     sizes = {name: _size(shape) for name, shape in shapes.items() if not (tied and name.endswith("lm_head.weight"))}
     embedding = next((shape for name, shape in shapes.items() if "embed" in name and len(shape) == 2), (1, 1))
     heads = _number(text, "num_attention_heads", 1)
     hidden = _number(text, "hidden_size", embedding[1])
     head = _number(text, "head_dim", hidden // heads)
-    stored = sum(file.stat().st_size for file in weight_files(folder))
+    stored = sum(file.stat().st_size for file in folder.weights)
     adapted = sum(out * inp for out, inp in modules.values())
     quantised = any(name.endswith(".scales") for name in shapes)
     return Architecture(
@@ -134,7 +131,7 @@ def footprint(
     """Of training `adapted` (module -> (out, in)) with micro-batches no larger than `micro`."""
     e = 2 if model.dtype == "bfloat16" or (model.dtype == "auto" and device == "gpu") else 4
     micro = _part(micro, CPU_TOKENS.get(backend, micro.tokens)) if device == "cpu" else micro
-    count = lora.rank * sum(out + inp for out, inp in adapted.values())
+    count = trainable_parameters(adapted, lora.rank)
     blocks = len({_block(name) for name in adapted})
     kept = _kept(architecture, adapted, lora, e, backend) * micro.tokens
     seen = micro.supervised / micro.tokens if backend != "reference" else 1.0  # of the last block

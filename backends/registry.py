@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, cast
 
 from backends.interface import Backend, BackendError, LoraSpec, ModelSpec, OptimSpec, Session
+from backends.model_folder import folder_of
 
 NAMES: dict[str, str] = {
     "mlx": "backends.mlx_backend",
@@ -67,4 +69,4 @@ def usable(name: str) -> Backend:
 
 def open_session(name: str, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Session:
     """A live session. Raises BackendError where the backend, or what is asked of it, cannot be used."""
-    return usable(name).open(model, lora, optim, seed)
+    return usable(name).open(replace(model, folder=folder_of(model)), lora, optim, seed)

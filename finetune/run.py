@@ -11,7 +11,6 @@ from typing import Any
 
 from backends import registry
 from backends.interface import FloatArray, Session, TrainState
-from backends.model_folder import fingerprint, read_config, vocabulary_of
 from finetune.check.show import as_text, headline
 from finetune.check.survey import as_json, survey
 from finetune.disk import checkpoint as checkpoints
@@ -33,10 +32,10 @@ from finetune.training.loop import Trainer
 
 def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], resume: bool = False) -> Report:
     """Train to the end and report. Raises Interrupted after a checkpoint when `stop()` turns true."""
-    identity = identity_of(job.recipe, job.prepared, job.model)
+    identity = identity_of(job.recipe, job.prepared, job.folder)
     saved = _checkpoint_of(run, identity, sink) if resume else None
     if job.recipe.lora.start_from:
-        check_base(Path(job.recipe.lora.start_from), job.model, job.recipe.model.path)
+        check_base(Path(job.recipe.lora.start_from), job.folder, job.recipe.model.path)
     run.write_identity(identity)
     facts = environment(job.backend, registry.describe(job.backend)) | {"remote_code": job.recipe.model.remote_code}
     run.write_json("environment.json", facts)
@@ -62,7 +61,7 @@ def train_run(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool], re
             trainer.state.micro_tokens = starting_tokens(job, session, sink)
             if job.recipe.lora.start_from:
                 start_from(session, Path(job.recipe.lora.start_from), lora_spec(job.recipe))
-        watch = Watch(vocabulary_of(job.model), trainer.plan.warmup)
+        watch = Watch(job.folder.vocabulary, trainer.plan.warmup)
         for event in trainer.events():
             metrics.handle(event)
             sink(event)
@@ -82,7 +81,7 @@ def _check_data(job: Job, run: RunFolder, sink: Sink, stop: Callable[[], bool]) 
     """`finetune check` of the run's data, in check.txt and check.json; its headline. A resumed run has it there."""
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         return headline(json.loads((run.path / "check.json").read_text(encoding="utf-8")))
-    found = survey(job.recipe, job.model, job.tokenizer, Path.cwd(), reporter("data", sink, stop))
+    found = survey(job.recipe, job.folder, job.tokenizer, Path.cwd(), reporter("data", sink, stop))
     write_file(run.path / "check.txt", as_text(found, job.tokenizer))
     run.write_json("check.json", values := as_json(found, job.tokenizer))  # last: it says that both are there
     return headline(values)
@@ -106,7 +105,7 @@ def build_report(
         tuned=tuned,
         comparison=compare(base, tuned) if base else None,
         overfitting=overfitting_verdict(validations),
-        divergence=divergence(read(run.metrics), vocabulary_of(job.model), trainer.plan.warmup),
+        divergence=divergence(read(run.metrics), job.folder.vocabulary, trainer.plan.warmup),
         validations=validations,
         best_step=trainer.state.best_step,
     )
@@ -149,16 +148,14 @@ def _known(job: Job, base: Evaluation | None) -> Evaluation | None:
 
 def save_adapter(job: Job, run: RunFolder, tensors: Mapping[str, FloatArray], scheme: str, step: int) -> None:
     """The adapter folder, whole or absent, with the tokenizer and template it was trained with."""
-    base = job.recipe.model.path if not job.recipe.model.path.startswith("builtin:") else str(job.model)
-    config = read_config(job.model)
-    blocks = int((config.get("text_config") or config)["num_hidden_layers"])
+    base = job.recipe.model.path if not job.recipe.model.path.startswith("builtin:") else str(job.folder.path)
     facts = {
-        "base_fingerprint": fingerprint(job.model),
+        "base_fingerprint": job.folder.fingerprint,
         "scheme": scheme,
         "step": step,
         "template": job.prepared.template,
         "prompt": job.recipe.prompt.model_dump(mode="json"),
     }
     with new_folder(run.adapter) as folder:
-        write_adapter(folder, tensors, lora_spec(job.recipe), base, blocks, facts)
+        write_adapter(folder, tensors, lora_spec(job.recipe), base, job.folder.blocks, facts)
         job.tokenizer.save_pretrained(folder)

@@ -33,7 +33,7 @@ from backends.mlx_backend.generate import generate
 from backends.mlx_backend.lora import DropoutKeys, attach
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import Tensors, adamw
-from backends.model_folder import lora_modules, read_config
+from backends.model_folder import folder_of
 
 _NO_MEMORY = ("malloc", "insufficient memory", "out of memory", "unable to allocate")
 
@@ -80,7 +80,7 @@ class MlxSession:
         on_cpu = device.type == mx.cpu
         names = {"auto": mx.float32 if on_cpu else mx.bfloat16, "float32": mx.float32, "bfloat16": mx.bfloat16}
         self.device = _device_name(device)
-        self.lora_shapes: Mapping[str, tuple[int, int]] = lora_modules(spec.path, lora, spec.remote_code)
+        self.lora_shapes: Mapping[str, tuple[int, int]] = folder_of(spec).lora_modules(lora)
         model, self.scheme = load(spec, names[spec.dtype])
         self._optim, self._on, self._on_cpu = optim, device, on_cpu
         self._keys = DropoutKeys(seed)
@@ -90,7 +90,7 @@ class MlxSession:
         if spec.checkpointing:
             checkpoint_blocks(model)
         self._forward = Forward(model, on_cpu, numpy, spec.checkpointing)
-        self._forward.window = ignored_window(model, read_config(spec.path))
+        self._forward.window = ignored_window(model, folder_of(spec).config)
         self.shares_prefixes = self._forward.shares_prefixes
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._state: _State

@@ -25,7 +25,7 @@ from backends.interface import (
     TrainState,
 )
 from backends.micro_batches import CPU_TOKENS, joined, own_part, parts
-from backends.model_folder import lora_modules
+from backends.model_folder import folder_of
 from backends.torch_backend.attention import use_products
 from backends.torch_backend.device import (
     device_name,
@@ -66,7 +66,7 @@ class TorchSession:
     def __init__(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> None:
         self._device = pick_device(model.device)
         self.device = device_name(self._device)
-        self.lora_shapes = lora_modules(model.path, lora, model.remote_code)
+        self.lora_shapes = folder_of(model).lora_modules(lora)
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._dropout = Dropout(lora.dropout, seed)
         with memory_guard(self._device), random_numbers(self._device, seed):

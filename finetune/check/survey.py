@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from backends.model_folder import lora_modules, vocabulary_of
+from backends.model_folder import ModelFolder, trainable_parameters
 from finetune.check.balance import Balance, weigh
 from finetune.check.duplicates import Duplicates, find_duplicates
 from finetune.check.enough import Enough, judge
@@ -68,20 +68,18 @@ class Findings:
         return (0 if self.skipped else len(self.bad)) + len(self.broken) + self.tokens.total
 
 
-def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path, progress: Report) -> Findings:
-    """model: the folder, of which only the headers are read.
-
-    Raises DataError where the training file as a whole cannot be understood, RecipeError for settings that do
-    not fit the rows.
+def survey(recipe: Recipe, folder: ModelFolder, tokenizer: Tokenizer, base: Path, progress: Report) -> Findings:
+    """Raises DataError where the training file as a whole cannot be understood, RecipeError for settings that do
+    not fit the rows, BackendError where lora.targets fit no layer.
     """
     progress("reading", 0, 1)
-    trainable = _trainable(recipe, model)
+    trainable = trainable_parameters(folder.lora_modules(lora_spec(recipe)), recipe.lora.rank)
     broken: list[Problem] = []
     found = _gather(_lenient(recipe, base, broken), tokenizer, base, broken)
     balance = weigh(found.sources, found.labels, recipe.data.groups)
     progress("reading", 1, 1)
     personal, specials = _words(found, tokenizer, progress)
-    walk = Walk(recipe, tokenizer, found, personal.places, vocabulary_of(model))
+    walk = Walk(recipe, tokenizer, found, personal.places, folder.vocabulary)
     for source in found.sources:
         walk.through(source, progress)
     bad = [problem for source in found.sources for problem in source.bad] + walk.bad
@@ -150,12 +148,6 @@ def _words(rows: Gathered, tokenizer: Tokenizer, progress: Report) -> tuple[Pers
         if number % 1000 == 0 or number == len(records):
             progress("looking for personal data", number, len(records))
     return personal, specials
-
-
-def _trainable(recipe: Recipe, model: Path) -> int:
-    """Parameters of the adapter. Raises BackendError where lora.targets fit no layer."""
-    modules = lora_modules(model, lora_spec(recipe))
-    return sum(recipe.lora.rank * (out + inputs) for out, inputs in modules.values())
 
 
 def _enough(recipe: Recipe, trainable: int, walk: Walk, balance: Balance) -> Enough:

@@ -10,19 +10,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from finetune.check.show import show
 from finetune.check.survey import as_json, survey
-from finetune.data.tokenizer import load_tokenizer
 from finetune.disk.atomic import write_file
 from finetune.errors import DataError
-from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
+from finetune.training.job import set_up
 
 
 def check(recipe: Recipe, json_file: Path | None) -> None:
     """Raises DataError, after everything is shown, where rows must be mended."""
-    model = model_folder(recipe.model)
-    tokenizer = load_tokenizer(model, recipe.model.remote_code)
+    setup = set_up(recipe)
+    tokenizer = setup.tokenizer
     with Bar() as bar:
-        found = survey(recipe, model, tokenizer, Path.cwd(), bar.report)
+        found = survey(recipe, setup.folder, tokenizer, Path.cwd(), bar.report)
     show(Console(), found, tokenizer)
     if json_file is not None:
         write_file(json_file, json.dumps(as_json(found, tokenizer), indent=2, ensure_ascii=False) + "\n")

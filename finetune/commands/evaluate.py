@@ -25,7 +25,7 @@ def evaluate(run: RunFolder, recipe: Recipe, data: str | None, backend: str | No
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})
     adapter = read_adapter(run.adapter)
     job = load_job(recipe, backend)
-    check_base(run.adapter, job.model)
+    check_base(run.adapter, job.folder)
     session = job.open()
     session.set_state(TrainState(0, adapter.tensors, {}))
     with open_screen() as screen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +14,28 @@ from rich.table import Table
 from rich.text import Text
 
 from backends import registry
-from backends.interface import BackendError, ModelSpec
-from backends.model_folder import lora_modules, tensor_shapes
+from backends.interface import BackendError
+from backends.model_folder import ModelFolder, trainable_parameters
 from finetune.commands.doctor import described
 from finetune.data.collate import collate, micro_batches, step_indices
 from finetune.data.prepare import prepare
 from finetune.data.rows import Example
-from finetune.data.tokenizer import load_tokenizer
 from finetune.recipe.load import dump_recipe
-from finetune.recipe.locate import model_folder
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
-from finetune.recipe.specs import lora_spec, optim_spec
+from finetune.recipe.specs import lora_spec, model_spec, optim_spec
 from finetune.report.summary import account_table
 from finetune.report.tables import highlighted
 from finetune.training.budget import MACHINES, Forecast, here, on, workload
+from finetune.training.job import set_up
 
 
 def plan(recipe: Recipe, compare: bool) -> None:
     console = Console()
     console.rule("recipe, every default written out")
     console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
-    model = model_folder(recipe.model)
-    tokenizer = load_tokenizer(model, recipe.model.remote_code)
+    setup = set_up(recipe)
+    folder, tokenizer = setup.folder, setup.tokenizer
     prepared = prepare(recipe, tokenizer, base=Path.cwd())
     console.rule("data, as they will be trained on")
     console.print(account_table(prepared))
@@ -47,17 +47,17 @@ def plan(recipe: Recipe, compare: bool) -> None:
         console.print(highlighted(example, tokenizer))
     console.rule("work")
     console.print(steps_table(recipe, len(prepared.train.examples), prepared.train.examples))
-    modules = lora_modules(model, lora_spec(recipe), recipe.model.remote_code)
-    trainable = sum(recipe.lora.rank * (out + inp) for out, inp in modules.values())
-    total = sum(int(np.prod(shape)) for shape in tensor_shapes(model).values())
+    modules = folder.lora_modules(lora_spec(recipe))
+    trainable = trainable_parameters(modules, recipe.lora.rank)
+    total = sum(int(np.prod(shape)) for shape in folder.shapes.values())
     console.print(f"trainable: {trainable:,} parameters in {len(modules)} layers; the base's tensors hold {total:,}")
     console.rule("backends on this machine")
     console.print(backends_table(recipe))
     console.rule("memory and time, before anything is loaded")
-    for part in forecast(recipe, model, prepared.train.examples):
+    for part in forecast(recipe, folder, prepared.train.examples):
         console.print(part)
     if compare:
-        console.print(compare_backends(recipe, model, prepared.train.examples[:4]))
+        console.print(compare_backends(recipe, folder, prepared.train.examples[:4]))
 
 
 def steps_table(recipe: Recipe, rows: int, examples: Sequence[Example]) -> Table:
@@ -75,9 +75,9 @@ def steps_table(recipe: Recipe, rows: int, examples: Sequence[Example]) -> Table
     return table
 
 
-def forecast(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Iterator[RenderableType]:
+def forecast(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Iterator[RenderableType]:
     """A table of this machine and of others, and what the memory here is made of."""
-    work = workload(recipe, model, examples)
+    work = workload(recipe, folder, examples)
     asked = None if recipe.train.micro_tokens == "auto" else recipe.train.micro_tokens
     table = Table("machine", "peak memory", "of", "", "tokens at once", "an epoch")
     rates: list[str] = []
@@ -138,14 +138,14 @@ FOUR_BIT = {
 }
 
 
-def compare_backends(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Table:
+def compare_backends(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Table:
     """Log-probabilities of a few rows under every real backend, in float32: they should agree to about 1e-4."""
     table = Table("backend", "mean log-probability", "largest difference from the first", title="Same rows, same base")
     batch, first = collate(examples), None
     for name in registry.NAMES:
         if name == "reference" or registry.probe(name):
             continue
-        spec = ModelSpec(model, "none", "float32")
+        spec = replace(model_spec(recipe, folder), quantize="none", dtype="float32", checkpointing=False)
         session = registry.open_session(name, spec, lora_spec(recipe), optim_spec(recipe), recipe.seed)
         found = session.score(batch).logprob
         first = found if first is None else first

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backends.untrusted import check_folder, needs_code, read_object
+from backends.model_folder import ModelFolder
+from backends.untrusted import read_object
 from finetune.data import template_sandbox
 from finetune.errors import EnvironmentProblem
 
@@ -15,16 +16,16 @@ Tokenizer = Any  # transformers.PreTrainedTokenizerBase, which is not imported h
 TOGETHER = 2000  # texts in one call of the tokenizer
 
 
-def load_tokenizer(folder: Path, remote_code: bool = False) -> Tokenizer:
-    """The tokenizer of a model folder; the network is not used, nor code of the folder unless `remote_code`.
+def load_tokenizer(folder: ModelFolder) -> Tokenizer:
+    """The tokenizer of a model folder; the network is not used, nor code of the folder where that may not run.
 
-    Raises EnvironmentProblem; BackendError where the folder breaks a rule of `backends.untrusted`.
+    Raises EnvironmentProblem, or BackendError for code that may not run.
     """
     from transformers import AutoTokenizer
 
-    check_folder(folder, remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=remote_code)
+        path, code = str(folder.path), folder.remote_code
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=code)
         tokenizer.decode(tokenizer("a trial", verbose=False)["input_ids"])
     except BaseException as error:
         # transformers raises OSError, ValueError, KeyError, ImportError and bare Exception here, and tokenizers a
@@ -32,13 +33,15 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Tokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if "trust_remote_code" in str(error):
-            raise needs_code(folder, "auto_map in tokenizer_config.json") from None
+            raise folder.needs_code("auto_map in tokenizer_config.json") from None
         raise EnvironmentProblem(
-            f"{folder}: the tokenizer cannot be loaded ({error!s:.200}); the folder needs tokenizer.json "
+            f"{folder.path}: the tokenizer cannot be loaded ({error!s:.200}); the folder needs tokenizer.json "
             "and tokenizer_config.json"
         ) from None
     if not tokenizer.is_fast:
-        raise EnvironmentProblem(f"{folder}: the tokenizer has no tokenizer.json; convert it with transformers first")
+        raise EnvironmentProblem(
+            f"{folder.path}: the tokenizer has no tokenizer.json; convert it with transformers first"
+        )
     return tokenizer
 
 
@@ -119,14 +122,14 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
     return int(tokenizer.convert_tokens_to_ids(max(known, key=len))) if known else None
 
 
-def stop_tokens(tokenizer: Tokenizer, folder: Path | None = None) -> frozenset[int]:
+def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     """Tokens that end an answer: EOS, those of generation_config.json, and the chat template's end of turn."""
-    found = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
-    path = (folder or Path(tokenizer.name_or_path or "")) / "generation_config.json"
+    tokens = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    path = Path(tokenizer.name_or_path or "") / "generation_config.json"
     if path.is_file():
         try:
-            told = read_object(path).get("eos_token_id")
+            listed = read_object(path).get("eos_token_id")
         except (OSError, ValueError) as error:
             raise EnvironmentProblem(f"{path}: cannot be read ({error}); remove it, or download it again") from None
-        found.update(one for one in (told if isinstance(told, list) else [told]) if isinstance(one, int))
-    return frozenset(token for token in found if token is not None)
+        tokens.update(token for token in (listed if isinstance(listed, list) else [listed]) if isinstance(token, int))
+    return frozenset(token for token in tokens if token is not None)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from backends.model_folder import fingerprint
+from backends.model_folder import ModelFolder
 from backends.untrusted import read_object
 from finetune.data.rows import Prepared
 from finetune.errors import Incompatible
@@ -22,7 +22,7 @@ _NOT_IDENTITY = {
 }  # fmt: skip
 
 
-def identity_of(recipe: Recipe, prepared: Prepared, model: Path) -> dict[str, Any]:
+def identity_of(recipe: Recipe, prepared: Prepared, folder: ModelFolder) -> dict[str, Any]:
     """What a resumed run must share with the one that wrote the checkpoint, key by key."""
     settings = {
         f"{key}": value
@@ -33,7 +33,7 @@ def identity_of(recipe: Recipe, prepared: Prepared, model: Path) -> dict[str, An
     for dataset in (prepared.train, prepared.valid, prepared.test):
         for example in dataset.examples if dataset else ():
             digest.update(example.tokens.tobytes() + example.weights.tobytes())
-    return {"base_model_weights": fingerprint(model), "data_rows": digest.hexdigest()} | settings
+    return {"base_model_weights": folder.fingerprint, "data_rows": digest.hexdigest()} | settings
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from backends.memory_plan import (
     footprint,
     read_architecture,
 )
-from backends.model_folder import lora_modules
+from backends.model_folder import ModelFolder, trainable_parameters
 from backends.rate import measured_rate
 from finetune.data.collate import groups, step_indices, width
 from finetune.data.rows import Example
@@ -98,20 +97,20 @@ class Workload:
         frozen = first_adapted(self.adapted)
         learning = shape.blocks - frozen
         block = 2.0 * shape.linear / shape.blocks * tokens + 2.0 * shape.queries * (lengths**2).sum()
-        lora = 6.0 * self.lora.rank * sum(out + inp for out, inp in self.adapted.values()) * tokens
+        lora = 6.0 * trainable_parameters(self.adapted, self.lora.rank) * tokens
         passes = 2.0 + self.model.checkpointing
         head = 4.0 * shape.vocabulary * shape.hidden * supervised
         return float(block * (learning * passes + frozen / max(self.epochs, 1.0)) + lora + head)
 
 
-def workload(recipe: Recipe, folder: Path, examples: Sequence[Example]) -> Workload:
-    """Raises BackendError where the folder is not a model's, or has no such targets."""
+def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Workload:
+    """Raises BackendError where the folder has no weights, or no such targets."""
     plan = make_plan(recipe, len(examples))
     return Workload(
-        architecture=read_architecture(folder, recipe.model.remote_code),
+        architecture=read_architecture(folder),
         model=model_spec(recipe, folder),
         lora=lora_spec(recipe),
-        adapted=lora_modules(folder, lora_spec(recipe), recipe.model.remote_code),
+        adapted=folder.lora_modules(lora_spec(recipe)),
         examples=examples,
         batch_size=recipe.train.batch_size,
         epochs=plan.steps / plan.steps_per_epoch,
@@ -156,7 +155,7 @@ def starting_tokens(job: Job, session: Session, sink: Sink) -> int:
     asked, free = job.recipe.train.micro_tokens, session.free_bytes()
     if free is None or not job.prepared.train.examples:
         return job.recipe.train.tokens_at_once
-    work = workload(job.recipe, job.model, job.prepared.train.examples)
+    work = workload(job.recipe, job.folder, job.prepared.train.examples)
     device: Device = "cpu" if session.device == "cpu" else "gpu"
     if asked != "auto" and work.memory(asked, job.backend, device).step <= free:
         return asked

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from backends.model_folder import ModelFolder
 from finetune.check.show import show
 from finetune.check.survey import Findings, survey
 from finetune.recipe.locate import builtin
 from finetune.recipe.schema import Recipe
 
-MODEL = builtin("builtin:reviews-base")
+MODEL = ModelFolder.open(builtin("builtin:reviews-base"))
 WORDS = [
     "a",
     "warm",
