@@ -10,7 +10,7 @@ B is the number of rows in a micro-batch, T its padded width, r the LoRA rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -40,6 +40,30 @@ class IncompatibleState(Exception):
     """Tensors offered to `set_state` do not fit the session; the message lists every difference."""
 
 
+class CheckedFolder(Protocol):
+    """A model folder that was read and checked (`model_folder.ModelFolder`): what a session takes from it."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def weights(self) -> Mapping[Path, Any]:
+        """By weight file; empty only in the toys of the reference backend."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model knows; None where nothing says it."""
+
+    def lora_modules(self, lora: LoraSpec) -> dict[str, tuple[int, int]]:
+        """Modules to adapt -> (out, in). Raises BackendError where a target names none."""
+
+    def needs_code(self, why: object) -> BackendError:
+        """The refusal of a model that comes with code which may not run."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A model folder with `config.json` and safetensors, and how to hold it."""
@@ -50,6 +74,7 @@ class ModelSpec:
     checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
     device: Literal["auto", "cpu"] = "auto"  # cpu: even where there is an accelerator
     remote_code: bool = False  # whether Python code that comes with the model may run
+    folder: CheckedFolder | None = field(default=None, compare=False)  # None: the session opens `path`
 
     def number_type(self, device: Device) -> Literal["float32", "bfloat16"]:
         """The type of activations and of weights that are not quantised."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from backends.interface import Architecture, Costs, LoraSpec, ModelSpec, Modules
 from backends.memory import available_bytes
-from backends.model_folder import lora_modules, read_config, tensor_shapes, weight_files
+from backends.model_folder import ModelFolder
 
 __all__ = [
     "Footprint",
@@ -66,19 +65,17 @@ class Footprint:
         return max(self.training, self.runtime + self.weights + self.loading)
 
 
-def read_architecture(folder: Path, remote_code: bool = False) -> Architecture:
-    """Raises BackendError where the folder is not a model's."""
-    modules = lora_modules(folder, LoraSpec(1, 1.0), remote_code)
-    config, shapes = read_config(folder), tensor_shapes(folder)
-    nested = config.get("text_config")
-    text = nested if isinstance(nested, dict) else config
-    tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+def read_architecture(folder: ModelFolder) -> Architecture:
+    """Raises BackendError where the folder has no weights, or no linear layers in its blocks."""
+    modules = folder.lora_modules(LoraSpec(1, 1.0))
+    text, shapes = folder.text_config, folder.shapes
+    tied = bool(text.get("tie_word_embeddings", folder.config.get("tie_word_embeddings", False)))
     sizes = {name: prod(shape) for name, shape in shapes.items() if not (tied and name.endswith("lm_head.weight"))}
     embedding = next((shape for name, shape in shapes.items() if "embed" in name and len(shape) == 2), (1, 1))
     heads = _number(text, "num_attention_heads", 1)
     hidden = _number(text, "hidden_size", embedding[1])
     head = _number(text, "head_dim", hidden // heads)
-    stored = sum(file.stat().st_size for file in weight_files(folder))
+    stored = sum(file.stat().st_size for file in folder.weights)
     quantised = any(name.endswith(".scales") for name in shapes)
     return Architecture(
         blocks=_number(text, "num_hidden_layers", 1),

@@ -1,34 +1,152 @@
-"""What a model folder says of itself, read without any framework: config, tensor shapes, identity."""
+"""A model folder: its config, tensor shapes and identity, read and checked once and without any framework."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from backends.interface import BackendError, LoraSpec
-from backends.untrusted import check_claims, check_folder, read_object, validate
+from backends.interface import BackendError, CheckedFolder, LoraSpec, ModelSpec
+from backends.untrusted import WEIGHTS, Shapes, check_claims, check_code, check_files, needs_code, read_object
 
 _IN_BLOCK = re.compile(r"\blayers\.(\d+)\.(.+)\.weight$")
 _NOT_ADAPTED = re.compile(r"\bexperts\b|\brouter\b|(^|\.)gate$|norm")  # experts are chosen by token, not by layer
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False)
+class ModelFolder:
+    """A folder with `config.json` and, but for the reference backend's toys, weights. Make it with `open`."""
+
+    path: Path
+    remote_code: bool  # whether Python code that comes with the model may run
+    config: dict[str, Any]  # with the rotary settings in both spellings
+    weights: Mapping[Path, Shapes]  # the weight files, each with the shapes of its tensors; may be empty
+
+    @classmethod
+    def open(cls, path: Path, remote_code: bool = False) -> ModelFolder:
+        """Reads and checks the folder by the rules of `untrusted`. Raises BackendError where it breaks one."""
+        checked = check_files(path)
+        config = _read_config(path)
+        check_code(path, config, remote_code)
+        folder = cls(path, remote_code, config, {file: checked[file] for file in sorted(path.glob(WEIGHTS))})
+        if folder.weights:
+            check_claims(path, (config, folder.text_config), folder.shapes)
+        return folder
+
+    @cached_property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of the config that describes the language model: `text_config` where models are nested."""
+        text = self.config.get("text_config")
+        return text if isinstance(text, dict) else self.config
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Every tensor's shape by its name. Raises BackendError where the folder has no weights."""
+        if not self.weights:
+            raise BackendError(f"{self.path}: no {WEIGHTS}; other weight formats are not read")
+        return {name: shape for shapes in self.weights.values() for name, shape in shapes.items()}
+
+    @cached_property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model knows, by its config or else its embeddings; None where neither says."""
+        size = self.text_config.get("vocab_size")
+        if type(size) is int:
+            return size
+        embeddings = (shape[0] for name, shape in self.shapes.items() if name.endswith("embed_tokens.weight"))
+        return max(embeddings, default=None)
+
+    @property
+    def blocks(self) -> int:
+        """How many transformer blocks the model has."""
+        count = self.text_config.get("num_hidden_layers")
+        if type(count) is int:
+            return count
+        return 1 + max((int(match[1]) for name in self.shapes if (match := _IN_BLOCK.search(name))), default=0)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the base weights: sha256 over every file's size, header and 64 samples of 4 KiB."""
+        digest = hashlib.sha256()
+        assert self.shapes  # raises where there are no weights
+        for file in self.weights:
+            size = file.stat().st_size
+            digest.update(f"{size}\n".encode())
+            with file.open("rb") as opened:
+                header = int.from_bytes(opened.read(8), "little")
+                digest.update(opened.read(min(header, 100_000_000)))
+                for sample in range(64):
+                    opened.seek(8 + header + max(0, size - 8 - header - 4096) * sample // 63)
+                    digest.update(opened.read(4096))
+        return digest.hexdigest()
+
+    def lora_modules(self, lora: LoraSpec) -> dict[str, tuple[int, int]]:
+        """Modules to adapt -> (out, in), in the model's order. Every backend adapts exactly these.
+
+        Raises BackendError where a target names no linear layer of the blocks, or nothing is left.
+        """
+        linear: dict[str, tuple[int, int]] = {}
+        blocks: dict[str, int] = {}
+        for name, shape in self.shapes.items():
+            match = _IN_BLOCK.search(name)
+            if match is None or len(shape) != 2 or _NOT_ADAPTED.search(match[2]):
+                continue
+            module = name.removesuffix(".weight")
+            if 0 in shape:
+                raise BackendError(f"{self.path}: {name} is empty ({list(shape)})")
+            packed = f"{module}.scales" in self.shapes
+            linear[module] = (shape[0], shape[1] * (self._packing(module) if packed else 1))
+            blocks[module] = int(match[1])
+        names = sorted({_leaf(module) for module in linear})
+        unknown = [target for target in lora.targets if target not in names]
+        if unknown or not linear:
+            missing = ", ".join(unknown) or "anything"
+            raise BackendError(f"{self.path}: no linear layer named {missing}; there are {', '.join(names) or 'none'}")
+        first = 0 if lora.layers is None else max(blocks.values()) + 1 - lora.layers
+        chosen = [m for m in linear if blocks[m] >= first and (not lora.targets or _leaf(m) in lora.targets)]
+        return {module: linear[module] for module in sorted(chosen, key=lambda m: (blocks[m], m))}
+
+    def _packing(self, module: str) -> int:
+        """How many inputs MLX packs into one word: 32 / bits."""
+        quantization = self.config.get("quantization")
+        shared = quantization if isinstance(quantization, dict) else {}
+        special = shared.get(module)
+        bits = (special if isinstance(special, dict) else shared).get("bits", shared.get("bits", 4))
+        if bits not in (2, 3, 4, 5, 6, 8):
+            raise BackendError(f"{self.path}: config.json says quantization of {bits!r:.20} bits")
+        return 32 // int(bits)
+
+    def needs_code(self, why: object) -> BackendError:
+        """The refusal of a model that comes with code which the recipe does not allow."""
+        return needs_code(self.path, why)
+
+
+def folder_of(model: ModelSpec) -> CheckedFolder:
+    """The folder of a spec, opened here where that was not done before. Raises BackendError."""
+    return model.folder or ModelFolder.open(model.path, model.remote_code)
+
+
+def _leaf(module: str) -> str:
+    return module.rsplit(".", 1)[-1]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     """`config.json`, with the rotary settings in both spellings.
 
     transformers 5 writes `rope_parameters`; mlx-lm 0.32 reads `rope_theta` and `rope_scaling` and takes
     a default where they are missing, in silence. Whichever is there, the other is added.
     """
     try:
-        config = read_object(folder / "config.json")
+        config = read_object(path / "config.json")
     except (OSError, ValueError) as error:
-        raise BackendError(f"{folder}: config.json cannot be read ({error!s:.200}); is this a model folder?") from None
+        raise BackendError(f"{path}: config.json cannot be read ({error!s:.200}); is this a model folder?") from None
     try:
         return config | legacy_rope(config)
     except (TypeError, ValueError, AttributeError) as error:
-        raise BackendError(f"{folder}: config.json has rope_parameters that are none ({error!s:.200})") from None
+        raise BackendError(f"{path}: rope_parameters in config.json are not valid ({error!s:.200})") from None
 
 
 def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -57,86 +175,3 @@ def _one_rope(rope: dict[str, Any]) -> dict[str, Any]:
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     return keys | {"rope_scaling": None if kind == "default" else scaling | {"rope_type": kind, "type": kind}}
-
-
-def weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise BackendError(f"{folder}: no model*.safetensors; other weight formats are not read")
-    return files
-
-
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape, from the safetensors headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(folder):
-        shapes |= validate(file)
-    return shapes
-
-
-def lora_modules(folder: Path, lora: LoraSpec, remote_code: bool = False) -> dict[str, tuple[int, int]]:
-    """Modules to adapt -> (out, in), in the model's order. Every backend adapts exactly these.
-
-    The first thing a backend asks of a folder, so the folder itself is looked at here (`untrusted.check_folder`).
-    Raises BackendError when it breaks a rule, a target names no linear layer of the blocks, or nothing is left.
-    """
-    check_folder(folder, remote_code)
-    shapes, config = tensor_shapes(folder), read_config(folder)
-    check_claims(folder, config, shapes)
-    found: dict[str, tuple[int, int]] = {}
-    blocks: dict[str, int] = {}
-    for name, shape in shapes.items():
-        match = _IN_BLOCK.search(name)
-        if match is None or len(shape) != 2 or _NOT_ADAPTED.search(match[2]):
-            continue
-        module = name.removesuffix(".weight")
-        if 0 in shape:
-            raise BackendError(f"{folder}: {name} is empty ({list(shape)})")
-        packed = f"{module}.scales" in shapes
-        found[module] = (shape[0], shape[1] * (_packing(folder, config, module) if packed else 1))
-        blocks[module] = int(match[1])
-    names = sorted({module.rsplit(".", 1)[-1] for module in found})
-    unknown = [target for target in lora.targets if target not in names]
-    if unknown or not found:
-        missing = ", ".join(unknown) or "anything"
-        raise BackendError(f"{folder}: no linear layer named {missing}; there are {', '.join(names) or 'none'}")
-    first = 0 if lora.layers is None else max(blocks.values()) + 1 - lora.layers
-    chosen = [m for m in found if blocks[m] >= first and (not lora.targets or m.rsplit(".", 1)[-1] in lora.targets)]
-    return {module: found[module] for module in sorted(chosen, key=lambda m: (blocks[m], m))}
-
-
-def _packing(folder: Path, config: Mapping[str, Any], module: str) -> int:
-    """How many inputs MLX packs into one word: 32 / bits."""
-    quantization = config.get("quantization")
-    shared = quantization if isinstance(quantization, dict) else {}
-    own = shared.get(module)
-    bits = (own if isinstance(own, dict) else shared).get("bits", shared.get("bits", 4))
-    if bits not in (2, 3, 4, 5, 6, 8):
-        raise BackendError(f"{folder}: config.json says quantization of {bits!r:.20} bits")
-    return 32 // int(bits)
-
-
-def fingerprint(folder: Path) -> str:
-    """Identity of the base weights: sha256 over every file's size, header and 64 samples of 4 KiB."""
-    digest = hashlib.sha256()
-    for file in weight_files(folder):
-        size = file.stat().st_size
-        digest.update(f"{size}\n".encode())
-        with file.open("rb") as opened:
-            header = int.from_bytes(opened.read(8), "little")
-            digest.update(opened.read(min(header, 100_000_000)))
-            for sample in range(64):
-                opened.seek(8 + header + max(0, size - 8 - header - 4096) * sample // 63)
-                digest.update(opened.read(4096))
-    return digest.hexdigest()
-
-
-def vocabulary_of(model: Path) -> int | None:
-    """How many tokens the model knows, by its config or else its embeddings; None where neither says."""
-    config = read_config(model)
-    text = config.get("text_config")
-    said = (text if isinstance(text, dict) else config).get("vocab_size")
-    if type(said) is int:
-        return said
-    embeddings = (shape[0] for name, shape in tensor_shapes(model).items() if name.endswith("embed_tokens.weight"))
-    return max(embeddings, default=None)

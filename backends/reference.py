@@ -22,6 +22,7 @@ from backends.interface import (
     Architecture,
     BackendError,
     Batch,
+    CheckedFolder,
     Costs,
     Device,
     FloatArray,
@@ -39,7 +40,7 @@ from backends.interface import (
 )
 from backends.memory import available_bytes, process_peak_bytes
 from backends.micro_batches import check_tokens
-from backends.model_folder import lora_modules, read_config
+from backends.model_folder import folder_of
 from backends.rate import SIZES, operations_per_second
 from backends.sampling import check_prompts
 
@@ -79,7 +80,8 @@ def describe() -> dict[str, Any]:
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> ReferenceSession:
     if model.quantize != "none" or model.dtype == "bfloat16":
         raise BackendError("the reference backend computes in float32 alone; use quantize: none and dtype: auto")
-    modules, vocabulary = _modules(model, lora), read_config(model.path).get("vocab_size")
+    folder = folder_of(model)
+    modules, vocabulary = _modules(folder, lora), folder.config.get("vocab_size")
     if type(vocabulary) is not int or vocabulary < 1:
         raise BackendError(f"{model.path}: config.json has no vocab_size")
     return ReferenceSession(modules, vocabulary, lora, optim, seed)
@@ -240,13 +242,12 @@ def _memory_guard() -> Iterator[None]:
         raise OutOfMemory(f"cpu: {error}") from error
 
 
-def _modules(model: ModelSpec, lora: LoraSpec) -> dict[str, tuple[int, int]]:
-    folder = model.path
-    if any(folder.glob("model*.safetensors")):
-        return lora_modules(folder, lora, model.remote_code)
+def _modules(folder: CheckedFolder, lora: LoraSpec) -> dict[str, tuple[int, int]]:
+    if folder.weights:
+        return folder.lora_modules(lora)
     unknown = [target for target in lora.targets if target != "proj"]
     if unknown:
-        raise BackendError(f"{folder}: no linear layer named {', '.join(unknown)}; there is proj")
+        raise BackendError(f"{folder.path}: no linear layer named {', '.join(unknown)}; there is proj")
     return {"model.layers.0.proj": (32, 32)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from backends.interface import (
     Predictions,
     Session,
 )
+from backends.model_folder import folder_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def usable(name: str) -> Backend:
 
 def open_session(name: str, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Session:
     """A live session. Raises BackendError where the backend, or what is asked of it, cannot be used."""
-    return usable(name).open(model, lora, optim, seed)
+    return usable(name).open(replace(model, folder=folder_of(model)), lora, optim, seed)
 
 
 def device_kind(device: str) -> Device:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 HEADER = 32 * 2**20  # bytes of a safetensors header; the largest published models have some 10 MB
 _MOST = {".json": 16 * 2**20, ".jinja": 2**20, ".txt": 64 * 2**20, ".model": 64 * 2**20, ".safetensors": 2**50}
 _TOKENIZER = 64 * 2**20  # of tokenizer.json; the largest vocabularies take 35 MB
-_FILES, _SHARD = "model*.safetensors", re.compile(r"model[\w.-]*\.safetensors")
+WEIGHTS, _SHARD = "model*.safetensors", re.compile(r"model[\w.-]*\.safetensors")
 _INDEX = "model.safetensors.index.json"
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "num_attention_heads",
@@ -44,12 +44,12 @@ def read_object(file: Path, most: int = _MOST[".json"]) -> dict[str, Any]:
     if file.stat().st_size > most:
         raise ValueError(f"{file.stat().st_size:,} bytes, and {most:,} are the most")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("nested too deep") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    return found
+    return value
 
 
 def validate(file: Path) -> dict[str, tuple[int, ...]]:
@@ -61,27 +61,32 @@ def validate(file: Path) -> dict[str, tuple[int, ...]]:
             size = int.from_bytes(opened.read(8), "little")
             if size > HEADER:
                 raise BackendError(f"{file}: its header claims {size:,} bytes, and {HEADER:,} are the most")
-            json.loads(opened.read(size), object_pairs_hook=_once)  # of two, readers take one or the other
+            json.loads(opened.read(size), object_pairs_hook=_unique)  # of two, readers take one or the other
         with safe_open(file, framework="numpy") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise BackendError(f"{file}: not a whole safetensors file ({error!s:.200}); download it again") from None
 
 
-def check_folder(folder: Path, remote_code: bool = False) -> None:
-    """Raises BackendError where a model folder breaks a rule of this module."""
+def check_files(folder: Path) -> dict[Path, Shapes]:
+    """The safetensors files of a model folder, each validated, with the shapes of their tensors.
+
+    Raises BackendError where a file, a link or the index breaks a rule of this module.
+    """
     root = folder.resolve()
     inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    shapes: dict[Path, Shapes] = {}
     for file in _entries(folder):
         target = file.resolve()
-        if not any(place in target.parents for place in inside):
+        if not any(allowed in target.parents for allowed in inside):
             raise BackendError(f"{file}: a link out of the model's folder; put the file itself there")
         _check_file(file)
+        if file.suffix == ".safetensors":
+            shapes[file] = validate(file)
     if (folder / "adapter_config.json").exists():  # transformers would load the base that it names instead
         raise BackendError(f"{folder}: an adapter's folder (adapter_config.json), and a base model is needed")
     _check_index(folder)
-    if (folder / "config.json").exists():
-        _check_code(folder, _object(folder / "config.json"), remote_code)
+    return shapes
 
 
 def needs_code(folder: Path, why: object) -> BackendError:
@@ -91,12 +96,14 @@ def needs_code(folder: Path, why: object) -> BackendError:
     )
 
 
-def check_claims(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
-    """Raises BackendError where a config claims more than the tensors have. shapes: of all the folder's tensors."""
+def check_claims(folder: Path, parts: Iterable[Mapping[str, Any]], shapes: Shapes) -> None:
+    """Raises BackendError where a config claims more than the tensors have.
+
+    parts: the config and, where models are nested, that of the language model. shapes: of all the folder's tensors.
+    """
     blocks = 1 + max((int(at) for name in shapes for at in re.findall(r"\.(\d{1,9})\.", name)), default=0)
     largest = max((size for shape in shapes.values() for size in shape), default=0) * _PACKED
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, dict) else {}):
+    for part in parts:
         limits = dict.fromkeys(_SIZES, largest) | {"num_hidden_layers": blocks, "n_layer": blocks, "num_layers": blocks}
         for key, most in limits.items():
             value = part.get(key)
@@ -106,18 +113,33 @@ def check_claims(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Non
                 raise BackendError(f"{folder}: config.json says {key}: {_short(value)}, which the weights do not have")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def check_code(folder: Path, config: Mapping[str, Any], remote_code: bool) -> None:
+    """Raises BackendError where a config names code or files that are not the model's, or code that may not run."""
+    kind = config.get("model_type", "")
+    if not isinstance(kind, str) or not re.fullmatch(r"[\w.-]*", kind) or ".." in kind:
+        raise BackendError(f"{folder}: config.json says model_type: {_short(kind)}, which is not a model name")
+    if config.get("model_file") is not None and not remote_code:
+        raise needs_code(folder, f"model_file: {_short(config['model_file'])}")
+    weights = config.get("transformers_weights")
+    if weights is not None and not _SHARD.fullmatch(str(weights)):
+        raise BackendError(f"{folder}: config.json says transformers_weights: {_short(weights)}, not {WEIGHTS}")
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+        if "/" in str(config.get(key)) and not remote_code:  # a kernel that would be downloaded
+            raise needs_code(folder, f"{key}: {_short(config[key])}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    header = dict(pairs)
+    if len(header) < len(pairs):
         raise ValueError("a key of its header stands twice")
-    return found
+    return header
 
 
 def _entries(folder: Path) -> Iterator[Path]:
     """The files of a model folder that some library may read."""
-    for place in (folder, folder / "additional_chat_templates"):
-        if place.is_dir():
-            yield from sorted(one for one in place.iterdir() if one.is_symlink() or one.suffix in _MOST)
+    for directory in (folder, folder / "additional_chat_templates"):
+        if directory.is_dir():
+            yield from sorted(file for file in directory.iterdir() if file.is_symlink() or file.suffix in _MOST)
 
 
 def _check_file(file: Path) -> None:
@@ -128,8 +150,6 @@ def _check_file(file: Path) -> None:
         raise BackendError(f"{file}: not a file")
     if file.stat().st_size > most:
         raise BackendError(f"{file}: {file.stat().st_size:,} bytes, and {most:,} are the most")
-    if file.suffix == ".safetensors":
-        validate(file)
 
 
 def _check_index(folder: Path) -> None:
@@ -140,23 +160,9 @@ def _check_index(folder: Path) -> None:
         raise BackendError(f"{folder / _INDEX}: no weight_map in it")
     for shard in {str(one) for one in shards.values()}:
         if not _SHARD.fullmatch(shard):
-            raise BackendError(f"{folder / _INDEX}: {_short(shard)} is not the bare name of one of {_FILES}")
+            raise BackendError(f"{folder / _INDEX}: {_short(shard)} is not the bare name of one of {WEIGHTS}")
         if not (folder / shard).is_file():
             raise BackendError(f"{folder / _INDEX}: {shard} is not there; download the model again")
-
-
-def _check_code(folder: Path, config: Mapping[str, Any], remote_code: bool) -> None:
-    kind = config.get("model_type", "")
-    if not isinstance(kind, str) or not re.fullmatch(r"[\w.-]*", kind) or ".." in kind:
-        raise BackendError(f"{folder}: config.json says model_type: {_short(kind)}, which is no name of a model")
-    if config.get("model_file") is not None and not remote_code:
-        raise needs_code(folder, f"model_file: {_short(config['model_file'])}")
-    weights = config.get("transformers_weights")
-    if weights is not None and not _SHARD.fullmatch(str(weights)):
-        raise BackendError(f"{folder}: config.json says transformers_weights: {_short(weights)}, not {_FILES}")
-    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
-        if "/" in str(config.get(key)) and not remote_code:  # a kernel that would be downloaded
-            raise needs_code(folder, f"{key}: {_short(config[key])}")
 
 
 def _object(file: Path) -> dict[str, Any]:

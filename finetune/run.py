@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from backends import registry
 from backends.interface import FloatArray, Session, TrainState
-from backends.model_folder import fingerprint, read_config, vocabulary_of
 from finetune.check.show import as_text, headline
 from finetune.check.survey import as_json, survey
 from finetune.disk.adapter import check_base, start_from, write_adapter
@@ -73,15 +72,16 @@ class Run:
         does not fit.
         """
         job, folder = self.job, self.folder
-        identity = identity_of(job.recipe, job.prepared, job.model)
+        identity = identity_of(job.recipe, job.prepared, job.folder)
         saved = (yield from self._newest_checkpoint(identity)) if resume else None
         start = Path(job.recipe.lora.start_from) if job.recipe.lora.start_from else None
         if start:
-            check_base(start, job.model, job.recipe.model.path)
+            check_base(start, job.folder, job.recipe.model.path)
         folder.write_identity(identity)
         self._write_environment()
         folder.write_json("data.json", account_of(job.prepared))
         check = yield from self._check_data()
+        job.prepared.forget_records()
         session = job.open()
         self._write_environment(session)
         base = yield from self._evaluate_base(session)
@@ -102,7 +102,7 @@ class Run:
     def train(self, begun: Begun) -> Iterator[Event]:
         """All steps that are left; metrics.jsonl records them. Raises Interrupted, Diverged, MemoryExhausted."""
         trainer, step, repeatable = begun.trainer, begun.resumed_after, True
-        watch = Watch(vocabulary_of(self.job.model), trainer.plan.warmup)
+        watch = Watch(self.job.folder.vocabulary, trainer.plan.warmup)
         with MetricsFile(self.folder.metrics) as metrics:
             metrics.truncate_after(-1 if step is None else step)
             if step is not None and (lost := metrics.missing(step)):
@@ -152,7 +152,7 @@ class Run:
             tuned=tuned,
             comparison=compare(begun.base, tuned) if begun.base else None,
             overfitting=overfitting_verdict(validations),
-            divergence=divergence(read(self.folder.metrics), vocabulary_of(job.model), trainer.plan.warmup),
+            divergence=divergence(read(self.folder.metrics), job.folder.vocabulary, trainer.plan.warmup),
             validations=validations,
             best_step=trainer.state.best_step,
         )
@@ -182,7 +182,7 @@ class Run:
         job, folder = self.job, self.folder
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             return headline(json.loads((folder.path / "check.json").read_text(encoding="utf-8")))
-        survey_of_rows = survey(job.recipe, job.model, job.tokenizer, Path.cwd())
+        survey_of_rows = survey(job.recipe, job.prepared, job.folder, job.tokenizer)
         findings = yield from self._stoppable(survey_of_rows, "checking the data")
         write_file(folder.path / "check.txt", as_text(findings, job.tokenizer))
         values = as_json(findings, job.tokenizer)
@@ -228,16 +228,14 @@ def known_validation(job: Job, base: Evaluation | None) -> Evaluation | None:
 
 def save_adapter(job: Job, run: RunFolder, tensors: Mapping[str, FloatArray], scheme: str, step: int) -> None:
     """The adapter folder, whole or absent, with the tokenizer and template that it was trained with."""
-    base = job.recipe.model.path if not job.recipe.model.path.startswith("builtin:") else str(job.model)
-    config = read_config(job.model)
-    blocks = int((config.get("text_config") or config)["num_hidden_layers"])
+    base = job.recipe.model.path if not job.recipe.model.path.startswith("builtin:") else str(job.folder.path)
     facts = {
-        "base_fingerprint": fingerprint(job.model),
+        "base_fingerprint": job.folder.fingerprint,
         "scheme": scheme,
         "step": step,
         "template": job.prepared.template,
         "prompt": job.recipe.prompt.model_dump(mode="json"),
     }
     with new_folder(run.adapter) as folder:
-        write_adapter(folder, tensors, lora_spec(job.recipe), base, blocks, facts)
+        write_adapter(folder, tensors, lora_spec(job.recipe), base, job.folder.blocks, facts)
         job.tokenizer.save_pretrained(folder)

@@ -18,7 +18,7 @@ from mlx_lm.utils import load_model
 
 from backends.interface import BackendError, ModelSpec
 from backends.mlx_backend.patch import subclassed
-from backends.model_folder import legacy_rope, read_config
+from backends.model_folder import folder_of, legacy_rope
 
 _BITS = 4
 _GROUPS = (64, 32)  # the finest scales that the width divides by, starting from the cheapest
@@ -30,7 +30,7 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
     Tensors are read, cast and quantised one after another, so no two copies of the model are ever held.
     Raises BackendError for a folder that mlx-lm cannot run as it is.
     """
-    config = read_config(spec.path)
+    config = folder_of(spec).config
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method == "bitsandbytes":
         raise BackendError(f"{spec.path}: quantised by bitsandbytes, which MLX cannot read; give the unquantised model")

@@ -35,7 +35,7 @@ from backends.mlx_backend.generate import generate
 from backends.mlx_backend.lora import DropoutKeys, attach
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import Tensors, adamw
-from backends.model_folder import lora_modules, read_config, vocabulary_of
+from backends.model_folder import folder_of
 from backends.sampling import check_prompts
 
 _NO_MEMORY = ("malloc", "insufficient memory", "out of memory", "unable to allocate")
@@ -84,7 +84,8 @@ class MlxSession:
         dtypes = {"auto": mx.float32 if on_cpu else mx.bfloat16, "float32": mx.float32, "bfloat16": mx.bfloat16}
         dtype = dtypes[spec.dtype]
         self.device = _device_name(device)
-        self.lora_shapes: Mapping[str, tuple[int, int]] = lora_modules(spec.path, lora, spec.remote_code)
+        folder = folder_of(spec)
+        self.lora_shapes: Mapping[str, tuple[int, int]] = folder.lora_modules(lora)
         self._optim, self._mlx_device, self._on_cpu = optim, device, on_cpu
         model, self.scheme = load(spec, dtype)
         self._keys = DropoutKeys(seed)
@@ -94,9 +95,9 @@ class MlxSession:
             blas_bridge.connect(model)
         if spec.checkpointing:
             checkpoint_blocks(model)
-        self._forward = Forward(model, on_cpu, spec.checkpointing, ignored_window(model, read_config(spec.path)))
+        self._forward = Forward(model, on_cpu, spec.checkpointing, ignored_window(model, folder.config))
         self.shares_prefixes = self._forward.shares_prefixes
-        self._vocabulary = vocabulary_of(spec.path) or sys.maxsize
+        self._vocabulary = folder.vocabulary or sys.maxsize
         self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
         self.shortcuts = (*self._forward.shortcuts, *([NUMPY_PRODUCTS] if bridged else []))
         self.repeatable = True

@@ -14,16 +14,16 @@ from transformers.utils import logging as transformers_logging
 
 from backends.interface import BackendError, ModelSpec
 from backends.memory import returning_freed
-from backends.model_folder import read_config
+from backends.model_folder import folder_of
 from backends.torch_backend.device import device_kind, says_no_memory
-from backends.untrusted import needs_code
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels
 
 
 def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
     """The base model, frozen. Raises BackendError where the folder is not a whole model."""
-    config = read_config(spec.path)
+    folder = folder_of(spec)
+    config = folder.config
     if "quantization" in config or "quantization_config" in config:
         kind = (config.get("quantization_config") or {}).get("quant_method", "mlx-lm")
         raise BackendError(f"{spec.path}: already quantised ({kind}), and torch quantises itself; give the original")
@@ -63,7 +63,7 @@ def _loaded(spec: ModelSpec, device: torch.device) -> tuple[Any, dict[str, Any]]
         if says_no_memory(error):
             raise
         if "trust_remote_code" in str(error):
-            raise needs_code(spec.path, "auto_map in config.json") from None
+            raise folder_of(spec).needs_code("auto_map in config.json") from None
         kind = type(error).__name__
         raise BackendError(f"{spec.path}: transformers cannot load this model ({kind}: {error})") from error
     return model, info

@@ -25,7 +25,7 @@ from backends.interface import (
     TrainState,
 )
 from backends.micro_batches import check_tokens, joined, own_part, parts
-from backends.model_folder import lora_modules
+from backends.model_folder import folder_of
 from backends.sampling import check_prompts
 from backends.torch_backend.attention import use_tiles
 from backends.torch_backend.costs import COSTS, FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
@@ -70,7 +70,7 @@ class TorchSession:
     def __init__(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> None:
         self._device = pick_device(model.device)
         self.device = device_name(self._device)
-        self.lora_shapes = lora_modules(model.path, lora, model.remote_code)
+        self.lora_shapes = folder_of(model).lora_modules(lora)
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._dropout = Dropout(lora.dropout, seed)
         costs = COSTS[device_kind(self._device)]

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetune.check.texts import content, everything, words
-from finetune.data.prepare import Source
-from finetune.data.rows import Record
+from finetune.data.rows import Record, Split
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Groups
 
@@ -43,21 +42,21 @@ class Group:
 class Balance:
     labels: dict[str, dict[str, int]] = field(default_factory=dict)  # split -> label -> rows
     words: dict[str, list[Telling]] = field(default_factory=dict)  # label -> the most telling
-    contradictions: list[list[tuple[str, str]]] = field(default_factory=list)  # (place, label) of one text
+    contradictions: list[list[tuple[str, str]]] = field(default_factory=list)  # (location, label) of one text
     groups: dict[str, Group] = field(default_factory=dict)  # of all splits together
 
 
-def weigh(sources: Sequence[Source], labels: Sequence[str], groups: Groups | None) -> Balance:
-    """labels: none where rows have open answers; then only the groups are counted."""
-    found = Balance(groups=count_groups(sources, groups) if groups else {})
+def weigh(splits: Sequence[Split], labels: Sequence[str], groups: Groups | None) -> Balance:
+    """splits: train first. labels: none where rows have open answers; then only the groups are counted."""
+    balance = Balance(groups=count_groups(splits, groups) if groups else {})
     if not labels:
-        return found
-    for source in sources:
-        counts = Counter(record.answer or "" for record in source.records)
-        found.labels[source.name] = {label: counts[label] for label in labels}
-    found.words = telling_words(sources[0].records, labels)
-    found.contradictions = contradictions([record for source in sources for record in source.records])
-    return found
+        return balance
+    for split in splits:
+        counts = Counter(record.answer or "" for record in split.records)
+        balance.labels[split.name] = {label: counts[label] for label in labels}
+    balance.words = telling_words(splits[0].records, labels)
+    balance.contradictions = contradictions([record for split in splits for record in split.records])
+    return balance
 
 
 def telling_words(records: Sequence[Record], labels: Sequence[str]) -> dict[str, list[Telling]]:
@@ -99,12 +98,12 @@ def contradictions(records: Sequence[Record]) -> list[list[tuple[str, str]]]:
     for record in records:
         seen[" ".join(content(record, labelled=True).casefold().split())].append(record)
     differing = (same for same in seen.values() if len({record.answer for record in same}) > 1)
-    return [[(record.place, record.answer or "") for record in same] for same in differing]
+    return [[(record.location, record.answer or "") for record in same] for same in differing]
 
 
-def count_groups(sources: Sequence[Source], groups: Groups) -> dict[str, Group]:
+def count_groups(splits: Sequence[Split], groups: Groups) -> dict[str, Group]:
     """How each group stands in the data. Raises RecipeError for a column that no row has."""
-    records = [record for source in sources for record in source.records]
+    records = [record for split in splits for record in split.records]
     if isinstance(groups, str) and not any(groups in record.values for record in records):
         raise RecipeError(f"data.groups: no row has a column {groups}; name a column, or give each group its words")
     counts: dict[str, Counter[str]] = defaultdict(Counter)

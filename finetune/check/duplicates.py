@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.check.texts import asked, content, words
-from finetune.data.prepare import Source
-from finetune.data.rows import Record
+from finetune.data.rows import Record, Split
 from finetune.events import Progress
 
 NEAR = 0.8  # Jaccard similarity of the three-word runs, from which rows count as nearly the same
@@ -25,8 +24,8 @@ _RUN = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(
 class Pair:
     """A row, and the earlier one that it repeats."""
 
-    place: str
-    other: str
+    location: str
+    other: str  # its location
     similarity: float  # 1: the same words
 
 
@@ -49,31 +48,32 @@ class _Rows:
         return content(self.records[row], self.labelled)
 
 
-def find_duplicates(sources: Sequence[Source], labelled: bool) -> Generator[Progress, None, Duplicates]:
-    """labelled: the answers are labels, and two rows of one text repeat each other whatever they are labelled.
+def find_duplicates(splits: Sequence[Split], labelled: bool) -> Generator[Progress, None, Duplicates]:
+    """splits: train first. labelled: the answers are labels, and two rows of one text repeat each other whatever they
+    are labelled.
 
     A held-out row leaks when train holds its question; or, nearly, the whole of it.
     """
-    records = [record for source in sources for record in source.records]
-    rows = _Rows(records, [source.name for source in sources for _ in source.records], labelled)
-    found = Duplicates()
-    repeated = _exact(rows, found)
+    records = [record for split in splits for record in split.records]
+    rows = _Rows(records, [split.name for split in splits for _ in split.records], labelled)
+    duplicates = Duplicates()
+    repeated = _exact(rows, duplicates)
     sets = _Signatures()
-    kept: list[int] = []
+    compared: list[int] = []
     signatures = np.zeros((len(records), BANDS * BAND), np.uint32)
     for row in range(len(records)):
         runs = shingles("" if row in repeated else rows.text(row))
         if len(runs) > FEWEST_WORDS - 3:
-            signatures[len(kept)] = sets.of(runs)
-            kept.append(row)
+            signatures[len(compared)] = sets.of(runs)
+            compared.append(row)
         if row % 1000 == 999 or row + 1 == len(records):
             yield Progress(0, "data: comparing rows", row + 1, len(records))
-    for row, other in candidates(signatures[: len(kept)]):
-        _note(rows, kept[row], kept[other], found)
-    return found
+    for row, other in candidates(signatures[: len(compared)]):
+        _note(rows, compared[row], compared[other], duplicates)
+    return duplicates
 
 
-def _exact(rows: _Rows, found: Duplicates) -> set[int]:
+def _exact(rows: _Rows, duplicates: Duplicates) -> set[int]:
     """Notes rows of the same words; returns them."""
     whole: dict[bytes, int] = {}
     questions: dict[bytes, int] = {}
@@ -84,13 +84,13 @@ def _exact(rows: _Rows, found: Duplicates) -> set[int]:
         question = text if rows.labelled else asked(record)
         leaked = questions.setdefault(_digest(question), row)
         if rows.splits[leaked] != rows.splits[row]:
-            pair = Pair(record.place, rows.records[leaked].place, 1.0)
-            found.leaks.append((rows.splits[row], rows.splits[leaked], pair))
+            pair = Pair(record.location, rows.records[leaked].location, 1.0)
+            duplicates.leaks.append((rows.splits[row], rows.splits[leaked], pair))
             repeated.add(row)
         elif first != row:
             repeated.add(row)
             if rows.splits[row] == "train":
-                found.exact.append(Pair(record.place, rows.records[first].place, 1.0))
+                duplicates.exact.append(Pair(record.location, rows.records[first].location, 1.0))
     return repeated
 
 
@@ -98,18 +98,18 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
 
 
-def _note(rows: _Rows, row: int, other: int, found: Duplicates) -> None:
+def _note(rows: _Rows, row: int, other: int, duplicates: Duplicates) -> None:
     """Compares the two sets themselves: a signature only estimates."""
     a, b = shingles(rows.text(row)), shingles(rows.text(other))
     shared = len(np.intersect1d(a, b, assume_unique=True))
     similarity = shared / (len(a) + len(b) - shared)
     if similarity < NEAR:
         return
-    pair = Pair(rows.records[row].place, rows.records[other].place, round(similarity, 3))
+    pair = Pair(rows.records[row].location, rows.records[other].location, round(similarity, 3))
     if rows.splits[row] != rows.splits[other]:
-        found.leaks.append((rows.splits[row], rows.splits[other], pair))
+        duplicates.leaks.append((rows.splits[row], rows.splits[other], pair))
     elif rows.splits[row] == "train":
-        found.near.append(pair)
+        duplicates.near.append(pair)
 
 
 def shingles(text: str) -> NDArray[np.uint64]:

@@ -34,10 +34,10 @@ def judge(
     """labels: training rows of each; empty where answers are open. held_out: rows of the final figures."""
     scarce, label = min((count, name) for name, count in labels.items()) if labels else (examples, "")
     few, many = ROWS["label" if labels else "answer"]
-    what = f"rows with the label {label}, its rarest," if labels else "examples"
+    what = f'rarest label "{label}" has {scarce:,} rows' if labels else f"{scarce:,} examples to learn from"
     level: Level = "too little" if scarce < few else "thin" if scarce < many else "enough"
     wanted = {"too little": f"below {few} little is learned", "thin": f"{many} or more learn steadily"}
-    reasons = [f"{scarce:,} {what} to learn from" + (f"; {wanted[level]}" if level in wanted else "")]
+    reasons = [what + (f"; {wanted[level]}" if level in wanted else "")]
     most = max(labels.values(), default=0)
     if labels and most > IMBALANCE * max(scarce, 1):
         reasons.append(f"the commonest label has {most:,} rows: macro F1 says more than accuracy here")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from finetune.data.collate import groups, order, width
-from finetune.data.problems import Problem
+from finetune.data.rows import Prepared, Problem
 from finetune.recipe.schema import Recipe
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)
@@ -25,35 +25,29 @@ class Lengths:
     max_length: int
     padding: float  # share of an epoch's positions, in the batches that are made
     padding_naive: float  # in batches of the same size in the file's order
-    shortened: list[str] = field(default_factory=list)  # places whose prompt gave way
-    cut: list[str] = field(default_factory=list)  # places that lost their end
+    shortened: list[str] = field(default_factory=list)  # locations whose prompt gave way
+    cut: list[str] = field(default_factory=list)  # locations that lost their end
     dropped: list[Problem] = field(default_factory=list)
 
 
-def measure(
-    before: Sequence[int],
-    after: Sequence[int],
-    recipe: Recipe,
-    shortened: list[str],
-    cut: list[str],
-    dropped: list[Problem],
-) -> Lengths:
-    """before: lengths of all rows; after: of those that are trained on, in order."""
-    settings = recipe.train
+def measure(prepared: Prepared, recipe: Recipe) -> Lengths:
+    """Train must have examples. What was cut or dropped is that of all splits."""
+    settings, splits = recipe.train, prepared.splits
+    before, after = prepared.train.lengths, [len(example) for example in prepared.train.examples]
     steps = order(len(after), settings.batch_size, recipe.seed, 0)
     planned = [[after[i] for i in step] for step in steps]
     planned = [[step[i] for i in rows] for step in planned for rows in groups(step, settings.tokens_at_once)]
     naive = [after[start : start + settings.batch_size] for start in range(0, len(after), settings.batch_size)]
     return Lengths(
-        len(before),
-        {one: int(np.percentile(before, one, method="inverted_cdf")) for one in PERCENTILES},
-        histogram(before),
-        settings.max_length,
-        padding(planned),
-        padding(naive),
-        shortened,
-        cut,
-        dropped,
+        rows=len(before),
+        percentiles={rank: int(np.percentile(before, rank, method="inverted_cdf")) for rank in PERCENTILES},
+        histogram=histogram(before),
+        max_length=settings.max_length,
+        padding=padding(planned),
+        padding_naive=padding(naive),
+        shortened=[location for split in splits for location in split.shortened],
+        cut=[example.location for split in splits for example in split.examples if example.cut],
+        dropped=[problem for split in splits for problem in split.dropped],
     )
 
 

@@ -30,25 +30,25 @@ class Finding:
 
     count: int = 0
     rows: int = 0
-    shown: list[tuple[str, str]] = field(default_factory=list)  # (place, masked)
+    shown: list[tuple[str, str]] = field(default_factory=list)  # (location, masked)
 
 
 @dataclass
 class Personal:
     kinds: dict[str, Finding] = field(default_factory=dict)
-    places: set[str] = field(default_factory=set)
+    locations: set[str] = field(default_factory=set)
 
-    def look(self, text: str, place: str) -> None:
+    def look(self, text: str, location: str) -> None:
         seen: set[str] = set()
         for kind, value in personal_data(text):
-            found = self.kinds.setdefault(kind, Finding())
-            found.count += 1
-            found.rows += kind not in seen
+            finding = self.kinds.setdefault(kind, Finding())
+            finding.count += 1
+            finding.rows += kind not in seen
             seen.add(kind)
-            if len(found.shown) < SHOWN:
-                found.shown.append((place, masked(value)))
+            if len(finding.shown) < SHOWN:
+                finding.shown.append((location, masked(value)))
         if seen:
-            self.places.add(place)
+            self.locations.add(location)
 
 
 def personal_data(text: str) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from finetune.check.survey import Findings
 from finetune.check.tokens import REMEDIES, Specials, TokenCheck
 from finetune.data.problems import listed
 from finetune.data.tokenizer import Tokenizer
-from finetune.report.tables import highlighted
+from finetune.report.tables import account_notes, account_table, highlighted
 from finetune.text import harmless, plain_page, shorten
 
 SHOWN = 10  # rows of a list
@@ -26,9 +26,9 @@ LABELS_SHOWN = 20
 BAR = 40  # characters
 
 
-def show(console: Console, found: Findings, tokenizer: Tokenizer) -> None:
+def show(console: Console, findings: Findings, tokenizer: Tokenizer) -> None:
     """Every section in turn; the bad rows come first."""
-    for title, parts in sections(found, tokenizer):
+    for title, parts in sections(findings, tokenizer):
         console.rule(title, align="left")
         for part in parts:
             if isinstance(part, Text):
@@ -36,19 +36,19 @@ def show(console: Console, found: Findings, tokenizer: Tokenizer) -> None:
             console.print(part, soft_wrap=isinstance(part, Text))
 
 
-def as_text(found: Findings, tokenizer: Tokenizer) -> str:
-    return plain_page(lambda console: show(console, found, tokenizer))
+def as_text(findings: Findings, tokenizer: Tokenizer) -> str:
+    return plain_page(lambda console: show(console, findings, tokenizer))
 
 
-def sections(found: Findings, tokenizer: Tokenizer) -> Iterator[tuple[str, Sequence[RenderableType]]]:
-    yield "rows", _rows(found)
-    yield "how they will be trained on", _training(found, tokenizer)
-    yield "lengths, in tokens of the training rows", _lengths(found.lengths)
-    yield "duplicates and leaks", _duplicates(found.duplicates)
-    if found.balance.labels or found.balance.groups:
-        yield "balance", _balance(found.balance, found.label_lengths)
-    yield "enough data?", [Text(f"{found.enough.level}: " + "\n".join(found.enough.reasons))]
-    yield "personal data and secrets", _personal(found.personal)
+def sections(findings: Findings, tokenizer: Tokenizer) -> Iterator[tuple[str, Sequence[RenderableType]]]:
+    yield "rows", _rows(findings)
+    yield "how they will be trained on", _training(findings, tokenizer)
+    yield "lengths, in tokens of the training rows", _lengths(findings.lengths)
+    yield "duplicates and leaks", _duplicates(findings.duplicates)
+    if findings.balance.labels or findings.balance.groups:
+        yield "balance", _balance(findings.balance, findings.label_lengths)
+    yield "enough data?", [Text(f"{findings.enough.level}: " + "\n".join(findings.enough.reasons))]
+    yield "personal data and secrets", _personal(findings.personal)
 
 
 def _table(*headings: str) -> Table:
@@ -58,60 +58,57 @@ def _table(*headings: str) -> Table:
     return table
 
 
-def _rows(found: Findings) -> list[RenderableType]:
-    table = _table("split", "rows", "whole", "trained on")
-    for name, split in found.splits.items():
-        table.add_row(name, f"{split.rows:,}", f"{split.good:,}", f"{split.used:,}")
-    notes = dict.fromkeys(note for split in found.splits.values() for note in split.notes)
+def _rows(findings: Findings) -> list[RenderableType]:
+    prepared = findings.prepared
     parts: list[RenderableType] = [
-        Text(f"read as {found.format}, task {found.task}, template {found.template!r}"),
-        table,
-        *map(Text, notes),
+        Text(f"read as {prepared.format}, task {prepared.task}, template {prepared.template!r}"),
+        account_table(prepared),
+        *map(Text, account_notes(prepared)),
     ]
-    if found.bad:
-        verdict = "left out, as data.on_error says" if found.skipped else "to be mended"
-        parts.append(Text(f"{len(found.bad):,} bad row{'s' * (len(found.bad) > 1)}, {verdict}:", "bold red"))
-        parts.append(Text(listed(found.bad)))
-    if found.broken:
-        parts.append(Text(f"to be mended before training:\n{listed(found.broken)}", "bold red"))
+    if findings.bad:
+        count = len(findings.bad)
+        verdict = "left out, as data.on_error says" if findings.skipped else "to be fixed"
+        parts.append(Text(f"{count:,} bad row{'s' * (count > 1)}, {verdict}:", "bold red"))
+        parts.append(Text(listed(findings.bad)))
+    if findings.broken:
+        parts.append(Text(f"to be fixed before training:\n{listed(findings.broken)}", "bold red"))
     return parts
 
 
-def _training(found: Findings, tokenizer: Tokenizer) -> list[RenderableType]:
+def _training(findings: Findings, tokenizer: Tokenizer) -> list[RenderableType]:
     parts: list[RenderableType] = []
-    for example in found.samples:
-        last = example.tokens[example.weights > 0][-1:].tolist()
-        parts.append(
-            Text(f"{example.place}; learned tokens in brackets, the last is {tokenizer.decode(last)!r}", "bold")
-        )
-        parts.append(highlighted(example, tokenizer))
-    return [*parts, _verdict(found.tokens), *_specials(found.specials)]
+    for sample in findings.samples:
+        last = sample.tokens[sample.weights > 0][-1:].tolist()
+        title = f"{sample.location}; supervised tokens in brackets, the last is {tokenizer.decode(last)!r}"
+        parts += [Text(title, "bold"), highlighted(sample, tokenizer)]
+    return [*parts, _verdict(findings.tokens), *_specials(findings.specials)]
 
 
 def _verdict(checked: TokenCheck) -> Text:
-    faults = {kind: places for kind, places in checked.faults.items() if places}
-    apart = f" ({checked.apart:,} with prompt and answer encoded apart)" if checked.apart else ""
-    end = "learned tokens, an end token" if checked.end_token else "learned tokens (no end token, as the recipe says)"
+    faults = {kind: locations for kind, locations in checked.faults.items() if locations}
     if not faults:
-        return Text(
-            f"checked {_counted(checked.rows)}: all have {end}, one begin token and a true prompt{apart}", "green"
-        )
+        apart = f" ({checked.apart:,} with prompt and answer encoded apart)" if checked.apart else ""
+        end = "one end token" if checked.end_token else "no end token, as the recipe says"
+        rows = _counted(checked.rows)
+        text = f"checked {rows}: every row has a supervised answer, {end}, one begin token, and its prompt matches"
+        return Text(text + apart, "green")
     lines = [
-        f"{len(places):,} of {checked.rows:,} rows: {kind}; {REMEDIES[kind]}\n{_places(places)}"
-        for kind, places in faults.items()
+        f"{len(locations):,} of {checked.rows:,} rows: {kind}; {REMEDIES[kind]}\n{_first(locations)}"
+        for kind, locations in faults.items()
     ]
     return Text("\n".join(lines), "bold red")
 
 
-def _specials(found: Specials) -> list[RenderableType]:
-    if not found.places:
+def _specials(specials: Specials) -> list[RenderableType]:
+    if not specials.locations:
         return []
-    commonest = sorted(found.tokens.items(), key=lambda one: (-one[1], one[0]))
+    commonest = sorted(specials.tokens.items(), key=lambda pair: (-pair[1], pair[0]))
     tokens = ", ".join(f"{token} ({_counted(rows)})" for token, rows in commonest[:SHOWN])
-    said = f"special tokens written out in {_rows_of(found.places)}: {tokens}; the tokenizer reads them as special"
-    if found.meant:
-        return [Text(f"{said}, as plain text may want it\n{_places(found.places)}")]
-    return [Text(f"{said}, not as words: take them out, or write them otherwise\n{_places(found.places)}", "yellow")]
+    rows, where = _counted(len(specials.locations)), _first(specials.locations)
+    text = f"special tokens written out in {rows}: {tokens}; the tokenizer reads them as special"
+    if specials.meant:
+        return [Text(f"{text}, as plain text may want it\n{where}")]
+    return [Text(f"{text}, not as words: take them out, or write them otherwise\n{where}", "yellow")]
 
 
 def _rows_of(rows: Sequence[object]) -> str:
@@ -122,106 +119,112 @@ def _counted(rows: int) -> str:
     return f"{rows:,} row{'s' * (rows != 1)}"
 
 
-def _places(places: Sequence[str]) -> str:
-    more = f", and {len(places) - SHOWN:,} more" if len(places) > SHOWN else ""
-    return "  " + ", ".join(places[:SHOWN]) + more
+def _first(rows: Sequence[str]) -> str:
+    more = f", and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
+    return "  " + ", ".join(rows[:SHOWN]) + more
 
 
-def _lengths(found: Lengths) -> list[RenderableType]:
+def _lengths(lengths: Lengths) -> list[RenderableType]:
     table = _table("tokens", "rows", "")
-    most = max(count for _, _, count in found.histogram)
-    for low, high, count in found.histogram:
+    most = max(count for _, _, count in lengths.histogram)
+    for low, high, count in lengths.histogram:
         label = f"{low}" if high == low + 1 else f"{low}-{high - 1}"
         table.add_row(label, f"{count:,}", Text("█" * round(BAR * count / most), "cyan"))
     table.columns[2].justify = "left"
-    ranks = ", ".join(f"{rank} %: {length:,}" for rank, length in found.percentiles.items() if rank < 100)
-    parts: list[RenderableType] = [table, Text(f"{ranks}, longest: {found.percentiles[100]:,}")]
-    for what, places in (
-        ("with a shortened prompt", found.shortened),
-        ("without their end", found.cut),
-        ("dropped", [f"{place} ({reason})" for place, reason in found.dropped]),
+    ranks = ", ".join(f"{rank} %: {length:,}" for rank, length in lengths.percentiles.items() if rank < 100)
+    parts: list[RenderableType] = [table, Text(f"{ranks}, longest: {lengths.percentiles[100]:,}")]
+    for what, rows in (
+        ("with a shortened prompt", lengths.shortened),
+        ("without their end", lengths.cut),
+        ("dropped", [f"{location} ({reason})" for location, reason in lengths.dropped]),
     ):
-        if places:
-            parts.append(Text(f"{_rows_of(places)} {what} at train.max_length {found.max_length}\n{_places(places)}"))
-    said = f"padding: {found.padding:.1%} of the positions; {found.padding_naive:.1%} in batches in the file's order"
-    return [*parts, Text(said)]
+        if rows:
+            parts.append(Text(f"{_counted(len(rows))} {what} at train.max_length {lengths.max_length}\n{_first(rows)}"))
+    naive = f"{lengths.padding_naive:.1%} in batches in the file's order"
+    return [*parts, Text(f"padding: {lengths.padding:.1%} of the positions; {naive}")]
 
 
-def _duplicates(found: Duplicates) -> list[RenderableType]:
+def _duplicates(duplicates: Duplicates) -> list[RenderableType]:
     parts: list[RenderableType] = []
-    for what, pairs in (("the same as", found.exact), ("nearly the same as", found.near)):
+    for what, pairs in (("the same as", duplicates.exact), ("nearly the same as", duplicates.near)):
         if pairs:
             rows = [
-                f"{one.place} and {one.other}" + (f" ({one.similarity:.0%})" if one.similarity < 1 else "")
-                for one in pairs
+                f"{pair.location} and {pair.other}" + (f" ({pair.similarity:.0%})" if pair.similarity < 1 else "")
+                for pair in pairs
             ]
-            parts.append(Text(f"repeated: {_rows_of(pairs)} of train {what} an earlier one\n{_places(rows)}"))
-    if found.leaks:
+            parts.append(Text(f"repeated: {_counted(len(rows))} of train {what} an earlier one\n{_first(rows)}"))
+    if duplicates.leaks:
         rows = [
-            f"{split} {one.place} is in {other}: {one.other} ({one.similarity:.0%})"
-            for split, other, one in found.leaks
+            f"{split} {pair.location} is in {other}: {pair.other} ({pair.similarity:.0%})"
+            for split, other, pair in duplicates.leaks
         ]
-        said = f"leaked: {_rows_of(found.leaks)} held out; take them out of one side, or the figures flatter"
-        parts.append(Text(f"{said}\n{_places(rows)}", "bold red"))
+        text = f"leaked: {_counted(len(rows))} held out; take them out of one side, or the figures flatter"
+        parts.append(Text(f"{text}\n{_first(rows)}", "bold red"))
     return parts or [Text("none", "green")]
 
 
-def _balance(found: Balance, lengths: dict[str, float]) -> list[RenderableType]:
+def _balance(balance: Balance, lengths: dict[str, float]) -> list[RenderableType]:
     parts: list[RenderableType] = []
-    if found.labels:
-        splits = list(found.labels)
-        table = _table("label", *splits, "median tokens", "telling words (rows with it here / elsewhere; ! = alone)")
-        table.columns[-1].justify = "left"
-        for label in sorted(found.labels["train"], key=lambda label: -found.labels["train"][label])[:LABELS_SHOWN]:
-            words = (f"{'!' * one.alone}{one.word} {one.rows}/{one.elsewhere}" for one in found.words.get(label, ()))
-            counts = (f"{found.labels[split].get(label, 0):,}" for split in splits)
-            table.add_row(Text(shorten(label, 40)), *counts, f"{lengths.get(label, 0):g}", Text(", ".join(words)))
-        if len(found.labels["train"]) > LABELS_SHOWN:
-            table.caption = f"the {LABELS_SHOWN} commonest of {len(found.labels['train'])} labels"
-        parts.append(table)
-    if found.contradictions:
-        rows = [" and ".join(f"{place} {label}" for place, label in same[:4]) for same in found.contradictions]
-        said = f"contradictory: {len(rows):,} text{'s' * (len(rows) > 1)} under different labels; decide which is right"
-        text = f"{said}\n{_places(rows)}"
+    if balance.labels:
+        parts.append(_labels(balance, lengths))
+    if balance.contradictions:
+        rows = [" and ".join(f"{location} {label}" for location, label in same[:4]) for same in balance.contradictions]
+        texts = f"{len(rows):,} text{'s' * (len(rows) > 1)}"
+        text = f"contradictory: {texts} under different labels; decide which is right\n{_first(rows)}"
         parts.append(Text(text, "bold red"))
-    if found.groups:
-        parts.append(_groups(found))
+    if balance.groups:
+        parts.append(_groups(balance))
     return parts
 
 
-def _groups(found: Balance) -> Table:
-    labels = list(found.labels.get("train", {}))[:LABELS_SHOWN]
+def _labels(balance: Balance, lengths: dict[str, float]) -> Table:
+    splits, train = list(balance.labels), balance.labels["train"]
+    words = "words that predict the label (rows with this label / other labels; ! = by itself)"
+    table = _table("label", *splits, "median tokens", words)
+    table.columns[-1].justify = "left"
+    for label in sorted(train, key=lambda label: -train[label])[:LABELS_SHOWN]:
+        telling = (
+            f"{'!' * word.alone}{word.word} {word.rows}/{word.elsewhere}" for word in balance.words.get(label, ())
+        )
+        counts = (f"{balance.labels[split].get(label, 0):,}" for split in splits)
+        table.add_row(Text(shorten(label, 40)), *counts, f"{lengths.get(label, 0):g}", Text(", ".join(telling)))
+    if len(train) > LABELS_SHOWN:
+        table.caption = f"the {LABELS_SHOWN} commonest of {len(train)} labels"
+    return table
+
+
+def _groups(balance: Balance) -> Table:
+    labels = list(balance.labels.get("train", {}))[:LABELS_SHOWN]
     table = _table("group", "rows", "share", *(Text(shorten(label, 20)).plain for label in labels))
-    for name, group in found.groups.items():
+    for name, group in balance.groups.items():
         shares = (f"{group.labels.get(label, 0) / max(group.rows, 1):.0%}" for label in labels)
         table.add_row(Text(shorten(name, 40)), f"{group.rows:,}", f"{group.share:.1%}", *shares)
     return table
 
 
-def _personal(found: Personal) -> list[RenderableType]:
-    if not found.kinds:
+def _personal(personal: Personal) -> list[RenderableType]:
+    if not personal.kinds:
         return [
             Text("none of the kinds looked for: e-mail addresses, phone and card numbers, keys and tokens", "green")
         ]
     lines = []
-    for kind, one in found.kinds.items():
-        shown = [f"{place} {value}" for place, value in one.shown]
-        lines.append(f"{kind}: {one.count:,} in {_counted(one.rows)}\n{_places(shown)}")
+    for kind, finding in personal.kinds.items():
+        shown = [f"{location} {value}" for location, value in finding.shown]
+        lines.append(f"{kind}: {finding.count:,} in {_counted(finding.rows)}\n{_first(shown)}")
     return [Text("\n".join(lines), "yellow")]
 
 
-def headline(found: dict[str, Any]) -> str:
+def headline(values: dict[str, Any]) -> str:
     """One line of what `as_json` gave, for the end of a run."""
-    pairs = found["duplicates"]
-    personal = sum(one["rows"] for one in found["personal"].values())
-    specials = found["special_tokens"]
+    pairs, specials = values["duplicates"], values["special_tokens"]
     counts = {
         "repeated": len(pairs["exact"]) + len(pairs["near"]),
         "leaked from one split to another": len(pairs["leaks"]),
-        "with personal data": personal,
+        "with personal data": sum(kind["rows"] for kind in values["personal"].values()),
         "with special tokens written out": 0 if specials["meant"] else len(specials["places"]),
-        "faulty": found["faults"],
+        "faulty": values["faults"],
     }
-    said = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-    enough = found["enough"]
-    return f"rows: {said or 'none repeated, leaked or faulty'}; {enough['level']}: {enough['reasons'][0]}"
+    rows = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    enough = values["enough"]
+    rows = f"rows: {rows}" if rows else "no repeated, leaked or faulty rows"
+    return f"{rows}; {enough['reasons'][0]} ({enough['level']})"

@@ -1,27 +1,23 @@
-"""Everything that can be said of a recipe's data without its model, in one walk over the rows; and as JSON."""
+"""Everything that can be said of a recipe's data before its model is loaded; and as JSON."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Generator
+from collections import defaultdict
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from backends.model_folder import lora_modules, vocabulary_of
+from backends.model_folder import ModelFolder
 from finetune.check.balance import Balance, weigh
-from finetune.check.duplicates import Duplicates, find_duplicates
+from finetune.check.duplicates import Duplicates, Pair, find_duplicates
 from finetune.check.enough import Enough, judge
 from finetune.check.lengths import Lengths, measure
 from finetune.check.personal import Personal
 from finetune.check.texts import everything, written
-from finetune.check.tokens import Specials, TokenCheck, special_pattern
-from finetune.check.walk import Walk
-from finetune.data import split as parting
-from finetune.data.prepare import Gathered, gather
-from finetune.data.problems import Problem, listed, too_many
-from finetune.data.read import read
-from finetune.data.rows import Example
+from finetune.check.tokens import Specials, TokenCheck, check_tokens, special_pattern
+from finetune.data.problems import faults, listed
+from finetune.data.rows import Example, Prepared, Problem
 from finetune.data.tokenizer import Tokenizer
 from finetune.errors import DataError
 from finetune.events import Progress
@@ -29,30 +25,16 @@ from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec
 
-_REMEDY = "mend its rows, add some, or raise train.max_length"
-
-
-@dataclass(frozen=True)
-class Split:
-    """One file, or what was set apart of it."""
-
-    rows: int
-    good: int  # of those, rows that are whole
-    used: int  # of those, rows that fit train.max_length
-    notes: tuple[str, ...]
+SAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Findings:
     """What is known of the data; every list is whole, in the rows' order."""
 
-    format: str
-    task: str
-    template: str
-    bad: list[Problem]
+    prepared: Prepared
     skipped: bool  # the recipe says that bad rows are left out
-    broken: list[Problem]  # beside bad rows: a file without a row, a row that is too long, too many rows left out
-    splits: dict[str, Split]
+    broken: list[Problem]  # what stops training beside bad rows
     tokens: TokenCheck
     samples: list[Example]
     lengths: Lengths
@@ -64,150 +46,137 @@ class Findings:
     specials: Specials
 
     @property
+    def bad(self) -> list[Problem]:
+        """Rows that cannot be read, or that the template cannot write."""
+        splits = self.prepared.splits
+        return [problem for kind in ("bad", "refused") for split in splits for problem in getattr(split, kind)]
+
+    @property
     def faults(self) -> int:
         """Rows and files that must be mended before training."""
         return (0 if self.skipped else len(self.bad)) + len(self.broken) + self.tokens.total
 
 
-def survey(recipe: Recipe, model: Path, tokenizer: Tokenizer, base: Path) -> Generator[Progress, None, Findings]:
-    """model: the folder, of which only the headers are read.
-
-    Raises DataError where the training file as a whole cannot be understood, RecipeError for settings that do
-    not fit the rows.
+def survey(
+    recipe: Recipe, prepared: Prepared, folder: ModelFolder, tokenizer: Tokenizer
+) -> Generator[Progress, None, Findings]:
+    """Looks at the records and the examples. Raises DataError where no row can be trained on, RecipeError for groups
+    that fit no row, BackendError where lora.targets fit no layer.
     """
-    yield Progress(0, "data: reading", 0, 1)
-    trainable = _trainable(recipe, model)
-    broken: list[Problem] = []
-    found = _gather(_lenient(recipe, base, broken), tokenizer, base, broken)
-    balance = weigh(found.sources, found.labels, recipe.data.groups)
-    yield Progress(0, "data: reading", 1, 1)
-    personal, specials = yield from _words(found, tokenizer)
-    walk = Walk(recipe, tokenizer, found, personal.places, vocabulary_of(model))
-    for source in found.sources:
-        yield from walk.through(source)
-    bad = [problem for source in found.sources for problem in source.bad] + walk.bad
-    broken += walk.refused
-    broken += [(f"data.{one.name}", f"no row is left; {_REMEDY}") for one in found.sources if not walk.used[one.name]]
-    left = [one for one in found.sources if walk.used[one.name]]
-    broken += [p for one in left if (p := too_many(one.name, one.rows, walk.left_out[one.name], recipe))]
-    if not walk.after:
-        raise DataError(f"{recipe.data.train}: no row can be trained on; {_REMEDY}\n{listed([*bad, *walk.dropped])}")
-    lengths = measure(walk.before, walk.after, recipe, walk.shortened, walk.cut, walk.dropped)
-    duplicates = yield from find_duplicates(found.sources, bool(found.labels))
+    lora = lora_spec(recipe)
+    trainable = lora.trainable(folder.lora_modules(lora))
+    balance = weigh(prepared.splits, prepared.labels, recipe.data.groups)
+    if not prepared.train.examples:
+        lost = [problem for split in prepared.splits for problem in (*split.left_out, *split.too_long)]
+        remedy = "mend its rows, add some, or raise train.max_length"
+        raise DataError(f"{recipe.data.train}: no row can be trained on; {remedy}\n{listed(lost)}")
+    personal, specials = yield from _words(prepared, tokenizer)
+    tokens = yield from check_tokens(prepared, tokenizer, recipe.prompt.end_token, folder.vocabulary)
+    duplicates = yield from find_duplicates(prepared.splits, bool(prepared.labels))
     return Findings(
-        found.layout.name,
-        found.task,
-        found.renderer.name,
-        bad,
-        recipe.data.on_error == "skip",
-        broken,
-        {one.name: Split(one.rows, len(one.records), walk.used[one.name], one.notes) for one in found.sources},
-        walk.checker.found,
-        walk.samples,
-        lengths,
-        {label: statistics.median(sizes) for label, sizes in sorted(walk.by_label.items())},
-        duplicates,
-        balance,
-        _enough(recipe, trainable, walk, balance),
-        personal,
-        specials,
+        prepared=prepared,
+        skipped=recipe.data.on_error == "skip",
+        broken=faults(prepared, recipe),
+        tokens=tokens,
+        samples=_samples(prepared.train.examples, personal.locations),
+        lengths=measure(prepared, recipe),
+        label_lengths=_label_lengths(prepared) if prepared.labels else {},
+        duplicates=duplicates,
+        balance=balance,
+        enough=_enough(recipe, prepared, trainable, balance),
+        personal=personal,
+        specials=specials,
     )
 
 
-def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path, broken: list[Problem]) -> Gathered:
-    """All rows; as training rows alone where none can be set apart for validation."""
-    try:
-        return gather(recipe, tokenizer, base)
-    except parting.TooFewRows as error:
-        broken.append(_problem(error))
-        return gather(recipe, tokenizer, base, set_apart=False)
-
-
-def _lenient(recipe: Recipe, base: Path, broken: list[Problem]) -> Recipe:
-    """The recipe with bad rows left out, and with the held-out files that can be read at all."""
-    data = recipe.data.model_copy(update={"on_error": "skip"})
-    for name in ("valid", "test"):
-        try:
-            if source := getattr(data, name):
-                read(source, base)
-        except DataError as error:
-            broken.append(_problem(error))
-            data = data.model_copy(update={name: None})
-    return recipe.model_copy(update={"data": data})
-
-
-def _problem(error: DataError) -> Problem:
-    place, _, reason = str(error).partition(": ")
-    return place, reason
-
-
-def _words(rows: Gathered, tokenizer: Tokenizer) -> Generator[Progress, None, tuple[Personal, Specials]]:
+def _words(prepared: Prepared, tokenizer: Tokenizer) -> Generator[Progress, None, tuple[Personal, Specials]]:
     """What stands in the rows' words that people did not mean to train on."""
-    personal, specials, pattern = Personal(), Specials(rows.task == "text"), special_pattern(tokenizer)
-    records = [record for source in rows.sources for record in source.records]
+    assert prepared.renderer is not None
+    personal, specials, pattern = Personal(), Specials(prepared.task == "text"), special_pattern(tokenizer)
+    records = [record for split in prepared.splits for record in split.records]
     for number, record in enumerate(records, 1):
-        personal.look(everything(record), record.place)
-        specials.look(pattern, written(record, rows.renderer), record.place)
+        personal.look(everything(record), record.location)
+        specials.look(pattern, written(record, prepared.renderer), record.location)
         if number % 1000 == 0 or number == len(records):
             yield Progress(0, "data: looking for personal data", number, len(records))
     return personal, specials
 
 
-def _trainable(recipe: Recipe, model: Path) -> int:
-    """Parameters of the adapter. Raises BackendError where lora.targets fit no layer."""
-    lora = lora_spec(recipe)
-    return lora.trainable(lora_modules(model, lora, recipe.model.remote_code))
+def _samples(examples: Sequence[Example], hidden: Collection[str]) -> list[Example]:
+    """The first that may be shown. hidden: locations of rows that must not be."""
+    shown = (example for example in examples if example.location not in hidden)
+    return [example for example, _ in zip(shown, range(SAMPLES), strict=False)]
 
 
-def _enough(recipe: Recipe, trainable: int, walk: Walk, balance: Balance) -> Enough:
-    plan = make_plan(recipe, len(walk.after))
-    held_out = walk.used["test"] or walk.used["valid"]
-    labels = balance.labels.get("train", {})
-    return judge(len(walk.after), labels, held_out, walk.supervised, trainable, plan.steps / plan.steps_per_epoch)
+def _label_lengths(prepared: Prepared) -> dict[str, float]:
+    lengths: dict[str, list[int]] = defaultdict(list)
+    for example in prepared.train.examples:
+        lengths[example.answer or ""].append(len(example))
+    return {label: statistics.median(sizes) for label, sizes in sorted(lengths.items())}
 
 
-def as_json(found: Findings, tokenizer: Tokenizer) -> dict[str, Any]:
+def _enough(recipe: Recipe, prepared: Prepared, trainable: int, balance: Balance) -> Enough:
+    examples = prepared.train.examples
+    plan = make_plan(recipe, len(examples))
+    return judge(
+        examples=len(examples),
+        labels=balance.labels.get("train", {}),
+        held_out=len(prepared.held_out.examples) or len(prepared.valid.examples),
+        supervised_tokens=prepared.train.account["supervised_tokens"],
+        trainable=trainable,
+        epochs=plan.steps / plan.steps_per_epoch,
+    )
+
+
+def as_json(findings: Findings, tokenizer: Tokenizer) -> dict[str, Any]:
     """Plain values; lists of rows are whole."""
-    lengths = asdict(found.lengths)
+    prepared, lengths, specials = findings.prepared, asdict(findings.lengths), findings.specials
     return {
-        "format": found.format,
-        "task": found.task,
-        "template": found.template,
-        "bad_rows": _problems(found.bad),
-        "bad_rows_skipped": found.skipped,
-        "broken": _problems(found.broken),
-        "faults": found.faults,
-        "splits": {name: asdict(split) for name, split in found.splits.items()},
-        "tokens": found.tokens.summary(),
+        "format": prepared.format,
+        "task": prepared.task,
+        "template": prepared.template,
+        "bad_rows": _problems(findings.bad),
+        "bad_rows_skipped": findings.skipped,
+        "broken": _problems(findings.broken),
+        "faults": findings.faults,
+        "splits": {
+            split.name: {key: split.account[key] for key in ("rows", "good", "used", "notes")}
+            for split in prepared.splits
+        },
+        "tokens": findings.tokens.summary(),
         "samples": [
             {
-                "place": one.place,
-                "prompt": one.prompt,
-                "tokens": [tokenizer.decode([token]) for token in one.tokens.tolist()],
-                "supervised": (one.weights > 0).tolist(),
+                "place": sample.location,
+                "prompt": sample.prompt,
+                "tokens": [tokenizer.decode([token]) for token in sample.tokens.tolist()],
+                "supervised": (sample.weights > 0).tolist(),
             }
-            for one in found.samples
+            for sample in findings.samples
         ],
-        "lengths": lengths | {"dropped": _problems(found.lengths.dropped)},
-        "label_lengths": found.label_lengths,
+        "lengths": lengths | {"dropped": _problems(findings.lengths.dropped)},
+        "label_lengths": findings.label_lengths,
         "duplicates": {
-            "exact": [asdict(pair) for pair in found.duplicates.exact],
-            "near": [asdict(pair) for pair in found.duplicates.near],
-            "leaks": [{"split": a, "other_split": b} | asdict(pair) for a, b, pair in found.duplicates.leaks],
+            "exact": [_pair(pair) for pair in findings.duplicates.exact],
+            "near": [_pair(pair) for pair in findings.duplicates.near],
+            "leaks": [{"split": a, "other_split": b} | _pair(pair) for a, b, pair in findings.duplicates.leaks],
         },
-        "balance": asdict(found.balance),
-        "enough": asdict(found.enough),
+        "balance": asdict(findings.balance),
+        "enough": asdict(findings.enough),
         "personal": {
-            kind: {"count": one.count, "rows": one.rows, "shown": _shown(one.shown)}
-            for kind, one in found.personal.kinds.items()
+            kind: {
+                "count": finding.count,
+                "rows": finding.rows,
+                "shown": [{"place": location, "masked": value} for location, value in finding.shown],
+            }
+            for kind, finding in findings.personal.kinds.items()
         },
-        "special_tokens": asdict(found.specials),
+        "special_tokens": {"meant": specials.meant, "places": specials.locations, "tokens": specials.tokens},
     }
 
 
-def _problems(problems: list[Problem]) -> list[dict[str, str]]:
-    return [{"place": place, "reason": reason} for place, reason in problems]
+def _problems(problems: Sequence[Problem]) -> list[dict[str, str]]:
+    return [{"place": location, "reason": reason} for location, reason in problems]
 
 
-def _shown(findings: list[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"place": place, "masked": value} for place, value in findings]
+def _pair(pair: Pair) -> dict[str, Any]:
+    return {"place": pair.location, "other": pair.other, "similarity": pair.similarity}

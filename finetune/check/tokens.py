@@ -7,15 +7,17 @@ template writes around the words is not looked at.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.loss_mask import Tokenised
-from finetune.data.tokenizer import Tokenizer, begin_tokens, encode_prompts, special_texts, stop_tokens
+from finetune.data.prepare import TOGETHER
+from finetune.data.rows import Example, Prepared
+from finetune.data.tokenizer import Tokenizer, begin_tokens, encode_prompts, special_texts
+from finetune.events import Progress
 
 REMEDIES = {
     "token that the model lacks": "give the model its own tokenizer; a vocabulary is never enlarged here",
@@ -28,7 +30,7 @@ REMEDIES = {
 
 @dataclass
 class TokenCheck:
-    """Faults of rows as they are trained on, kind -> places."""
+    """Faults of rows as they are trained on, kind -> locations."""
 
     end_token: bool  # whether answers must end in a stop token
     rows: int = 0
@@ -43,69 +45,92 @@ class TokenCheck:
         return {"rows_checked": self.rows, "encoded_apart": self.apart, "faults": self.faults}
 
 
-class TokenChecker:
-    """Looks at rows that fit, some at a time."""
+def check_tokens(
+    prepared: Prepared, tokenizer: Tokenizer, end_token: bool, vocabulary: int | None
+) -> Generator[Progress, None, TokenCheck]:
+    """Every example of every split. vocabulary: how many tokens the model knows, where that is known."""
+    checker = TokenChecker(tokenizer, prepared.stop_tokens, end_token, vocabulary)
+    examples = [example for split in prepared.splits for example in split.examples]
+    for start in range(0, len(examples), TOGETHER):
+        checker.look(examples[start : start + TOGETHER])
+        yield Progress(0, "data: checking tokens", min(start + TOGETHER, len(examples)), len(examples))
+    return checker.result
 
-    def __init__(self, tokenizer: Tokenizer, end_token: bool, vocabulary: int | None = None) -> None:
-        """vocabulary: how many tokens the model knows, where that is known."""
+
+class TokenChecker:
+    """Looks at examples, some at a time."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: frozenset[int], end_token: bool, vocabulary: int | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
-        self.stop = np.array(sorted(stop_tokens(tokenizer)), np.int64)
+        self.stop = np.array(sorted(stop), np.int64)
         self.begin = begin_tokens(tokenizer)
-        self.found = TokenCheck(end_token)
+        self.result = TokenCheck(end_token)
 
-    def look(self, rows: Sequence[Tokenised]) -> int:
-        """Returns how many tokens of these rows are supervised."""
-        apart = [row for row in rows if row.split]
-        self.found.rows += len(rows)
-        self.found.apart += len(apart)
-        count = 0
-        for row in rows:
-            supervised = np.asarray(row.weights) > 0  # [n]
-            count += int(supervised.sum())
-            for kind in self._faults(row, supervised):
-                self._note(kind, row)
-        # For all others the tokeniser itself has compared the prompt's tokens with the whole's.
-        prompts = encode_prompts(self.tokenizer, [row.rendered.prompt for row in apart])
-        for row, prompt in zip(apart, prompts, strict=True):
-            # An earlier answer that was encoded apart may be other tokens than in the prompt that is asked later.
-            alone = len(row.rendered.supervised) == 1
-            if alone and row.answer is not None and row.tokens[: row.answer[0]] != prompt:
-                self._note("prompt is not the beginning", row)
-        return count
-
-    def _faults(self, row: Tokenised, supervised: NDArray[np.bool_]) -> list[str]:
-        found = []
-        ends = np.flatnonzero(supervised[:-1] & ~supervised[1:]).tolist()  # an answer's last token
-        if supervised[-1]:
-            ends.append(len(supervised) - 1)
-        if not ends:
-            found.append("no supervised token")
-        elif self.found.end_token and not all(row.tokens[end] in self.stop for end in ends):
-            found.append("no end token")
-        if self.vocabulary is not None and max(row.tokens) >= self.vocabulary:
-            found.append("token that the model lacks")
+    def look(self, examples: Sequence[Example]) -> None:
+        """examples: at least one, each of at least one token."""
+        apart = [example for example in examples if example.apart]
+        self.result.rows += len(examples)
+        self.result.apart += len(apart)
+        self._look_at_tokens(examples)
         twice = self.begin * 2
-        if self.begin and row.tokens[: len(twice)] == twice:
-            found.append("begin token doubled")
-        return found
+        if twice:
+            doubled = [one for one in examples if one.tokens[: len(twice)].tolist() == twice]
+            self._note("begin token doubled", doubled)
+        # For all others the tokeniser itself has compared the prompt's tokens with the whole's.
+        prompts = encode_prompts(self.tokenizer, [example.prompt for example in apart])
+        other = [one for one, prompt in zip(apart, prompts, strict=True) if _asks_otherwise(one, prompt)]
+        self._note("prompt is not the beginning", other)
 
-    def _note(self, kind: str, row: Tokenised) -> None:
-        self.found.faults[kind].append(row.rendered.record.place)
+    def _look_at_tokens(self, examples: Sequence[Example]) -> None:
+        """All rows one after the other. [n] is the number of their tokens, [b] that of the rows."""
+        tokens = np.concatenate([example.tokens for example in examples])  # [n]
+        supervised = np.concatenate([example.weights for example in examples]) > 0  # [n]
+        starts = np.cumsum([0, *(len(example) for example in examples[:-1])])  # [b]
+        following = np.append(supervised[1:], False)  # [n]
+        following[starts[1:] - 1] = False
+        ends = supervised & ~following  # [n] an answer's last token
+        unended = np.zeros_like(ends)
+        unended[ends] = ~np.isin(tokens[ends], self.stop)
+        self._note("no supervised token", _chosen(examples, ~np.logical_or.reduceat(supervised, starts)))
+        if self.result.end_token:
+            self._note("no end token", _chosen(examples, np.logical_or.reduceat(unended, starts)))
+        if self.vocabulary is not None:
+            lacking = np.maximum.reduceat(tokens, starts) >= self.vocabulary
+            self._note("token that the model lacks", _chosen(examples, lacking))
+
+    def _note(self, kind: str, examples: Sequence[Example]) -> None:
+        self.result.faults[kind] += [example.location for example in examples]
+
+
+def _chosen(examples: Sequence[Example], which: NDArray[np.bool_]) -> list[Example]:
+    return [examples[row] for row in np.flatnonzero(which).tolist()]
+
+
+def _asks_otherwise(example: Example, prompt: list[int]) -> bool:
+    """Whether a model would be asked with other tokens than it was trained on.
+
+    An earlier answer that was encoded apart may be other tokens than in the prompt that is asked later, so only rows
+    with one answer are looked at.
+    """
+    runs = np.count_nonzero(np.diff(example.weights, prepend=0) > 0)
+    return runs == 1 and example.answer_start is not None and example.prompt_tokens.tolist() != prompt
 
 
 @dataclass
 class Specials:
-    """Where they stand."""
+    """Special tokens in the rows' own words."""
 
     meant: bool  # the rows are plain text, which may hold them on purpose
-    places: list[str] = field(default_factory=list)  # of rows, in order
+    locations: list[str] = field(default_factory=list)  # of rows, in order
     tokens: dict[str, int] = field(default_factory=dict)  # token -> rows
 
-    def look(self, pattern: re.Pattern[str], text: str, place: str) -> None:
-        if found := set(pattern.findall(text)):
-            self.places.append(place)
-            self.tokens |= {token: self.tokens.get(token, 0) + 1 for token in found}
+    def look(self, pattern: re.Pattern[str], text: str, location: str) -> None:
+        if tokens := set(pattern.findall(text)):
+            self.locations.append(location)
+            self.tokens |= {token: self.tokens.get(token, 0) + 1 for token in tokens}
 
 
 def special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from rich.console import Console
 
 from backends import registry
 from backends.interface import Session, TrainState
 from finetune.data.renderers import question_tokens
-from finetune.data.tokenizer import load_tokenizer, stop_tokens
+from finetune.data.tokenizer import stop_tokens
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import DataError
-from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
-from finetune.recipe.specs import lora_spec, model_spec, optim_spec
+from finetune.training.job import set_up
 
 
 class Speaker:
@@ -25,14 +23,10 @@ class Speaker:
     def __init__(self, run: RunFolder, recipe: Recipe, base: bool, backend: str | None) -> None:
         self.recipe = recipe
         adapter = read_adapter(run.adapter)
-        folder = model_folder(self.recipe.model)
-        check_base(run.adapter, folder)
-        self.tokenizer: Any = load_tokenizer(folder, self.recipe.model.remote_code)
-        self.stop = stop_tokens(self.tokenizer, folder)
-        name = registry.choose(backend or self.recipe.backend)
-        self.session: Session = registry.open_session(
-            name, model_spec(self.recipe, folder), lora_spec(self.recipe), optim_spec(self.recipe), self.recipe.seed
-        )
+        setup = set_up(recipe)
+        check_base(run.adapter, setup.folder)
+        self.tokenizer, self.stop = setup.tokenizer, stop_tokens(setup.tokenizer)
+        self.session: Session = setup.session(registry.choose(backend or recipe.backend))
         if not base:
             self.session.set_state(TrainState(0, adapter.tensors, {}))
 

@@ -28,7 +28,7 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})
     adapter = read_adapter(opened.adapter)
     job = load_job(recipe, backend)
-    check_base(opened.adapter, job.model)
+    check_base(opened.adapter, job.folder)
     session = job.open()
     session.set_state(TrainState(0, adapter.tensors, {}))
     work = Work(_evaluate_both(job, session))

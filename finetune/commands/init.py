@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.formats import recognise
-from finetune.data.read import read_rows
+from finetune.data.problems import refuse_rows
+from finetune.data.read import read
 from finetune.disk.atomic import write_file
 from finetune.errors import RecipeError
 
@@ -52,7 +53,9 @@ def run(data: Path, output: Path, model: str) -> None:
     """Writes `output`; never over an existing file."""
     if output.exists():
         raise RecipeError(f"{output}: exists already; give another name with --output")
-    rows, _ = read_rows(str(data.resolve()), base=Path.cwd())
+    source = read(str(data.resolve()), base=Path.cwd())
+    refuse_rows(source.bad)
+    rows = source.rows
     found = recognise(rows)
     words = max(len(str(row.fields).split()) for row in rows)
     labels = Counter(str(row.fields[found.columns["label"]]) for row in rows) if found.name == "classification" else {}

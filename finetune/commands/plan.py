@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +14,22 @@ from rich.table import Table
 from rich.text import Text
 
 from backends import registry
-from backends.interface import BackendError, ModelSpec
-from backends.model_folder import lora_modules, tensor_shapes
+from backends.interface import BackendError
+from backends.model_folder import ModelFolder
 from finetune.commands.doctor import described
 from finetune.data.collate import collate, micro_batches, step_indices
 from finetune.data.prepare import prepare
+from finetune.data.problems import refuse
 from finetune.data.rows import Example
-from finetune.data.tokenizer import load_tokenizer
 from finetune.recipe.load import dump_recipe
-from finetune.recipe.locate import model_folder
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
-from finetune.recipe.specs import lora_spec, optim_spec
-from finetune.report.summary import account_table
-from finetune.report.tables import highlighted
+from finetune.recipe.specs import lora_spec, model_spec, optim_spec
+from finetune.report.live_screen import with_progress
+from finetune.report.tables import account_notes, account_table, highlighted
 from finetune.text import duration
 from finetune.training.budget import Forecast, forecast_here, forecast_on, workload
+from finetune.training.job import set_up
 
 
 def run(recipe: Recipe, compare: bool) -> None:
@@ -36,30 +37,33 @@ def run(recipe: Recipe, compare: bool) -> None:
     console = Console()
     console.rule("recipe, every default written out")
     console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
-    model = model_folder(recipe.model)
-    tokenizer = load_tokenizer(model, recipe.model.remote_code)
-    prepared = prepare(recipe, tokenizer, base=Path.cwd())
+    setup = set_up(recipe)
+    folder, tokenizer = setup.folder, setup.tokenizer
+    prepared = with_progress(prepare(recipe, tokenizer, base=Path.cwd()))
+    refuse(prepared, recipe)
     console.rule("data, as they will be trained on")
     console.print(account_table(prepared))
+    for note in account_notes(prepared):
+        console.print(note, markup=False)
     console.print(
         f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}", markup=False
     )
     for example in prepared.train.examples[:2]:
-        console.print(f"\n{example.place}; supervised tokens are marked:", markup=False)
+        console.print(f"\n{example.location}; supervised tokens are marked:", markup=False)
         console.print(highlighted(example, tokenizer))
     console.rule("work")
     console.print(steps_table(recipe, len(prepared.train.examples), prepared.train.examples))
-    modules = lora_modules(model, lora_spec(recipe), recipe.model.remote_code)
+    modules = folder.lora_modules(lora_spec(recipe))
     trainable = lora_spec(recipe).trainable(modules)
-    total = sum(int(np.prod(shape)) for shape in tensor_shapes(model).values())
+    total = sum(int(np.prod(shape)) for shape in folder.shapes.values())
     console.print(f"trainable: {trainable:,} parameters in {len(modules)} layers; the base's tensors hold {total:,}")
     console.rule("backends on this machine")
     console.print(backends_table(recipe))
     console.rule("memory and time, before anything is loaded")
-    for part in forecast(recipe, model, prepared.train.examples):
+    for part in forecast(recipe, folder, prepared.train.examples):
         console.print(part)
     if compare:
-        console.print(compare_backends(recipe, model, prepared.train.examples[:4]))
+        console.print(compare_backends(recipe, folder, prepared.train.examples[:4]))
 
 
 def steps_table(recipe: Recipe, rows: int, examples: Sequence[Example]) -> Table:
@@ -77,9 +81,9 @@ def steps_table(recipe: Recipe, rows: int, examples: Sequence[Example]) -> Table
     return table
 
 
-def forecast(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Iterator[RenderableType]:
+def forecast(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Iterator[RenderableType]:
     """A table of this machine and of others, and what the memory here is made of."""
-    work = workload(recipe, model, examples)
+    work = workload(recipe, folder, examples)
     asked = None if recipe.train.micro_tokens == "auto" else recipe.train.micro_tokens
     forecasts: dict[str, Forecast] = {}
     here: Forecast | None = None
@@ -130,14 +134,14 @@ def backends_table(recipe: Recipe) -> Table:
     return table
 
 
-def compare_backends(recipe: Recipe, model: Path, examples: Sequence[Example]) -> Table:
+def compare_backends(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Table:
     """Log-probabilities of a few rows under every backend of `auto`, in float32: they should agree to about 1e-4."""
     table = Table("backend", "mean log-probability", "largest difference from the first", title="Same rows, same base")
     batch, first = collate(examples), None
     for name in registry.automatic():
         if registry.probe(name):
             continue
-        spec = ModelSpec(model, "none", "float32")
+        spec = replace(model_spec(recipe, folder), quantize="none", dtype="float32", checkpointing=False)
         session = registry.open_session(name, spec, lora_spec(recipe), optim_spec(recipe), recipe.seed)
         found = session.score(batch).logprob
         first = found if first is None else first

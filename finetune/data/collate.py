@@ -153,25 +153,25 @@ def label_batches(
 
 def _label_batch(rows: Sequence[int], prompts: Sequence[IntArray], labels: Sequence[Sequence[int]]) -> Batch:
     """Its width is the longest label's, the same in every batch of a call."""
-    owners, own = [row // len(labels) for row in rows], [labels[row % len(labels)] for row in rows]
+    owners, answers = [row // len(labels) for row in rows], [labels[row % len(labels)] for row in rows]
     needed = sorted(set(owners))
     if min(len(prompts[i]) for i in needed) < 2:  # nothing is left for a prefix
-        return collate([_labelled(prompts[i], label) for i, label in zip(owners, own, strict=True)], share=False)
+        return collate([_labelled(prompts[i], label) for i, label in zip(owners, answers, strict=True)], share=False)
     shape = (len(rows), max(len(label) for label in labels))
     inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     weights = np.zeros(shape, np.float32)
-    for place, (owner, label) in enumerate(zip(owners, own, strict=True)):
+    for row, (owner, label) in enumerate(zip(owners, answers, strict=True)):
         n = len(label)
-        inputs[place, :n] = [int(prompts[owner][-1]), *label[:-1]]
-        targets[place, :n] = label
-        weights[place, :n] = 1.0
+        inputs[row, :n] = [int(prompts[owner][-1]), *label[:-1]]
+        targets[row, :n] = label
+        weights[row, :n] = 1.0
     prefixes = tuple(prompts[i][:-1] for i in needed)
     return Batch(inputs, targets, weights, prefixes, tuple(needed.index(i) for i in owners))
 
 
 def _labelled(prompt: IntArray, label: Sequence[int]) -> Example:
     tokens = np.array([*prompt, *label], np.int32)
-    return Example(tokens, (np.arange(len(tokens)) >= len(prompt)).astype(np.float32), place="")
+    return Example(tokens, (np.arange(len(tokens)) >= len(prompt)).astype(np.float32), location="")
 
 
 def halve(batch: Batch) -> tuple[Batch, Batch] | None:

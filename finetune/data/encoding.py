@@ -7,21 +7,21 @@ import re
 import shlex
 from pathlib import PurePath
 
-from finetune.errors import DataError
+from finetune.data.problems import BadSource
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UNFIT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
-_ESCAPED = 0xDC00  # a byte that is no UTF-8 is held as this plus the byte, a lone surrogate
+_ESCAPED = 0xDC00  # a byte that is not UTF-8 is held as this plus the byte, a lone surrogate
 
 
 def decode(raw: bytes, file: str) -> str:
-    """UTF-8 text without its byte order mark; bytes that are none stand as lone surrogates.
+    """UTF-8 text without its byte order mark; invalid bytes are kept as lone surrogates.
 
-    Raises DataError for UTF-16.
+    Raises BadSource for UTF-16.
     """
     if raw.startswith(_UTF16) or (b"\x00" in raw[:64] and raw[:64].count(b"\x00") * 3 >= len(raw[:64])):
         marked = "" if raw.startswith(_UTF16) else "BE" if raw[0] == 0 else "LE"
-        raise DataError(f"{file}:1: the file is UTF-16; save it as UTF-8: {_convert(file, f'UTF-16{marked}')}")
+        raise BadSource(f"{file}:1", f"the file is UTF-16; save it as UTF-8: {_convert(file, f'UTF-16{marked}')}")
     return raw.decode("utf-8-sig", "surrogateescape")
 
 
@@ -54,12 +54,12 @@ def _meant(byte: int) -> str:
 
 
 def refuse_bad_bytes(text: str, file: str) -> None:
-    """Raises DataError at the first byte that is not UTF-8, in files whose rows are not lines."""
+    """Raises BadSource at the first byte that is not UTF-8, in files whose rows are not lines."""
     if bad_byte(text, file) is None:
         return
     for number, line in enumerate(text.split("\n"), 1):
         if reason := bad_byte(line, file):
-            raise DataError(f"{file}:{number}: {reason}")
+            raise BadSource(f"{file}:{number}", reason)
 
 
 def unusual(raw: bytes) -> list[str]:

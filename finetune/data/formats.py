@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.data.rows import Row
-from finetune.errors import DataError, RecipeError
+from finetune.data.problems import BadSource
+from finetune.data.rows import Problem, Row
+from finetune.errors import RecipeError
 from finetune.text import harmless
 
 Format = Literal["classification", "prompt", "alpaca", "chat", "sharegpt", "text"]
@@ -43,11 +44,17 @@ class Layout:
     notes: tuple[str, ...] = ()
 
 
-def recognise(rows: Sequence[Row], wanted: str = "auto", mapping: Mapping[str, str] | None = None) -> Layout:
+def recognise(
+    rows: Sequence[Row],
+    wanted: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    bad: Sequence[Problem] = (),
+) -> Layout:
     """The format of the rows, from the columns of all of them.
 
-    wanted: a format's name, or auto. mapping: standard name -> the file's column, as the recipe has it.
-    Raises DataError where no format, or more than one, fits; RecipeError for a mapping of unknown names.
+    wanted: a format's name, or auto. mapping: standard name -> the file's column, as the recipe has it. bad: rows
+    that could not be read, to be named beside these. Raises BadSource where no format, or more than one, fits;
+    RecipeError for a mapping of unknown names.
     """
     mapping = mapping or {}
     columns = _columns(rows)
@@ -57,12 +64,11 @@ def recognise(rows: Sequence[Row], wanted: str = "auto", mapping: Mapping[str, s
     counts = {name: _fitting_rows(name, found, rows) for name, found in fitting.items()}
     chosen = _choose({name: count for name, count in counts.items() if count}, fitting)
     if not chosen:
-        raise DataError(_no_format(rows[0].file, columns, wanted))
+        raise BadSource(f"{rows[0].file}:1", _no_format(columns, wanted), bad)
     if len(chosen) > 1:
         names = " and ".join(chosen)
-        raise DataError(
-            f"{rows[0].place}: the columns {harmless(', '.join(columns))} fit {names}; say which with data.format"
-        )
+        reason = f"the columns {harmless(', '.join(columns))} fit {names}; say which with data.format"
+        raise BadSource(rows[0].location, reason, bad)
     name = chosen[0]
     return Layout(name, fitting[name], _renamed(name, fitting[name], mapping))
 
@@ -120,12 +126,12 @@ def _renamed(name: Format, found: Mapping[str, str], mapping: Mapping[str, str])
     return (f"{note}; took {', '.join(taken)}" if taken else note,)
 
 
-def _no_format(file: str, columns: Sequence[str], wanted: str) -> str:
+def _no_format(columns: Sequence[str], wanted: str) -> str:
     shown = ", ".join(harmless(column[:40]) for column in columns[:20]) + (", ..." if len(columns) > 20 else "")
     needs = {name: "+".join(parts) for name, parts in REQUIRED.items() if wanted in ("auto", name)}
     listed = "; ".join(f"{name}: {parts}" for name, parts in needs.items())
     what = "fit no known format" if wanted == "auto" else f"do not fit data.format {wanted}"
     return (
-        f"{file}:1: the columns ({shown}) {what} ({listed}); name the columns with data.columns "
+        f"the columns ({shown}) {what} ({listed}); name the columns with data.columns "
         "(for example prompt: Question), and make sure a table's first line names its columns"
     )

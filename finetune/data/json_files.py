@@ -8,11 +8,10 @@ from itertools import islice
 from typing import Any
 
 from finetune.data.encoding import bad_byte, refuse_bad_bytes
-from finetune.data.problems import Problem
-from finetune.data.rows import Row
-from finetune.errors import DataError
+from finetune.data.problems import BadSource
+from finetune.data.rows import Problem, Row
 
-Found = tuple[list[Row], list[Problem], list[str]]  # rows, bad rows, notes
+Parsed = tuple[list[Row], list[Problem], list[str]]  # rows, bad rows, notes
 _WHITE = " \t\r\n"
 _LOOKED_AT = 20  # lines that tell JSON Lines from one value over many lines
 
@@ -22,17 +21,17 @@ class _Twice(ValueError):
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         raise _Twice(f"the key {next(name for name in names if names.count(name) > 1)} stands twice; keep one of them")
-    return found
+    return fields
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def parse_json(text: str, file: str) -> Found:
+def parse_json(text: str, file: str) -> Parsed:
     """JSON Lines, one array, or objects one after the other, told apart by their content and not by the ending."""
     start = _skip(text, 0)
     if start == len(text):
@@ -57,11 +56,11 @@ def _skip(text: str, at: int) -> int:
 
 def _is_lines(text: str) -> bool:
     """Whether at least half of the first lines are whole objects: a broken first line does not change the kind."""
-    lines = list(islice(filter(None, _each_line(text)), _LOOKED_AT))
+    lines = list(islice(filter(None, _split_lines(text)), _LOOKED_AT))
     return 2 * sum(_is_object(line) for line in lines) >= len(lines)
 
 
-def _each_line(text: str) -> Iterator[str]:
+def _split_lines(text: str) -> Iterator[str]:
     """One at a time, so that the file is not held twice; without white space at its end."""
     at = 0
     while at < len(text):
@@ -107,9 +106,10 @@ def _value(text: str, at: int, file: str) -> tuple[Any, int]:
     try:
         value, end = _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: column {error.colno}: {error.msg}; mend the JSON here") from None
+        reason = f"column {error.colno}: {error.msg}; mend the JSON here"
+        raise BadSource(f"{file}:{error.lineno}", reason) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}:{_line(text, at)}: {error}; mend the JSON here") from None
+        raise BadSource(f"{file}:{_line(text, at)}", f"{error}; mend the JSON here") from None
     return value, end
 
 
@@ -129,13 +129,14 @@ def _array(text: str, at: int, file: str) -> Iterator[tuple[Any, int]]:
         if at < len(text) and text[at] == ",":
             at = _skip(text, at + 1)
             if at < len(text) and text[at] == "]":
-                raise DataError(f"{file}:{_line(text, at)}: a comma before the closing ]; remove it")
+                raise BadSource(f"{file}:{_line(text, at)}", "a comma before the closing ]; remove it")
         elif at < len(text) and text[at] != "]":
-            raise DataError(f"{file}:{_line(text, at)}: a comma is missing between two elements of the array; add it")
+            reason = "a comma is missing between two elements of the array; add it"
+            raise BadSource(f"{file}:{_line(text, at)}", reason)
     if at == len(text):
-        raise DataError(f"{file}:{_line(text, at)}: the array is not closed; the file may be cut short")
+        raise BadSource(f"{file}:{_line(text, at)}", "the array is not closed; the file may be cut short")
     if _skip(text, at + 1) != len(text):
-        raise DataError(f"{file}:{_line(text, at)}: there is more after the array; keep one array in a file")
+        raise BadSource(f"{file}:{_line(text, at)}", "there is more after the array; keep one array in a file")
 
 
 def _stream(text: str, at: int, file: str) -> Iterator[tuple[Any, int]]:
@@ -164,12 +165,12 @@ def _add(value: Any, line: int, file: str, rows: list[Row], bad: list[Problem]) 
         bad.append((f"{file}:{line}", reason))
 
 
-def _lines(text: str, file: str, notes: list[str]) -> Found:
+def _lines(text: str, file: str, notes: list[str]) -> Parsed:
     """JSON Lines. Lines end at a newline only: U+2028 and its like may stand inside a string."""
     rows: list[Row] = []
     bad: list[Problem] = []
     blank = 0
-    for number, line in enumerate(_each_line(text), 1):
+    for number, line in enumerate(_split_lines(text), 1):
         if not line:
             blank += 1
         elif reason := bad_byte(line, file):

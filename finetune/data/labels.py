@@ -5,22 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from finetune.data.loss_mask import Tokenised, tokenise
-from finetune.data.problems import Problem
-from finetune.data.rows import Record, Renderer
+import numpy as np
+
+from finetune.data.loss_mask import tokenise
+from finetune.data.problems import BadSource
+from finetune.data.rows import Example, Problem, Record, Renderer
 from finetune.data.tokenizer import Tokenizer
-from finetune.errors import DataError, RecipeError
+from finetune.errors import RecipeError
 
 Labels = tuple[str, ...]
 LabelTokens = tuple[tuple[int, ...], ...]
 
 
 def find_labels(records: Sequence[Record], given: Sequence[str] | None) -> Labels:
-    """The labels in order: as the recipe gives them, else those of the training rows, whole numbers by value."""
+    """The labels in order: as the recipe gives them, else those of the training rows, whole numbers by value.
+
+    Raises BadSource where there are not two different ones.
+    """
     labels = tuple(given) if given is not None else tuple(sorted({one.answer or "" for one in records}, key=_rank))
     if len(labels) < 2 or len(set(labels)) < len(labels):
-        place = records[0].place if records else "data.train"
-        raise DataError(f"{place}: classification needs two different labels, and there is {', '.join(labels)}")
+        location = records[0].location if records else "data.train"
+        raise BadSource(location, f"classification needs two different labels, and there is {', '.join(labels)}")
     return labels
 
 
@@ -32,11 +37,9 @@ def _rank(label: str) -> tuple[bool, int, str]:
 def unknown_labels(records: Sequence[Record], labels: Labels) -> list[Problem]:
     """Rows whose label never occurs in the training rows."""
     known = set(labels)
-    return [
-        (one.place, f"label {one.answer!r} does not occur in the training rows ({', '.join(labels[:20])}); correct it")
-        for one in records
-        if one.answer not in known
-    ]
+    remedy = f"does not occur in the training rows ({', '.join(labels[:20])}); correct it"
+    unknown = (record for record in records if record.answer not in known)
+    return [(record.location, f"label {record.answer!r} {remedy}") for record in unknown]
 
 
 def label_tokens(
@@ -49,10 +52,10 @@ def label_tokens(
     """
     rendered = [renderer.render(renderer.with_answer(record, label))[-1] for label in labels]
     bare, ended = [], []
-    for one in tokenise(tokenizer, rendered):
-        start, end = one.answer or (len(one), len(one))
-        bare.append(tuple(one.tokens[start:end]))
-        ended.append(tuple(one.tokens[start:]))
+    for example in tokenise(tokenizer, rendered):
+        start = len(example) if example.answer_start is None else example.answer_start
+        bare.append(tuple(example.tokens[start : example.answer_end].tolist()))
+        ended.append(tuple(example.tokens[start:].tolist()))
     for a, first in enumerate(bare):
         for b, second in enumerate(bare):
             if a == b or second[: len(first)] != first:
@@ -69,16 +72,37 @@ def label_tokens(
     return tuple(bare), tuple(bare)
 
 
-def same_label_tokens(row: Tokenised, tokens: Sequence[int]) -> Tokenised:
-    """The row with its label written in the tokens that are scored; `tokens` are without the end token."""
-    start, end = row.answer or (len(row), len(row))
-    if row.cut or row.tokens[start:end] == list(tokens):
-        return row
-    weight = row.weights[start] if start < end else 0.0
+class LabelWriter:
+    """Writes each label in the same tokens in every row, whatever prompt it follows."""
+
+    def __init__(self, tokenizer: Tokenizer, renderer: Renderer, labels: Labels) -> None:
+        """labels: empty where the answers are open; then rows stay as they are."""
+        self.labels = labels
+        self.scored: LabelTokens = ()  # each label's tokens as they are scored, once a row is written
+        self._alone: dict[str, tuple[int, ...]] = {}  # without an end token
+        self._tokenizer, self._renderer = tokenizer, renderer
+
+    def write(self, record: Record, example: Example) -> Example:
+        """The example with its label in those tokens, which the first row decides. Raises as `label_tokens` does."""
+        if not self.labels:
+            return example
+        if not self.scored:
+            self.scored, alone = label_tokens(self._tokenizer, self._renderer, record, self.labels)
+            self._alone = dict(zip(self.labels, alone, strict=True))
+        return _with_label(example, self._alone[record.answer or ""])
+
+
+def _with_label(example: Example, tokens: Sequence[int]) -> Example:
+    """The example with its label written in `tokens`, which are without the end token."""
+    start, end = example.answer_start, example.answer_end
+    if example.cut or start is None or end is None or example.tokens[start:end].tolist() == list(tokens):
+        return example
+    weight = example.weights[start] if start < end else 0.0
+    label, weights = np.array(tokens, np.int32), np.full(len(tokens), weight, np.float32)
     return dataclasses.replace(
-        row,
-        tokens=[*row.tokens[:start], *tokens, *row.tokens[end:]],
-        weights=[*row.weights[:start], *([weight] * len(tokens)), *row.weights[end:]],
-        answer=(start, start + len(tokens)),
-        split=True,
+        example,
+        tokens=np.concatenate([example.tokens[:start], label, example.tokens[end:]]),
+        weights=np.concatenate([example.weights[:start], weights, example.weights[end:]]),
+        answer_end=start + len(tokens),
+        apart=True,
     )

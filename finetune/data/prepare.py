@@ -1,125 +1,84 @@
-"""From a recipe's data to everything training and evaluation take from it."""
+"""From a recipe's data to everything training and evaluation take from it, with every problem gathered on the way.
+
+One pipeline for `train`, `eval`, `plan` and `check`: each source is read once, and each row is tokenised once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-
-from finetune.data import split as parting
 from finetune.data.formats import Layout, recognise
-from finetune.data.labels import Labels, LabelTokens, find_labels, label_tokens, same_label_tokens, unknown_labels
-from finetune.data.loss_mask import Tokenised, tokenise
-from finetune.data.problems import Problem, listed, naming, settle, skipping, too_many
-from finetune.data.read import Rows, read
+from finetune.data.labels import Labels, LabelWriter, find_labels, unknown_labels
+from finetune.data.loss_mask import tokenise
+from finetune.data.problems import BadSource, refuse_rows
+from finetune.data.read import read
 from finetune.data.records import read_records
 from finetune.data.renderers import make_renderer
-from finetune.data.rows import Dataset, Example, Prepared, Record, Rendered, Renderer
+from finetune.data.rows import Example, Prepared, Problem, Record, Rendered, Renderer, Rows, Split, Task
+from finetune.data.split import set_apart
 from finetune.data.tokenizer import Tokenizer, stop_tokens
-from finetune.data.truncate import Fitted, fit
-from finetune.errors import DataError, RecipeError
-from finetune.recipe.schema import Data, Recipe
+from finetune.data.truncate import Pair, fit
+from finetune.errors import RecipeError
+from finetune.events import Progress
+from finetune.recipe.schema import Recipe
 
-Task = Literal["classification", "generation", "text"]
-TOGETHER = 2000  # rows between two reports of progress
-Report = Callable[[str, int, int], None]  # what, done, total
-
-
-@dataclass(frozen=True)
-class Source:
-    """One split on its way: its records, and what became of the other rows."""
-
-    name: str
-    records: list[Record]
-    bad: list[Problem]
-    notes: tuple[str, ...]
-
-    @property
-    def rows(self) -> int:
-        return len(self.records) + len(self.bad)
+TOGETHER = 2000  # rows that are text and tokens at the same time; what is kept of them is smaller
+Broken = list[tuple[str, Problem]]  # (split, why it is not as the recipe asks)
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """All rows of a recipe, read and checked, and how they will be written; not yet tokens."""
+def prepare(recipe: Recipe, tokenizer: Tokenizer, base: Path) -> Generator[Progress, None, Prepared]:
+    """Read, check, render, tokenise and fit all rows of a recipe. `problems.refuse` says whether they are sound.
 
-    task: Task
-    layout: Layout
-    renderer: Renderer
-    labels: Labels
-    sources: tuple[Source, ...]  # train, valid, and test where there is one
-
-
-def prepare(
-    recipe: Recipe,
-    tokenizer: Tokenizer,
-    *,
-    base: Path,
-    progress: Report = lambda what, done, total: None,
-) -> Prepared:
-    """Read, check, render, tokenise and fit all rows of a recipe.
-
-    base: the folder that relative paths start from. Raises DataError for rows, with file and line, and
-    RecipeError for settings that do not fit them.
+    base: the folder that relative paths start from. Raises DataError only where the training file as a whole cannot
+    be understood, and RecipeError for settings that do not fit the rows.
     """
-    found = gather(recipe, tokenizer, base)
-    labels = found.labels
-    fitted = {one.name: _fit(recipe, tokenizer, found.renderer, one, progress) for one in found.sources}
-    scored: LabelTokens = ()
-    if labels:
-        scored, alone = label_tokens(tokenizer, found.renderer, fitted["train"][0].kept[0].rendered.record, labels)
-        for one, _ in fitted.values():
-            one.kept = [same_label_tokens(row, alone[labels.index(_answer(row))]) for row in one.kept]
-    sets = {one.name: _dataset(one, *fitted[one.name]) for one in found.sources}
-    return Prepared(
-        found.task,
-        found.layout.name,
-        found.renderer.name,
-        sets["train"],
-        sets["valid"],
-        sets.get("test"),
-        labels,
-        scored,
-        stop_tokens(tokenizer),
-    )
+    yield Progress(0, "data: reading", 0, 1)
+    records = _gather(recipe, tokenizer, base)
+    yield Progress(0, "data: reading", 1, 1)
+    writer = _Writer(recipe, tokenizer, records)
+    train = yield from writer.write(records.train)
+    valid = yield from writer.write(records.valid)
+    test = (yield from writer.write(records.test)) if records.test else None
+    tokens, stop = writer.labels.scored, stop_tokens(tokenizer)
+    return replace(records, train=train, valid=valid, test=test, label_tokens=tokens, stop_tokens=stop)
 
 
-def gather(recipe: Recipe, tokenizer: Tokenizer, base: Path, set_apart: bool = True) -> Gathered:
-    """Read and check the rows of every split. Raises as `prepare` does.
-
-    set_apart: take validation rows from the training rows where no file has them; else there are none.
-    """
+def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path) -> Prepared:
+    """The rows of every split as records, without an example yet, and how they will be written."""
     data = recipe.data
-    opened = read(data.train, base)
-    if not opened.rows:
-        settle(opened.bad, "stop")
-    layout = _layout(opened, data)
+    source = read(data.train, base)
+    if not source.rows:
+        refuse_rows(source.bad)
+    layout = recognise(source.rows, data.format, data.columns, source.bad)
     task = _task(recipe, layout)
-    columns = {*layout.columns, *(column for row in opened.rows for column in row.fields)}
+    columns = {*layout.columns, *(column for row in source.rows for column in row.fields)}
     renderer = make_renderer(recipe.prompt, layout.name, columns, tokenizer)
-    train = _source("train", opened, layout, recipe)
-    labels = _labels(train, data) if task == "classification" else ()
-    sources = [train]
-    if data.valid is not None:
-        sources.append(_source("valid", read(data.valid, base), layout, recipe, labels))
-    elif set_apart:
-        sources = [*_set_apart(train, recipe, labels)]
-    if data.test is not None:
-        sources.append(_source("test", read(data.test, base), layout, recipe, labels))
-    return Gathered(task, layout, renderer, labels, tuple(sources))
-
-
-def _layout(opened: Rows, data: Data) -> Layout:
-    with naming(opened.bad):
-        return recognise(opened.rows, data.format, data.columns)
-
-
-def _labels(train: Source, data: Data) -> Labels:
-    with naming(train.bad):
-        return find_labels(train.records, data.labels)
+    train = _split("train", source, layout, recipe)
+    broken: Broken = []
+    labels = _labels(train, recipe, broken) if task == "classification" else ()
+    held_out: dict[str, Split] = {}
+    for name, named in (("valid", data.valid), ("test", data.test)):
+        try:
+            if named is not None:
+                held_out[name] = _split(name, read(named, base), layout, recipe, labels)
+        except BadSource as error:
+            broken.append((name, error.problem))
+    if "valid" not in held_out:
+        train, held_out["valid"] = _set_apart(train, recipe, labels, broken)
+    return Prepared(
+        task=task,
+        format=layout.name,
+        template=renderer.name,
+        renderer=renderer,
+        labels=labels,
+        train=train,
+        valid=held_out["valid"],
+        test=held_out.get("test"),
+        broken=tuple(broken),
+    )
 
 
 def _task(recipe: Recipe, layout: Layout) -> Task:
@@ -135,119 +94,114 @@ def _task(recipe: Recipe, layout: Layout) -> Task:
     return recipe.task
 
 
-def _source(name: str, found: Rows, layout: Layout, recipe: Recipe, labels: Labels = ()) -> Source:
-    """The records of one file. Raises DataError for its bad rows, unless they are to be skipped."""
+def _split(name: str, source: Rows, layout: Layout, recipe: Recipe, labels: Labels = ()) -> Split:
+    """The records of one source, and its bad rows. labels: of train, where that is another source."""
     allowed = recipe.data.labels if recipe.task in ("auto", "classification") else None
-    records, bad = read_records(found.rows, layout, allowed)
+    records, bad = read_records(source.rows, layout, allowed)
     if labels:
         unknown = unknown_labels(records, labels)
         bad += unknown
-        places = {place for place, _ in unknown}
-        records = [record for record in records if record.place not in places]
-    bad = [*found.bad, *bad]
-    settle(bad, recipe.data.on_error, skipping(bad, len(records) + len(bad), recipe))
-    return Source(name, records, bad, (*layout.notes, *found.notes))
+        locations = {location for location, _ in unknown}
+        records = [record for record in records if record.location not in locations]
+    bad = [*source.bad, *bad]
+    notes = (*layout.notes, *source.notes)
+    return Split(name=name, rows=len(records) + len(bad), bad=tuple(bad), notes=notes, records=records)
 
 
-def _set_apart(train: Source, recipe: Recipe, labels: Labels) -> tuple[Source, Source]:
-    data = recipe.data
-    kept, apart = parting.split(train.records, data.valid_fraction, recipe.seed, stratified=bool(labels))
-    how = f"{len(apart)} of {len(train.records)} rows of {data.train} set apart for validation (seed {recipe.seed})"
-    valid = Source("valid", apart, [], (how + (", stratified by label" if labels else ""),))
-    return replace(train, records=kept), valid
+def _labels(train: Split, recipe: Recipe, broken: Broken) -> Labels:
+    try:
+        return find_labels(train.records, recipe.data.labels)
+    except BadSource as error:
+        broken.append(("train", error.problem))
+        return ()
 
 
-def _fit(
-    recipe: Recipe, tokenizer: Tokenizer, renderer: Renderer, source: Source, progress: Report
-) -> tuple[Fitted, tuple[str, ...]]:
-    """The rows of one split as tokens within max_length, and notes on them."""
-    rows: list[Tokenised] = []
-    bad: list[Problem] = []
-    unrolled = 0
-    for chunk in tokenised(tokenizer, renderer, source, progress):
-        rows += chunk.rows
-        bad += chunk.bad
-        unrolled += chunk.unrolled
-    settle(bad, recipe.data.on_error, skipping(bad, source.rows, recipe))
-    fitted = fit(tokenizer, renderer, rows, recipe.train.max_length, recipe.train.truncation)
-    fitted.dropped = [*source.bad, *bad, *fitted.dropped]
-    if not fitted.kept:
-        why = f": {fitted.dropped[0][0]}: {fitted.dropped[0][1]}" if fitted.dropped else ""
-        raise DataError(f"data.{source.name}: no row is left{why}; mend the rows, or raise train.max_length")
-    if problem := too_many(source.name, source.rows, fitted.dropped, recipe):
-        raise DataError(f"{listed(fitted.dropped)}\n{': '.join(problem)}")
-    notes = []
-    if unrolled:
-        notes.append(f"{unrolled} conversations unrolled: the chat template rewrites earlier turns")
-    return fitted, tuple(notes)
+def _set_apart(train: Split, recipe: Recipe, labels: Labels, broken: Broken) -> tuple[Split, Split]:
+    """(train, valid); a validation split without rows where none can be set apart."""
+    data, count = recipe.data, len(train.records)
+    try:
+        records, apart = set_apart(train.records, data.valid_fraction, recipe.seed, stratified=bool(labels))
+    except BadSource as error:
+        broken.append(("valid", error.problem))
+        return train, Split(name="valid", rows=0)
+    how = f"{len(apart)} of {count} rows of {data.train} set apart for validation (seed {recipe.seed})"
+    notes = (how + (", stratified by label" if labels else ""),)
+    valid = Split(name="valid", rows=len(apart), notes=notes, records=apart)
+    return replace(train, rows=train.rows - len(apart), records=records), valid
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Some rows of a split as tokens, of any length yet."""
+class _Writer:
+    """Splits of records to splits of examples."""
 
-    rows: list[Tokenised]
-    bad: list[Problem]  # records that the template refuses
-    unrolled: int  # conversations that became several rows
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, prepared: Prepared) -> None:
+        assert prepared.renderer is not None
+        self._settings, self._tokenizer, self._renderer = recipe.train, tokenizer, prepared.renderer
+        self.labels = LabelWriter(tokenizer, self._renderer, prepared.labels)
+
+    def write(self, split: Split) -> Generator[Progress, None, Split]:
+        """The split with its rows as tokens within max_length; some rows at a time, so that memory stays small."""
+        fate, total = _Fate(), len(split.records)
+        for start in range(0, total, TOGETHER):
+            rendered = _render(self._renderer, split.records[start : start + TOGETHER], fate)
+            self._fit(list(zip(rendered, tokenise(self._tokenizer, rendered), strict=True)), fate)
+            yield Progress(0, f"data: preparing {split.name}", min(start + TOGETHER, total), total)
+        return replace(
+            split,
+            examples=tuple(fate.examples),
+            lengths=tuple(fate.lengths),
+            shortened=tuple(fate.shortened),
+            dropped=tuple(fate.dropped),
+            refused=tuple(fate.refused),
+            too_long=tuple(fate.too_long),
+            notes=(*split.notes, *_notes(fate)),
+        )
+
+    def _fit(self, pairs: Sequence[Pair], fate: _Fate) -> None:
+        max_length, policy = self._settings.max_length, self._settings.truncation
+        fitted = fit(self._tokenizer, self._renderer, pairs, max_length, policy)
+        for (_, whole), row in zip(pairs, fitted, strict=True):
+            fate.lengths.append(len(whole))
+            long = len(whole) > max_length
+            if isinstance(row, str):
+                (fate.too_long if long and policy == "error" else fate.dropped).append((whole.location, row))
+                continue
+            if long:
+                fate.shortened.append(whole.location)
+            text, example = row
+            fate.examples.append(self.labels.write(text.record, example))
 
 
-def tokenised(
-    tokenizer: Tokenizer,
-    renderer: Renderer,
-    source: Source,
-    progress: Report = lambda what, done, total: None,
-) -> Iterator[Chunk]:
-    """The rows of one split in order, so many at a time that memory stays small."""
-    for start in range(0, len(source.records), TOGETHER):
-        bad: list[Problem] = []
-        rendered, unrolled = _render(renderer, source.records[start : start + TOGETHER], bad)
-        yield Chunk(list(tokenise(tokenizer, rendered)), bad, unrolled)
-        progress(f"preparing {source.name}", min(start + TOGETHER, len(source.records)), len(source.records))
+@dataclass
+class _Fate:
+    """What becomes of a split's rows, as in `Split`."""
+
+    examples: list[Example] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    shortened: list[str] = field(default_factory=list)
+    dropped: list[Problem] = field(default_factory=list)
+    refused: list[Problem] = field(default_factory=list)
+    too_long: list[Problem] = field(default_factory=list)
+    unrolled: int = 0  # conversations
 
 
-def _render(renderer: Renderer, records: Sequence[Record], bad: list[Problem]) -> tuple[list[Rendered], int]:
-    """Rendered rows, and how many conversations were unrolled; rows that cannot be written go to `bad`."""
-    found: list[Rendered] = []
-    unrolled = 0
+def _render(renderer: Renderer, records: Sequence[Record], fate: _Fate) -> list[Rendered]:
+    texts: list[Rendered] = []
     for record in records:
         try:
             written = renderer.render(record)
         except ValueError as error:
-            bad.append((record.place, str(error)))
+            fate.refused.append((record.location, str(error)))
             continue
-        unrolled += len(written) > 1
-        found += written
-    return found, unrolled
+        fate.unrolled += len(written) > 1
+        texts += written
+    return texts
 
 
-def _answer(row: Tokenised) -> str:
-    """The label, or the words of the last answer."""
-    rendered = row.rendered
-    if rendered.answer is None:
-        return ""
-    return rendered.record.answer if rendered.record.answer is not None else rendered.text[slice(*rendered.answer)]
-
-
-def _dataset(source: Source, fitted: Fitted, notes: tuple[str, ...]) -> Dataset:
-    apart = sum(row.split for row in fitted.kept)
-    cut = sum(row.cut for row in fitted.kept)
-    more = list(notes)
+def _notes(fate: _Fate) -> Iterator[str]:
+    apart, cut = (sum(map(attrgetter(name), fate.examples)) for name in ("apart", "cut"))
+    if fate.unrolled:
+        yield f"{fate.unrolled} conversations unrolled: the chat template rewrites earlier turns"
     if apart:
-        more.append(f"{apart} rows: a token lay across the border of an answer; prompt and answer were encoded apart")
+        yield f"{apart} rows: a token lay across the border of an answer; prompt and answer were encoded apart"
     if cut:
-        more.append(f"{cut} rows lost their end, and with it their end token")
-    examples = tuple(example(row) for row in fitted.kept)
-    return Dataset(examples, source.rows, tuple(fitted.shortened), tuple(fitted.dropped), (*source.notes, *more))
-
-
-def example(row: Tokenised) -> Example:
-    """The row as it is trained on."""
-    rendered = row.rendered
-    return Example(
-        np.asarray(row.tokens, np.int32),
-        np.asarray(row.weights, np.float32),
-        rendered.record.place,
-        _answer(row).strip() if rendered.answer else None,
-        rendered.prompt,
-        row.answer[0] if row.answer else None,
-    )
+        yield f"{cut} rows lost their end, and with it their end token"

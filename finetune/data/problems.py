@@ -1,74 +1,104 @@
-"""Bad rows, gathered and raised once."""
+"""Problems of rows and files: gathered on the way, and raised once."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
 
+from finetune.data.rows import Prepared, Problem, Split
 from finetune.errors import DataError
 from finetune.recipe.schema import Recipe
 from finetune.text import harmless
 
-Problem = tuple[str, str]  # (place, reason with its remedy)
-OnError = Literal["stop", "skip"]
 SHOWN = 20
 
 
-def settle(problems: Sequence[Problem], on_error: OnError, also: str = "") -> None:
-    """Raise a DataError that lists the first 20 bad rows and their number, unless they are to be skipped.
+class BadSource(DataError):
+    """A source that cannot be read, or whose rows together are not what the recipe needs."""
 
-    also: what skipping them needs beside data.on_error.
+    def __init__(self, location: str, reason: str, bad: Sequence[Problem] = ()) -> None:
+        """bad: rows that could not be read; what the good rows lack may be in them."""
+        super().__init__("\n".join(filter(None, (f"{location}: {reason}", listed(bad)))))
+        self.problem: Problem = location, reason
+
+
+def refuse_rows(bad: Sequence[Problem], skipping: str = "") -> None:
+    """Raises DataError, where there are bad rows, with the first 20 and their number.
+
+    skipping: what leaving them out needs beside data.on_error.
     """
-    if not problems or on_error == "skip":
+    if bad:
+        count = len(bad)
+        raise DataError(
+            f"{listed(bad)}\n{count} bad row{'s' if count > 1 else ''}; mend {'them' if count > 1 else 'it'}, "
+            f"or set data.on_error: skip{skipping} to leave bad rows out"
+        )
+
+
+def refuse(prepared: Prepared, recipe: Recipe) -> None:
+    """Raises DataError for the first of the problems that stop training, if there is one."""
+    splits = [split for split in (prepared.train, prepared.valid, prepared.test) if split]
+    skips = recipe.data.on_error == "skip"
+    for split in splits:
+        if not skips:
+            refuse_rows(split.bad, _skipping(split.bad, split, recipe))
+        for problem in (problem for name, problem in prepared.broken if name == split.name):
+            raise BadSource(*problem, split.bad)
+    for split in splits:
+        if not skips:
+            refuse_rows(split.refused, _skipping(split.refused, split, recipe))
+        refuse_rows(split.too_long)
+        for problem in _shortage(split, recipe):
+            lost = f"{listed(split.left_out)}\n" if split.examples else ""
+            raise DataError(lost + ": ".join(problem))
+
+
+def faults(prepared: Prepared, recipe: Recipe) -> list[Problem]:
+    """All that stops training beside bad rows: unusable files, rows that are too long, splits that lose too much."""
+    splits = prepared.splits
+    broken = [problem for _, problem in prepared.broken]
+    broken += [problem for split in splits for problem in split.too_long]
+    return broken + [problem for split in splits for problem in _shortage(split, recipe)]
+
+
+def _shortage(split: Split, recipe: Recipe) -> Iterator[Problem]:
+    """That a split has no row left, or would lose more of its rows than the recipe allows, and the remedies."""
+    if not split.examples:
+        why = f": {': '.join(split.left_out[0])}" if split.left_out else ""
+        yield f"data.{split.name}", f"no row is left{why}; mend the rows, or raise train.max_length"
         return
-    count = len(problems)
-    raise DataError(
-        f"{listed(problems)}\n{count} bad row{'s' if count > 1 else ''}; mend {'them' if count > 1 else 'it'}, "
-        f"or set data.on_error: skip{also} to leave bad rows out"
-    )
+    count = _rows(split.left_out if recipe.data.on_error == "skip" else split.dropped)
+    allowed = recipe.data.max_dropped
+    if count > allowed * split.rows:
+        prompt = "set train.truncation: prompt, " if recipe.train.truncation in ("end", "drop") else ""
+        yield (
+            f"data.{split.name}",
+            (
+                f"{count:,} of {split.rows:,} rows ({count / split.rows:.1%}) would be left out, and data.max_dropped "
+                f"allows {allowed:g}; mend them, raise train.max_length, {prompt}or set data.max_dropped: "
+                f"{_at_least(count / split.rows)}"
+            ),
+        )
 
 
-def skipping(bad: Sequence[Problem], rows: int, recipe: Recipe) -> str:
-    """What leaving these rows of a split out needs beside data.on_error: skip."""
-    share = _dropped(bad) / max(rows, 1)
-    return f" and data.max_dropped: {_enough(share)}" if share > recipe.data.max_dropped else ""
+def _skipping(bad: Sequence[Problem], split: Split, recipe: Recipe) -> str:
+    """What leaving these rows out needs beside data.on_error: skip."""
+    share = _rows(bad) / max(split.rows, 1)
+    return f" and data.max_dropped: {_at_least(share)}" if share > recipe.data.max_dropped else ""
 
 
-def too_many(split: str, rows: int, dropped: Sequence[Problem], recipe: Recipe) -> Problem | None:
-    """That a split would lose more of its rows than the recipe allows, and the remedies."""
-    count, allowed = _dropped(dropped), recipe.data.max_dropped
-    if count <= allowed * rows:
-        return None
-    prompt = "set train.truncation: prompt, " if recipe.train.truncation in ("end", "drop") else ""
-    return f"data.{split}", (
-        f"{count:,} of {rows:,} rows ({count / rows:.1%}) would be left out, and data.max_dropped allows {allowed:g}; "
-        f"mend them, raise train.max_length, {prompt}or set data.max_dropped: {_enough(count / rows)}"
-    )
+def _rows(problems: Sequence[Problem]) -> int:
+    """How many, of which an unrolled conversation may have lost several parts."""
+    return len({location for location, _ in problems})
 
 
-def _dropped(problems: Sequence[Problem]) -> int:
-    """Rows, of which an unrolled conversation may have lost several parts."""
-    return len({place for place, _ in problems})
-
-
-def _enough(share: float) -> str:
+def _at_least(share: float) -> str:
     return f"{min(math.ceil(share * 100) / 100, 0.99):g}"
 
 
-@contextmanager
-def naming(bad: Sequence[Problem]) -> Iterator[None]:
-    """What the good rows lack may be in the bad ones: they are named too."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{error}\n{listed(bad)}".strip()) from None
-
-
 def listed(problems: Sequence[Problem]) -> str:
-    """The first 20, one a line, and how many more there are."""
-    lines = [harmless(f"{place}: {reason}") for place, reason in problems[:SHOWN]]
+    """The first 20, one per line, and how many more there are."""
+    lines = [harmless(f"{location}: {reason}") for location, reason in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"... and {len(problems) - SHOWN} more")
     return "\n".join(lines)

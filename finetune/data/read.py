@@ -6,16 +6,15 @@ import csv
 import difflib
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from finetune.data.encoding import decode, refuse_bad_bytes, unusual
 from finetune.data.json_files import parse_json
-from finetune.data.problems import OnError, Problem, settle
-from finetune.data.rows import Row
-from finetune.errors import DataError, EnvironmentProblem
+from finetune.data.problems import BadSource
+from finetune.data.rows import Problem, Row, Rows
+from finetune.errors import EnvironmentProblem
 from finetune.text import harmless
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -24,64 +23,48 @@ _BUILTIN = "builtin:"
 _CELL_LIMIT = 2**31 - 1  # the largest that every platform's csv module takes
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What a source held."""
-
-    rows: list[Row]
-    bad: list[Problem]  # rows that could not be read
-    notes: tuple[str, ...] = ()
-
-
-def read_rows(source: str, *, base: Path, on_error: OnError = "stop") -> tuple[list[Row], list[Problem]]:
-    """All rows of a source, and those left out as (place, reason).
+def read(source: str, base: Path) -> Rows:
+    """All rows of a source, and those that cannot be read.
 
     source: a file (.jsonl, .json, .csv, .tsv, .parquet; relative to `base`), builtin:<package file>, or a hub
-    data set as org/name, org/name:split or org/name/config:split. Raises DataError where the source as a whole
-    cannot be read, and for bad rows unless on_error is skip.
+    data set as org/name, org/name:split or org/name/config:split. Raises BadSource where the source as a whole
+    cannot be read, EnvironmentProblem where a library is missing for it.
     """
-    found = read(source, base)
-    settle(found.bad, on_error)
-    return found.rows, found.bad
-
-
-def read(source: str, base: Path) -> Rows:
-    """As `read_rows`, with bad rows gathered and not yet raised."""
     ending = Path(source).suffix.lower()
     if source.startswith(_BUILTIN):
-        found = _parse(_builtin(source), source, ending)
+        rows = _parse(_builtin(source), source, ending)
     elif ending in ENDINGS or (base / source).exists():
-        found = _parse(_local(source, base, ending), source, ending)
+        rows = _parse(_local(source, base, ending), source, ending)
     else:
-        found = _hub(source)
-    if not found.rows and not found.bad:
-        raise DataError(f"{source}:1: the file holds no rows; give it at least one")
-    return found
+        rows = _hub(source)
+    if not rows.rows and not rows.bad:
+        raise BadSource(f"{source}:1", "the file holds no rows; give it at least one")
+    return rows
 
 
 def _builtin(source: str) -> bytes:
     parts = source.removeprefix(_BUILTIN).split("/")
     resource = files("finetune").joinpath("assets", *parts)
     if ".." in parts or not resource.is_file():
-        raise DataError(f"{source}: there is no such file in the package")
+        raise BadSource(source, "there is no such file in the package")
     return resource.read_bytes()
 
 
 def _local(source: str, base: Path, ending: str) -> bytes:
     path = base / Path(source).expanduser()
     if path.is_dir():
-        raise DataError(f"{source}: is a folder; name a file in it")
+        raise BadSource(source, "is a folder; name a file in it")
     if ending not in ENDINGS:
-        raise DataError(f"{source}: the ending must be one of {', '.join(ENDINGS)}; rename the file")
+        raise BadSource(source, f"the ending must be one of {', '.join(ENDINGS)}; rename the file")
     try:
         return path.read_bytes()
     except FileNotFoundError:
         near = path.parent.glob("*") if path.parent.is_dir() else ()
         close = difflib.get_close_matches(path.name, [entry.name for entry in near], n=1)
         hint = f"; did you mean {close[0]}?" if close else f"; looked in {path.parent}"
-        raise DataError(f"{source}: no such file{hint}") from None
+        raise BadSource(source, f"no such file{hint}") from None
     except OSError as error:
-        raise DataError(f"{source}: {error.strerror}; make the file readable") from None
+        raise BadSource(source, f"{error.strerror}; make the file readable") from None
 
 
 def _parse(raw: bytes, source: str, ending: str) -> Rows:
@@ -104,7 +87,7 @@ def _parquet(raw: bytes, source: str) -> Rows:
     try:
         records = read_table(BufferReader(raw)).to_pylist()
     except (ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{source}:1: not a Parquet file that can be read ({error}); write it anew") from None
+        raise BadSource(f"{source}:1", f"not a Parquet file that can be read ({error}); write it anew") from None
     return Rows(_numbered(records, source), [])
 
 
@@ -116,7 +99,8 @@ def _hub(source: str) -> Rows:
     name, _, split = source.partition(":")
     parts = name.split("/")
     if not all(parts) or len(parts) > 3:
-        raise DataError(f"{source}: neither a file nor a data set id (org/name, org/name:split, org/name/config:split)")
+        reason = "neither a file nor a data set id (org/name, org/name:split, org/name/config:split)"
+        raise BadSource(source, reason)
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -127,9 +111,10 @@ def _hub(source: str) -> Rows:
     except Exception as error:
         # The library raises some twenty unrelated types, from network failures to scripts it refuses.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"{source}: no such file in the recipe's folder, and as a hub data set: {reason}; "
-            "check the name and the network, or download the data and name the file"
+        raise BadSource(
+            source,
+            f"no such file in the recipe's folder, and as a hub data set: {reason}; "
+            "check the name and the network, or download the data and name the file",
         ) from None
     return Rows(_numbered(data, source), [])
 
@@ -139,7 +124,7 @@ def parse_table(text: str, file: str, delimiter: str) -> tuple[list[Row], list[P
     refuse_bad_bytes(text, file)
     try:
         return (*_table(text, file, delimiter, csv.QUOTE_MINIMAL), [])
-    except DataError:
+    except BadSource:
         if delimiter != "\t":
             raise
     note = "quotation marks do not pair as in CSV and were taken as ordinary text"
@@ -174,7 +159,8 @@ def _records(text: str, file: str, delimiter: str, quoting: Any) -> Iterator[tup
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(f"{file}:{line}: {error}; a quotation mark inside a quoted cell is written twice") from None
+            reason = f"{error}; a quotation mark inside a quoted cell is written twice"
+            raise BadSource(f"{file}:{line}", reason) from None
         if cells:
             yield cells, line
 
@@ -183,11 +169,11 @@ def _header(records: Iterator[tuple[list[str], int]], file: str) -> list[str]:
     cells, line = next(records, ([], 1))
     names = [cell.strip() for cell in cells]
     if not any(names):
-        raise DataError(f"{file}:{line}: the file is empty; its first line must name the columns")
+        raise BadSource(f"{file}:{line}", "the file is empty; its first line must name the columns")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or "" in names:
         what = (
             f"columns {harmless(', '.join(twice))} occur twice" if twice and twice != [""] else "a column has no name"
         )
-        raise DataError(f"{file}:{line}: {what}; the first line must name every column once")
+        raise BadSource(f"{file}:{line}", f"{what}; the first line must name every column once")
     return names

@@ -8,8 +8,7 @@ from typing import Any
 
 from finetune.data.encoding import check_text
 from finetune.data.formats import ANSWER, REQUIRED, Layout
-from finetune.data.problems import Problem
-from finetune.data.rows import Message, Record, Row
+from finetune.data.rows import Message, Problem, Record, Row
 
 _ROLES = {
     "system": "system",
@@ -37,7 +36,7 @@ _KEPT = ("name", "tool_call_id", "reasoning_content")
 
 
 class BadRow(ValueError):
-    """Why a row cannot be trained on; the caller knows its place."""
+    """Why a row cannot be trained on; the caller knows its location."""
 
 
 def read_records(
@@ -50,7 +49,7 @@ def read_records(
         try:
             records.append(_record(row, layout, labels))
         except ValueError as error:
-            bad.append((row.place, str(error)))
+            bad.append((row.location, str(error)))
     return records, bad
 
 
@@ -62,7 +61,7 @@ def _record(row: Row, layout: Layout, labels: Sequence[str] | None) -> Record:
         part = "messages" if layout.name == "chat" else "conversations"
         messages = read_messages(row.fields[layout.columns[part]], layout.columns[part])
         tools = read_tools(row.fields, layout.columns)
-        return Record(row.place, repr(messages), _scalars(row), messages=messages, tools=tools)
+        return Record(row.location, repr(messages), _scalars(row), messages=messages, tools=tools)
     return _plain_record(row, layout, labels)
 
 
@@ -78,7 +77,7 @@ def _plain_record(row: Row, layout: Layout, labels: Sequence[str] | None) -> Rec
         if labels is not None and standard["label"] not in labels:
             raise BadRow(f"label {standard['label']!r} is not one of {', '.join(labels)}; correct it, or add it")
     key = "\0".join(standard[part] for part in standard if part != answer_part)
-    return Record(row.place, key, {**own, **standard}, standard[answer_part] if answer_part else None)
+    return Record(row.location, key, {**own, **standard}, standard[answer_part] if answer_part else None)
 
 
 def _scalars(row: Row) -> dict[str, str]:
@@ -111,9 +110,9 @@ def read_messages(value: Any, column: str) -> tuple[Message, ...]:
     for number, message in enumerate(messages):
         role = message["role"]
         if role not in _AFTER[before]:
-            place = f"after {before}" if before else "first"
+            position = f"after {before}" if before else "first"
             wanted = " or ".join(_AFTER[before])
-            raise ValueError(f"{column}[{number}]: {role} cannot stand {place}, only {wanted}; mend the turns")
+            raise ValueError(f"{column}[{number}]: {role} cannot stand {position}, only {wanted}; mend the turns")
         before = role
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{column}: no assistant turn to learn from; add one, or remove the row")

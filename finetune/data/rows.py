@@ -1,19 +1,26 @@
-"""The data's types: what a row is on its way from a file to a batch, and how it becomes text. Numpy only."""
+"""The data's types: what a row is on its way from a file to a batch, and what became of all of them. Numpy only.
+
+A source is read into `Row`s; each becomes a `Record` (checked, with standard names), a `Rendered` text and an `Example`
+(tokens and weights). `Prepared` holds the examples of every split, with every problem that was met on the way.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:  # whoever only reads rows needs no numpy
     from backends.interface import FloatArray, IntArray
 
 Message = Mapping[str, Any]  # role, content (text), and where given tool_calls, name, tool_call_id, weight
-Span = tuple[int, int]  # (start, end) in characters
+Span = tuple[int, int]  # (start, end) in characters, or in tokens
+Problem = tuple[str, str]  # (location, reason with its remedy); a location is file:line, or the recipe's key
+Task = Literal["classification", "generation", "text"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One record as the file has it, and where it stands."""
 
@@ -22,15 +29,15 @@ class Row:
     line: int  # 1-based line in the file; for Parquet and hub data the row's number
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{self.file}:{self.line}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One row, ready to be written as text."""
 
-    place: str
+    location: str
     key: str = ""  # records of the same key ask the same thing, and stay on one side of a split
     values: Mapping[str, str] = field(default_factory=dict)  # by standard name and by the file's own
     answer: str | None = None  # the label, completion or output
@@ -39,14 +46,14 @@ class Record:
     last_only: bool = False  # only the last assistant turn is supervised
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rendered:
     """A whole example as text; training adds the begin token, and EOS where `closed` is false."""
 
     record: Record
     text: str
-    supervised: tuple[Span, ...]
-    answer: Span | None  # the last answer, its end token left out
+    supervised: tuple[Span, ...]  # in characters
+    answer: Span | None  # the last answer, its end token left out; in characters
     closed: bool  # nothing is to be added at the end
 
     @property
@@ -78,16 +85,22 @@ class Renderer(Protocol):
         """Without its earliest exchanges: that share of its characters, one at least; None when one is left."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row as it is trained on. n is its length in tokens."""
 
     tokens: IntArray  # [n]
     weights: FloatArray  # [n] 1 where the token is supervised, 0 in the prompt
-    place: str  # file:line
+    location: str  # file:line
     answer: str | None = None  # the label or the expected answer (of the last turn)
     prompt: str = ""  # the rendered text before that answer
     answer_start: int | None = None  # the token that answer begins with; None: the last supervised run's first
+    answer_end: int | None = None  # one past its last token, the end token left out
+    apart: bool = False  # a token would lie across an answer's border, so prompt and answer were encoded apart
+    cut: bool = False  # its end is missing
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     @property
     def prompt_tokens(self) -> IntArray:
@@ -104,31 +117,80 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """One split, prepared, with a plain account of what became of its rows."""
+class Rows:
+    """What one source held."""
 
-    examples: tuple[Example, ...]
-    rows: int  # records in the file
-    shortened: tuple[str, ...] = ()  # places of rows whose prompt or end was cut
-    dropped: tuple[tuple[str, str], ...] = ()  # (place, reason) of rows not trained on
+    rows: list[Row]
+    bad: list[Problem]  # rows that could not be read
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one split, with an account of what became of each."""
+
+    name: str  # train, valid or test
+    rows: int  # in the file, or of what was set apart of it
+    examples: tuple[Example, ...] = ()
+    lengths: tuple[int, ...] = ()  # of the rows that could be written, in tokens, before any is cut
+    shortened: tuple[str, ...] = ()  # locations of rows whose prompt or end was cut
+    dropped: tuple[Problem, ...] = ()  # rows too long, or with nothing to learn, which the recipe leaves out
+    bad: tuple[Problem, ...] = ()  # rows that cannot be read, or are not as the others
+    refused: tuple[Problem, ...] = ()  # rows that the template cannot write
+    too_long: tuple[Problem, ...] = ()  # where the recipe allows none
     notes: tuple[str, ...] = ()  # what a person should know of how the rows were read
+    records: list[Record] = field(default_factory=list, repr=False)  # the rows that are whole
+
+    @property
+    def left_out(self) -> tuple[Problem, ...]:
+        """Every row that is not trained on, where bad rows are skipped."""
+        return (*self.bad, *self.refused, *self.dropped)
+
+    @cached_property
+    def account(self) -> Mapping[str, Any]:
+        """What became of every row, as all tables and JSON files have it."""
+        lengths = sorted(map(len, self.examples))
+        return {
+            "rows": self.rows,
+            "good": self.rows - len(self.bad),
+            "used": len(self.examples),
+            "tokens": sum(lengths),
+            "supervised_tokens": int(sum(example.weights.sum() for example in self.examples)),
+            "median_length": lengths[len(lengths) // 2] if lengths else 0,
+            "longest": lengths[-1] if lengths else 0,
+            "shortened": list(self.shortened),
+            "dropped": [list(problem) for problem in self.left_out],
+            "notes": list(self.notes),
+        }
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything training and evaluation take from the data."""
+    """Everything training and evaluation take from the data, and every problem of it."""
 
-    task: Literal["classification", "generation", "text"]
+    task: Task
     format: str
     template: str
-    train: Dataset
-    valid: Dataset
-    test: Dataset | None
+    train: Split
+    valid: Split  # without rows where none could be set apart
+    test: Split | None = None
     labels: tuple[str, ...] = ()  # classification: the labels in order
     label_tokens: tuple[tuple[int, ...], ...] = ()  # what each label looks like after the prompt
-    stop_tokens: frozenset[int] = field(default_factory=frozenset)
+    stop_tokens: frozenset[int] = frozenset()
+    broken: tuple[tuple[str, Problem], ...] = ()  # (split, why it is not as the recipe asks), in the order met
+    renderer: Renderer | None = field(default=None, repr=False)
 
     @property
-    def held_out(self) -> Dataset:
+    def held_out(self) -> Split:
         """The rows of the final figures."""
         return self.test or self.valid
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Train, valid and test, where they have rows."""
+        return tuple(split for split in (self.train, self.valid, self.test) if split and split.rows)
+
+    def forget_records(self) -> None:
+        """Frees the rows as records, which only `check` looks at."""
+        for split in self.splits:
+            split.records.clear()

@@ -7,25 +7,20 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from finetune.data.problems import BadSource
 from finetune.data.rows import Record
-from finetune.errors import DataError
-
-
-class TooFewRows(DataError):
-    """No row can be set apart."""
-
 
 Group = list[int]  # rows that ask the same thing
 
 
-def split(
+def set_apart(
     records: Sequence[Record], fraction: float, seed: int, stratified: bool = False
 ) -> tuple[list[Record], list[Record]]:
     """(train, valid), both in the file's order and neither empty.
 
     Rows of the same key stay on one side. stratified: by the record's answer, the label. The order in which
     groups are taken is a hash of seed and key, so it depends neither on the rows' order nor on a library's
-    generator. Raises TooFewRows where there are not two groups of rows to part.
+    generator. Raises BadSource where there are not two groups of rows to part.
     """
     strata = _strata(records, seed, stratified)
     quotas = _quotas(strata, fraction)
@@ -33,9 +28,9 @@ def split(
     if not chosen:
         movable = [groups for groups in strata.values() if len(groups) > 1]
         if not movable:
-            raise TooFewRows(
-                f"{records[0].place if records else 'data.train'}: too few different rows to set some apart for "
-                "validation; add rows, or name a file with data.valid"
+            raise BadSource(
+                records[0].location if records else "data.train",
+                "too few different rows to set some apart for validation; add rows, or name a file with data.valid",
             )
         smallest = min((group for groups in movable for group in groups), key=lambda group: len(group))
         chosen = set(smallest)

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backends.untrusted import check_folder, needs_code, read_object
+from backends.model_folder import ModelFolder
+from backends.untrusted import read_object
 from finetune.data import template_sandbox
+from finetune.data.rows import Span
 from finetune.errors import EnvironmentProblem
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase, which is not imported here
 TOGETHER = 2000  # texts in one call of the tokenizer
 
 
-def load_tokenizer(folder: Path, remote_code: bool = False) -> Tokenizer:
-    """The tokenizer of a model folder; the network is not used, nor code of the folder unless `remote_code`.
+def load_tokenizer(folder: ModelFolder) -> Tokenizer:
+    """The tokenizer of a model folder; the network is not used, nor code of the folder where that may not run.
 
-    Raises EnvironmentProblem; BackendError where the folder breaks a rule of `backends.untrusted`.
+    Raises EnvironmentProblem, or BackendError for code that may not run.
     """
     from transformers import AutoTokenizer
 
-    check_folder(folder, remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=remote_code)
+        path, code = str(folder.path), folder.remote_code
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=code)
         tokenizer.decode(tokenizer("a trial", verbose=False)["input_ids"])
     except BaseException as error:
         # transformers raises OSError, ValueError, KeyError, ImportError and bare Exception here, and tokenizers a
@@ -32,49 +35,71 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Tokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if "trust_remote_code" in str(error):
-            raise needs_code(folder, "auto_map in tokenizer_config.json") from None
+            raise folder.needs_code("auto_map in tokenizer_config.json") from None
         raise EnvironmentProblem(
-            f"{folder}: the tokenizer cannot be loaded ({error!s:.200}); the folder needs tokenizer.json "
+            f"{folder.path}: the tokenizer cannot be loaded ({error!s:.200}); the folder needs tokenizer.json "
             "and tokenizer_config.json"
         ) from None
     if not tokenizer.is_fast:
-        raise EnvironmentProblem(f"{folder}: the tokenizer has no tokenizer.json; convert it with transformers first")
+        raise EnvironmentProblem(
+            f"{folder.path}: the tokenizer has no tokenizer.json; convert it with transformers first"
+        )
     return tokenizer
 
 
-@dataclass(frozen=True)
 class Encoded:
-    """Tokens of a text without added ones, and the characters each stands for."""
+    """Tokens of a text, none added, and the characters that each stands for."""
 
-    tokens: list[int]
-    spans: list[tuple[int, int]]  # (start, end) in characters
+    def __init__(self, tokens: list[int], spans: list[Span] | None = None, encoding: Any = None) -> None:
+        """encoding: the library's own object, which is asked where `spans` is not given: a list of all is slow."""
+        self.tokens = tokens
+        self._spans = spans
+        self._encoding = encoding
+
+    @property
+    def spans(self) -> list[Span]:
+        """(start, end) of every token, in characters."""
+        if self._spans is None:
+            self._spans = self._encoding.offsets
+        return self._spans
+
+    def start(self, token: int) -> int:
+        """The character that the token begins with."""
+        return int(self.spans[token][0] if self._encoding is None else self._encoding.token_to_chars(token)[0])
+
+    def border(self, character: int) -> int | None:
+        """The first token that ends after this character; None where it begins before, and so lies across."""
+        if self._encoding is not None and (token := self._encoding.char_to_token(character)) is not None:
+            return None if self.start(token) < character else int(token)
+        ends = list(itertools.accumulate((end for _, end in self.spans), max))
+        token = bisect_right(ends, character)
+        return None if token < len(ends) and self.spans[token][0] < character else token
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Encoded]:
     """Every text's tokens, nothing added; special tokens written in the text are read as such."""
     for start in range(0, len(texts), TOGETHER):
-        found = _call(tokenizer, list(texts[start : start + TOGETHER]), True)
-        yield from map(Encoded, found["input_ids"], found["offset_mapping"])
+        batch = _call(tokenizer, list(texts[start : start + TOGETHER]))
+        for tokens, encoding in zip(batch["input_ids"], batch.encodings, strict=True):
+            yield Encoded(tokens, encoding=encoding)
 
 
 def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
     """What a model is given before it answers: the text's tokens, its begin token first exactly once."""
-    prefix = begin_tokens(tokenizer)
-    for start in range(0, len(texts), TOGETHER):
-        for tokens in _call(tokenizer, list(texts[start : start + TOGETHER]), False)["input_ids"]:
-            yield with_begin(tokens, prefix)
+    begin = begin_tokens(tokenizer)
+    for encoded in encode(tokenizer, texts):
+        yield with_begin(encoded.tokens, begin)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     return next(encode_prompts(tokenizer, [text]))
 
 
-def _call(tokenizer: Tokenizer, texts: list[str], offsets: bool) -> Any:
+def _call(tokenizer: Tokenizer, texts: list[str]) -> Any:
     try:
         return tokenizer(
             texts,
             add_special_tokens=False,
-            return_offsets_mapping=offsets,
             return_attention_mask=False,
             return_token_type_ids=False,
             padding=False,
@@ -99,6 +124,14 @@ def with_begin(tokens: list[int], prefix: list[int]) -> list[int]:
     return tokens if tokens[: len(prefix)] == prefix else prefix + tokens
 
 
+def fixed_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """The special tokens that are looked for in a text before anything else is done with it, and so part it."""
+    if tokenizer.split_special_tokens:  # then they are read as ordinary text
+        return frozenset()
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(number for number, token in added if token.special and not token.normalized)
+
+
 def special_texts(tokenizer: Tokenizer) -> frozenset[str]:
     """How the special tokens are written."""
     added = tokenizer.added_tokens_decoder.values()
@@ -119,14 +152,14 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
     return int(tokenizer.convert_tokens_to_ids(max(known, key=len))) if known else None
 
 
-def stop_tokens(tokenizer: Tokenizer, folder: Path | None = None) -> frozenset[int]:
+def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     """Tokens that end an answer: EOS, those of generation_config.json, and the chat template's end of turn."""
-    found = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
-    path = (folder or Path(tokenizer.name_or_path or "")) / "generation_config.json"
+    tokens = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    path = Path(tokenizer.name_or_path or "") / "generation_config.json"
     if path.is_file():
         try:
-            told = read_object(path).get("eos_token_id")
+            listed = read_object(path).get("eos_token_id")
         except (OSError, ValueError) as error:
             raise EnvironmentProblem(f"{path}: cannot be read ({error}); remove it, or download it again") from None
-        found.update(one for one in (told if isinstance(told, list) else [told]) if isinstance(one, int))
-    return frozenset(token for token in found if token is not None)
+        tokens.update(token for token in (listed if isinstance(listed, list) else [listed]) if isinstance(token, int))
+    return frozenset(token for token in tokens if token is not None)

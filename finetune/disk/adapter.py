@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from backends.interface import BackendError, FloatArray, IncompatibleState, LoraSpec, Session, TrainState
-from backends.model_folder import fingerprint
+from backends.model_folder import ModelFolder
 from backends.untrusted import read_object, validate
 from finetune.disk.atomic import write_pieces
 from finetune.disk.safetensors_file import tensor_pieces
@@ -182,7 +182,7 @@ def start_from(session: Session, folder: Path, lora: LoraSpec) -> None:
         raise Incompatible(f"lora.start_from: {folder} does not fit this model and these targets: {error}") from None
 
 
-def check_base(adapter: Path, model: Path, name: str | None = None) -> None:
+def check_base(adapter: Path, model: ModelFolder, name: str | None = None) -> None:
     """Raises Incompatible when the adapter folder was trained on another base than `model`.
 
     Our adapters say the fingerprint of their base; others only its name, and that is compared where both it and
@@ -191,8 +191,10 @@ def check_base(adapter: Path, model: Path, name: str | None = None) -> None:
     config = adapter_config(adapter)
     facts, trained = config.get("finetune"), config.get("base_model_name_or_path")
     if isinstance(facts, dict) and "base_fingerprint" in facts:
-        if facts["base_fingerprint"] != fingerprint(model):
-            raise Incompatible(f"{adapter} was trained on other base weights than those in {model}; give the same base")
+        if facts["base_fingerprint"] != model.fingerprint:
+            raise Incompatible(
+                f"{adapter} was trained on other base weights than those in {model.path}; give the same base"
+            )
     elif isinstance(trained, str) and name and _other_name(trained, name):
         raise Incompatible(
             f"{adapter} was trained on {trained}, and model.path is {name}; give the same base, or where they are "

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from backends.model_folder import fingerprint
+from backends.model_folder import ModelFolder
 from backends.untrusted import read_object
 from finetune.data.rows import Prepared
 from finetune.errors import Incompatible
@@ -23,7 +23,7 @@ _NOT_IDENTITY = {
 }  # fmt: skip
 
 
-def identity_of(recipe: Recipe, prepared: Prepared, model: Path) -> dict[str, Any]:
+def identity_of(recipe: Recipe, prepared: Prepared, folder: ModelFolder) -> dict[str, Any]:
     """The recipe's keys that matter, a digest of the rows, and a fingerprint of the base's weights."""
     settings = {
         f"{key}": value
@@ -31,10 +31,10 @@ def identity_of(recipe: Recipe, prepared: Prepared, model: Path) -> dict[str, An
         if key not in _NOT_IDENTITY
     }
     digest = hashlib.sha256()
-    for dataset in (prepared.train, prepared.valid, prepared.test):
-        for example in dataset.examples if dataset else ():
+    for split in prepared.splits:
+        for example in split.examples:
             digest.update(example.tokens.tobytes() + example.weights.tobytes())
-    return {"base_model_weights": fingerprint(model), "data_rows": digest.hexdigest()} | settings
+    return {"base_model_weights": folder.fingerprint, "data_rows": digest.hexdigest()} | settings
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from backends.interface import Session, TrainState
-from finetune.data.rows import Dataset, Prepared
+from finetune.data.rows import Prepared, Split
 from finetune.data.tokenizer import Tokenizer
 from finetune.errors import Diverged
 from finetune.evaluation.intervals import confusion_matrix, macro_f1, per_class, wilson_interval
@@ -79,7 +79,7 @@ class Evaluation:
 def evaluate(
     session: Session,
     prepared: Prepared,
-    dataset: Dataset,
+    split: Split,
     *,
     name: str,
     micro_tokens: int,
@@ -90,7 +90,7 @@ def evaluate(
 
     `name` says in the progress what is evaluated. Raises MemoryExhausted when a single row does not fit.
     """
-    examples = dataset.examples
+    examples = split.examples
     losses = yield from row_losses(session, examples, micro_tokens, f"{name}: loss")
     predicted: list[str | None] = [None] * len(examples)
     if prepared.task == "classification":
@@ -104,7 +104,7 @@ def evaluate(
         predicted = [*answers]
     results = tuple(
         RowResult(
-            location=example.place,
+            location=example.location,
             prompt=example.prompt,
             expected=example.answer,
             predicted=answer,

@@ -47,7 +47,7 @@ def scored(
                 halves = halve(part)
                 if halves is None:
                     raise MemoryExhausted(
-                        f"{examples[rows[0] // per_example].place}: this row alone does not fit in memory during "
+                        f"{examples[rows[0] // per_example].location}: this row alone does not fit in memory during "
                         f"evaluation ({error}); lower train.max_length or choose a smaller model"
                     ) from None
                 cut = len(halves[0].inputs)
@@ -125,7 +125,7 @@ def write_answers(
             written = session.generate([examples[i].prompt_tokens.tolist() for i in rows], max_tokens, stop)
         except OutOfMemory as error:
             if len(rows) == 1:
-                message = f"{examples[rows[0]].place}: not enough memory to write its answer ({error})"
+                message = f"{examples[rows[0]].location}: not enough memory to write its answer ({error})"
                 raise MemoryExhausted(f"{message}; lower evaluate.max_tokens or choose a smaller model") from None
             together = len(rows) // 2
             continue

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from backends.interface import LoraSpec, ModelSpec, OptimSpec
+from backends.model_folder import ModelFolder
 from finetune.recipe.schema import Recipe
 
 
-def model_spec(recipe: Recipe, folder: Path) -> ModelSpec:
+def model_spec(recipe: Recipe, folder: ModelFolder) -> ModelSpec:
     return ModelSpec(
-        folder,
-        recipe.quantize,
-        recipe.model.dtype,
-        recipe.train.gradient_checkpointing,
-        remote_code=recipe.model.remote_code,
+        path=folder.path,
+        quantize=recipe.quantize,
+        dtype=recipe.model.dtype,
+        checkpointing=recipe.train.gradient_checkpointing,
+        remote_code=folder.remote_code,
+        folder=folder,
     )
 
 

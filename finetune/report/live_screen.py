@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 from types import TracebackType
 from typing import Literal, Protocol
 
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from finetune.events import Event, Progress, RunStarted, StepDone
+from finetune.events import Event, Progress, Result, RunStarted, StepDone, Work
 from finetune.report.plot import sparkline
 from finetune.report.screen import PlainScreen, Status, sentence
 from finetune.report.tables import epoch_table
@@ -125,3 +126,12 @@ def open_screen(console: Console | None = None) -> Screen:
     """The screen that suits the console; its default is standard error. Rich honours NO_COLOR."""
     console = console or Console(stderr=True)
     return LiveScreen(console) if console.is_interactive else PlainScreen(console)
+
+
+def with_progress(events: Generator[Event, None, Result]) -> Result:
+    """What the work returns, its progress on the screen while it goes on."""
+    work = Work(events)
+    with open_screen() as screen:
+        for event in work:
+            screen.show(event)
+    return work.result

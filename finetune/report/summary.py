@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from finetune.data.rows import Dataset, Prepared
+from finetune.data.rows import Prepared
 from finetune.disk.atomic import write_file
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder
@@ -19,13 +16,19 @@ from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.events import StepDone
 from finetune.report.plot import confusion_plot, loss_plot
 from finetune.report.report import Comparison, Report
-from finetune.report.tables import changed_rows_table, comparison_table, confusion_table, epoch_table, per_class_table
+from finetune.report.tables import (
+    account_notes,
+    account_table,
+    changed_rows_table,
+    comparison_table,
+    confusion_table,
+    epoch_table,
+    per_class_table,
+)
 from finetune.text import plain_page
 
 if TYPE_CHECKING:
     from finetune.training.job import Job
-
-ROWS_NAMED = 5  # in the terminal; data.json names them all
 
 
 def print_account(job: Job, run: RunFolder) -> None:
@@ -33,39 +36,8 @@ def print_account(job: Job, run: RunFolder) -> None:
     console = Console(stderr=True)
     console.print(f"run {run.path} on {job.backend}, base {job.recipe.model.path}", markup=False, soft_wrap=True)
     console.print(account_table(job.prepared))
-
-
-def account_table(prepared: Prepared) -> Table:
-    """Rows read, used, shortened and dropped in each split; the first rows shortened and dropped are named."""
-    table = Table("split", "rows", "used", "tokens", "supervised", "shortened", "dropped")
-    splits = {"train": prepared.train, "valid": prepared.valid} | ({"test": prepared.test} if prepared.test else {})
-    for name, split in splits.items():
-        table.add_row(
-            name,
-            f"{split.rows:,}",
-            f"{len(split.examples):,}",
-            f"{sum(len(example.tokens) for example in split.examples):,}",
-            f"{int(sum(example.weights.sum() for example in split.examples)):,}",
-            Text(_count_and_names([PurePath(location).name for location in split.shortened])),
-            Text(_count_and_names([f"{PurePath(location).name}: {reason}" for location, reason in split.dropped])),
-        )
-    table.caption = Text("\n".join(_notes({name: split.notes for name, split in splits.items()})))
-    return table
-
-
-def _notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
-    """Each note once; with the name of its split, unless every split has it."""
-    splits_with: dict[str, list[str]] = {}
-    for split, its_notes in notes.items():
-        for note in its_notes:
-            splits_with.setdefault(note, []).append(split)
-    return [note if len(set(splits)) == len(notes) else f"{splits[0]}: {note}" for note, splits in splits_with.items()]
-
-
-def _count_and_names(rows: Sequence[str]) -> str:
-    if not rows:
-        return "0"
-    return "\n".join([str(len(rows)), *rows[:ROWS_NAMED], *["..."] * (len(rows) > ROWS_NAMED)])
+    for note in account_notes(job.prepared):
+        console.print(note, markup=False, soft_wrap=True)
 
 
 def print_report(report: Report) -> None:
@@ -114,31 +86,13 @@ def print_comparison(console: Console, base: Evaluation, tuned: Evaluation, comp
 
 def account_of(prepared: Prepared) -> dict[str, Any]:
     """What became of every row, for data.json."""
+    splits = {"train": prepared.train, "valid": prepared.valid, "test": prepared.test}
     return {
         "task": prepared.task,
         "format": prepared.format,
         "template": prepared.template,
         "labels": list(prepared.labels),
-        "train": _account_of_split(prepared.train),
-        "valid": _account_of_split(prepared.valid),
-        "test": _account_of_split(prepared.test),
-    }
-
-
-def _account_of_split(split: Dataset | None) -> dict[str, Any] | None:
-    if split is None:
-        return None
-    lengths = sorted(len(example.tokens) for example in split.examples)
-    return {
-        "rows": split.rows,
-        "used": len(split.examples),
-        "tokens": sum(lengths),
-        "supervised_tokens": int(sum(example.weights.sum() for example in split.examples)),
-        "median_length": lengths[len(lengths) // 2] if lengths else 0,
-        "longest": lengths[-1] if lengths else 0,
-        "shortened": list(split.shortened),
-        "dropped": [list(row) for row in split.dropped],
-        "notes": list(split.notes),
+        **{name: split and split.account for name, split in splits.items()},
     }
 
 

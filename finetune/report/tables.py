@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
+from pathlib import PurePath
 from typing import Any, Protocol
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from finetune.data.rows import Example
+from finetune.data.rows import Example, Prepared
 from finetune.evaluation.intervals import worst_confusions
 from finetune.events import Validated
-from finetune.text import shorten
+from finetune.text import harmless, shorten
 
 MOST_LABELS = 12  # in a whole confusion matrix; of a larger one only the most frequent confusions are shown
 WORST = 10  # of those
 ROWS_SHOWN = 5  # fixed rows, and as many broken rows
 TEXT_SHOWN = 160  # characters of a row's text
+LOCATIONS_SHOWN = 5  # of rows that were shortened or left out; data.json has them all
 
 SHOWN_TOKENS = 160  # of a row; the middle of a longer row is left out
 _LONGEST = 8  # tokens that make up a single character
@@ -38,6 +40,39 @@ class Answered(Protocol):
 
 
 Pair = tuple[Answered, Answered]  # the same row under the base and under the tuned model
+
+
+def account_table(prepared: Prepared) -> Table:
+    """What became of the rows of each split, with the first of those that were shortened or left out."""
+    table = Table("split", "rows", "whole", "used", "tokens", "supervised", "shortened", "left out")
+    for split in prepared.splits:
+        figures = (f"{split.account[key]:,}" for key in ("rows", "good", "used", "tokens", "supervised_tokens"))
+        shortened = _counted([_name(location) for location in split.shortened])
+        left_out = _counted([f"{_name(location)}: {reason}" for location, reason in split.left_out])
+        table.add_row(split.name, *figures, shortened, left_out)
+    return table
+
+
+def account_notes(prepared: Prepared) -> list[str]:
+    """What a person should know of how the rows were read: each note once, with its split unless all splits say it."""
+    notes = {split.name: split.notes for split in prepared.splits}
+    distinct = dict.fromkeys(note for split in notes.values() for note in split)
+    first = {note: next(name for name, split in notes.items() if note in split) for note in distinct}
+    return [
+        harmless(note if all(note in split for split in notes.values()) else f"{first[note]}: {note}")
+        for note in distinct
+    ]
+
+
+def _name(location: str) -> str:
+    return PurePath(location).name
+
+
+def _counted(locations: Sequence[str]) -> Text:
+    if not locations:
+        return Text("0")
+    shown = "\n".join(map(harmless, locations[:LOCATIONS_SHOWN]))
+    return Text(f"{len(locations):,}\n{shown}" + ("\n..." if len(locations) > LOCATIONS_SHOWN else ""))
 
 
 def epoch_table(validations: Sequence[Validated], newest: int | None = None) -> Table:

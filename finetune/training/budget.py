@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from backends.memory_plan import (
     kept_states_bytes,
     read_architecture,
 )
-from backends.model_folder import lora_modules
+from backends.model_folder import ModelFolder
 from finetune.data.collate import groups, step_indices, width
 from finetune.data.rows import Example
 from finetune.events import Note
@@ -76,14 +75,14 @@ class Workload:
         return float(block * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head)
 
 
-def workload(recipe: Recipe, folder: Path, examples: Sequence[Example]) -> Workload:
-    """Raises BackendError where the folder is not a model's, or has no such targets."""
+def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Workload:
+    """Raises BackendError where the folder has no weights, or no such targets."""
     plan = make_plan(recipe, len(examples))
     return Workload(
-        architecture=read_architecture(folder, recipe.model.remote_code),
+        architecture=read_architecture(folder),
         model=model_spec(recipe, folder),
         lora=lora_spec(recipe),
-        adapted=lora_modules(folder, lora_spec(recipe), recipe.model.remote_code),
+        adapted=folder.lora_modules(lora_spec(recipe)),
         examples=examples,
         batch_size=recipe.train.batch_size,
         epochs=plan.steps / plan.steps_per_epoch,
@@ -129,7 +128,7 @@ def starting_tokens(job: Job, session: Session) -> Generator[Note, None, int]:
     asked, free = job.recipe.train.micro_tokens, session.free_bytes()
     if free is None or not job.prepared.train.examples:
         return job.recipe.train.tokens_at_once
-    work = workload(job.recipe, job.model, job.prepared.train.examples)
+    work = workload(job.recipe, job.folder, job.prepared.train.examples)
     costs = registry.costs(job.backend, registry.device_kind(session.device))
     if asked != "auto" and work.memory(asked, costs).step <= free:
         return asked

@@ -2,68 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from backends import registry
 from backends.interface import Session
-from backends.model_folder import vocabulary_of
+from backends.model_folder import ModelFolder
 from finetune.data.prepare import prepare
+from finetune.data.problems import refuse
 from finetune.data.rows import Prepared
-from finetune.data.tokenizer import load_tokenizer
+from finetune.data.tokenizer import Tokenizer, load_tokenizer
 from finetune.errors import Incompatible
+from finetune.events import Progress, silently
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec
 
 
 @dataclass(frozen=True)
-class Job:
-    """Everything a command needs once the recipe is read: data first, the model last."""
+class Setup:
+    """A recipe whose model is found and checked, with its tokenizer: what every command but `init` begins with."""
 
     recipe: Recipe
+    folder: ModelFolder
+    tokenizer: Tokenizer
+
+    def session(self, backend: str) -> Session:
+        """The live session; heavy from here on."""
+        model, lora, optim = model_spec(self.recipe, self.folder), lora_spec(self.recipe), optim_spec(self.recipe)
+        return registry.open_session(backend, model, lora, optim, self.recipe.seed)
+
+
+@dataclass(frozen=True)
+class Job(Setup):
+    """Everything a run needs before its model is loaded."""
+
     backend: str
-    model: Path
-    tokenizer: Any
     prepared: Prepared
 
     def open(self) -> Session:
         """The live session; heavy from here on."""
-        return registry.open_session(
-            self.backend,
-            model_spec(self.recipe, self.model),
-            lora_spec(self.recipe),
-            optim_spec(self.recipe),
-            self.recipe.seed,
-        )
+        return self.session(self.backend)
+
+
+def find_folder(recipe: Recipe) -> ModelFolder:
+    """The recipe's model folder, read and checked. Raises RecipeError, EnvironmentProblem or BackendError."""
+    return ModelFolder.open(model_folder(recipe.model), recipe.model.remote_code)
+
+
+def set_up(recipe: Recipe) -> Setup:
+    """The recipe's model folder and its tokenizer. Raises as `find_folder` does."""
+    folder = find_folder(recipe)
+    return Setup(recipe, folder, load_tokenizer(folder))
 
 
 def load_job(recipe: Recipe, backend: str | None = None) -> Job:
+    """`making_ready` without its progress."""
+    return silently(making_ready(recipe, backend))
+
+
+def making_ready(recipe: Recipe, backend: str | None = None) -> Generator[Progress, None, Job]:
     """Check the backend, find the model, read and prepare the data. No model is loaded.
 
     The job's recipe names the format and the task that were recognised, so that later commands need not look again.
+    Raises DataError for rows that stop training, Incompatible for tokens that the model lacks.
     """
     chosen = registry.choose(backend or recipe.backend)
-    model = model_folder(recipe.model)
-    tokenizer = load_tokenizer(model, recipe.model.remote_code)
-    prepared = prepare(recipe, tokenizer, base=Path.cwd())
-    _check_vocabulary(model, tokenizer, prepared)
+    setup = set_up(recipe)
+    prepared = yield from prepare(recipe, setup.tokenizer, base=Path.cwd())
+    refuse(prepared, recipe)
+    _check_vocabulary(setup, prepared)
     data = recipe.data.model_copy(update={"format": prepared.format})
     recipe = recipe.model_copy(update={"data": data, "task": prepared.task})
-    return Job(recipe, chosen, model, tokenizer, prepared)
+    return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
 
 
-def _check_vocabulary(model: Path, tokenizer: Any, prepared: Prepared) -> None:
+def _check_vocabulary(setup: Setup, prepared: Prepared) -> None:
     """Raises Incompatible for tokens that the model lacks: a backend would fail, or read beyond its weights."""
-    known = vocabulary_of(model)
+    known = setup.folder.vocabulary
     if known is None:
         return
-    for split in (prepared.train, prepared.valid, prepared.test):
-        for example in split.examples if split else ():
-            if (most := int(example.tokens.max())) >= known:
-                raise Incompatible(
-                    f"{example.place}: the token {tokenizer.convert_ids_to_tokens(most)!r} is number {most}, and the "
-                    f"model in {model} has {known}. A vocabulary is never enlarged here: give the model its own "
-                    "tokenizer, or enlarge it first (resize_token_embeddings of transformers)"
-                )
+    for example in (example for split in prepared.splits for example in split.examples):
+        if (highest := int(np.max(example.tokens))) >= known:
+            text = setup.tokenizer.convert_ids_to_tokens(highest)
+            raise Incompatible(
+                f"{example.location}: the token {text!r} is number {highest}, and the model in {setup.folder.path} has "
+                f"{known}. A vocabulary is never enlarged here: give the model its own tokenizer, or enlarge it "
+                "first (resize_token_embeddings of transformers)"
+            )

@@ -206,7 +206,7 @@ class Trainer:
 
 
 def _diverged(step: int, error: NonFinite, examples: list[Example], rate: float) -> Diverged:
-    locations = ", ".join(example.place for example in examples[:_ROWS_NAMED])
+    locations = ", ".join(example.location for example in examples[:_ROWS_NAMED])
     more = ", ..." if len(examples) > _ROWS_NAMED else ""
     return Diverged(
         f"step {step}: {error}. The step was not applied, and the last checkpoint is good. Rows of this step: "

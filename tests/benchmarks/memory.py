@@ -118,13 +118,14 @@ def child(case: Case, backend: str, folder: Path) -> dict[str, int]:
     import finetune.run  # noqa: F401  (all that `finetune train` has loaded by then)
     from backends import registry
     from backends.interface import OptimSpec
+    from backends.model_folder import ModelFolder
     from finetune.data.collate import micro_batches
     from finetune.data.tokenizer import load_tokenizer
     from finetune.disk import checkpoint
     from finetune.evaluation.scoring import row_losses
     from finetune.recipe.locate import builtin
 
-    load_tokenizer(builtin("builtin:reviews-base"))
+    load_tokenizer(ModelFolder.open(builtin("builtin:reviews-base")))
     peaks = Peaks()
     registry.choose(backend)
     peaks.end("start")
@@ -159,12 +160,12 @@ def predicted(case: Case, backend: str, folder: Path) -> float:
     """The peak in bytes, as `finetune plan` has it: nothing is loaded."""
     from backends import registry
     from backends.memory_plan import Micro, footprint, read_architecture
-    from backends.model_folder import lora_modules
+    from backends.model_folder import ModelFolder
 
     model, lora = specs(case, folder)
     micro = Micro(min(case.rows, max(case.micro_tokens // case.length, 1)), case.length, case.rows * case.supervised)
-    adapted = lora_modules(folder, lora)
-    return footprint(read_architecture(folder), model, lora, adapted, micro, registry.costs(backend, "cpu")).peak
+    opened, costs = ModelFolder.open(folder), registry.costs(backend, "cpu")
+    return footprint(read_architecture(opened), model, lora, opened.lora_modules(lora), micro, costs).peak
 
 
 def main(backends: list[str]) -> None:

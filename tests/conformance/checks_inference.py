@@ -11,7 +11,7 @@ from backends import registry
 from backends.adapter_state import initial_adapter
 from backends.interface import BackendError, Batch, IncompatibleState, LoraSpec, Session, TrainState
 from backends.micro_batches import joined, own_part
-from backends.model_folder import lora_modules
+from backends.model_folder import ModelFolder
 from tests.conformance.toy import (
     DROPPING,
     LORA,
@@ -33,7 +33,7 @@ PROMPTS = [[5, 9, 33], [7], [101, 4, 4, 62, 8]]
 
 def check_names_shapes_and_types(case: Case) -> None:
     session = case.open(seed=5)
-    modules = lora_modules(case.folder, LORA)
+    modules = ModelFolder.open(case.folder).lora_modules(LORA)
     assert dict(session.lora_shapes) == modules
     assert (session.scheme == "none") == (case.quantize == "none")
     assert session.device and session.peak_bytes() > 0

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from backends import registry
+from backends.model_folder import ModelFolder
 from finetune.data.collate import micro_batches, step_indices
 from finetune.data.prepare import prepare
 from finetune.data.rows import Prepared
 from finetune.data.tokenizer import load_tokenizer
+from finetune.events import silently
 from finetune.recipe.locate import builtin, demo_recipe
 from finetune.recipe.schedule import learning_rate, make_plan
 from finetune.recipe.schema import Recipe, Train
@@ -35,7 +37,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture(scope="module")
 def prepared(recipe: Recipe) -> Prepared:
-    return prepare(recipe, load_tokenizer(builtin(recipe.model.path)), base=Path.cwd())
+    return silently(prepare(recipe, load_tokenizer(ModelFolder.open(builtin(recipe.model.path))), base=Path.cwd()))
 
 
 def losses(name: str, recipe: Recipe, prepared: Prepared) -> np.ndarray:
@@ -43,7 +45,7 @@ def losses(name: str, recipe: Recipe, prepared: Prepared) -> np.ndarray:
     if reason := registry.probe(name):
         pytest.skip(reason)
     lora = replace(lora_spec(recipe), dropout=0.0)
-    model = model_spec(recipe, builtin(recipe.model.path))
+    model = model_spec(recipe, ModelFolder.open(builtin(recipe.model.path)))
     session = registry.open_session(name, model, lora, optim_spec(recipe), recipe.seed)
     plan, examples, found = make_plan(recipe, len(prepared.train.examples)), prepared.train.examples, []
     for step in range(STEPS):

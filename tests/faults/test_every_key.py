@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from backends.interface import BackendError
+from backends.model_folder import ModelFolder
 from finetune.data.collate import micro_batches, step_indices
 from finetune.disk.run_folder import create
 from finetune.errors import FinetuneError
@@ -23,7 +24,7 @@ from finetune.recipe.load import check_recipe
 from finetune.recipe.schedule import learning_rate, make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import model_spec
-from finetune.training.job import Job, load_job
+from finetune.training.job import Job, find_folder, load_job
 from tests.unit.test_recipe import keys
 from tests.unit.toy_run import run_to_report
 
@@ -164,12 +165,12 @@ def hub(world: World, values: Values) -> Any:
 
 def remote_code(world: World, values: Values) -> Any:
     recipe = world.recipe(values)
-    return model_spec(recipe, world.models[0]).remote_code
+    return model_spec(recipe, find_folder(recipe)).remote_code
 
 
 def checkpointing(world: World, values: Values) -> Any:
     recipe = world.recipe(values)
-    return model_spec(recipe, world.models[0]).checkpointing
+    return model_spec(recipe, find_folder(recipe)).checkpointing
 
 
 def backend(world: World, values: Values) -> Any:
@@ -183,12 +184,13 @@ def output(world: World, values: Values) -> Any:
 def survey(world: World, values: Values) -> Any:
     """What `finetune check` says of the groups."""
     from finetune.check.balance import weigh
-    from finetune.data.prepare import gather
+    from finetune.data.prepare import prepare
     from finetune.data.tokenizer import load_tokenizer
+    from finetune.events import silently
 
     recipe = world.recipe(values)
-    gathered = gather(recipe, load_tokenizer(world.models[0]), Path.cwd())
-    return weigh(gathered.sources, ("bad", "good"), recipe.data.groups).groups
+    prepared = silently(prepare(recipe, load_tokenizer(ModelFolder.open(world.models[0])), Path.cwd()))
+    return weigh(prepared.splits, ("bad", "good"), recipe.data.groups).groups
 
 
 @dataclass(frozen=True)

@@ -189,10 +189,10 @@ def test_no_kernel_is_fetched_where_the_package_kernels_is_installed(tmp_path: P
 
 @pytest.mark.parametrize("name", ["builtin:../recipe.py", "builtin:reviews/../../recipe.jsonl", "builtin:/etc/passwd"])
 def test_builtin_data_are_those_of_the_package(world: World, name: str) -> None:
-    from finetune.data.read import read_rows
+    from finetune.data.read import read
 
     with pytest.raises(DataError, match="no such file in the package"):
-        read_rows(name, base=world.folder)
+        read(name, world.folder)
 
 
 @pytest.mark.parametrize("file", ["../../recipe.yaml", "..yaml", "; rm -rf $HOME \n'.yaml", "a b/../c.yaml"])

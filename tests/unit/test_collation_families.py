@@ -19,13 +19,13 @@ import pytest
 
 from backends.interface import Batch
 from backends.micro_batches import joined
-from finetune.check.tokens import TokenChecker
+from finetune.check.tokens import check_tokens
 from finetune.data import chat_template as chat
 from finetune.data import collate as batches
 from finetune.data import loss_mask as tokenise
-from finetune.data import prepare
-from finetune.data.loss_mask import Tokenised
+from finetune.data.prepare import prepare
 from finetune.data.rows import Example
+from finetune.events import silently
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import Recipe
 from tests.faults.cases import amounts
@@ -78,7 +78,7 @@ def prepared(
     """What each row says by hand, and what it became; both in order."""
     family = FAMILIES[name]
     found = list(talks(family, rows, seed, begin))
-    made = prepare.prepare(recipe_of(folder, found), tokenizer_of(name), base=folder).train
+    made = silently(prepare(recipe_of(folder, found), tokenizer_of(name), base=folder)).train
     assert made.rows == rows and not made.dropped and not made.shortened
     return [pieces for talk in found for pieces in family.written(talk)], list(made.examples)
 
@@ -224,11 +224,9 @@ def test_rows_of_one_beginning_share_it(name: str, tmp_path: Path) -> None:
 def test_check_finds_no_fault_in_them(name: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(name)
     recipe = recipe_of(tmp_path, list(talks(FAMILIES[name], 50, 3, "")))
-    found = prepare.gather(recipe, tokenizer, tmp_path)
-    checker = TokenChecker(tokenizer, True, len(tokenizer))
-    for chunk in prepare.tokenised(tokenizer, found.renderer, found.sources[0]):
-        checker.look(chunk.rows)
-    assert checker.found.rows >= 50 and not checker.found.total, checker.found.faults
+    found = silently(prepare(recipe, tokenizer, tmp_path))
+    checked = silently(check_tokens(found, tokenizer, True, len(tokenizer)))
+    assert checked.rows >= 50 and not checked.total, checked.faults
 
 
 real = {
@@ -237,14 +235,14 @@ real = {
     "groups": batches.groups,
     "_turn": chat.ChatRenderer._turn,
     "_supervised": chat.ChatRenderer._supervised,
-    "_weigh": tokenise._weigh,
-    "_finish": tokenise._finish,
+    "_mask": tokenise._mask,
+    "_example": tokenise._example,
 }
 
 
-def _masked(row: Tokenised, token: int) -> Tokenised:
-    weights = [0.0 if one == token else weight for one, weight in zip(row.tokens, row.weights, strict=True)]
-    return replace(row, weights=weights)
+def _masked(rendered: Any, row: Any, begin: int, eos: int) -> Example:
+    made = real["_example"](rendered, row, begin, eos)
+    return replace(made, weights=made.weights * (made.tokens != eos).astype(np.float32))
 
 
 def _without_end(self: Any, *texts: str) -> tuple[int, int, int]:
@@ -262,14 +260,12 @@ def _padding_learned(examples: Sequence[Example], share: bool = True) -> Batch:
     return replace(batch, weights=np.where(batch.targets == 0, np.float32(1), batch.weights))
 
 
-def _everything(rendered: Any, tokens: list[int], borders: list[int], first: int) -> Tokenised:
-    row = real["_weigh"](rendered, tokens, borders, first)
-    return replace(row, weights=[1.0] * len(tokens))
+def _everything(count: int, *borders: Any) -> Any:
+    return np.ones(count, np.float32)
 
 
-def _one_late(rendered: Any, tokens: list[int], borders: list[int], first: int) -> Tokenised:
-    row = real["_weigh"](rendered, tokens, borders, first)
-    return replace(row, weights=[0.0, *row.weights[:-1]])
+def _one_late(*borders: Any) -> Any:
+    return np.array([0.0, *real["_mask"](*borders)[:-1]], np.float32)
 
 
 FAULTS: dict[str, tuple[str, Any, str, Any]] = {
@@ -283,9 +279,9 @@ FAULTS: dict[str, tuple[str, Any, str, Any]] = {
     "only the last turn learned": ("mistral", chat.ChatRenderer, "_supervised", lambda self, record: [
         len(record.messages) - 1
     ]),
-    "the prompt learned": ("llama 2", tokenise, "_weigh", _everything),
-    "the mask one token late": ("command r", tokenise, "_weigh", _one_late),
-    "pad is EOS, and EOS is masked": ("zephyr", tokenise, "_finish", lambda row, eos: _masked(row, eos)),
+    "the prompt learned": ("llama 2", tokenise, "_mask", _everything),
+    "the mask one token late": ("command r", tokenise, "_mask", _one_late),
+    "pad is EOS, and EOS is masked": ("zephyr", tokenise, "_example", _masked),
     "weights not shifted": ("gemma", batches, "collate", _unshifted),
     "padding learned": ("qwen 3", batches, "collate", _padding_learned),
     "the short step dropped": ("granite", batches, "order", lambda n, size, *rest: [

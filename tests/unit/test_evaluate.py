@@ -122,7 +122,7 @@ def test_every_row_is_scored_once_whatever_the_memory(live: Session) -> None:
 
 def test_a_row_that_does_not_fit_alone_is_named(live: Session) -> None:
     longest = max(dataset("valid", ROWS, 2).examples, key=lambda one: len(one.tokens))
-    with pytest.raises(MemoryExhausted, match=f"{longest.place}: this row alone") as caught:
+    with pytest.raises(MemoryExhausted, match=f"{longest.location}: this row alone") as caught:
         measured(Small(live, 16))
     assert caught.value.exit_code == 5
 

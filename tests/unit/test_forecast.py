@@ -17,6 +17,7 @@ from rich.console import Console
 
 from backends import rate, registry
 from backends.interface import LoraSpec
+from backends.model_folder import ModelFolder
 from finetune.commands.plan import forecast as table
 from finetune.data.collate import micro_batches, step_indices
 from finetune.data.rows import Example
@@ -133,7 +134,7 @@ def test_the_plan_shows_every_machine(tmp_path: Path, layers: Any, kept: bool) -
         "train": {"micro_tokens": "auto"},
     }  # fmt: skip
     console = Console(width=200, record=True, file=io.StringIO())
-    for part in table(check_recipe(values), model_folder(tmp_path), examples([40] * 20)):
+    for part in table(check_recipe(values), ModelFolder.open(model_folder(tmp_path)), examples([40] * 20)):
         console.print(part)
     text = console.export_text()
     assert all(machine.name in text for _, machine in registry.machines())
@@ -145,7 +146,7 @@ def test_the_plan_shows_every_machine(tmp_path: Path, layers: Any, kept: bool) -
 def job(micro_tokens: Any) -> Any:
     values = {"model": {"path": "m"}, "data": {"train": "t"}, "train": {"micro_tokens": micro_tokens}}
     rows = SimpleNamespace(train=SimpleNamespace(examples=work().examples))
-    return SimpleNamespace(recipe=check_recipe(values), backend="torch", prepared=rows, model="folder")
+    return SimpleNamespace(recipe=check_recipe(values), backend="torch", prepared=rows, folder="folder")
 
 
 def started(monkeypatch: pytest.MonkeyPatch, micro_tokens: Any, free: int | None) -> tuple[int, list[str]]:

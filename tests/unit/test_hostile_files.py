@@ -16,8 +16,7 @@ from safetensors.numpy import save
 
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec
-from backends.model_folder import lora_modules
-from backends.untrusted import check_folder
+from backends.model_folder import ModelFolder
 from finetune.data.tokenizer import encode_prompt, load_tokenizer, stop_tokens
 from finetune.disk import checkpoint as checkpoints
 from finetune.disk.adapter import check_base, read_adapter
@@ -61,6 +60,10 @@ def _libraries_loaded(tmp_path_factory: pytest.TempPathFactory) -> None:
     registry.open_session("reference", ModelSpec(folder), LoraSpec(2, 4.0), OptimSpec(), 0)
 
 
+def lora_modules(folder: Path) -> dict[str, tuple[int, int]]:
+    return ModelFolder.open(folder).lora_modules(LoraSpec(2, 4.0))
+
+
 def accepted_by_the_library(file: Path) -> bool:
     try:
         with safe_open(file, framework="numpy"):
@@ -75,7 +78,7 @@ def test_damaged_weights_are_refused_exactly_where_the_library_refuses_them(tmp_
     taken = 0
     for _ in range(160 * times):
         folder = model(tmp_path / "m", weights=damaged_tensors(rng, weights))
-        message = refused(lora_modules, folder, LoraSpec(2, 4.0))
+        message = refused(lora_modules, folder)
         if not accepted_by_the_library(folder / "model.safetensors"):
             assert message is not None
             assert "model.safetensors" in message
@@ -104,10 +107,10 @@ def lies() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", lies())
 def test_lying_weights(tmp_path: Path, kind: str) -> None:
-    assert refused(lora_modules, model(tmp_path / "one", weights=lies()[kind]), LoraSpec(2, 4.0))
+    assert refused(lora_modules, model(tmp_path / "one", weights=lies()[kind]))
     beside = model(tmp_path / "two")
     (beside / "consolidated.safetensors").write_bytes(lies()[kind])
-    assert refused(lora_modules, beside, LoraSpec(2, 4.0)) or kind == "no tensors"
+    assert refused(lora_modules, beside) or kind == "no tensors"
 
 
 @quick_and_slow
@@ -137,16 +140,16 @@ def test_damaged_adapters(tmp_path: Path, times: int) -> None:
 
 @quick_and_slow
 def test_the_base_that_an_adapter_names_is_only_a_name(tmp_path: Path, times: int) -> None:
-    rng, folder = random.Random(4), model(tmp_path / "base")
+    rng, opened = random.Random(4), ModelFolder.open(model(tmp_path / "base"))
     for _ in range(20 * times):
         (tmp_path / "adapter_config.json").write_text(damaged_json(rng, ADAPTER))
-        refused(check_base, tmp_path, folder, "org/base")
+        refused(check_base, tmp_path, opened, "org/base")
     other = ADAPTER | {"base_model_name_or_path": str(tmp_path / "canary"), "finetune": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(other))
-    assert refused(check_base, tmp_path, folder, "org/base") is None
+    assert refused(check_base, tmp_path, opened, "org/base") is None
     (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER | {"finetune": None}))
-    assert refused(check_base, tmp_path, folder, "mirror/Base") is None
-    assert "org/base" in (refused(check_base, tmp_path, folder, "org/other") or "")
+    assert refused(check_base, tmp_path, opened, "mirror/Base") is None
+    assert "org/base" in (refused(check_base, tmp_path, opened, "org/other") or "")
 
 
 @quick_and_slow
@@ -192,8 +195,8 @@ def tokenizer_folder(folder: Path, tokenizer: str | None = None, config: str | N
 
 
 def use_tokenizer(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    stop_tokens(tokenizer, folder)
+    tokenizer = load_tokenizer(ModelFolder.open(folder))
+    stop_tokens(tokenizer)
     encode_prompt(tokenizer, "abc ab" * 20)
 
 
@@ -210,7 +213,7 @@ def test_damaged_tokenizers(tmp_path: Path, times: int) -> None:
         refused(use_tokenizer, tokenizer_folder(tmp_path / "t", **which))
     pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     endless = tokenizer_folder(tmp_path / "t", json.dumps(TOKENIZER | {"pre_tokenizer": pattern}))
-    assert refused(lambda: encode_prompt(load_tokenizer(endless), "a" * 50 + "!"))
+    assert refused(lambda: encode_prompt(load_tokenizer(ModelFolder.open(endless)), "a" * 50 + "!"))
     huge = tokenizer_folder(tmp_path / "t")
     with (huge / "tokenizer.json").open("r+b") as opened:
         opened.truncate(10**9)  # a file with a hole: no such disk is needed
@@ -228,7 +231,7 @@ def test_an_index_names_files_of_the_folder(tmp_path: Path, shard: Any) -> None:
     folder = model(tmp_path / "m")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "canary.safetensors").write_bytes(model_bytes())
-    assert refused(check_folder, folder)
+    assert refused(ModelFolder.open, folder)
 
 
 @pytest.mark.parametrize("name", ["model-2.safetensors", "tokenizer.json", "chat_template.jinja", "notes"])
@@ -236,11 +239,11 @@ def test_links_stay_in_the_folder_or_its_hub_cache(tmp_path: Path, name: str) ->
     (tmp_path / "canary").write_bytes(model_bytes())
     folder = model(tmp_path / "m")
     (folder / name).symlink_to(tmp_path / "canary")
-    assert "link out of" in (refused(check_folder, folder) or "")
+    assert "link out of" in (refused(ModelFolder.open, folder) or "")
     snapshot = model(tmp_path / "models--a--b" / "snapshots" / "abc")
     (tmp_path / "models--a--b" / "blobs").mkdir()
     (tmp_path / "models--a--b" / "blobs" / "123").write_bytes(model_bytes())
     (snapshot / name).symlink_to("../../blobs/123")
-    assert refused(check_folder, snapshot) is None
+    assert refused(ModelFolder.open, snapshot) is None
     (snapshot / "extra.json").symlink_to("../../../canary")
-    assert "link out of" in (refused(check_folder, snapshot) or "")
+    assert "link out of" in (refused(ModelFolder.open, snapshot) or "")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.model_folder import tensor_shapes
+from backends.model_folder import ModelFolder
 from tests.tiny_models import tiny_llama
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells this")
@@ -80,7 +80,11 @@ def growth(backend: str, models: dict[str, Path], kept: str, quantize: str, dtyp
 
 
 def weights(folder: Path, bits: float) -> float:
-    return sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in tensor_shapes(folder).values()) * bits / 8
+    return (
+        sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in ModelFolder.open(folder).shapes.values())
+        * bits
+        / 8
+    )
 
 
 CASES = [

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from backends import registry
 from backends.interface import Architecture, Costs, LoraSpec, ModelSpec, Size
 from backends.memory_plan import Footprint, Micro, first_adapted, footprint, read_architecture, weight_bytes
+from backends.model_folder import ModelFolder
 
 FLOAT, HALF = ModelSpec(Path("model"), dtype="float32"), ModelSpec(Path("model"), dtype="bfloat16")
 ROWS = Micro(8, 128, 64)
@@ -173,7 +174,7 @@ def model_folder(folder: Path, tied: bool = True) -> Path:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_folder_says_its_sizes(tmp_path: Path, tied: bool) -> None:
-    expected, found = architecture(2), read_architecture(model_folder(tmp_path, tied))
+    expected, found = architecture(2), read_architecture(ModelFolder.open(model_folder(tmp_path, tied)))
     assert replace(found, stored=0, modules={}) == replace(
         expected, stored=0, modules={}, other=expected.other * (1 if tied else 2)
     )

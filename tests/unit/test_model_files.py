@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from backends.model_folder import legacy_rope, read_config
+from backends.model_folder import ModelFolder, legacy_rope
 
 
 @pytest.mark.parametrize(
@@ -71,4 +71,4 @@ def test_a_nested_text_model_is_repaired_where_it_is() -> None:
 def test_reading_a_config_adds_the_older_keys_and_changes_nothing_else(tmp_path: Path) -> None:
     written = {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
     (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
-    assert read_config(tmp_path) == written | {"rope_theta": 5e5, "rope_scaling": None}
+    assert ModelFolder.open(tmp_path).config == written | {"rope_theta": 5e5, "rope_scaling": None}

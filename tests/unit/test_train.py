@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_does_harm(tmp_path: Pa
             events.append(event)
     assert caught.value.exit_code == 4
     assert f"step {bad}: " in str(caught.value)
-    named = [one.place for one in made.prepared.train.examples if one.place in str(caught.value)]
+    named = [one.location for one in made.prepared.train.examples if one.location in str(caught.value)]
     assert len(named) >= 1
     assert [event.step for event in of(StepDone, events)] == list(range(1, bad))
     saved = _newest(tmp_path)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from backends.model_folder import vocabulary_of
 from finetune.disk.run_folder import create
 from finetune.evaluation.verdict import IN_A_ROW, Watch, divergence
 from finetune.events import Event, Note, StepDone, Validated
@@ -62,7 +61,7 @@ def test_a_run_above_guessing_says_so_on_the_screen_and_in_the_report(recipe, mo
             return replace(found, loss=found.loss + 20)
 
     job = load_job(recipe)
-    assert vocabulary_of(job.model) == 320
+    assert job.folder.vocabulary == 320
     opened = job.open
     monkeypatch.setattr(type(job), "open", lambda self: Worse(opened()))
     run, events = create(job.recipe, "worse"), []

@@ -12,7 +12,7 @@ import numpy as np
 
 from backends import registry
 from backends.interface import Batch, LoraSpec, ModelSpec, NonFinite, OptimSpec, OutOfMemory, Scores, Session
-from finetune.data.rows import Dataset, Example, Prepared
+from finetune.data.rows import Example, Prepared, Split
 from finetune.disk.checkpoint import Checkpoints
 from finetune.disk.run_folder import RunFolder
 from finetune.events import Event, Result, StepDone, Work
@@ -41,7 +41,7 @@ def session(folder: Path, dropout: float = 0.2, seed: int = 0) -> Session:
     return registry.open_session("reference", ModelSpec(model_folder(folder)), lora, OptimSpec(), seed)
 
 
-def dataset(name: str, rows: int, seed: int) -> Dataset:
+def dataset(name: str, rows: int, seed: int) -> Split:
     """Random prompts of 2 to 20 tokens, each with a label and the end token after it."""
     rng = np.random.default_rng(seed)
     examples = []
@@ -50,15 +50,23 @@ def dataset(name: str, rows: int, seed: int) -> Dataset:
         label = row % len(LABELS)
         tokens = np.array([*prompt, *LABEL_TOKENS[label], *STOP], np.int32)
         weights = (np.arange(len(tokens)) >= len(prompt)).astype(np.float32)
-        place, text = f"{name}.jsonl:{row + 1}", f"question {row}"
-        examples.append(Example(tokens, weights, place, LABELS[label], text, len(prompt)))
-    return Dataset(tuple(examples), rows)
+        location, text = f"{name}.jsonl:{row + 1}", f"question {row}"
+        examples.append(Example(tokens, weights, location, LABELS[label], text, len(prompt)))
+    return Split(name=name, rows=rows, examples=tuple(examples))
 
 
 def prepared(train: int = 13, valid: int = 7, task: str = "classification") -> Prepared:
-    labels = (LABELS, LABEL_TOKENS) if task == "classification" else ((), ())
-    rows = dataset("train", train, 1), dataset("valid", valid, 2)
-    return Prepared(task, "classification", "plain", *rows, None, *labels, STOP)  # type: ignore[arg-type]
+    labels, label_tokens = (LABELS, LABEL_TOKENS) if task == "classification" else ((), ())
+    return Prepared(
+        task=task,  # type: ignore[arg-type]
+        format="classification",
+        template="plain",
+        train=dataset("train", train, 1),
+        valid=dataset("valid", valid, 2),
+        labels=labels,
+        label_tokens=label_tokens,
+        stop_tokens=STOP,
+    )
 
 
 def recipe(**sections: Any) -> Recipe:

@@ -9,24 +9,23 @@ import pytest
 
 from finetune.check import duplicates
 from finetune.check.duplicates import Duplicates, Pair, find_duplicates, shingles
-from finetune.data.prepare import Source
-from finetune.data.rows import Record
-from tests.unit.toy_run import result_of
+from finetune.data.rows import Record, Split
+from tests.unit.check.surveys import finished
 
 WORDS = [f"word{i}" for i in range(2000)]
 
 
-def duplicates_in(sources: list[Source], labelled: bool) -> Duplicates:
-    return result_of(find_duplicates(sources, labelled))
+def duplicates_of(*splits: Split, labelled: bool = True) -> Duplicates:
+    return finished(find_duplicates(splits, labelled))
 
 
-def source(name: str, *texts: str, answers: list[str] | None = None) -> Source:
+def split(name: str, *texts: str, answers: list[str] | None = None) -> Split:
     answers = answers or ["yes"] * len(texts)
     records = [
         Record(f"{name}:{i}", text, answer=answer)
         for i, (text, answer) in enumerate(zip(texts, answers, strict=True), 1)
     ]
-    return Source(name, records, [], ())
+    return Split(name=name, rows=len(records), records=records)
 
 
 def sentence(draw: random.Random, words: int = 40) -> list[str]:
@@ -34,15 +33,15 @@ def sentence(draw: random.Random, words: int = 40) -> list[str]:
 
 
 def test_exact_duplicates_whatever_their_case_and_spaces():
-    found = duplicates_in([source("train", "A good film", "another", "a  GOOD\nfilm")], True)
+    found = duplicates_of(split("train", "A good film", "another", "a  GOOD\nfilm"))
     assert found.exact == [Pair("train:3", "train:1", 1.0)]
     assert not found.near and not found.leaks
 
 
 def test_the_answer_counts_where_it_is_no_label():
-    rows = source("train", "how are you", "how are you", answers=["fine", "well"])
-    assert not duplicates_in([rows], False).exact
-    assert len(duplicates_in([rows], True).exact) == 1
+    rows = split("train", "how are you", "how are you", answers=["fine", "well"])
+    assert not duplicates_of(rows, labelled=False).exact
+    assert len(duplicates_of(rows).exact) == 1
 
 
 def test_near_duplicates_are_found_with_their_similarity():
@@ -50,8 +49,8 @@ def test_near_duplicates_are_found_with_their_similarity():
     rows = [sentence(draw) for _ in range(200)]
     for i in range(0, 100, 5):
         rows.append([*rows[i][:-1], "other"])
-    found = duplicates_in([source("train", *map(" ".join, rows))], True)
-    assert [(one.place, one.other) for one in found.near] == [
+    found = duplicates_of(split("train", *map(" ".join, rows)))
+    assert [(one.location, one.other) for one in found.near] == [
         (f"train:{201 + k}", f"train:{5 * k + 1}") for k in range(20)
     ]
     assert {one.similarity for one in found.near} == {round(37 / 39, 3)}
@@ -60,18 +59,19 @@ def test_near_duplicates_are_found_with_their_similarity():
 def test_leaks_name_both_rows_and_are_found_through_every_split():
     draw = random.Random(1)
     shared, near = sentence(draw), sentence(draw)
-    train = source("train", " ".join(shared), " ".join(near))
-    valid = source("valid", " ".join(shared).upper())
-    test = source("test", " ".join([*near[1:], "x"]), "fresh words that stand nowhere else at all")
-    found = duplicates_in([train, valid, test], True)
-    assert [(a, b, one.place, one.other) for a, b, one in found.leaks] == [
+    train = split("train", " ".join(shared), " ".join(near))
+    valid = split("valid", " ".join(shared).upper())
+    test = split("test", " ".join([*near[1:], "x"]), "fresh words that stand nowhere else at all")
+    found = duplicates_of(train, valid, test)
+    assert [(a, b, one.location, one.other) for a, b, one in found.leaks] == [
         ("valid", "train", "valid:1", "train:1"),
         ("test", "train", "test:1", "train:2"),
     ]
 
 
 def test_the_same_question_leaks_whatever_its_answer():
-    found = duplicates_in([source("train", "who is it"), source("test", "who is it", answers=["nobody"])], False)
+    rows = split("train", "who is it"), split("test", "who is it", answers=["nobody"])
+    found = duplicates_of(*rows, labelled=False)
     assert len(found.leaks) == 1
 
 
@@ -81,7 +81,7 @@ def test_near_is_decided_by_the_sets_themselves(changed, is_near):
     for _ in range(30):
         first = sentence(draw, 60)
         other = [f"new{i}" for i in range(changed)] + first[changed:]
-        found = duplicates_in([source("train", " ".join(first), " ".join(other) + " .")], True)
+        found = duplicates_of(split("train", " ".join(first), " ".join(other) + " ."))
         assert bool(found.near or found.exact) == is_near
 
 
@@ -92,7 +92,7 @@ def test_rows_of_one_template_cost_no_more(monkeypatch):
     rows = [f"{frame} {' '.join(sentence(draw, 6))}" for _ in range(3000)]
     compared = []
     monkeypatch.setattr(duplicates, "_note", lambda *args: compared.append(args[1:3]))
-    duplicates_in([source("train", *rows)], True)
+    duplicates_of(split("train", *rows))
     assert 2900 < len(compared) < 3000
 
 

@@ -10,14 +10,17 @@ from hypothesis import strategies as st
 from finetune.check.balance import contradictions, count_groups, telling_words, weigh
 from finetune.check.enough import judge
 from finetune.check.lengths import histogram, measure, padding
-from finetune.data.prepare import Source
-from finetune.data.rows import Record
+from finetune.data.rows import Example, Prepared, Record, Split
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Recipe
 
 
 def recipe(**train: int) -> Recipe:
     return Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "train": train})
+
+
+def split(name: str, records: list[Record]) -> Split:
+    return Split(name=name, rows=len(records), records=records)
 
 
 def labelled(*rows: tuple[str, str], **columns: str) -> list[Record]:
@@ -39,7 +42,10 @@ def test_padding_is_the_share_of_positions_without_a_token():
 def test_grouping_by_length_pads_less_than_the_file_order():
     draw = np.random.default_rng(0)
     lengths = draw.integers(10, 1000, 256).tolist()
-    found = measure(lengths, lengths, recipe(batch_size=32, micro_tokens=2048), [], [], [])
+    examples = tuple(Example(np.zeros(n, np.int32), np.ones(n, np.float32), "a:1") for n in lengths)
+    train = Split(name="train", rows=256, examples=examples, lengths=tuple(lengths))
+    rows = Prepared(task="text", format="text", template="plain", train=train, valid=Split(name="valid", rows=0))
+    found = measure(rows, recipe(batch_size=32, micro_tokens=2048))
     assert found.padding < 0.5 * found.padding_naive
     assert found.percentiles[100] == max(lengths) and found.percentiles[1] <= found.percentiles[50]
 
@@ -66,12 +72,12 @@ def test_contradictions_name_their_rows():
 
 def test_groups_by_column_and_by_words():
     rows = labelled(("She left", "a"), ("he stayed", "b"), ("it rained; she sang", "b"))
-    sources = [Source("train", rows, [], ())]
+    sources = [split("train", rows)]
     found = count_groups(sources, {"women": ["she", "her"], "men": ["he", "his"], "none": ["zzz"]})
     assert {name: (one.rows, dict(one.labels)) for name, one in found.items()} == {
         "women": (2, {"a": 1, "b": 1}), "men": (1, {"b": 1}), "none": (0, {}),
     }  # fmt: skip
-    by_column = [Source("train", labelled(("x", "a"), group="g1") + labelled(("y", "b"), group="g2"), [], ())]
+    by_column = [split("train", labelled(("x", "a"), group="g1") + labelled(("y", "b"), group="g2"))]
     assert {name: one.share for name, one in count_groups(by_column, "group").items()} == {"g1": 0.5, "g2": 0.5}
     with pytest.raises(RecipeError, match="no row has a column nothing"):
         count_groups(by_column, "nothing")
@@ -79,7 +85,7 @@ def test_groups_by_column_and_by_words():
 
 def test_labels_are_counted_in_each_split():
     train, test = labelled(("x", "a"), ("y", "b"), ("z", "b")), labelled(("w", "a"))
-    found = weigh([Source("train", train, [], ()), Source("test", test, [], ())], ("a", "b"), None)
+    found = weigh([split("train", train), split("test", test)], ("a", "b"), None)
     assert found.labels == {"train": {"a": 1, "b": 2}, "test": {"a": 1, "b": 0}}
 
 
@@ -100,5 +106,5 @@ def test_the_rarest_label_or_the_examples_decide(examples, labels, level):
 
 def test_reasons_hold_the_figures():
     text = "\n".join(judge(100, {"a": 96, "b": 4}, 100, 1000, 50_000, 6).reasons)
-    for said in ("4 rows with the label b", "macro F1", "50.0 to one", "learned by heart", "within 10 points"):
+    for said in ('rarest label "b" has 4 rows', "macro F1", "50.0 to one", "learned by heart", "within 10 points"):
         assert said in text

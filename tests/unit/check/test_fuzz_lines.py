@@ -33,7 +33,7 @@ def one_file(path: Path, draw: random.Random, kinds: list[str]) -> None:
     named = dict([*found.bad, *bad])
     wanted = {f"{path.name}:{number + 1}": kind for number, kind in damaged.items()}
     assert named.keys() == wanted.keys(), {wanted.get(place, place) for place in named.keys() ^ wanted.keys()}
-    assert Counter(record.place for record in records) == Counter(
+    assert Counter(record.location for record in records) == Counter(
         f"{path.name}:{number + 1}" for number in range(ROWS) if number not in chosen
     )
     assert all(len(reason) > 20 for reason in named.values()), named

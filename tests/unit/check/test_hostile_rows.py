@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.formats import recognise
-from finetune.data.problems import settle
+from finetune.data.problems import refuse_rows
 from finetune.data.read import ENDINGS, read
 from finetune.data.records import read_records
 from finetune.errors import DataError
@@ -71,7 +71,7 @@ def test_no_message_commands_the_terminal(tmp_path, content):
     (tmp_path / "a.csv").write_text(content, encoding="utf-8")
     with pytest.raises(DataError) as caught:
         found = read("a.csv", tmp_path)
-        settle([*found.bad, *read_records(found.rows, recognise(found.rows))[1]], "stop")
+        refuse_rows([*found.bad, *read_records(found.rows, recognise(found.rows))[1]])
     assert not set(COMMAND) & {"\x1b", "\x07", "\u202e"} & set(str(caught.value))
 
 

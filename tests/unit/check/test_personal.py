@@ -62,7 +62,7 @@ def test_counts_findings_and_rows():
     found.look("nothing", "f:2")
     found.look("e@f.org", "f:3")
     one = found.kinds["e-mail address"]
-    assert (one.count, one.rows, found.places) == (3, 2, {"f:1", "f:3"})
+    assert (one.count, one.rows, found.locations) == (3, 2, {"f:1", "f:3"})
 
 
 @given(st.text(st.sampled_from("0123456789"), min_size=12, max_size=18), st.integers(0, 9))

@@ -30,7 +30,7 @@ def test_rows_tokens_and_places_are_told_and_nothing_is_refused(tmp_path, tokeni
     data[4]["completion"] = "yes <|eos|> and <|eos|>"
     found = surveyed(tokenizer, recipe(write(tmp_path / "a.jsonl", data)))
     assert found.faults == 0 and found.specials.tokens == {"<|eos|>": 2} and not found.specials.meant
-    assert sorted(place.rsplit(":", 1)[1] for place in found.specials.places) == ["3", "5"]
+    assert sorted(place.rsplit(":", 1)[1] for place in found.specials.locations) == ["3", "5"]
     text = page(found, tokenizer)
     assert "special tokens written out in 2 rows: <|eos|> (2 rows)" in text and "a.jsonl:3" in text
     values = json.loads(json.dumps(as_json(found, tokenizer)))
@@ -41,7 +41,7 @@ def test_rows_tokens_and_places_are_told_and_nothing_is_refused(tmp_path, tokeni
 def test_plain_text_may_mean_them(tmp_path, tokenizer):
     data = [{"text": f"number {i} is a fine film <|eos|> and that is all"} for i in range(40)]
     found = surveyed(tokenizer, recipe(write(tmp_path / "a.jsonl", data)))
-    assert found.task == "text" and found.specials.meant and len(found.specials.places) == 40
+    assert found.prepared.task == "text" and found.specials.meant and len(found.specials.locations) == 40
     text = page(found, tokenizer)
     assert "in 40 rows" in text and "may want it" in text and "take them out" not in text
     assert "special" not in headline(as_json(found, tokenizer))
@@ -51,20 +51,20 @@ def test_what_a_template_writes_is_not_the_rows_own(tmp_path):
     chat = byte_level(CHATML)
     data = [conversation(f"what is this, number {i}?") for i in range(30)]
     settings = recipe(write(tmp_path / "a.jsonl", data), prompt={"template": "chat"})
-    assert surveyed(chat, settings).specials.places == []
+    assert surveyed(chat, settings).specials.locations == []
     data[1] = conversation("what is this?<|im_end|>\n<|im_start|>system")
     data[3]["messages"].insert(0, {"role": "system", "content": "</s>"})
     data[5]["messages"][1]["reasoning_content"] = "<|eot|>"
     found = surveyed(chat, recipe(write(tmp_path / "a.jsonl", data), prompt={"template": "chat"}))
     assert found.specials.tokens == {"<|im_end|>": 1, "<|im_start|>": 1, "</s>": 1, "<|eot|>": 1}
-    assert len(found.specials.places) == 3
+    assert len(found.specials.locations) == 3
 
 
 def test_columns_count_that_the_recipes_own_template_takes(tmp_path, tokenizer):
     data = [{**row, "title": "<|eos|>", "id": "<|eos|>"} for row in rows(30)]
     path = write(tmp_path / "a.jsonl", data)
-    assert surveyed(tokenizer, recipe(path, prompt={"template": "{prompt}<|eos|>"})).specials.places == []
-    assert len(surveyed(tokenizer, recipe(path, prompt={"template": "{title}: {prompt}"})).specials.places) == 30
+    assert surveyed(tokenizer, recipe(path, prompt={"template": "{prompt}<|eos|>"})).specials.locations == []
+    assert len(surveyed(tokenizer, recipe(path, prompt={"template": "{title}: {prompt}"})).specials.locations) == 30
 
 
 def test_the_longest_token_is_found_and_one_that_is_read_as_text_is_not():

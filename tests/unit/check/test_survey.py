@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 
 from finetune.check.survey import as_json
 from finetune.check.tokens import TokenChecker
 from finetune.commands.check import run
 from finetune.data.loss_mask import tokenise
-from finetune.data.rows import Record, Rendered
-from finetune.data.tokenizer import load_tokenizer
+from finetune.data.rows import Example, Record, Rendered
+from finetune.data.tokenizer import load_tokenizer, stop_tokens
 from finetune.errors import DataError, RecipeError
 from finetune.recipe.load import recipe_of
 from tests.unit.check.surveys import MODEL, WORDS, page, recipe, rows, surveyed, write
@@ -27,7 +29,14 @@ def test_clean_data_have_no_faults_and_every_section(tmp_path, tokenizer):
     found = surveyed(tokenizer, recipe(write(tmp_path / "a.jsonl", rows(40))))
     assert found.faults == 0 and found.tokens.rows == 40 and len(found.samples) == 3
     text = page(found, tokenizer)
-    for said in ("read as prompt", "learned tokens in brackets", "padding:", "duplicates", "enough data?", "personal"):
+    for said in (
+        "read as prompt",
+        "supervised tokens in brackets",
+        "padding:",
+        "duplicates",
+        "enough data?",
+        "personal",
+    ):
         assert said in text
     assert "[<|eos|>]" in text
     assert json.loads(json.dumps(as_json(found, tokenizer)))["splits"]["train"]["rows"] == 36
@@ -40,7 +49,7 @@ def test_bad_rows_are_shown_with_everything_that_can_be_said_of_the_others(tmp_p
     found = surveyed(tokenizer, recipe(write(tmp_path / "a.jsonl", data)))
     assert [place.rsplit(":", 1)[1] for place, _ in found.bad] == ["8", "10"]
     assert found.faults == 2 and found.tokens.rows == 38
-    assert "2 bad rows, to be mended" in page(found, tokenizer)
+    assert "2 bad rows, to be fixed" in page(found, tokenizer)
     skipped = surveyed(tokenizer, recipe(str(tmp_path / "a.jsonl"), data={"on_error": "skip"}))
     assert skipped.faults == 1 and "2 of 36 rows (5.6%) would be left out" in skipped.broken[0][1]
     allowed = surveyed(tokenizer, recipe(str(tmp_path / "a.jsonl"), data={"on_error": "skip", "max_dropped": 0.06}))
@@ -51,7 +60,7 @@ def test_a_held_out_file_that_cannot_be_read_is_a_fault_of_its_own(tmp_path, tok
     (tmp_path / "v.json").write_text("[1, ")
     train = write(tmp_path / "a.jsonl", rows(40))
     found = surveyed(tokenizer, recipe(train, data={"valid": str(tmp_path / "v.json")}))
-    assert found.faults == 1 and found.broken[0][0].endswith("v.json:1") and found.splits["train"].rows == 36
+    assert found.faults == 1 and found.broken[0][0].endswith("v.json:1") and found.prepared.train.rows == 36
 
 
 def test_personal_data_are_masked_everywhere(tmp_path, tokenizer):
@@ -62,14 +71,14 @@ def test_personal_data_are_masked_everywhere(tmp_path, tokenizer):
     text = page(found, tokenizer) + json.dumps(as_json(found, tokenizer))
     assert "e-mail address: 5 in 5 rows" in text and "jane.doe" not in text and "a.jsonl:1 j***" in text
     assert len(found.samples) == 3
-    assert {int(one.place.rsplit(":", 1)[1]) for one in found.samples}.isdisjoint(range(1, 6))
+    assert {int(one.location.rsplit(":", 1)[1]) for one in found.samples}.isdisjoint(range(1, 6))
 
 
 def test_files_that_leave_no_row_to_validate_with(tmp_path, tokenizer):
     """The rest is still said, and skipping bad rows does not mend it."""
     same = surveyed(tokenizer, recipe(write(tmp_path / "a.jsonl", rows(1) * 20), data={"on_error": "skip"}))
     assert same.faults == 1 and "too few different rows" in same.broken[0][1]
-    assert same.splits["train"].used == 20 and len(same.duplicates.exact) == 19
+    assert len(same.prepared.train.examples) == 20 and len(same.duplicates.exact) == 19
     long = write(tmp_path / "v.jsonl", [{"prompt": "x", "completion": " ".join(WORDS * 30)}])
     settings = recipe(write(tmp_path / "b.jsonl", rows(30)), data={"valid": long}, train={"max_length": 128})
     found = surveyed(tokenizer, settings)
@@ -99,24 +108,27 @@ def test_labels_groups_leaks_and_contradictions(tmp_path, tokenizer):
 
 
 PLANTED = {
-    "token that the model lacks": lambda row: dataclasses.replace(row, tokens=[10**6, *row.tokens[1:]]),
-    "no supervised token": lambda row: dataclasses.replace(row, weights=[0.0] * len(row)),
-    "no end token": lambda row: dataclasses.replace(row, tokens=row.tokens[:-1], weights=row.weights[:-1]),
-    "begin token doubled": lambda row: dataclasses.replace(
-        row, tokens=[7, 7, *row.tokens], weights=[0.0, 0.0, *row.weights], answer=None
-    ),
-    "prompt is not the beginning": lambda row: dataclasses.replace(row, tokens=[9, *row.tokens[1:]], split=True),
+    "token that the model lacks": lambda row: replaced(row, [10**6, *row.tokens[1:]]),
+    "no supervised token": lambda row: replaced(row, row.tokens, np.zeros(len(row))),
+    "no end token": lambda row: replaced(row, row.tokens[:-1], row.weights[:-1]),
+    "begin token doubled": lambda row: replaced(row, [7, 7, *row.tokens], [0, 0, *row.weights]),
+    "prompt is not the beginning": lambda row: dataclasses.replace(replaced(row, [9, *row.tokens[1:]]), apart=True),
 }
+
+
+def replaced(row: Example, tokens: Any, weights: Any = None) -> Example:
+    values = row.weights if weights is None else np.array(weights, np.float32)
+    return dataclasses.replace(row, tokens=np.array(tokens, np.int32), weights=values)
 
 
 @pytest.mark.parametrize("kind", PLANTED)
 def test_planted_faults_are_named(tokenizer, kind):
     rendered = Rendered(Record("a:1"), "Is it good? yes", ((11, 15),), (11, 15), False)
     (row,) = tokenise(tokenizer, [rendered])
-    checker = TokenChecker(tokenizer, True, vocabulary=10**6)
+    checker = TokenChecker(tokenizer, stop_tokens(tokenizer), True, vocabulary=10**6)
     checker.begin = [7]
-    checker.look([row, PLANTED[kind](row)])
-    assert {one: len(places) for one, places in checker.found.faults.items() if places} == {kind: 1}
+    checker.look([row, PLANTED[kind](row), row])
+    assert {one: len(rows) for one, rows in checker.result.faults.items() if rows} == {kind: 1}
 
 
 def test_parquet(tmp_path, tokenizer):
@@ -124,7 +136,7 @@ def test_parquet(tmp_path, tokenizer):
     from pyarrow.parquet import write_table
 
     write_table(pa.Table.from_pylist(rows(20)), tmp_path / "a.parquet")
-    assert surveyed(tokenizer, recipe(str(tmp_path / "a.parquet"))).splits["train"].good == 18
+    assert len(surveyed(tokenizer, recipe(str(tmp_path / "a.parquet"))).prepared.train.records) == 18
 
 
 def test_the_command_ends_with_3_after_writing_json(tmp_path, capsys):

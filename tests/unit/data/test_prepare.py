@@ -14,8 +14,10 @@ from toy_tokenizers import CHATML, MISTRAL, QWEN3, all_kinds, byte_level, metasp
 from transformers import PreTrainedTokenizerFast
 
 from finetune.data.prepare import prepare
+from finetune.data.problems import refuse
 from finetune.data.renderers import question_tokens
 from finetune.errors import DataError, RecipeError
+from finetune.events import Work, silently
 from finetune.recipe.schema import Recipe
 
 REVIEWS = [{"text": f"film {n} is {'good' if n % 2 else 'bad'}", "label": n % 2} for n in range(40)]
@@ -40,7 +42,9 @@ def write(folder: Path, rows: list, name: str = "train.jsonl") -> str:
 def prepared(folder: Path, rows: list, tokenizer=None, data: dict | None = None, **sections):
     asked = {"train": write(folder, rows), **(data or {})}
     recipe = Recipe.model_validate({"model": {"path": "m"}, "data": asked, **sections})
-    return prepare(recipe, tokenizer or byte_level(), base=folder)
+    found = silently(prepare(recipe, tokenizer or byte_level(), base=folder))
+    refuse(found, recipe)
+    return found
 
 
 def learned(tokenizer, example) -> str:
@@ -56,7 +60,7 @@ def test_classification(tmp_path):
     assert (found.train.rows, found.valid.rows, found.test) == (36, 4, None)
     assert {one.answer for one in found.valid.examples} == {"0", "1"}
     example = found.train.examples[0]
-    assert tokenizer.decode(example.prompt_tokens) == "<s>film 0 is bad\nLabel:" and example.place == "train.jsonl:1"
+    assert tokenizer.decode(example.prompt_tokens) == "<s>film 0 is bad\nLabel:" and example.location == "train.jsonl:1"
     assert learned(tokenizer, example) == " 0</s>" and example.prompt == "film 0 is bad\nLabel:"
     assert (example.tokens.dtype, example.weights.dtype) == (np.int32, np.float32)
     assert "set apart for validation (seed 0), stratified by label" in found.valid.notes[0]
@@ -68,9 +72,9 @@ def test_classification(tmp_path):
 def test_the_same_recipe_gives_the_same_examples(tmp_path):
     one, two = prepared(tmp_path, REVIEWS), prepared(tmp_path, REVIEWS)
     pairs = zip((*one.train.examples, *one.valid.examples), (*two.train.examples, *two.valid.examples), strict=True)
-    assert all((a.tokens == b.tokens).all() and a.place == b.place for a, b in pairs)
+    assert all((a.tokens == b.tokens).all() and a.location == b.location for a, b in pairs)
     other = prepared(tmp_path, REVIEWS, seed=1)
-    assert {row.place for row in other.valid.examples} != {row.place for row in one.valid.examples}
+    assert {row.location for row in other.valid.examples} != {row.location for row in one.valid.examples}
 
 
 def test_a_label_that_begins_another_is_scored_with_its_end(tmp_path):
@@ -138,7 +142,7 @@ def test_a_validation_label_must_occur_in_train(tmp_path):
         prepared(tmp_path, REVIEWS, data={"valid": "valid.jsonl"})
     skipping = {"valid": "valid.jsonl", "on_error": "skip", "max_dropped": 0.5}
     found = prepared(tmp_path, REVIEWS, data=skipping)
-    assert len(found.valid.examples) == 1 and found.valid.dropped[0][0] == "valid.jsonl:1" and found.valid.rows == 2
+    assert len(found.valid.examples) == 1 and found.valid.left_out[0][0] == "valid.jsonl:1" and found.valid.rows == 2
 
 
 def test_bad_rows_are_listed_together_or_skipped(tmp_path):
@@ -156,7 +160,7 @@ def test_bad_rows_are_listed_together_or_skipped(tmp_path):
         run("stop")
     assert "data.on_error: skip and data.max_dropped: 0.05 to leave" in str(caught.value)  # both words at once
     found = run("skip", max_dropped=0.05)
-    assert len(found.train.examples) == 40 and found.train.rows == 42 and len(found.train.dropped) == 2
+    assert len(found.train.examples) == 40 and found.train.rows == 42 and len(found.train.left_out) == 2
 
 
 def test_tasks_follow_the_format(tmp_path):
@@ -189,17 +193,17 @@ def test_truncation_of_prompts_never_touches_the_answer(tmp_path, rows, max_leng
     data = [{"text": text, "label": "good" if n % 2 else "bad"} for n, text in enumerate(rows)]
     found = prepared(tmp_path, data, tokenizer, train={"max_length": max_length})
     whole = prepared(tmp_path, data, tokenizer)
-    full = {one.place: one for one in (*whole.train.examples, *whole.valid.examples)}
+    full = {one.location: one for one in (*whole.train.examples, *whole.valid.examples)}
     for part in (found.train, found.valid):
         assert not part.dropped
         for one in part.examples:
             assert len(one.tokens) <= max_length and learned(tokenizer, one).strip() == f"{one.answer}</s>"
-            assert (one.place in part.shortened) == (len(full[one.place].tokens) > max_length)
-            if one.place in part.shortened:
+            assert (one.location in part.shortened) == (len(full[one.location].tokens) > max_length)
+            if one.location in part.shortened:
                 assert len(one.tokens) >= max_length - 8  # nothing is cut without need
-                assert one.prompt.endswith("\nLabel:") and full[one.place].prompt.startswith(one.prompt[:-7])
+                assert one.prompt.endswith("\nLabel:") and full[one.location].prompt.startswith(one.prompt[:-7])
             else:
-                assert (one.tokens == full[one.place].tokens).all()
+                assert (one.tokens == full[one.location].tokens).all()
 
 
 def test_truncation_of_conversations_drops_the_earliest_turns(tmp_path):
@@ -279,13 +283,13 @@ def test_too_many_rows_left_out_stop_the_run(tmp_path, what, train, data, remedi
         settings = {"max_length": 30} | train
         return prepared(tmp_path, [*good[: rows - lost], *[worse] * lost], data=LOSING | data | more, train=settings)
 
-    assert len(run(2, 199, max_dropped=0.0101).train.dropped) == 2
-    assert len(run(2, 200, max_dropped=0.01).train.dropped) == 2
+    assert len(run(2, 199, max_dropped=0.0101).train.left_out) == 2
+    assert len(run(2, 200, max_dropped=0.01).train.left_out) == 2
     with pytest.raises(DataError, match=r"data.train: 3 of 200 rows \(1.5%\) would be left out") as caught:
         run(3, 200, max_dropped=0.01)
     said = str(caught.value)
     assert "train.jsonl:198: " in said and f"{remedies} data.max_dropped: 0.02" in said
-    assert len(run(3, 200, max_dropped=0.02).train.dropped) == 3
+    assert len(run(3, 200, max_dropped=0.02).train.left_out) == 3
     with pytest.raises(DataError, match=r"1 of 20 rows \(5.0%\).*data.max_dropped: 0.05$"):
         run(1, 20, max_dropped=0.01)
 
@@ -313,8 +317,8 @@ def test_a_question_is_asked_as_in_training(tmp_path, kind):
     for rows, prompt, question in cases:
         write(tmp_path, rows)
         recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "train.jsonl"}, "prompt": prompt})
-        found = prepare(recipe, tokenizer, base=tmp_path)
-        rows_by_place = {one.place: one for one in (*found.train.examples, *found.valid.examples)}
+        found = silently(prepare(recipe, tokenizer, base=tmp_path))
+        rows_by_place = {one.location: one for one in (*found.train.examples, *found.valid.examples)}
         named = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": found.format})})
         asked = question_tokens(named, tokenizer, [{"role": "user", "content": question}])
         assert asked == rows_by_place["train.jsonl:1"].prompt_tokens.tolist()
@@ -324,16 +328,18 @@ def test_a_conversation_goes_on_as_in_training(tmp_path):
     tokenizer = metaspace(CHATML)
     write(tmp_path, CHAT)
     recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "train.jsonl", "format": "chat"}})
-    found = prepare(recipe, tokenizer, base=tmp_path)
-    example = next(one for one in (*found.train.examples, *found.valid.examples) if one.place == "train.jsonl:1")
+    found = silently(prepare(recipe, tokenizer, base=tmp_path))
+    example = next(one for one in (*found.train.examples, *found.valid.examples) if one.location == "train.jsonl:1")
     assert question_tokens(recipe, tokenizer, CHAT[0]["messages"][:-1]) == example.prompt_tokens.tolist()
 
 
 def test_progress_is_told(tmp_path):
-    told = []
     recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": write(tmp_path, REVIEWS)}})
-    prepare(recipe, byte_level(), base=tmp_path, progress=lambda *news: told.append(news))
-    assert told == [("preparing train", 36, 36), ("preparing valid", 4, 4)]
+    reported = [(one.what, one.done, one.total) for one in Work(prepare(recipe, byte_level(), base=tmp_path))]
+    assert reported == [
+        ("data: reading", 0, 1), ("data: reading", 1, 1), ("data: preparing train", 36, 36),
+        ("data: preparing valid", 4, 4),
+    ]  # fmt: skip
 
 
 def test_labels_that_look_alike_are_refused(tmp_path):

@@ -15,15 +15,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.json_files import parse_json
-from finetune.data.read import read, read_rows
+from finetune.data.problems import refuse_rows
+from finetune.data.read import read
+from finetune.data.rows import Row
 from finetune.errors import DataError
 
 ROWS = [{"text": "good\u2028film", "label": "pos"}, {"text": 'bad, "very" bad\n', "label": "neg"}]
 
 
+def read_rows(source: str, base: Path) -> list[Row]:
+    """None of them may be bad."""
+    found = read(source, base)
+    refuse_rows(found.bad)
+    return found.rows
+
+
 def rows_of(tmp_path: Path, name: str, content: str | bytes) -> list[tuple[dict, int]]:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return [(dict(row.fields), row.line) for row in read_rows(name, base=tmp_path)[0]]
+    return [(dict(row.fields), row.line) for row in read_rows(name, base=tmp_path)]
 
 
 def error_of(tmp_path: Path, name: str, content: str | bytes) -> str:
@@ -81,7 +90,7 @@ def test_parquet(tmp_path):
     from pyarrow.parquet import write_table
 
     write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "d.parquet")
-    assert [(row.fields, row.line) for row in read_rows("d.parquet", base=tmp_path)[0]] == [(ROWS[0], 1), (ROWS[1], 2)]
+    assert [(row.fields, row.line) for row in read_rows("d.parquet", base=tmp_path)] == [(ROWS[0], 1), (ROWS[1], 2)]
     assert "d.parquet:1: not a Parquet file" in error_of(tmp_path, "d.parquet", b"nonsense")
 
 
@@ -123,8 +132,8 @@ def test_bad_rows_are_gathered_or_skipped(tmp_path):
         read_rows("d.jsonl", base=tmp_path)
     text = str(caught.value)
     assert text.count("column 1") == 20 and "and 5 more" in text and "25 bad rows" in text
-    rows, skipped = read_rows("d.jsonl", base=tmp_path, on_error="skip")
-    assert len(rows) == 1 and len(skipped) == 25 and skipped[0][0] == "d.jsonl:2"
+    found = read("d.jsonl", tmp_path)
+    assert len(found.rows) == 1 and len(found.bad) == 25 and found.bad[0][0] == "d.jsonl:2"
 
 
 def test_missing_file_suggests_its_neighbour(tmp_path):
@@ -146,7 +155,7 @@ def test_hub_ids(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     for source in ("imdb", "org/name:test", "org/name/config:train[:10]"):
-        assert [row.line for row in read_rows(source, base=tmp_path)[0]] == [1, 2]
+        assert [row.line for row in read_rows(source, base=tmp_path)] == [1, 2]
     assert asked == [("imdb", None, "train"), ("org/name", None, "test"), ("org/name", "config", "train[:10]")]
     with pytest.raises(DataError, match=r"org/absent: no such file.*could not reach the hub; check"):
         read_rows("org/absent", base=tmp_path)

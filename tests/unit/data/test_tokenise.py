@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from toy_tokenizers import BARE, BROKEN, CHATML, GEMMA, LLAMA3, MISTRAL, QWEN3, TEMPLATES, all_kinds, byte_level
 
+from finetune.data import loss_mask
 from finetune.data.chat_template import PLAIN_CHAT, ChatRenderer
 from finetune.data.column_template import ALPACA, PLAIN, TemplateRenderer
-from finetune.data.loss_mask import Tokenised, tokenise
 from finetune.data.rows import Record, Rendered
 from finetune.data.tokenizer import begin_tokens, encode_prompt, stop_tokens
 from finetune.errors import RecipeError
@@ -22,8 +23,32 @@ answers = words | st.sampled_from([" a", "\n\nb", "é", " \U0001f600 x", "1", "g
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
+@dataclass(frozen=True)
+class Tokenised:
+    """A row as text and as tokens, in plain lists."""
+
+    rendered: Rendered
+    tokens: list[int]
+    weights: list[float]
+    answer: tuple[int, int]
+    split: bool
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def tokenise(tokenizer, texts: list[Rendered]) -> list[Tokenised]:
+    return [
+        Tokenised(
+            rendered, row.tokens.tolist(), row.weights.tolist(), (row.answer_start, row.answer_end), split=row.apart
+        )
+        for rendered, row in zip(texts, loss_mask.tokenise(tokenizer, texts), strict=True)
+    ]
+
+
 def one(tokenizer, rendered: Rendered) -> Tokenised:
-    return next(tokenise(tokenizer, [rendered]))
+    (row,) = tokenise(tokenizer, [rendered])
+    return row
 
 
 def supervised(tokenizer, row: Tokenised) -> str:
@@ -78,7 +103,7 @@ def test_conversations(kind, family):
     tokenizer = all_kinds(TEMPLATES[family])[kind]
     said = [("user", "what is this?"), ("assistant", "it is a film"), ("user", "good?"), ("assistant", "not at all")]
     record = Record("f:1", messages=tuple({"role": role, "content": text} for role, text in said))
-    rows = list(tokenise(tokenizer, ChatRenderer("chat", tokenizer).render(record)))
+    rows = tokenise(tokenizer, ChatRenderer("chat", tokenizer).render(record))
     ends = stop_tokens(tokenizer) - {tokenizer.eos_token_id} or {tokenizer.eos_token_id}
     learned = [supervised(tokenizer, row) for row in rows]
     if family == "qwen3":
