@@ -14,12 +14,12 @@ from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Interrupted
 from finetune.events import Work
 from finetune.recipe.schema import Recipe
-from finetune.report.live_screen import open_screen
+from finetune.report.live_screen import open_screen, with_progress
 from finetune.report.report import Report
 from finetune.report.summary import print_account, print_report
 from finetune.run import Run
 from finetune.supervisor import announce_run
-from finetune.training.job import load_job
+from finetune.training.job import making_ready
 
 
 class StopFlag:
@@ -53,7 +53,7 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
         print(f"{stopped.path}: this run is finished; its report is {stopped.path / 'report.txt'}")
         return
     with StopFlag().listening() as stop:
-        job = load_job(recipe)
+        job = with_progress(making_ready(recipe))
         folder = stopped or create(job.recipe, name)  # with the format and the task that were recognised
         announce_run(folder.path)
         print_account(job, folder)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from backends import model_folder, untrusted
 from backends.model_folder import ModelFolder
-from finetune.commands.train import train
+from finetune.commands.train import run
 from finetune.data import tokenizer
 from finetune.data.read import read
 from finetune.data.tokenizer import encode
@@ -105,7 +105,7 @@ def recipe(work: Work, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 
 def test_one_run_does_everything_once(recipe: Recipe, counts: Counts) -> None:
-    train(recipe, "once")
+    run(recipe, "once")
     counts.check()
 
 
@@ -123,7 +123,7 @@ AGAIN: dict[str, Callable[[Recipe], object]] = {
 
 @pytest.mark.parametrize("what", AGAIN)
 def test_what_is_done_twice_is_counted(recipe: Recipe, counts: Counts, what: str) -> None:
-    train(recipe, "once")
+    run(recipe, "once")
     AGAIN[what](recipe)
     with pytest.raises(AssertionError):
         counts.check()
