@@ -82,14 +82,14 @@ def telling_words(records: Sequence[Record], labels: Sequence[str]) -> dict[str,
 
 def _z(inside: int, size: int, whole: int, total: int) -> float:
     prior, outside = PRIOR * whole, whole - inside
-    own = math.log((inside + prior) / (size + PRIOR * total - inside - prior))
+    odds = math.log((inside + prior) / (size + PRIOR * total - inside - prior))
     rest = math.log((outside + prior) / (total - size + PRIOR * total - outside - prior))
-    return (own - rest) / math.sqrt(1 / (inside + prior) + 1 / (outside + prior))
+    return (odds - rest) / math.sqrt(1 / (inside + prior) + 1 / (outside + prior))
 
 
-def _telling(word: str, z: float, own: Counter[str], whole: Counter[str], rows: int) -> Telling:
-    alone = own[word] >= ALONE * whole[word] and own[word] >= OFTEN * rows
-    return Telling(word, round(z, 1), own[word], whole[word] - own[word], alone)
+def _telling(word: str, z: float, label: Counter[str], whole: Counter[str], rows: int) -> Telling:
+    alone = label[word] >= ALONE * whole[word] and label[word] >= OFTEN * rows
+    return Telling(word, round(z, 1), label[word], whole[word] - label[word], alone)
 
 
 def contradictions(records: Sequence[Record]) -> list[list[tuple[str, str]]]:

@@ -68,9 +68,9 @@ def personal_data(text: str) -> Iterator[tuple[str, str]]:
 _DIGITS = re.compile(r"\d\d[ .)-]?\d\d|\d{4}|\(\d\d")
 
 
-def _without(text: str, found: list[re.Match[str]]) -> str:
-    for one in reversed(found):
-        text = text[: one.start()] + " " + text[one.end() :]
+def _without(text: str, matches: list[re.Match[str]]) -> str:
+    for match in reversed(matches):
+        text = text[: match.start()] + " " + text[match.end() :]
     return text
 
 

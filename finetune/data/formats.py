@@ -105,8 +105,8 @@ def _resolve(name: Format, columns: Sequence[str], mapping: Mapping[str, str]) -
     return found
 
 
-def _fitting_rows(name: Format, found: Mapping[str, str], rows: Sequence[Row]) -> int:
-    needed = [found[part] for part in REQUIRED[name]]
+def _fitting_rows(name: Format, columns: Mapping[str, str], rows: Sequence[Row]) -> int:
+    needed = [columns[part] for part in REQUIRED[name]]
     return sum(all(row.fields.get(column) is not None for column in needed) for row in rows)
 
 
@@ -120,8 +120,9 @@ def _choose(counts: Mapping[Format, int], layouts: Mapping[Format, Mapping[str, 
     return [name for name in exact or pool if counts[name] == most]
 
 
-def _renamed(name: Format, found: Mapping[str, str], mapping: Mapping[str, str]) -> tuple[str, ...]:
-    taken = [f"{harmless(own)} as {part}" for part, own in found.items() if own != part and part not in mapping]
+def _renamed(name: Format, columns: Mapping[str, str], mapping: Mapping[str, str]) -> tuple[str, ...]:
+    others = ((part, column) for part, column in columns.items() if column != part and part not in mapping)
+    taken = [f"{harmless(column)} as {part}" for part, column in others]
     note = f"rows are {name}"
     return (f"{note}; took {', '.join(taken)}" if taken else note,)
 

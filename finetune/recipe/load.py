@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,17 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(values, override)
     _refuse_secrets(file, values)
-    recipe = check_recipe(values, place=lambda keys: _place(file, tree, keys, overrides))
+    recipe = check_recipe(values, locate=lambda keys: _location(file, tree, keys, overrides))
     return _absolute_paths(recipe, file.resolve().parent, {o.split("=", 1)[0] for o in overrides})
 
 
-def check_recipe(values: Mapping[str, Any], place: Any = None) -> Recipe:
-    """A Recipe from plain values; `place(keys)` says where a key stands, for the messages."""
+def check_recipe(values: Mapping[str, Any], locate: Callable[[Sequence[str]], str] | None = None) -> Recipe:
+    """A Recipe from plain values; `locate(keys)` gives a key's file and line, for the messages."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        where = place or (lambda keys: "recipe")
-        lines = [_explain(one, values, where) for one in error.errors()]
+        locate = locate or (lambda keys: "recipe")
+        lines = [_explain(problem, values, locate) for problem in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -154,7 +154,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     section[keys[-1]] = value
 
 
-def _place(file: Path, tree: Any, keys: Sequence[str], overrides: Sequence[str]) -> str:
+def _location(file: Path, tree: Any, keys: Sequence[str], overrides: Sequence[str]) -> str:
     """`file:line` of the deepest of `keys` that the file has, or the override that set it."""
     dotted = ".".join(keys)
     for override in overrides:
@@ -170,8 +170,8 @@ def _place(file: Path, tree: Any, keys: Sequence[str], overrides: Sequence[str])
     return f"{file}:{line}"
 
 
-def _explain(error: Any, values: Any, place: Any) -> str:
-    """One pydantic error in plain words, with its place."""
+def _explain(error: Any, values: Any, locate: Callable[[Sequence[str]], str]) -> str:
+    """One pydantic error in plain words, with its file and line."""
     keys = [str(part) for part in error["loc"]]
     present: list[str] = []
     node: Any = values
@@ -184,13 +184,13 @@ def _explain(error: Any, values: Any, place: Any) -> str:
         known = _fields_of(keys[:-1])
         close = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-        return f"{place(keys)}: unknown key {'.'.join(keys)}; {hint}"
+        return f"{locate(keys)}: unknown key {'.'.join(keys)}; {hint}"
     if error["type"] == "missing":
-        return f"{place(present)}: {'.'.join(keys)} is missing; `finetune init DATA` writes a recipe that has it"
+        return f"{locate(present)}: {'.'.join(keys)} is missing; `finetune init DATA` writes a recipe that has it"
     message = str(error["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     got = "" if error["type"] == "value_error" else f", not {_written(node)}"
-    return f"{place(present)}: {'.'.join(present) or 'recipe'}: {message}{got}"
+    return f"{locate(present)}: {'.'.join(present) or 'recipe'}: {message}{got}"
 
 
 def _written(value: Any) -> str:
