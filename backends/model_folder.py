@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from backends.interface import BackendError, CheckedFolder, LoraSpec, ModelSpec
-from backends.untrusted import WEIGHTS, Shapes, check_claims, check_code, check_files, needs_code, read_object
+from backends.untrusted import WEIGHTS, Shapes, check_claims, check_code, check_files, needs_code, read_object, validate
+
+__all__ = ["ModelFolder", "folder_of", "legacy_rope", "read_object", "validate"]
 
 _IN_BLOCK = re.compile(r"\blayers\.(\d+)\.(.+)\.weight$")
 _NOT_ADAPTED = re.compile(r"\bexperts\b|\brouter\b|(^|\.)gate$|norm")  # experts are chosen by token, not by layer

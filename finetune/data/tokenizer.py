@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from backends.model_folder import ModelFolder
-from backends.untrusted import read_object
+from backends.model_folder import ModelFolder, read_object
 from finetune.data import template_sandbox
 from finetune.data.rows import Span
 from finetune.errors import EnvironmentProblem

@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from backends.interface import BackendError, FloatArray, IncompatibleState, LoraSpec, Session, TrainState
-from backends.model_folder import ModelFolder
-from backends.untrusted import read_object, validate
+from backends.model_folder import ModelFolder, read_object, validate
 from finetune.disk.atomic import write_pieces
 from finetune.disk.safetensors_file import tensor_pieces
 from finetune.errors import Incompatible

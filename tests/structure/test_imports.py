@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,6 @@ from tests.structure.imports import FLOORS, ROOT, House, circles, read_house
 
 # What `finetune` may know of `backends`: the boundary, which backends there are, a model's folder, and its memory.
 ALLOWED = {"backends", "backends.interface", "backends.registry", "backends.model_folder", "backends.memory_plan"}
-# What still stands beside that. An entry goes with its import.
-STILL = {
-    ("finetune/data/tokenizer.py", "backends.untrusted"),
-    ("finetune/disk/adapter.py", "backends.untrusted"),
-    ("finetune/disk/identity.py", "backends.untrusted"),
-}
 _LIGHT = "`--help` and a mistake in a recipe load nothing of the rest (tests/unit/test_startup.py)"
 # Imports inside functions, each with its reason. All others stand at the top.
 LATE = {
@@ -71,7 +66,17 @@ def test_finetune_knows_of_backends_only_the_boundary(house: House) -> None:
         and one.target.partition(".")[0] == "backends"
         and one.target not in ALLOWED
     }
-    assert beside == STILL
+    assert not beside
+
+
+def test_ruff_bans_every_other_module_of_backends() -> None:
+    banned = set(
+        re.findall(r'^"(backends\.\w+)"', (ROOT / "finetune/ruff.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    modules = {
+        f"backends.{path.stem}" for path in (ROOT / "backends").iterdir() if path.suffix == ".py" or path.is_dir()
+    }
+    assert banned == modules - ALLOWED - {"backends.__init__", "backends.__pycache__"}
 
 
 def test_imports_stand_at_the_top(house: House) -> None:
