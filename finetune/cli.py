@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.errors import ExitCode, FinetuneError
+from finetune.errors import DataError, ExitCode, FinetuneError
 
 START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
 
@@ -148,12 +148,15 @@ def generate(
     backend: Backend = None,
 ) -> None:
     """Answer one prompt with the model of a run."""
+    question = sys.stdin.read() if prompt == "-" else prompt
+    if not question.strip():
+        raise DataError("the prompt is empty")
     from finetune.disk.run_folder import open_existing
 
     opened, recipe = open_existing(folder)
     from finetune.commands.chat import run
 
-    run(opened, recipe, prompt, base, temperature, max_tokens, backend)
+    run(opened, recipe, question, base, temperature, max_tokens, backend)
 
 
 @app.command(rich_help_panel=USE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from rich.console import Console
 
 from backends import registry
@@ -12,7 +10,6 @@ from finetune.data.renderers import question_tokens
 from finetune.data.tokenizer import stop_tokens
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.run_folder import RunFolder
-from finetune.errors import DataError
 from finetune.recipe.schema import Recipe
 from finetune.training.job import set_up
 
@@ -44,7 +41,7 @@ def run(
     max_tokens: int,
     backend: str | None,
 ) -> None:
-    """Answer `prompt` (`-`: standard input), or talk where it is None."""
+    """Answer `prompt`, or talk where it is None."""
     if prompt is None:
         _talk(opened, recipe, base, temperature, max_tokens, backend)
     else:
@@ -54,11 +51,8 @@ def run(
 def _answer(
     opened: RunFolder, recipe: Recipe, prompt: str, base: bool, temperature: float, max_tokens: int, backend: str | None
 ) -> None:
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text.strip():
-        raise DataError("the prompt is empty")
     speaker = Speaker(opened, recipe, base, backend)
-    tokens = question_tokens(speaker.recipe, speaker.tokenizer, [{"role": "user", "content": text}])
+    tokens = question_tokens(speaker.recipe, speaker.tokenizer, [{"role": "user", "content": prompt}])
     print(speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed))
 
 
