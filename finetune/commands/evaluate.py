@@ -13,9 +13,9 @@ from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
-from finetune.events import Progress, Work
+from finetune.events import Progress
 from finetune.recipe.schema import Recipe
-from finetune.report.live_screen import open_screen
+from finetune.report.live_screen import with_progress
 from finetune.report.report import compare
 from finetune.report.summary import print_comparison
 from finetune.training.job import Job, load_job
@@ -31,11 +31,7 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
     check_base(opened.adapter, job.folder)
     session = job.open()
     session.set_state(TrainState(0, adapter.tensors, {}))
-    work = Work(_evaluate_both(job, session))
-    with open_screen() as screen:
-        for event in work:
-            screen.show(event)
-    base, tuned = work.result
+    base, tuned = with_progress(_evaluate_both(job, session))
     comparison = compare(base, tuned)
     print_comparison(Console(), base, tuned, comparison, f"{job.prepared.held_out.rows} rows of {data or opened.path}")
     values = {"data": data, "base": base.summary(), "tuned": tuned.summary(), "verdict": comparison.verdict}
