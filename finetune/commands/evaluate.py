@@ -13,12 +13,12 @@ from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
-from finetune.events import Progress, Work
+from finetune.events import Progress
 from finetune.recipe.schema import Recipe
-from finetune.report.live_screen import open_screen
+from finetune.report.live_screen import with_progress
 from finetune.report.report import compare
 from finetune.report.summary import print_comparison
-from finetune.training.job import Job, load_job
+from finetune.training.job import Job, making_ready
 
 
 def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
@@ -27,15 +27,11 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
         source = str(Path(data).resolve()) if Path(data).exists() else data
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})
     adapter = read_adapter(opened.adapter)
-    job = load_job(recipe, backend)
+    job = with_progress(making_ready(recipe, backend))
     check_base(opened.adapter, job.folder)
     session = job.open()
     session.set_state(TrainState(0, adapter.tensors, {}))
-    work = Work(_evaluate_both(job, session))
-    with open_screen() as screen:
-        for event in work:
-            screen.show(event)
-    base, tuned = work.result
+    base, tuned = with_progress(_evaluate_both(job, session))
     comparison = compare(base, tuned)
     print_comparison(Console(), base, tuned, comparison, f"{job.prepared.held_out.rows} rows of {data or opened.path}")
     values = {"data": data, "base": base.summary(), "tuned": tuned.summary(), "verdict": comparison.verdict}

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from backends import model_folder, untrusted
 from backends.model_folder import ModelFolder
-from finetune.commands.train import train
+from finetune.commands.train import run as train
 from finetune.data import tokenizer
 from finetune.data.read import read
 from finetune.data.tokenizer import encode
