@@ -13,6 +13,23 @@ if TYPE_CHECKING:  # rich is slow to import, and most of these functions do not 
 # Control characters, changes of direction, and halves of surrogate pairs.
 _COMMANDS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
+# Tokens of the hub, OpenAI and Anthropic, GitHub, GitLab, AWS, Google and Slack, signed tokens (JWT), private keys, and
+# a password in an address; and what any of them holds, which is quicker to look for.
+_SECRET = re.compile(
+    r"\b(?:hf_\w{16,}|api_org_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
+    r"|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----|\w://[^/\s:@]+:[^/\s@]+@"
+)
+_SIGNS = (
+    "hf_", "api_org_", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "AKIA", "AIza", "xox",
+    "eyJ", "-----BEGIN", "://",
+)  # fmt: skip
+
+
+def secrets_in(text: str) -> list[str]:
+    """What looks like a key, a token or a password in it."""
+    return _SECRET.findall(text) if any(sign in text for sign in _SIGNS) else []
+
 
 def harmless(text: str) -> str:
     """The text with `?` for each character that a terminal would obey; the length stays the same."""

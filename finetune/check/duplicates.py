@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,17 @@ NEAR = 0.8  # Jaccard similarity of the three-word runs, from which rows count a
 FEWEST_WORDS = 6  # shorter rows are compared exactly alone
 BANDS, BAND = 16, 4  # 64 permutations: a pair at 0.8 shares a band with probability 1 - (1 - 0.8^4)^16 = 0.9998
 _RUN = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))
+TOGETHER = 1000  # rows whose signatures are computed at a time
+
+
+def _permutations(count: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Factors and summands of `minhash`, the same in every run: as datasketch 2.0 draws them."""
+    draw = np.random.RandomState(1)
+    factors = draw.randint(0, 2**31, count, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+    return factors, draw.randint(0, 2**32, count, dtype=np.uint32)
+
+
+_PERMUTATIONS = _permutations(BANDS * BAND)
 
 
 @dataclass(frozen=True)
@@ -58,16 +69,18 @@ def find_duplicates(splits: Sequence[Split], labelled: bool) -> Generator[Progre
     rows = _Rows(records, [split.name for split in splits for _ in split.records], labelled)
     duplicates = Duplicates()
     repeated = _exact(rows, duplicates)
-    sets = _Signatures()
     compared: list[int] = []
     signatures = np.zeros((len(records), BANDS * BAND), np.uint32)
-    for row in range(len(records)):
-        runs = shingles("" if row in repeated else rows.text(row))
-        if len(runs) > FEWEST_WORDS - 3:
-            signatures[len(compared)] = sets.of(runs)
-            compared.append(row)
-        if row % 1000 == 999 or row + 1 == len(records):
-            yield Progress(0, "data: comparing rows", row + 1, len(records))
+    for start in range(0, len(records), TOGETHER):
+        block = range(start, min(start + TOGETHER, len(records)))
+        runs, counts = shingles("" if row in repeated else rows.text(row) for row in block)
+        enough = counts > FEWEST_WORDS - 3
+        chosen = [row for row, long in zip(block, enough, strict=True) if long]
+        signatures[len(compared) : len(compared) + len(chosen)] = minhash(
+            runs[np.repeat(enough, counts)], counts[enough]
+        )
+        compared += chosen
+        yield Progress(0, "data: comparing rows", block.stop, len(records))
     for row, other in candidates(signatures[: len(compared)]):
         _note(rows, compared[row], compared[other], duplicates)
     return duplicates
@@ -100,7 +113,7 @@ def _digest(text: str) -> bytes:
 
 def _note(rows: _Rows, row: int, other: int, duplicates: Duplicates) -> None:
     """Compares the two sets themselves: a signature only estimates."""
-    a, b = shingles(rows.text(row)), shingles(rows.text(other))
+    (a, _), (b, _) = shingles([rows.text(row)]), shingles([rows.text(other)])
     shared = len(np.intersect1d(a, b, assume_unique=True))
     similarity = shared / (len(a) + len(b) - shared)
     if similarity < NEAR:
@@ -112,28 +125,52 @@ def _note(rows: _Rows, row: int, other: int, duplicates: Duplicates) -> None:
         duplicates.near.append(pair)
 
 
-def shingles(text: str) -> NDArray[np.uint64]:
-    """The set of all runs of three words, each as a 32-bit number. [k]"""
-    found = np.array([zlib.crc32(word.encode()) for word in words(text)], np.uint64)
-    if len(found) < 3:
-        return found[:0]
-    runs = found[:-2] * _RUN[0] + found[1:-1] * _RUN[1] + found[2:] * _RUN[2]  # wraps modulo 2^64
-    return np.unique(runs >> np.uint64(32))
+class _Checksums(dict[str, int]):
+    """The CRC-32 of each word, computed once: most words of a text are words of many."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= 2**18:
+            self.clear()
+        self[word] = checksum = zlib.crc32(word.encode())
+        return checksum
 
 
-class _Signatures:
-    """MinHash (Broder 1997): the share of equal places estimates the Jaccard similarity of two sets."""
+_checksums = _Checksums()
 
-    def __init__(self) -> None:
-        from datasketch import MinHash
 
-        self.hash = MinHash(BANDS * BAND, seed=1, hashfunc=int)
+def shingles(texts: Iterable[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """The set of all runs of three words in each text, each run as a number: [k] of all texts, one after the other;
+    and how many runs each text has. [n]
+    """
+    listed = [words(text) for text in texts]
+    sizes = np.array([len(found) for found in listed], np.int64)  # [n]
+    checksums = np.fromiter((_checksums[word] for found in listed for word in found), np.uint64, sizes.sum())
+    texts_of = np.repeat(np.arange(len(listed), dtype=np.uint64), sizes)  # as long as checksums
+    runs = checksums[:-2] * _RUN[0] + checksums[1:-1] * _RUN[1] + checksums[2:] * _RUN[2]  # wraps modulo 2^64
+    inside = texts_of[:-2] == texts_of[2:]
+    keys = (texts_of[:-2] << np.uint64(32) | runs >> np.uint64(32))[inside]  # the text above, its run below
+    keys.sort()
+    keys = keys[np.append(True, keys[1:] != keys[:-1])] if keys.size else keys
+    counts = np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(listed))
+    return keys.astype(np.uint32), counts
 
-    def of(self, runs: NDArray[np.uint64]) -> NDArray[np.uint32]:
-        self.hash.clear()
-        self.hash.update_batch(runs)
-        found: NDArray[np.uint32] = self.hash.hashvalues.astype(np.uint32)
-        return found
+
+def minhash(runs: NDArray[np.uint32], counts: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """A signature of each set: the share of equal columns in two estimates their Jaccard similarity (Broder 1997).
+
+    runs, counts: of `shingles`; every count is at least 1. [n, BANDS * BAND]
+    """
+    starts = np.cumsum(counts) - counts
+    mixed = runs ^ runs >> np.uint32(16)  # MurmurHash3's finaliser, then x -> a x + b modulo 2^32 with odd a
+    mixed = mixed * np.uint32(0x85EBCA6B)
+    mixed ^= mixed >> np.uint32(13)
+    mixed = mixed * np.uint32(0xC2B2AE35)
+    mixed ^= mixed >> np.uint32(16)
+    signatures = np.zeros((len(counts), BANDS * BAND), np.uint32)
+    if len(counts):
+        for column, (a, b) in enumerate(zip(*_PERMUTATIONS, strict=True)):
+            signatures[:, column] = np.minimum.reduceat(mixed * a + b, starts)
+    return signatures
 
 
 def candidates(signatures: NDArray[np.uint32]) -> list[tuple[int, int]]:

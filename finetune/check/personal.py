@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from finetune.text import secrets_in
+
 SHOWN = 1000  # findings kept of each kind; the count is of all
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")
 _PHONE = re.compile(
@@ -15,13 +17,9 @@ _PHONE = re.compile(
 )
 _DATE = re.compile(r"\d{1,4}[ .-]\d{1,2}[ .-]\d{1,4}")
 _CARD = re.compile(r"(?<![\w.+-])\d(?:[ -]?\d){12,18}(?![\w-])")
-_KEY = re.compile(
-    r"\b(?:sk-(?:proj-|ant-)?[\w-]{20,}|gh[pousr]_\w{30,}|github_pat_\w{22,}|hf_\w{20,}|glpat-[\w-]{20,}"
-    r"|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
-    r"|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"
-)
 _ASSIGNED = re.compile(r"""(?i)(?:password|passwd|secret|token|api[_-]?key)["']?\s*[:=]\s*["']?([^\s"',;]{12,})""")
-_ENTROPY = 3.2  # bits a character from which an assigned value looks drawn at random
+_NAMES = ("password", "passwd", "secret", "token", "api")  # of which `_ASSIGNED` needs one
+_ENTROPY = 3.2  # bits per character from which an assigned value looks drawn at random
 
 
 @dataclass
@@ -54,15 +52,18 @@ class Personal:
 def personal_data(text: str) -> Iterator[tuple[str, str]]:
     """(kind, value) of everything that looks like it."""
     if "@" in text:
-        yield from (("e-mail address", found[0]) for found in _EMAIL.finditer(text))
+        yield from (("e-mail address", match[0]) for match in _EMAIL.finditer(text))
     if _DIGITS.search(text):
-        cards = [found for found in _CARD.finditer(text) if luhn(found[0])]
-        yield from (("card number", found[0]) for found in cards)
-        yield from (("phone number", found) for found in _phones(_without(text, cards)))
-    yield from (("key or token", found[0]) for found in _KEY.finditer(text))
-    for found in _ASSIGNED.finditer(text):
-        if entropy(found[1]) > _ENTROPY and any(map(str.isdigit, found[1])) and not _KEY.search(found[1]):
-            yield "key or token", found[1]
+        cards = [match for match in _CARD.finditer(text) if luhn(match[0])]
+        yield from (("card number", match[0]) for match in cards)
+        yield from (("phone number", number) for number in _phones(_without(text, cards)))
+    yield from (("key or token", secret) for secret in secrets_in(text))
+    lowered = text.casefold()
+    if any(name in lowered for name in _NAMES):
+        for match in _ASSIGNED.finditer(text):
+            value = match[1]
+            if entropy(value) > _ENTROPY and any(map(str.isdigit, value)) and not secrets_in(value):
+                yield "key or token", value
 
 
 _DIGITS = re.compile(r"\d\d[ .)-]?\d\d|\d{4}|\(\d\d")
@@ -75,22 +76,22 @@ def _without(text: str, matches: list[re.Match[str]]) -> str:
 
 
 def _phones(text: str) -> Iterator[str]:
-    """Groups of 8 to 15 digits (E.164 allows 15) that are no date."""
-    for found in _PHONE.finditer(text):
-        digits = sum(map(str.isdigit, found[0]))
-        if 8 <= digits <= 15 and not _DATE.fullmatch(found[0]):
-            yield found[0]
+    """Groups of 8 to 15 digits (E.164 allows 15) that are not a date."""
+    for match in _PHONE.finditer(text):
+        digits = sum(map(str.isdigit, match[0]))
+        if 8 <= digits <= 15 and not _DATE.fullmatch(match[0]):
+            yield match[0]
 
 
 def luhn(number: str) -> bool:
-    """The check digit of payment cards (ISO/IEC 7812-1); a run of one digit is none."""
+    """The check digit of payment cards (ISO/IEC 7812-1); a run of one digit is not a card."""
     digits = [int(char) for char in number if char.isdigit()]
     doubled = (digit * 2 - 9 * (digit > 4) if i % 2 else digit for i, digit in enumerate(reversed(digits)))
     return digits[0] in (2, 3, 4, 5, 6) and len(set(digits)) > 1 and sum(doubled) % 10 == 0
 
 
 def entropy(text: str) -> float:
-    """Shannon's, in bits a character."""
+    """Shannon's, in bits per character."""
     return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values())
 
 

@@ -18,7 +18,7 @@ from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.report.report import compare
 from finetune.report.summary import print_comparison
-from finetune.training.job import Job, load_job
+from finetune.training.job import Job, making_ready
 
 
 def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
@@ -27,7 +27,7 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
         source = str(Path(data).resolve()) if Path(data).exists() else data
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})
     adapter = read_adapter(opened.adapter)
-    job = load_job(recipe, backend)
+    job = with_progress(making_ready(recipe, backend))
     check_base(opened.adapter, job.folder)
     session = job.open()
     session.set_state(TrainState(0, adapter.tensors, {}))

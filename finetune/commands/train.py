@@ -14,12 +14,12 @@ from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Interrupted
 from finetune.events import Work
 from finetune.recipe.schema import Recipe
-from finetune.report.live_screen import open_screen, with_progress
+from finetune.report.live_screen import open_screen
 from finetune.report.report import Report
 from finetune.report.summary import print_account, print_report
 from finetune.run import Run
 from finetune.supervisor import announce_run
-from finetune.training.job import making_ready
+from finetune.training.job import Job, making_ready
 
 
 class StopFlag:
@@ -47,23 +47,35 @@ class StopFlag:
 def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
     """A new run in a folder that begins with `name`, or the `stopped` one from its last intact checkpoint.
 
-    Exits with 130 or 143, after a checkpoint, when a signal asks it to stop.
+    Exits with 130 or 143 when a signal asks it to stop: after a checkpoint, once there are steps.
     """
     if stopped and stopped.report.exists():
         print(f"{stopped.path}: this run is finished; its report is {stopped.path / 'report.txt'}")
         return
+    folder = stopped
     with StopFlag().listening() as stop:
-        job = with_progress(making_ready(recipe))
-        folder = stopped or create(job.recipe, name)  # with the format and the task that were recognised
-        announce_run(folder.path)
-        print_account(job, folder)
         try:
+            job = show_preparation(recipe, stop)
+            folder = folder or create(job.recipe, name)  # with the format and the task that were recognised
+            announce_run(folder.path)
+            print_account(job, folder)
             report = show_run(Run(job, folder), stop, resume=stopped is not None)
             print_report(report)
         except (Interrupted, KeyboardInterrupt) as end:
-            reason = str(end) or "stopped at once"
-            print(f"{reason}; resume with: finetune resume {shlex.quote(str(folder.path))}", file=sys.stderr)
+            remedy = f"; resume with: finetune resume {shlex.quote(str(folder.path))}" if folder else ""
+            print(f"{str(end) or 'stopped at once'}{remedy}", file=sys.stderr)
             sys.exit(128 + (stop.signal or signal.SIGINT))
+
+
+def show_preparation(recipe: Recipe, stop: StopFlag) -> Job:
+    """Its progress on the screen. Raises Interrupted once `stop` has its signal."""
+    with closing(making_ready(recipe)) as events, open_screen() as screen:
+        work = Work(events)
+        for event in work:
+            screen.show(event)
+            if stop.signal is not None:
+                raise Interrupted("stopped while preparing the data")
+    return work.result
 
 
 def show_run(run: Run, stop: StopFlag, resume: bool) -> Report:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from finetune.data import template_sandbox
 from finetune.data.column_template import LossOn, Pieces, fill_answer
 from finetune.data.rows import Record, Rendered, Span
+from finetune.data.template_sandbox import Conversation, render_all
 from finetune.data.tokenizer import Tokenizer, end_of_turn, special_texts
 
 # For models without a chat template, on request.
@@ -27,6 +27,9 @@ PLAIN_CHAT = (
 )
 # Some templates write today's date unless they are given one; a run must not change at midnight.
 DATE = "26 Jul 2024"
+TOGETHER, CHARACTERS = 256, 2**22  # conversations whose texts are held at a time, and characters of those texts
+
+Prefixes = list[tuple[int, bool]]  # (how many messages, with the prompt for an answer after them)
 
 
 class Rewritten(Exception):
@@ -53,23 +56,48 @@ class ChatRenderer:
         self.form = form
         self.loss_on = loss_on
         self.end_token = end_token
-        self.specials = tuple(special_texts(tokenizer))
+        self.specials = tuple(filter(None, special_texts(tokenizer)))
 
     def render(self, record: Record) -> list[Rendered]:
-        record = self._with_system(self._as_messages(record))
+        texts = self.render_all([record])[0]
+        if isinstance(texts, ValueError):
+            raise texts
+        return texts
+
+    def render_all(self, records: Sequence[Record]) -> list[list[Rendered] | ValueError]:
+        whole = [self._until_last_answer(self._with_system(self._as_messages(record))) for record in records]
+        texts = self._apply(whole, [self._prefixes(record) for record in whole])
+        return [self._rendered(*row) for row in zip(whole, texts, strict=True)]
+
+    def _until_last_answer(self, record: Record) -> Record:
         last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
-        record = dataclasses.replace(record, messages=record.messages[: last + 1])
+        if last + 1 == len(record.messages):
+            return record
+        return dataclasses.replace(record, messages=record.messages[: last + 1])
+
+    def _rendered(self, record: Record, texts: list[str] | ValueError) -> list[Rendered] | ValueError:
+        if isinstance(texts, ValueError):
+            return texts
         try:
-            return [self._one(record)]
+            return [self._find_turns(record, texts)]
         except Rewritten:
-            turns = self._supervised(record)
-        if turns == [last]:
-            raise ValueError(
+            return self._unrolled(record)
+
+    def _unrolled(self, record: Record) -> list[Rendered] | ValueError:
+        """A row for each answer, of a conversation whose earlier answers are written otherwise than its last."""
+        turns = self._supervised(record)
+        if turns == [len(record.messages) - 1]:
+            return ValueError(
                 "the chat template does not begin a finished conversation with the prompt it writes for the answer, "
                 "so where the answer begins cannot be known; set prompt.template to plain"
             )
-        unrolled = (dataclasses.replace(record, messages=record.messages[: turn + 1], last_only=True) for turn in turns)
-        return [self._one(one) for one in unrolled]
+        parts = [dataclasses.replace(record, messages=record.messages[: turn + 1], last_only=True) for turn in turns]
+        rows: list[Rendered] = []
+        for part, texts in zip(parts, self._apply(parts, [self._prefixes(part) for part in parts]), strict=True):
+            if isinstance(texts, ValueError):
+                return texts
+            rows.append(self._find_turns(part, texts))
+        return rows
 
     def _as_messages(self, record: Record) -> Record:
         if record.messages:
@@ -96,25 +124,28 @@ class ChatRenderer:
             turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         return [i for i in turns if messages[i].get("weight", 1)]
 
-    def _one(self, record: Record) -> Rendered:
-        """Raises Rewritten where a turn cannot be found in the whole text."""
-        last = len(record.messages) - 1
-        turns = [] if self.loss_on == "all" else self._supervised(record)
-        places = sorted({*turns, last})
-        prefixes = [prefix for turn in places for prefix in ((turn, True), (turn + 1, False))]
-        texts = self._apply(record, prefixes)
-        whole = texts[-1]
-        found = {
+    def _turns(self, record: Record) -> list[int]:
+        """Indices of the assistant turns that are to be found in the text: the learned ones, and the last."""
+        return sorted({*([] if self.loss_on == "all" else self._supervised(record)), len(record.messages) - 1})
+
+    def _prefixes(self, record: Record) -> Prefixes:
+        """What is rendered of it: for each turn the prompt before it, and the text up to its end."""
+        return [prefix for turn in self._turns(record) for prefix in ((turn, True), (turn + 1, False))]
+
+    def _find_turns(self, record: Record, texts: Sequence[str]) -> Rendered:
+        """texts: of `_prefixes`. Raises Rewritten where a turn cannot be found in the whole text."""
+        last, turns, whole = len(record.messages) - 1, self._turns(record), texts[-1]
+        spans = {
             turn: self._turn(whole, before, until)
-            for turn, before, until in zip(places, texts[::2], texts[1::2], strict=True)
+            for turn, before, until in zip(turns, texts[::2], texts[1::2], strict=True)
         }
-        start, content_end, end = found[last]
+        start, content_end, end = spans[last]
         text = whole[: end if self.end_token else content_end]
-        if self.loss_on == "all":
-            supervised: tuple[Span, ...] = ((0, len(text)),)
-        else:
-            supervised = tuple((found[i][0], found[i][2 if self.end_token else 1]) for i in turns)
-        closed = content_end < end or not self.end_token or (self.loss_on != "all" and last not in turns)
+        learned = [] if self.loss_on == "all" else self._supervised(record)
+        supervised: tuple[Span, ...] = ((0, len(text)),)
+        if self.loss_on != "all":
+            supervised = tuple((spans[turn][0], spans[turn][2 if self.end_token else 1]) for turn in learned)
+        closed = content_end < end or not self.end_token or (self.loss_on != "all" and last not in learned)
         return Rendered(record, text, supervised, (start, content_end), closed)
 
     def _turn(self, whole: str, before: str, until: str) -> tuple[int, int, int]:
@@ -152,25 +183,26 @@ class ChatRenderer:
 
     def _special_before(self, text: str, start: int, end: int) -> int:
         """The length of the special token that ends at `end`; 0 for none."""
-        return max((len(one) for one in self.specials if one and text.endswith(one, start, end)), default=0)
+        if not text.endswith(self.specials, start, end):
+            return 0
+        return max(len(special) for special in self.specials if text.endswith(special, start, end))
 
-    def _apply(self, record: Record, prefixes: Sequence[tuple[int, bool]]) -> list[str]:
-        """What the template writes for the first n messages, for each (n, with the prompt for an answer)."""
-        try:
-            return template_sandbox.render(
-                self.tokenizer,
-                record.messages,
-                prefixes,
-                tools=list(record.tools) or None,
-                template=self.template,
-                date_string=DATE,
-            )
-        except ValueError as error:
-            raise ValueError(f"the chat template refuses this conversation ({error}); change the turns") from None
+    def _apply(self, records: Sequence[Record], prefixes: Sequence[Prefixes]) -> list[list[str] | ValueError]:
+        """What the template writes for the prefixes of each record, or why it refuses the record."""
+        written: list[list[str] | ValueError] = []
+        for rows in _batches(records, prefixes):
+            conversations = [
+                Conversation(records[row].messages, prefixes[row], list(records[row].tools) or None) for row in rows
+            ]
+            written += render_all(self.tokenizer, conversations, template=self.template, values={"date_string": DATE})
+        return [_refusal(texts) if isinstance(texts, ValueError) else texts for texts in written]
 
     def question(self, record: Record) -> str:
         record = self._with_system(record if record.messages else self._question_record(record))
-        return self._apply(record, [(len(record.messages), True)])[0]
+        texts = self._apply([record], [[(len(record.messages), True)]])[0]
+        if isinstance(texts, ValueError):
+            raise texts
+        return texts[0]
 
     def _question_record(self, record: Record) -> Record:
         record = self._as_messages(record)
@@ -198,3 +230,20 @@ class ChatRenderer:
         before = [0, *accumulate(len(message["content"]) for message in body)]
         cut = max((i for i in cuts if before[i] <= share * before[-1]), default=cuts[0])
         return dataclasses.replace(record, messages=record.messages[:head] + body[cut:])
+
+
+def _batches(records: Sequence[Record], prefixes: Sequence[Prefixes]) -> Iterator[range]:
+    """The records in order, so many at a time that memory stays small."""
+    start = characters = 0
+    for row, record in enumerate(records):
+        size = sum(len(message["content"]) for message in record.messages) * len(prefixes[row])
+        if row > start and (characters + size > CHARACTERS or row - start == TOGETHER):
+            yield range(start, row)
+            start, characters = row, 0
+        characters += size
+    if records:
+        yield range(start, len(records))
+
+
+def _refusal(error: ValueError) -> ValueError:
+    return ValueError(f"the chat template refuses this conversation ({error}); change the turns")

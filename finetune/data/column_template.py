@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import string
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from finetune.data.formats import ANSWER
@@ -119,6 +119,9 @@ class TemplateRenderer:
         text = prompt + space + fill_answer(self.form, record.answer or "")
         span = (len(prompt), len(text))
         return [Rendered(record, text, ((0, len(text)),) if self.all else (span,), span, self.closed)]
+
+    def render_all(self, records: Sequence[Record]) -> list[list[Rendered] | ValueError]:
+        return [self.render(record) for record in records]
 
     def _prompt(self, record: Record) -> tuple[str, str]:
         pieces = self.short if self.short and not record.values.get("input") else self.pieces

@@ -186,11 +186,9 @@ class _Fate:
 
 def _render(renderer: Renderer, records: Sequence[Record], fate: _Fate) -> list[Rendered]:
     texts: list[Rendered] = []
-    for record in records:
-        try:
-            written = renderer.render(record)
-        except ValueError as error:
-            fate.refused.append((record.location, str(error)))
+    for record, written in zip(records, renderer.render_all(records), strict=True):
+        if isinstance(written, ValueError):
+            fate.refused.append((record.location, str(written)))
             continue
         fate.unrolled += len(written) > 1
         texts += written

@@ -6,7 +6,7 @@ A source is read into `Row`s; each becomes a `Record` (checked, with standard na
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -68,6 +68,9 @@ class Renderer(Protocol):
 
     def render(self, record: Record) -> list[Rendered]:
         """One example; more where a conversation must be unrolled. Raises ValueError with the reason."""
+
+    def render_all(self, records: Sequence[Record]) -> list[list[Rendered] | ValueError]:
+        """As `render`, for many; the reason stands where a record cannot be written."""
 
     def question(self, record: Record) -> str:
         """The prompt alone, up to where the model answers."""

@@ -34,11 +34,13 @@ def serve() -> None:
         return
     send(pipe_out, b"{}")
     template = ""
+    values: dict[str, Any] = {}
     while (size := pipe_in.read(8)) and (data := pipe_in.read(int.from_bytes(size, "little"))):
         request = json.loads(data)
         template = request["template"] or template
+        values = request["values"] or values
         try:
-            texts = _texts(render_jinja_template, template, request)
+            texts = _texts(render_jinja_template, template, request, values)
             written, allowed = sum(map(len, texts)), most(texts, len(data))
             over = f"wrote {written:,} characters where {allowed:,} are the most for these messages"
             reply = json.dumps({"texts": texts} if written <= allowed else {"over": over})
@@ -49,10 +51,10 @@ def serve() -> None:
         send(pipe_out, reply.encode())
 
 
-def _texts(renderer: Any, template: str, request: Mapping[str, Any]) -> list[str]:
-    messages, values = request["messages"], request["values"]
+def _texts(renderer: Any, template: str, request: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    messages, named = request["messages"], {**values, "chat_template": template, "tools": request["tools"]}
     return [
-        renderer([messages[:count]], chat_template=template, add_generation_prompt=answering, **values)[0][0]
+        renderer([messages[:count]], add_generation_prompt=answering, **named)[0][0]
         for count, answering in request["prefixes"]
     ]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from backends.model_folder import ModelFolder, read_object
-from finetune.data import template_sandbox
 from finetune.data.rows import Span
+from finetune.data.template_sandbox import Conversation, render
 from finetune.errors import EnvironmentProblem
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase, which is not imported here
@@ -68,8 +68,11 @@ class Encoded:
 
     def border(self, character: int) -> int | None:
         """The first token that ends after this character; None where it begins before, and so lies across."""
-        if self._encoding is not None and (token := self._encoding.char_to_token(character)) is not None:
-            return None if self.start(token) < character else int(token)
+        if self._encoding is not None:  # its own answers, where it has one: most borders are of tokens
+            if self.tokens and self._encoding.token_to_chars(len(self.tokens) - 1)[1] <= character:
+                return len(self.tokens)
+            if (token := self._encoding.char_to_token(character)) is not None:
+                return None if self.start(token) < character else int(token)
         ends = list(itertools.accumulate((end for _, end in self.spans), max))
         token = bisect_right(ends, character)
         return None if token < len(ends) and self.spans[token][0] < character else token
@@ -143,7 +146,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zyx"}]
     try:
-        text = template_sandbox.render(tokenizer, turns, [(2, False)])[0]
+        text = render(tokenizer, Conversation(turns, [(2, False)]))[0]
     except ValueError:  # a template may refuse anything; then it has no turn to end
         return None
     tail = text[text.rfind("zyx") + 3 :].strip()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,9 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, StreamE
 
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Data, Model, Prompt, Recipe
-from finetune.text import shorten
+from finetune.text import secrets_in, shorten
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 200_000, 5_000, 20  # a recipe is a page; what goes beyond is something else
-# Tokens of the hub, OpenAI and Anthropic, GitHub, AWS, Slack, Google, and a password in an address.
-_SECRET = re.compile(
-    r"\b(hf_\w{16,}|api_org_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|"
-    r"xox[abpr]-[\w-]{10,}|AIza[\w-]{30,})|\w://[^/\s:@]+:[^/\s@]+@"
-)
 _PATH_KEYS = (("model", "path"), ("data", "train"), ("data", "valid"), ("data", "test"), ("lora", "start_from"))
 
 RECIPES = (".yaml", ".yml")
@@ -115,8 +109,8 @@ def _refuse_secrets(file: Path, node: Any, keys: tuple[str, ...] = ()) -> None:
     inner = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
     for key, value in inner:
         _refuse_secrets(file, value, (*keys, str(key)))
-    if any(_SECRET.search(text) for text in (*keys[-1:], node) if isinstance(text, str)):
-        name = ".".join("..." if _SECRET.search(key) else key for key in keys)
+    if any(secrets_in(text) for text in (*keys[-1:], node) if isinstance(text, str)):
+        name = ".".join("..." if secrets_in(key) else key for key in keys)
         raise RecipeError(
             f"{file}: {name}: this looks like a token or a password, and a run writes its recipe down; remove it, and "
             "give it in the environment (HF_TOKEN) or by `hf auth login`"

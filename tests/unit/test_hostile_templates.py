@@ -15,6 +15,7 @@ import pytest
 
 from finetune.data import template_sandbox as sandbox
 from finetune.data.chat_template import DATE, PLAIN_CHAT
+from finetune.data.template_sandbox import Conversation
 from finetune.errors import EnvironmentProblem
 from tests.unit.data.toy_tokenizers import TEMPLATES, byte_level
 from tests.unit.hostile import SECONDS, harmless, refused
@@ -59,12 +60,12 @@ FAILS = {
 @pytest.fixture(autouse=True)
 def _running() -> Iterator[None]:
     """The child is there, as it is on any row but the first."""
-    sandbox.render(byte_level(PLAIN_CHAT), TURNS, [(2, False)])
+    sandbox.render(byte_level(PLAIN_CHAT), Conversation(TURNS, [(2, False)]))
     yield
 
 
 def rendered(template: str) -> list[str]:
-    return sandbox.render(byte_level(PLAIN_CHAT), TURNS, [(2, False), (1, True)], template=template)
+    return sandbox.render(byte_level(PLAIN_CHAT), Conversation(TURNS, [(2, False), (1, True)]), template=template)
 
 
 @contextmanager
@@ -130,7 +131,8 @@ def test_an_honest_template_writes_what_transformers_writes(name: str) -> None:
     tokenizer = byte_level(TEMPLATES[name])
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
     kept: list[dict[str, Any]] = [*TURNS, {"role": "user", "content": "so?", "name": None}]
-    ours = sandbox.render(tokenizer, kept, [(2, False), (3, True)], tools=tools, date_string=DATE)
+    conversation = Conversation(kept, [(2, False), (3, True)], tools)
+    ours = sandbox.render(tokenizer, conversation, values={"date_string": DATE})
     theirs = [
         tokenizer.apply_chat_template(
             kept[:n], tools=tools, add_generation_prompt=answering, tokenize=False, date_string=DATE

@@ -94,6 +94,8 @@ TOKENS = [
     "hf_abcdefghijklmnopqrstuvwxyz", "sk-proj-abcdefghijklmnopqrstuv", "sk-ant-api03-abcdefghijklmnop",
     "ghp_" + "a1" * 18,
     "github_pat_" + "A1" * 20, "AKIAIOSFODNN7EXAMPLE", "xoxb-1234567890-abcdef", "AIza" + "b" * 35,
+    *(f"gh{kind}_" + "b2" * 18 for kind in "ousr"), "api_org_" + "c" * 34, "glpat-" + "d3" * 10,
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmVk", "-----BEGIN OPENSSH PRIVATE KEY-----",
     "https://me:word@host/x",
     "words before hf_abcdefghijklmnopqrstuvwxyz and after",
 ]  # fmt: skip

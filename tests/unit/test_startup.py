@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FRAMEWORKS = {"torch", "mlx", "mlx_lm", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers"}
-SCIENCE = {"numpy", "scipy", "matplotlib", "datasets", "pandas", "pyarrow", "datasketch", "safetensors", "psutil"}
+SCIENCE = {"numpy", "scipy", "matplotlib", "datasets", "pandas", "pyarrow", "safetensors", "psutil"}
 HUB = {"huggingface_hub", "httpx", "requests"}
 HEAVY = FRAMEWORKS | SCIENCE | HUB
 RECIPE = "model: {path: somewhere}\ndata: {train: rows.jsonl}\nlora: {rnk: 3}\n"
@@ -99,5 +99,5 @@ def test_the_schema_needs_only_the_recipe(folder: Path) -> None:
 def test_a_look_at_the_machine_reads_no_data_and_draws_nothing(folder: Path) -> None:
     pytest.importorskip("torch")
     found = loaded(folder, "doctor", code=0)
-    assert not packages(found) & {"matplotlib", "datasets", "datasketch", "ruamel", "pyarrow"}
+    assert not packages(found) & {"matplotlib", "datasets", "ruamel", "pyarrow"}
     assert not {one for one in found if one.startswith("finetune.data")}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from finetune.check import duplicates
-from finetune.check.duplicates import Duplicates, Pair, find_duplicates, shingles
+from finetune.check.duplicates import Duplicates, Pair, find_duplicates, minhash, shingles
 from finetune.data.rows import Record, Split
 from tests.unit.check.surveys import finished
 
@@ -97,6 +97,20 @@ def test_rows_of_one_template_cost_no_more(monkeypatch):
 
 
 def test_shingles_are_a_set_of_runs():
-    assert len(shingles("a b c a b c a b c")) == 3
-    assert len(shingles("two words")) == 0
-    assert np.array_equal(shingles("Some, words here!"), shingles("some words HERE"))
+    runs, counts = shingles(["a b c a b c a b c", "two words", "Some, words here!", "", "some words HERE"])
+    assert counts.tolist() == [3, 0, 1, 0, 1] and runs[3] == runs[4]
+    assert sorted(runs[:3]) == runs[:3].tolist() == shingles(["a b c a b c a b c"])[0].tolist()
+    assert [len(found) for found in shingles([])] == [0, 0]
+
+
+def test_signatures_estimate_the_similarity_of_the_sets():
+    draw = random.Random(4)
+    first = [" ".join(sentence(draw, 80)) for _ in range(40)]
+    other = [" ".join(text.split()[20:] + sentence(draw, 20)) for text in first]
+    runs, counts = shingles([*first, *other])
+    sets = [set(part.tolist()) for part in np.split(runs, np.cumsum(counts)[:-1])]
+    signatures = minhash(runs, counts)
+    estimates = (signatures[:40] == signatures[40:]).mean(axis=1)
+    truth = [len(a & b) / len(a | b) for a, b in zip(sets[:40], sets[40:], strict=True)]
+    assert abs(float(np.mean(estimates)) - float(np.mean(truth))) < 0.03
+    assert (signatures[0] == minhash(*shingles([first[0]]))[0]).all(), "whatever is looked at beside it"
