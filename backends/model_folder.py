@@ -163,17 +163,17 @@ def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, dict):
         return nested
     if "full_attention" in rope:
-        keys = _one_rope(rope["full_attention"])
+        keys = _older_keys(rope["full_attention"])
         local = rope.get("sliding_attention", {}).get("rope_theta")
         kinds = config.get("layer_types") or []
         pattern = {"sliding_window_pattern": kinds.index("full_attention") + 1} if "full_attention" in kinds else {}
         return nested | keys | pattern | ({"rope_local_base_freq": local} if local else {})
-    return nested | _one_rope(rope)
+    return nested | _older_keys(rope)
 
 
-def _one_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    own = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    keys = {key: rope[key] for key in own if key in rope}
+def _older_keys(rope: dict[str, Any]) -> dict[str, Any]:
+    same = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    keys = {key: rope[key] for key in same if key in rope}
     scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     return keys | {"rope_scaling": None if kind == "default" else scaling | {"rope_type": kind, "type": kind}}

@@ -71,25 +71,26 @@ def telling_words(records: Sequence[Record], labels: Sequence[str]) -> dict[str,
     whole: Counter[str] = sum(counts.values(), Counter())
     total = whole.total()
     common = [word for word, count in whole.items() if count >= FEWEST]
-    found = {}
-    for label, own in counts.items():
-        size = own.total()
-        scored = ((_z(own[word], size, whole[word], total), word) for word in common if own[word])
+    telling = {}
+    for label, inside in counts.items():
+        size = inside.total()
+        scored = ((_z(inside[word], size, whole[word], total), word) for word in common if inside[word])
         best = sorted((pair for pair in scored if pair[0] >= TELLING), key=lambda pair: (-pair[0], pair[1]))
-        found[label] = [_telling(word, z, own, whole, rows[label]) for z, word in best[:WORDS_SHOWN]]
-    return found
+        telling[label] = [_telling(word, z, inside, whole, rows[label]) for z, word in best[:WORDS_SHOWN]]
+    return telling
 
 
 def _z(inside: int, size: int, whole: int, total: int) -> float:
     prior, outside = PRIOR * whole, whole - inside
-    odds = math.log((inside + prior) / (size + PRIOR * total - inside - prior))
+    here = math.log((inside + prior) / (size + PRIOR * total - inside - prior))
     rest = math.log((outside + prior) / (total - size + PRIOR * total - outside - prior))
-    return (odds - rest) / math.sqrt(1 / (inside + prior) + 1 / (outside + prior))
+    return (here - rest) / math.sqrt(1 / (inside + prior) + 1 / (outside + prior))
 
 
-def _telling(word: str, z: float, label: Counter[str], whole: Counter[str], rows: int) -> Telling:
-    alone = label[word] >= ALONE * whole[word] and label[word] >= OFTEN * rows
-    return Telling(word, round(z, 1), label[word], whole[word] - label[word], alone)
+def _telling(word: str, z: float, inside: Counter[str], whole: Counter[str], rows: int) -> Telling:
+    count = inside[word]
+    alone = count >= ALONE * whole[word] and count >= OFTEN * rows
+    return Telling(word=word, z=round(z, 1), rows=count, elsewhere=whole[word] - count, alone=alone)
 
 
 def contradictions(records: Sequence[Record]) -> list[list[tuple[str, str]]]:

@@ -143,8 +143,8 @@ def shingles(texts: Iterable[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64
     and how many runs each text has. [n]
     """
     listed = [words(text) for text in texts]
-    sizes = np.array([len(found) for found in listed], np.int64)  # [n]
-    checksums = np.fromiter((_checksums[word] for found in listed for word in found), np.uint64, sizes.sum())
+    sizes = np.array([len(text) for text in listed], np.int64)  # [n]
+    checksums = np.fromiter((_checksums[word] for text in listed for word in text), np.uint64, sizes.sum())
     texts_of = np.repeat(np.arange(len(listed), dtype=np.uint64), sizes)  # as long as checksums
     runs = checksums[:-2] * _RUN[0] + checksums[1:-1] * _RUN[1] + checksums[2:] * _RUN[2]  # wraps modulo 2^64
     inside = texts_of[:-2] == texts_of[2:]

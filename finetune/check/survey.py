@@ -53,7 +53,7 @@ class Findings:
 
     @property
     def faults(self) -> int:
-        """Rows and files that must be mended before training."""
+        """Rows and files that must be fixed before training."""
         return (0 if self.skipped else len(self.bad)) + len(self.broken) + self.tokens.total
 
 
@@ -68,7 +68,7 @@ def survey(
     balance = weigh(prepared.splits, prepared.labels, recipe.data.groups)
     if not prepared.train.examples:
         lost = [problem for split in prepared.splits for problem in (*split.left_out, *split.too_long)]
-        remedy = "mend its rows, add some, or raise train.max_length"
+        remedy = "fix its rows, add some, or raise train.max_length"
         raise DataError(f"{recipe.data.train}: no row can be trained on; {remedy}\n{listed(lost)}")
     personal, specials = yield from _words(prepared, tokenizer)
     tokens = yield from check_tokens(prepared, tokenizer, recipe.prompt.end_token, folder.vocabulary)

@@ -21,7 +21,7 @@ from finetune.events import Progress
 
 REMEDIES = {
     "token that the model lacks": "give the model its own tokenizer; a vocabulary is never enlarged here",
-    "no supervised token": "raise train.max_length, or mend prompt.completion and loss_on",
+    "no supervised token": "raise train.max_length, or fix prompt.completion and loss_on",
     "no end token": "the model would never learn to stop; set prompt.end_token: true, or raise train.max_length",
     "begin token doubled": "take the begin token out of the text or of the chat template",
     "prompt is not the beginning": "the model would be asked otherwise than it was trained; set prompt.template: plain",

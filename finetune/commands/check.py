@@ -20,7 +20,7 @@ from finetune.training.job import Setup, set_up
 
 
 def run(recipe: Recipe, json_file: Path | None) -> None:
-    """Raises DataError, after everything is shown, where rows must be mended."""
+    """Raises DataError, after everything is shown, where rows must be fixed."""
     setup = set_up(recipe)
     findings = with_progress(_look(setup))
     show(Console(), findings, setup.tokenizer)
@@ -30,7 +30,7 @@ def run(recipe: Recipe, json_file: Path | None) -> None:
     if findings.faults:
         skip = "" if findings.skipped or not findings.bad else "; or leave bad rows out with data.on_error: skip"
         count = findings.faults
-        raise DataError(f"{count:,} fault{'s' * (count > 1)} to mend before training{skip}")
+        raise DataError(f"{count:,} fault{'s' * (count > 1)} to fix before training{skip}")
 
 
 def _look(setup: Setup) -> Generator[Progress, None, Findings]:

@@ -28,8 +28,8 @@ def order(n: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
 def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The examples of a step, counted from 0 over all epochs."""
     epoch, within = divmod(step, -(-n // batch_size))
-    found: list[int] = _shuffled(n, seed, epoch)[within * batch_size : (within + 1) * batch_size].tolist()
-    return found
+    indices: list[int] = _shuffled(n, seed, epoch)[within * batch_size : (within + 1) * batch_size].tolist()
+    return indices
 
 
 @lru_cache(maxsize=2)

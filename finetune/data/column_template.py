@@ -35,13 +35,13 @@ NO_INPUT = {
 def parse_template(template: str, known: Collection[str], where: str = "prompt.template") -> Pieces:
     """Raises RecipeError for a placeholder that is not in `known`, or braces that do not pair."""
     try:
-        found = [(literal, name, spec, conversion) for literal, name, spec, conversion in _FORMATTER.parse(template)]
+        pieces = list(_FORMATTER.parse(template))
     except ValueError as error:
         raise RecipeError(f"{where}: {error}; write {{{{ and }}}} for braces that stand for themselves") from None
-    for _, name, spec, conversion in found:
+    for _, name, spec, conversion in pieces:
         if name is not None and (name not in known or spec or conversion):
             raise RecipeError(f"{where}: unknown placeholder {{{name}}}; there are {', '.join(sorted(known))}")
-    return tuple((literal, name) for literal, name, _, _ in found)
+    return tuple((literal, name) for literal, name, _, _ in pieces)
 
 
 _FORMATTER = string.Formatter()

@@ -64,21 +64,21 @@ def refuse_bad_bytes(text: str, file: str) -> None:
 
 def unusual(raw: bytes) -> list[str]:
     """What a person should know of the encoding and the line ends."""
-    found = []
+    notes = []
     if raw.startswith(codecs.BOM_UTF8):
-        found.append("UTF-8 with a byte order mark")
+        notes.append("UTF-8 with a byte order mark")
     lines, crlf = raw.count(b"\n"), raw.count(b"\r\n")
     if crlf:
-        found.append("CRLF line ends" if crlf == lines else f"mixed line ends ({crlf} CRLF, {lines - crlf} LF)")
-    return found
+        notes.append("CRLF line ends" if crlf == lines else f"mixed line ends ({crlf} CRLF, {lines - crlf} LF)")
+    return notes
 
 
 def check_text(text: str, what: str) -> None:
     """Raises ValueError for text that no tokenizer should see: half characters, control characters but white space."""
-    found = _UNFIT.search(text)
-    if found is None:
+    match = _UNFIT.search(text)
+    if match is None:
         return
-    char, at = ord(found[0]), found.start() + 1
+    char, at = ord(match[0]), match.start() + 1
     if char >= 0xD800:
         raise ValueError(f"{what} holds half a character (a lone surrogate, character {at}); remove it")
     raise ValueError(f"{what} holds the control character U+{char:04X} (character {at}); remove it")

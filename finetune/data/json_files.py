@@ -106,10 +106,10 @@ def _value(text: str, at: int, file: str) -> tuple[Any, int]:
     try:
         value, end = _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        reason = f"column {error.colno}: {error.msg}; mend the JSON here"
+        reason = f"column {error.colno}: {error.msg}; fix the JSON here"
         raise BadSource(f"{file}:{error.lineno}", reason) from None
     except (ValueError, RecursionError) as error:
-        raise BadSource(f"{file}:{_line(text, at)}", f"{error}; mend the JSON here") from None
+        raise BadSource(f"{file}:{_line(text, at)}", f"{error}; fix the JSON here") from None
     return value, end
 
 
@@ -186,9 +186,9 @@ def _read_line(line: str, number: int, file: str, rows: list[Row], bad: list[Pro
     except json.JSONDecodeError as error:
         bad.append((f"{file}:{number}", _reason(line, error)))
     except RecursionError:
-        bad.append((f"{file}:{number}", "the values are nested too deeply; mend the JSON here"))
+        bad.append((f"{file}:{number}", "the values are nested too deeply; fix the JSON here"))
     except ValueError as error:
-        bad.append((f"{file}:{number}", str(error) if isinstance(error, _Twice) else f"{error}; mend the JSON here"))
+        bad.append((f"{file}:{number}", str(error) if isinstance(error, _Twice) else f"{error}; fix the JSON here"))
 
 
 def _reason(line: str, error: json.JSONDecodeError) -> str:

@@ -30,7 +30,7 @@ def refuse_rows(bad: Sequence[Problem], skipping: str = "") -> None:
     if bad:
         count = len(bad)
         raise DataError(
-            f"{listed(bad)}\n{count} bad row{'s' if count > 1 else ''}; mend {'them' if count > 1 else 'it'}, "
+            f"{listed(bad)}\n{count} bad row{'s' if count > 1 else ''}; fix {'them' if count > 1 else 'it'}, "
             f"or set data.on_error: skip{skipping} to leave bad rows out"
         )
 
@@ -65,7 +65,7 @@ def _shortage(split: Split, recipe: Recipe) -> Iterator[Problem]:
     """That a split has no row left, or would lose more of its rows than the recipe allows, and the remedies."""
     if not split.examples:
         why = f": {': '.join(split.left_out[0])}" if split.left_out else ""
-        yield f"data.{split.name}", f"no row is left{why}; mend the rows, or raise train.max_length"
+        yield f"data.{split.name}", f"no row is left{why}; fix the rows, or raise train.max_length"
         return
     count = _rows(split.left_out if recipe.data.on_error == "skip" else split.dropped)
     allowed = recipe.data.max_dropped
@@ -75,7 +75,7 @@ def _shortage(split: Split, recipe: Recipe) -> Iterator[Problem]:
             f"data.{split.name}",
             (
                 f"{count:,} of {split.rows:,} rows ({count / split.rows:.1%}) would be left out, and data.max_dropped "
-                f"allows {allowed:g}; mend them, raise train.max_length, {prompt}or set data.max_dropped: "
+                f"allows {allowed:g}; fix them, raise train.max_length, {prompt}or set data.max_dropped: "
                 f"{_at_least(count / split.rows)}"
             ),
         )

@@ -66,7 +66,7 @@ def _record(row: Row, layout: Layout, labels: Sequence[str] | None) -> Record:
 
 
 def _plain_record(row: Row, layout: Layout, labels: Sequence[str] | None) -> Record:
-    own = {name: "" if value is None else str(value) for name, value in row.fields.items()}
+    columns = {name: "" if value is None else str(value) for name, value in row.fields.items()}
     standard = {part: _text(row.fields.get(column), column, part) for part, column in layout.columns.items()}
     for part in REQUIRED[layout.name]:
         if not standard[part].strip():
@@ -77,7 +77,7 @@ def _plain_record(row: Row, layout: Layout, labels: Sequence[str] | None) -> Rec
         if labels is not None and standard["label"] not in labels:
             raise BadRow(f"label {standard['label']!r} is not one of {', '.join(labels)}; correct it, or add it")
     key = "\0".join(standard[part] for part in standard if part != answer_part)
-    return Record(row.location, key, {**own, **standard}, standard[answer_part] if answer_part else None)
+    return Record(row.location, key, {**columns, **standard}, standard[answer_part] if answer_part else None)
 
 
 def _scalars(row: Row) -> dict[str, str]:
@@ -112,7 +112,7 @@ def read_messages(value: Any, column: str) -> tuple[Message, ...]:
         if role not in _AFTER[before]:
             position = f"after {before}" if before else "first"
             wanted = " or ".join(_AFTER[before])
-            raise ValueError(f"{column}[{number}]: {role} cannot stand {position}, only {wanted}; mend the turns")
+            raise ValueError(f"{column}[{number}]: {role} cannot stand {position}, only {wanted}; fix the turns")
         before = role
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{column}: no assistant turn to learn from; add one, or remove the row")
@@ -129,10 +129,10 @@ def _parsed(value: str, column: str) -> Any:
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} must be an object with role and content")
-    told = _first(value, "role", "from")
-    role = _ROLES.get(told.lower()) if isinstance(told, str) else None
+    named = _first(value, "role", "from")
+    role = _ROLES.get(named.lower()) if isinstance(named, str) else None
     if role is None:
-        raise ValueError(f"{where}: unknown role {told!r}; use system, user, assistant or tool")
+        raise ValueError(f"{where}: unknown role {named!r}; use system, user, assistant or tool")
     message: dict[str, Any] = {"role": role, "content": _content(_first(value, "content", "value"), where)}
     calls = _tool_calls(value, where) if role == "assistant" else []
     if calls:
@@ -180,16 +180,16 @@ def _tool_calls(value: Mapping[str, Any], where: str) -> list[Any]:
     calls = value.get("tool_calls") or ()
     if value.get("function_call"):
         calls = [{"type": "function", "function": value["function_call"]}]
-    found = []
+    checked = []
     for call in calls:
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{where}: a tool call must have a function with a name; mend the call")
+            raise ValueError(f"{where}: a tool call must have a function with a name; fix the call")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _parsed(arguments or "{}", f"{where}: the arguments of {function['name']}")
-        found.append({**call, "function": {**function, "arguments": arguments}})
-    return found
+        checked.append({**call, "function": {**function, "arguments": arguments}})
+    return checked
 
 
 def read_tools(fields: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Any, ...]:
@@ -199,5 +199,5 @@ def read_tools(fields: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[A
     if isinstance(tools, str):
         tools = _parsed(tools, "tools")
     if not isinstance(tools, (list, tuple)) or not isinstance(functions, (list, tuple)):
-        raise ValueError("tools must be a list of tools; mend it")
+        raise ValueError("tools must be a list of tools; fix it")
     return (*tools, *({"type": "function", "function": one} for one in functions))

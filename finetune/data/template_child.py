@@ -88,5 +88,5 @@ def receive(pipe: IO[bytes], limit: int) -> dict[str, Any] | None:
     size = int.from_bytes(head, "little") if len(head := pipe.read(8)) == 8 else -1
     if not 0 <= size <= limit:
         return None
-    found: dict[str, Any] = json.loads(pipe.read(size))
-    return found
+    message: dict[str, Any] = json.loads(pipe.read(size))
+    return message

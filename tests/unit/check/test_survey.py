@@ -75,7 +75,7 @@ def test_personal_data_are_masked_everywhere(tmp_path, tokenizer):
 
 
 def test_files_that_leave_no_row_to_validate_with(tmp_path, tokenizer):
-    """The rest is still said, and skipping bad rows does not mend it."""
+    """The rest is still said, and skipping bad rows does not fix it."""
     same = surveyed(tokenizer, recipe(write(tmp_path / "a.jsonl", rows(1) * 20), data={"on_error": "skip"}))
     assert same.faults == 1 and "too few different rows" in same.broken[0][1]
     assert len(same.prepared.train.examples) == 20 and len(same.duplicates.exact) == 19
@@ -141,7 +141,7 @@ def test_parquet(tmp_path, tokenizer):
 
 def test_the_command_ends_with_3_after_writing_json(tmp_path, capsys):
     data = write(tmp_path / "a.jsonl", [*rows(20), {"prompt": "x"}])
-    with pytest.raises(DataError, match=r"1 fault to mend.*on_error: skip") as caught:
+    with pytest.raises(DataError, match=r"1 fault to fix.*on_error: skip") as caught:
         run(recipe_of(data, []), tmp_path / "out.json")
     assert caught.value.exit_code == 3
     assert "a.jsonl:21: completion is missing" in capsys.readouterr().out.replace("\n", "")

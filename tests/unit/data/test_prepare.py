@@ -263,7 +263,7 @@ def test_rows_with_nothing_to_learn_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("what", "train", "data", "remedies"),
     [
-        ("bad", {}, {"on_error": "skip"}, "mend them, raise train.max_length, or set"),
+        ("bad", {}, {"on_error": "skip"}, "fix them, raise train.max_length, or set"),
         ("long", {"truncation": "drop"}, {}, "raise train.max_length, set train.truncation: prompt, or set"),
         ("long", {"truncation": "end"}, {}, "raise train.max_length, set train.truncation: prompt, or set"),
         ("unanswerable", {}, {}, "raise train.max_length, or set"),
