@@ -58,8 +58,7 @@ class AdaptedLinear(LoRALinear):  # type: ignore[misc]
 
         @mx.custom_function
         def product(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-            low_rank = self.factor(mask) * self.matmul(_dropped(x, mask), a)  # [.., r], needed by the backward pass
-            return self.addmm(self.linear(x), low_rank, b), low_rank
+            return self.forward(x, a, b, mask)
 
         @product.vjp
         def backward(inputs: Any, grad_outputs: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
@@ -73,43 +72,37 @@ class AdaptedLinear(LoRALinear):  # type: ignore[misc]
         """What the adapter's product is multiplied by; what dropout leaves of its input is divided by 1 - p."""
         return float(self.scale if mask is None else self.scale / self.dropout.keep)
 
+    def forward(self, x: mx.array, a: mx.array, b: mx.array, mask: mx.array | None) -> tuple[mx.array, mx.array]:
+        """y [.., out] and the low-rank product [.., r] that the backward pass needs."""
+        low_rank = self.factor(mask) * (dropped(x, mask) @ a)
+        return mx.addmm(self.linear(x), low_rank, b), low_rank
+
     def backward(
         self, x: mx.array, a: mx.array, b: mx.array, mask: mx.array | None, low_rank: mx.array, grad_output: mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
         """The gradients by x, A and B from that by y [.., out]."""
-        grad_low_rank = self.factor(mask) * self.matmul(grad_output, b.T)  # [.., r]
-        grad_a = self.matmul(_rows_of(_dropped(x, mask)).T, _rows_of(grad_low_rank))
-        grad_b = self.matmul(_rows_of(low_rank).T, _rows_of(grad_output))
-        grad_input = self.frozen_grad(grad_output)
+        grad_low_rank = self.factor(mask) * (grad_output @ b.T)  # [.., r]
+        grad_a = _rows_of(dropped(x, mask)).T @ _rows_of(grad_low_rank)
+        grad_b = _rows_of(low_rank).T @ _rows_of(grad_output)
+        grad_input = _frozen_grad(self.linear, grad_output)
         if mask is None:
-            return self.addmm(grad_input, grad_low_rank, a.T), grad_a, grad_b
-        return grad_input + mask * self.matmul(grad_low_rank, a.T), grad_a, grad_b
+            return mx.addmm(grad_input, grad_low_rank, a.T), grad_a, grad_b
+        return grad_input + mask * (grad_low_rank @ a.T), grad_a, grad_b
 
-    @staticmethod
-    def matmul(left: mx.array, right: mx.array) -> mx.array:
-        """[.., K] @ [K, M]"""
-        return left @ right
 
-    @staticmethod
-    def addmm(added: mx.array, left: mx.array, right: mx.array) -> mx.array:
-        return mx.addmm(added, left, right)
+def dropped(x: mx.array, mask: mx.array | None) -> mx.array:
+    """What the adapter sees of x."""
+    return x if mask is None else x * mask
 
-    def frozen_grad(self, grad_output: mx.array) -> mx.array:
-        """The gradient [.., in] by the input of the frozen layer alone."""
-        linear, grad = self.linear, grad_output
-        if not isinstance(linear, nn.QuantizedLinear):
-            return self.matmul(grad, linear.weight)
-        grad_input: mx.array = mx.quantized_matmul(
-            grad,
-            linear.weight,
-            linear.scales,
-            linear.get("biases"),
-            transpose=False,
-            group_size=linear.group_size,
-            bits=linear.bits,
-            mode=linear.mode,
-        )
-        return grad_input
+
+def _frozen_grad(linear: nn.Linear | nn.QuantizedLinear, grad_output: mx.array) -> mx.array:
+    """The gradient [.., in] by the input of a frozen layer alone."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return mx.matmul(grad_output, linear.weight)
+    packing = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+    weight = (linear.weight, linear.scales, linear.get("biases"))
+    grad_input: mx.array = mx.quantized_matmul(grad_output, *weight, transpose=False, **packing)
+    return grad_input
 
 
 def attach(
@@ -129,11 +122,6 @@ def attach(
         setattr(named[parent], leaf, adapter)
         adapters[name] = adapter
     return adapters
-
-
-def _dropped(x: mx.array, mask: mx.array | None) -> mx.array:
-    """What the adapter sees of x."""
-    return x if mask is None else x * mask
 
 
 def _rows_of(x: mx.array) -> mx.array:

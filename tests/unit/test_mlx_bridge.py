@@ -92,13 +92,14 @@ def test_products_go_to_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(blas_bridge, "ENABLED", True)
     session = opened(tiny_llama(tmp_path, tie=True))
     session.step([a_batch()], 1e-3)
-    products: list[tuple[int, ...]] = []
-    matmul = blas_bridge._matmul
-    monkeypatch.setattr(blas_bridge, "_matmul", lambda *args: products.append(args[1].shape) or matmul(*args))
+    weights, heads = [], []
+    weight, head = blas_bridge._weight, session._forward.model.model.embed_tokens
+    monkeypatch.setattr(
+        blas_bridge, "_weight", lambda linear: (heads if linear is head else weights).append(1) or weight(linear)
+    )
     session.step([a_batch()], 1e-3)
-    per_layer = 2 + 6  # the frozen weight there and back; A and B, and the gradients by x, the low-rank states, A and B
-    head = 1 + 2  # for no position, where its states are wanted; there and back
-    assert len(products) == per_layer * len(session.lora_shapes) + head
+    assert len(weights) == 2 * len(session.lora_shapes)  # there and back
+    assert len(heads) == 1 + 2  # for no position, where its states are wanted; there and back
 
 
 def test_numbers_that_blas_does_not_know_stay_in_mlx() -> None:
