@@ -44,8 +44,12 @@ class Scored:
         return session
 
 
+def prepared_job(work: Work, *changes: str) -> Scored:
+    return Scored(load_job(load_recipe(work.folder / "recipe.yaml", list(changes)), "reference"))
+
+
 def trained(work: Work, *changes: str) -> tuple[RunFolder, Scored]:
-    job = Scored(load_job(load_recipe(work.folder / "recipe.yaml", list(changes)), "reference"))
+    job = prepared_job(work, *changes)
     run = create(job.recipe, "run")
     run_to_report(job, run)  # type: ignore[arg-type]
     return run, job
@@ -116,9 +120,9 @@ def test_stopped_before_the_first_step_it_goes_on_to_the_same_end(
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"duplicates": 1}', None])
 def test_a_check_that_cannot_be_read_is_made_again(folder: Work, damage: str | None) -> None:
     folder.recipe(LABELLED)
-    run, job = trained(folder)
+    run, _ = trained(folder)
     file = run.path / "check.json"
     before = file.read_bytes()
     file.unlink() if damage is None else file.write_text(damage)
-    run_to_report(job, run, resume=True)  # type: ignore[arg-type]
+    run_to_report(prepared_job(folder), run, resume=True)  # type: ignore[arg-type]
     assert file.read_bytes() == before
