@@ -53,7 +53,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def harmless() -> Iterator[None]:
-    """No code run, no canary file opened, no more than 512 MB more than before, and 6 s of processor time, start of a child included.
+    """No code run, no canary file opened, no more than 512 MB more than before, and 6 s of processor time.
 
     Of processor time, ours and our children's, so that a busy machine makes no test fail.
     """
