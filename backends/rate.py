@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from backends.interface import Device
 
@@ -12,19 +13,23 @@ SIZES: dict[Device, tuple[int, int]] = {"cpu": (512, 2048), "gpu": (4096, 4096)}
 _SECONDS = 0.15
 
 
-def operations_per_second(products: Callable[[int], None], device: Device) -> float:
-    """Of floating-point operations.
+def operations_per_second(x: Any, weight: Any, wait: Callable[[Any], object]) -> float:
+    """Of floating-point operations, multiplying x [rows, width] by weight [width, width], both of a backend's arrays.
 
-    `products(count)` multiplies [rows, width] by [width, width] of SIZES `count` times, one after the other, and waits
-    once, at the end: on a fast GPU, a wait for each would be most of the time.
+    `wait(y)` returns when y is computed. Many products follow one another before one wait: on a fast GPU, a wait for
+    each would be most of the time.
     """
-    rows, width = SIZES[device]
-    products(1)  # the first call starts threads and chooses kernels
+    rows, width = map(int, x.shape)
+    _seconds(x, weight, wait, 1)  # the first call starts threads and chooses kernels
     count = 1
-    while True:
-        begun = time.perf_counter()
-        products(count)
-        seconds = time.perf_counter() - begun
-        if seconds >= _SECONDS:
-            return count * 2.0 * rows * width * width / seconds
+    while (seconds := _seconds(x, weight, wait, count)) < _SECONDS:
         count *= 2
+    return count * 2.0 * rows * width * width / seconds
+
+
+def _seconds(x: Any, weight: Any, wait: Callable[[Any], object], count: int) -> float:
+    begun, y = time.perf_counter(), x
+    for _ in range(count):
+        y = y @ weight.T  # as a linear layer has it
+    wait(y)
+    return time.perf_counter() - begun

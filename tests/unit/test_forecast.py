@@ -176,15 +176,24 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_rate_of_products_waits_once_and_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock on which a product takes 10 ms and a wait 30 ms: the longer the queue, the nearer to the true rate."""
-    clock, queued = [0.0], []
+    clock, queued = [0.0], [0]
     monkeypatch.setattr(rate.time, "perf_counter", lambda: clock[0])
 
-    def products(count: int) -> None:
-        queued.append(count)
-        clock[0] += 0.01 * count + 0.03
+    class Product:
+        T, shape = None, rate.SIZES["gpu"]
+
+        def __matmul__(self, other: object) -> Product:
+            clock[0] += 0.01
+            queued[-1] += 1
+            return self
+
+    def wait(product: Product) -> None:
+        clock[0] += 0.03
+        queued.append(0)
 
     rows, width = rate.SIZES["gpu"]
-    found = rate.operations_per_second(products, "gpu")
+    found = rate.operations_per_second(Product(), Product(), wait)
+    assert queued.pop() == 0  # nothing is computed after the last wait
     assert queued == [1, 1, 2, 4, 8, 16]
     assert found == pytest.approx(16 * 2 * rows * width**2 / 0.19)
 
