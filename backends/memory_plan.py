@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from backends.interface import Architecture, Costs, LoraSpec, ModelSpec, Modules
+from backends.interface import LoraSpec, ModelSpec, Modules
 from backends.memory import available_bytes
 from backends.model_folder import ModelFolder
+from backends.predictions import Architecture, Costs, Machine
 
 __all__ = [
+    "Architecture",
+    "Costs",
     "Footprint",
+    "Machine",
     "Micro",
     "available_bytes",
     "first_adapted",

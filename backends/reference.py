@@ -19,16 +19,13 @@ import numpy as np
 
 from backends.adapter_state import adapter_shapes, fitting, initial_adapter
 from backends.interface import (
-    Architecture,
     BackendError,
     Batch,
     CheckedFolder,
-    Costs,
     Device,
     FloatArray,
     IntArray,
     LoraSpec,
-    Machine,
     ModelSpec,
     Modules,
     NonFinite,
@@ -41,6 +38,7 @@ from backends.interface import (
 from backends.memory import available_bytes, process_peak_bytes
 from backends.micro_batches import check_tokens
 from backends.model_folder import folder_of
+from backends.predictions import Architecture, Costs, Machine
 from backends.rate import SIZES, operations_per_second
 from backends.sampling import check_prompts
 

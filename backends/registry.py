@@ -10,16 +10,14 @@ from typing import Any, cast
 from backends.interface import (
     Backend,
     BackendError,
-    Costs,
     Device,
     LoraSpec,
-    Machine,
     ModelSpec,
     OptimSpec,
-    Predictions,
     Session,
 )
 from backends.model_folder import folder_of
+from backends.predictions import Costs, Machine, Predictions
 
 
 @dataclass(frozen=True)

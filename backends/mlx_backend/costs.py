@@ -11,14 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from backends.interface import Architecture, Costs, Device, LoraSpec, Machine, Modules, Size
+from backends.interface import Device, LoraSpec, Modules
+from backends.predictions import (
+    ATTENTION,
+    FROZEN_BLOCKS,
+    HEAD,
+    LORA,
+    SHARED_PREFIXES,
+    Architecture,
+    Costs,
+    Machine,
+    Size,
+)
 from backends.rate import SIZES, operations_per_second
 
-SHARED_PREFIXES = "shared prefixes"
-FROZEN_BLOCKS = "frozen blocks computed once"
-HEAD = "head at supervised positions"
-LORA = "own LoRA gradient"
-ATTENTION = "attention in tiles"
 NUMPY_PRODUCTS = "numpy products (BLAS bridge)"
 SHORTCUTS = (SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, ATTENTION, NUMPY_PRODUCTS)
 

@@ -14,11 +14,12 @@ import numpy as np
 from backends.interface import Batch, Scores
 from backends.micro_batches import Rows, joined, parts
 from backends.mlx_backend.attention import TiledAttention
-from backends.mlx_backend.costs import ATTENTION, COSTS, FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
+from backends.mlx_backend.costs import COSTS
 from backends.mlx_backend.frozen import FrozenBlocks, frozen_blocks
 from backends.mlx_backend.head import Head
 from backends.mlx_backend.model import check_window
 from backends.mlx_backend.prefix import keeps_keys_and_values, prefix_caches
+from backends.predictions import ATTENTION, FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 
 # What a shortcut is tried on: three rows, each supervised at other positions, after prefixes of unequal length.
 _TOKENS = np.arange(1, 31, dtype=np.int32).reshape(3, 10)

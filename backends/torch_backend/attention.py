@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from backends.torch_backend.costs import ATTENTION
+from backends.predictions import ATTENTION
 
 _NAME = "causal_tiles"
 # Queries of one head at a time; keys after the last of them are left out. More where a row is long: oneDNN compiles and

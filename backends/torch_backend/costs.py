@@ -7,16 +7,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from backends.interface import Architecture, Costs, Device, LoraSpec, Machine, Modules, Size
+from backends.interface import Device, LoraSpec, Modules
+from backends.predictions import (
+    ATTENTION,
+    FROZEN_BLOCKS,
+    HEAD,
+    LORA,
+    SHARED_PREFIXES,
+    Architecture,
+    Costs,
+    Machine,
+    Size,
+)
 from backends.rate import SIZES, operations_per_second
 
-SHARED_PREFIXES = "shared prefixes"
-FROZEN_BLOCKS = "frozen blocks computed once"
-HEAD = "head at supervised positions"
-LORA = "own LoRA gradient"
 NORMS = "own norms"
 GATED_LAYERS = "own gated layers"
-ATTENTION = "attention in tiles"
 SHORTCUTS = (SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, NORMS, GATED_LAYERS, ATTENTION)
 
 MACHINES = (

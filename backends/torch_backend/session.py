@@ -26,9 +26,10 @@ from backends.interface import (
 )
 from backends.micro_batches import check_tokens, joined, own_part, parts
 from backends.model_folder import folder_of
+from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 from backends.sampling import check_prompts
 from backends.torch_backend.attention import use_tiles
-from backends.torch_backend.costs import COSTS, FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
+from backends.torch_backend.costs import COSTS
 from backends.torch_backend.device import (
     device_kind,
     device_name,

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from backends import registry
-from backends.interface import Architecture, Costs, Device, LoraSpec, Machine, ModelSpec, Modules, Session
+from backends.interface import Device, LoraSpec, ModelSpec, Modules, Session
 from backends.memory_plan import (
+    Architecture,
+    Costs,
     Footprint,
+    Machine,
     Micro,
     available_bytes,
     first_adapted,

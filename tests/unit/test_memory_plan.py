@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from backends import registry
-from backends.interface import Architecture, Costs, LoraSpec, ModelSpec, Size
+from backends.interface import LoraSpec, ModelSpec
 from backends.memory_plan import Footprint, Micro, first_adapted, footprint, read_architecture, weight_bytes
 from backends.model_folder import ModelFolder
+from backends.predictions import Architecture, Costs, Size
 
 FLOAT, HALF = ModelSpec(Path("model"), dtype="float32"), ModelSpec(Path("model"), dtype="bfloat16")
 ROWS = Micro(8, 128, 64)

@@ -1,0 +1,94 @@
+"""What memory and time are predicted from: a model's architecture, a backend's costs, well-known machines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from backends.interface import Device, LoraSpec, Modules
+
+# Shortcuts that several backends have, in the words of `Session.shortcuts`.
+SHARED_PREFIXES = "shared prefixes"
+FROZEN_BLOCKS = "frozen blocks computed once"
+HEAD = "head at supervised positions"
+LORA = "own LoRA gradient"
+ATTENTION = "attention in tiles"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What memory and time depend on in a model."""
+
+    blocks: int
+    hidden: int
+    inner: int  # width of the gated layer
+    queries: int  # width of all queries
+    keys: int  # width of all keys
+    vocabulary: int
+    modules: Modules  # every linear layer of the blocks
+    other: int  # weights outside of them: embedding, norms, a separate output layer
+    stored: int  # bytes of the files
+    stored_number: int  # bytes of one weight in the files
+    quantised: bool  # already in the files
+
+    @property
+    def linear(self) -> int:
+        return sum(out * inputs for out, inputs in self.modules.values())
+
+
+class Size(NamedTuple):
+    """Of something whose size depends on the type in which the model computes: so many bytes and so many numbers."""
+
+    fixed: float = 0.0
+    numbers: float = 0.0
+
+    def bytes(self, number: int) -> float:
+        return self.fixed + self.numbers * number
+
+
+A_NUMBER = Size(numbers=1.0)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a backend needs on one kind of device. All figures are in bytes, unless they say otherwise."""
+
+    device: Device
+    runtime: float  # before a model is loaded; CPU: Python and all libraries; GPU: the driver's own memory
+    # what the backward pass needs of one token and block: (architecture, adapted modules, lora, bytes of a number)
+    saved: Callable[[Architecture, Modules, LoraSpec, int], float]
+    reached: float  # the share of the rate of matrix products that a step reaches
+    held: float = 1.1  # bytes that the allocator holds per byte in use
+    update: float = 20.0  # per number of the adapter: an update makes weights, moments and their quotient anew
+    tokens_at_once: int | None = None  # computed at a time; None: the whole micro-batch
+    logits_at_once: int | None = None  # numbers computed at a time; None: those of all supervised positions
+    recomputed_blocks: float = 1.0  # whose saved results exist at once where activations are recomputed
+    four_bit: str | None = None  # the scheme in words; None: it has none
+    four_bit_runtime: float = 0.0  # what the library for it adds to `runtime`
+    four_bit_weight: Size = A_NUMBER  # one weight, with its share of the scales
+    unpacked_weight: Size = A_NUMBER  # one weight of the 4-bit layer that is being multiplied
+    bfloat16_products: float = 0.0  # per token computed at a time, held by the library after products in bfloat16
+    maps_files: bool = False  # whether the files' pages stay in memory while weights are cast or quantised
+    quantising: float = 0.0  # per weight of the layer that is being quantised
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine that is not at hand. The rate is its maker's figure for matrix products; it was not measured."""
+
+    name: str
+    memory: float  # bytes of the device that a process can use
+    rate: float  # floating-point operations per second, in 16 bits
+    source: str
+
+
+class Predictions(Protocol):
+    """What a backend's `costs` module exports. Importing it loads no framework, and needs none installed."""
+
+    COSTS: Mapping[Device, Costs]  # for each kind of device that it computes on
+    MACHINES: tuple[Machine, ...]  # well-known machines that it runs on
+    SHORTCUTS: tuple[str, ...]  # all that `Session.shortcuts` may name
+
+    def measured_rate(self, bfloat16: bool) -> float:
+        """Floating-point operations per second of matrix products here, timed now. Loads the framework."""
