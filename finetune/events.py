@@ -123,11 +123,3 @@ class Work(Generic[Said, Result]):
 
     def __iter__(self) -> Iterator[Said]:
         self.result = yield from self._events
-
-
-def silently(events: Generator[Said, None, Result]) -> Result:
-    """What the work returns; nobody hears its events."""
-    work = Work(events)
-    for _ in work:
-        pass
-    return work.result

@@ -16,7 +16,7 @@ from finetune.data.problems import refuse
 from finetune.data.rows import Prepared
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
 from finetune.errors import Incompatible
-from finetune.events import Progress, silently
+from finetune.events import Progress
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec
@@ -57,11 +57,6 @@ def set_up(recipe: Recipe) -> Setup:
     """The recipe's model folder and its tokenizer. Raises as `find_folder` does."""
     folder = find_folder(recipe)
     return Setup(recipe, folder, load_tokenizer(folder))
-
-
-def load_job(recipe: Recipe, backend: str | None = None) -> Job:
-    """`making_ready` without its progress."""
-    return silently(making_ready(recipe, backend))
 
 
 def making_ready(recipe: Recipe, backend: str | None = None) -> Generator[Progress, None, Job]:

@@ -93,10 +93,11 @@ def main() -> None:
     from finetune.disk.checkpoint import Checkpoints
     from finetune.evaluation.evaluate import evaluate
     from finetune.events import StepDone, Work
-    from finetune.training.job import load_job
+    from finetune.report.live_screen import with_progress
+    from finetune.training.job import making_ready
     from finetune.training.loop import Trainer
 
-    job = load_job(recipe_of(task))
+    job = with_progress(making_ready(recipe_of(task)))
     session = job.open()
     positions = count_positions(session)
     trainer = Trainer(

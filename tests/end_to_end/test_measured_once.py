@@ -15,9 +15,9 @@ from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Interrupted
 from finetune.events import Validated
 from finetune.recipe.load import load_recipe
-from finetune.training.job import Job, load_job
+from finetune.training.job import Job
 from tests.end_to_end.command import Work, reviews, same
-from tests.unit.toy_run import run_to_report
+from tests.unit.toy_run import load_job, run_to_report
 
 LABELLED = "data: {train: train.jsonl, valid: test.jsonl}\ntrain: {epochs: 1, batch_size: 8, learning_rate: 0.01}\n"
 ANSWERED = LABELLED.replace("train.jsonl", "asked.jsonl").replace("test.jsonl", "asked-later.jsonl")

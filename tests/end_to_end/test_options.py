@@ -14,9 +14,9 @@ from backends.micro_batches import joined, own_part
 from finetune.disk.checkpoint import Checkpoints
 from finetune.events import StepDone, Validated
 from finetune.recipe.load import load_recipe
-from finetune.training.job import load_job
 from finetune.training.loop import Trainer
 from tests.end_to_end.command import Work
+from tests.unit.toy_run import load_job
 
 # Every row begins with it, so it is a prefix that the rows of a batch share.
 SYSTEM = "You read reviews of films with care. Say in one word whether the writer liked the film or did not."

@@ -15,11 +15,11 @@ from finetune.data.collate import micro_batches, step_indices
 from finetune.data.prepare import prepare
 from finetune.data.rows import Prepared
 from finetune.data.tokenizer import load_tokenizer
-from finetune.events import silently
 from finetune.recipe.locate import builtin, demo_recipe
 from finetune.recipe.schedule import learning_rate, make_plan
 from finetune.recipe.schema import Recipe, Train
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec
+from tests.unit.toy_run import result_of
 
 REAL = [name for name in registry.NAMES if name != "reference"]
 STEPS = 100
@@ -37,7 +37,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture(scope="module")
 def prepared(recipe: Recipe) -> Prepared:
-    return silently(prepare(recipe, load_tokenizer(ModelFolder.open(builtin(recipe.model.path))), base=Path.cwd()))
+    return result_of(prepare(recipe, load_tokenizer(ModelFolder.open(builtin(recipe.model.path))), base=Path.cwd()))
 
 
 def losses(name: str, recipe: Recipe, prepared: Prepared) -> np.ndarray:

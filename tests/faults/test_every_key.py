@@ -24,9 +24,9 @@ from finetune.recipe.load import check_recipe
 from finetune.recipe.schedule import learning_rate, make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import model_spec
-from finetune.training.job import Job, find_folder, load_job
+from finetune.training.job import Job, find_folder
 from tests.unit.test_recipe import keys
-from tests.unit.toy_run import run_to_report
+from tests.unit.toy_run import load_job, result_of, run_to_report
 
 Values = dict[str, Any]  # dotted key -> value
 
@@ -186,10 +186,9 @@ def survey(world: World, values: Values) -> Any:
     from finetune.check.balance import weigh
     from finetune.data.prepare import prepare
     from finetune.data.tokenizer import load_tokenizer
-    from finetune.events import silently
 
     recipe = world.recipe(values)
-    prepared = silently(prepare(recipe, load_tokenizer(ModelFolder.open(world.models[0])), Path.cwd()))
+    prepared = result_of(prepare(recipe, load_tokenizer(ModelFolder.open(world.models[0])), Path.cwd()))
     return weigh(prepared.splits, ("bad", "good"), recipe.data.groups).groups
 
 

@@ -26,10 +26,9 @@ from finetune.errors import DataError, Incompatible
 from finetune.events import RunStarted, StepDone
 from finetune.recipe.load import check_recipe
 from finetune.report.screen import Status
-from finetune.training.job import load_job
 from tests.end_to_end.command import ROOT
 from tests.faults.test_every_key import World, models, world
-from tests.unit.toy_run import run_to_report
+from tests.unit.toy_run import load_job, run_to_report
 
 __all__ = ["models", "world"]
 

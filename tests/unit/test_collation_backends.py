@@ -17,10 +17,9 @@ from backends.interface import Batch, Session
 from backends.micro_batches import joined
 from finetune.disk.run_folder import create
 from finetune.recipe.load import check_recipe
-from finetune.training.job import load_job
 from tests.unit.chat_families import FAMILIES, tokenizer_of
 from tests.unit.test_collation_families import talks
-from tests.unit.toy_run import Wrapped, run_to_report
+from tests.unit.toy_run import Wrapped, load_job, run_to_report
 
 pytest.importorskip("torch")
 Call = tuple[str, list[Any]]

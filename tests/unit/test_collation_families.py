@@ -25,11 +25,11 @@ from finetune.data import collate as batches
 from finetune.data import loss_mask as tokenise
 from finetune.data.prepare import prepare
 from finetune.data.rows import Example
-from finetune.events import silently
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import Recipe
 from tests.faults.cases import amounts
 from tests.unit.chat_families import FAMILIES, Family, Piece, tokenizer_of
+from tests.unit.toy_run import result_of
 
 WORDS = [
     "What", "is", "Paris", "good", "film", "the", "capital", "of", "bad", "1", "42", "né", "電影", "\U0001f3ac", "{",
@@ -78,7 +78,7 @@ def prepared(
     """What each row says by hand, and what it became; both in order."""
     family = FAMILIES[name]
     found = list(talks(family, rows, seed, begin))
-    made = silently(prepare(recipe_of(folder, found), tokenizer_of(name), base=folder)).train
+    made = result_of(prepare(recipe_of(folder, found), tokenizer_of(name), base=folder)).train
     assert made.rows == rows and not made.dropped and not made.shortened
     return [pieces for talk in found for pieces in family.written(talk)], list(made.examples)
 
@@ -224,8 +224,8 @@ def test_rows_of_one_beginning_share_it(name: str, tmp_path: Path) -> None:
 def test_check_finds_no_fault_in_them(name: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(name)
     recipe = recipe_of(tmp_path, list(talks(FAMILIES[name], 50, 3, "")))
-    found = silently(prepare(recipe, tokenizer, tmp_path))
-    checked = silently(check_tokens(found, tokenizer, True, len(tokenizer)))
+    found = result_of(prepare(recipe, tokenizer, tmp_path))
+    checked = result_of(check_tokens(found, tokenizer, True, len(tokenizer)))
     assert checked.rows >= 50 and not checked.total, checked.faults
 
 

@@ -21,8 +21,8 @@ from finetune.recipe.load import check_recipe, dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.report.report import compare, load_evaluation, save_evaluation
 from finetune.training import job as jobs
-from finetune.training.job import Job, load_job
-from tests.unit.toy_run import Poisoned, Wrapped, curve, result_of, run_to_report
+from finetune.training.job import Job
+from tests.unit.toy_run import Poisoned, Wrapped, curve, load_job, result_of, run_to_report
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,8 @@ from finetune.disk.run_folder import create
 from finetune.evaluation.verdict import IN_A_ROW, Watch, divergence
 from finetune.events import Event, Note, StepDone, Validated
 from finetune.run import NOT_REPEATABLE
-from finetune.training.job import load_job
 from tests.unit.test_report import model, recipe
-from tests.unit.toy_run import Wrapped, run_to_report
+from tests.unit.toy_run import Wrapped, load_job, run_to_report
 
 __all__ = ["model", "recipe"]
 VOCABULARY = 1000

@@ -15,12 +15,12 @@ from backends.interface import Batch, LoraSpec, ModelSpec, NonFinite, OptimSpec,
 from finetune.data.rows import Example, Prepared, Split
 from finetune.disk.checkpoint import Checkpoints
 from finetune.disk.run_folder import RunFolder
-from finetune.events import Event, Result, StepDone, Work
+from finetune.events import Event, Progress, Result, StepDone, Work
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import Recipe
 from finetune.report.report import Report
 from finetune.run import Run
-from finetune.training.job import Job
+from finetune.training.job import Job, making_ready
 from finetune.training.loop import Trainer
 
 LABELS = ("no", "yes", "perhaps")
@@ -110,11 +110,15 @@ def run_to_report(
 
 
 def result_of(events: Generator[Event, None, Result]) -> Result:
-    """What long work returns; its events are dropped."""
+    """What long work returns; its events are dropped, and its progress must say how far it has come."""
     work = Work(events)
-    for _ in work:
-        pass
+    for event in work:
+        assert not isinstance(event, Progress) or 0 <= event.done <= event.total
     return work.result
+
+
+def load_job(recipe: Recipe, backend: str | None = None) -> Job:
+    return result_of(making_ready(recipe, backend))
 
 
 class Wrapped:

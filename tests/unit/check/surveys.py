@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Generator
 from pathlib import Path
 
 from rich.console import Console
@@ -13,9 +12,9 @@ from backends.model_folder import ModelFolder
 from finetune.check.show import show
 from finetune.check.survey import Findings, survey
 from finetune.data.prepare import prepare
-from finetune.events import Progress, Result, Work
 from finetune.recipe.locate import builtin
 from finetune.recipe.schema import Recipe
+from tests.unit.toy_run import result_of
 
 MODEL = ModelFolder.open(builtin("builtin:reviews-base"))
 WORDS = [
@@ -57,15 +56,8 @@ def recipe(path: str, **keys) -> Recipe:
 
 
 def surveyed(tokenizer, settings: Recipe) -> Findings:
-    prepared = finished(prepare(settings, tokenizer, Path.cwd()))
-    return finished(survey(settings, prepared, MODEL, tokenizer))
-
-
-def finished(events: Generator[Progress, None, Result]) -> Result:
-    """What the work returns; its progress must say how far it has come."""
-    work = Work(events)
-    assert all(0 <= progress.done <= progress.total for progress in work)
-    return work.result
+    prepared = result_of(prepare(settings, tokenizer, Path.cwd()))
+    return result_of(survey(settings, prepared, MODEL, tokenizer))
 
 
 def page(found, tokenizer) -> str:

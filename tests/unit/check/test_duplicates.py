@@ -10,13 +10,13 @@ import pytest
 from finetune.check import duplicates
 from finetune.check.duplicates import Duplicates, Pair, find_duplicates, minhash, shingles
 from finetune.data.rows import Record, Split
-from tests.unit.check.surveys import finished
+from tests.unit.toy_run import result_of
 
 WORDS = [f"word{i}" for i in range(2000)]
 
 
 def duplicates_of(*splits: Split, labelled: bool = True) -> Duplicates:
-    return finished(find_duplicates(splits, labelled))
+    return result_of(find_duplicates(splits, labelled))
 
 
 def split(name: str, *texts: str, answers: list[str] | None = None) -> Split:

@@ -17,8 +17,9 @@ from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
 from finetune.data.renderers import question_tokens
 from finetune.errors import DataError, RecipeError
-from finetune.events import Work, silently
+from finetune.events import Work
 from finetune.recipe.schema import Recipe
+from tests.unit.toy_run import result_of
 
 REVIEWS = [{"text": f"film {n} is {'good' if n % 2 else 'bad'}", "label": n % 2} for n in range(40)]
 CHAT = [
@@ -42,7 +43,7 @@ def write(folder: Path, rows: list, name: str = "train.jsonl") -> str:
 def prepared(folder: Path, rows: list, tokenizer=None, data: dict | None = None, **sections):
     asked = {"train": write(folder, rows), **(data or {})}
     recipe = Recipe.model_validate({"model": {"path": "m"}, "data": asked, **sections})
-    found = silently(prepare(recipe, tokenizer or byte_level(), base=folder))
+    found = result_of(prepare(recipe, tokenizer or byte_level(), base=folder))
     refuse(found, recipe)
     return found
 
@@ -317,7 +318,7 @@ def test_a_question_is_asked_as_in_training(tmp_path, kind):
     for rows, prompt, question in cases:
         write(tmp_path, rows)
         recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "train.jsonl"}, "prompt": prompt})
-        found = silently(prepare(recipe, tokenizer, base=tmp_path))
+        found = result_of(prepare(recipe, tokenizer, base=tmp_path))
         rows_by_place = {one.location: one for one in (*found.train.examples, *found.valid.examples)}
         named = recipe.model_copy(update={"data": recipe.data.model_copy(update={"format": found.format})})
         asked = question_tokens(named, tokenizer, [{"role": "user", "content": question}])
@@ -328,7 +329,7 @@ def test_a_conversation_goes_on_as_in_training(tmp_path):
     tokenizer = metaspace(CHATML)
     write(tmp_path, CHAT)
     recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "train.jsonl", "format": "chat"}})
-    found = silently(prepare(recipe, tokenizer, base=tmp_path))
+    found = result_of(prepare(recipe, tokenizer, base=tmp_path))
     example = next(one for one in (*found.train.examples, *found.valid.examples) if one.location == "train.jsonl:1")
     assert question_tokens(recipe, tokenizer, CHAT[0]["messages"][:-1]) == example.prompt_tokens.tolist()
 
