@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
+
+from finetune.errors import Interrupted
 
 Said = TypeVar("Said", bound="Event")
 Result = TypeVar("Result")
@@ -123,3 +126,21 @@ class Work(Generic[Said, Result]):
 
     def __iter__(self) -> Iterator[Said]:
         self.result = yield from self._events
+
+
+class Stoppable(Protocol):
+    """Whoever may be asked to stop what is under way."""
+
+    @property
+    def stopping(self) -> bool: ...
+
+
+def stoppable(events: Generator[Said, None, Result], by: Stoppable, doing: str) -> Generator[Said, None, Result]:
+    """The same events and the same result. Raises Interrupted after an event that brought `by.stopping`."""
+    with closing(events):
+        work = Work(events)
+        for event in work:
+            yield event
+            if by.stopping:
+                raise Interrupted(f"stopped while {doing}")
+    return work.result

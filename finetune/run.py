@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from backends import registry
 from backends.interface import FloatArray, Session, TrainState
@@ -19,10 +19,9 @@ from finetune.disk.checkpoint import Checkpoint, Checkpoints, load_newest
 from finetune.disk.identity import check_identity, identity_of, read_identity
 from finetune.disk.metrics import MetricsFile, read
 from finetune.disk.run_folder import RunFolder, environment
-from finetune.errors import Interrupted
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
 from finetune.evaluation.verdict import Watch, divergence, overfitting_verdict
-from finetune.events import Event, Note, Progress, Work
+from finetune.events import Event, Note, stoppable
 from finetune.recipe.specs import lora_spec
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
@@ -30,7 +29,6 @@ from finetune.training.budget import starting_tokens
 from finetune.training.job import Job
 from finetune.training.loop import Trainer
 
-Result = TypeVar("Result")
 NOT_REPEATABLE = (
     "this model uses an operation that has no repeatable kernel on this device: the same run again, or a resumed one, "
     "will differ in the last digits"
@@ -183,7 +181,7 @@ class Run:
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             return headline(json.loads((folder.path / "check.json").read_text(encoding="utf-8")))
         survey_of_rows = survey(job.recipe, job.prepared, job.folder, job.tokenizer)
-        findings = yield from self._stoppable(survey_of_rows, "checking the data")
+        findings = yield from stoppable(survey_of_rows, self, "checking the data")
         write_file(folder.path / "check.txt", as_text(findings, job.tokenizer))
         values = as_json(findings, job.tokenizer)
         folder.write_json("check.json", values)  # last: it says that both are there
@@ -203,17 +201,7 @@ class Run:
     def _evaluate(self, session: Session, name: str) -> Generator[Event, None, Evaluation]:
         job = self.job
         evaluation = evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, name)
-        return (yield from self._stoppable(evaluation, f"evaluating the {name}"))
-
-    def _stoppable(self, events: Generator[Progress, None, Result], doing: str) -> Generator[Progress, None, Result]:
-        """The same events and the same result. Raises Interrupted after an event that brought `stopping`."""
-        with closing(events):
-            work = Work(events)
-            for event in work:
-                yield event
-                if self.stopping:
-                    raise Interrupted(f"stopped while {doing}")
-        return work.result
+        return (yield from stoppable(evaluation, self, f"evaluating the {name}"))
 
 
 def known_validation(job: Job, base: Evaluation | None) -> Evaluation | None:

@@ -12,14 +12,14 @@ from types import FrameType
 
 from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Interrupted
-from finetune.events import Work
+from finetune.events import Work, stoppable
 from finetune.recipe.schema import Recipe
-from finetune.report.live_screen import open_screen
+from finetune.report.live_screen import open_screen, with_progress
 from finetune.report.report import Report
 from finetune.report.summary import print_account, print_report
 from finetune.run import Run
 from finetune.supervisor import announce_run
-from finetune.training.job import Job, making_ready
+from finetune.training.job import making_ready
 
 
 class StopFlag:
@@ -27,6 +27,10 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+
+    @property
+    def stopping(self) -> bool:
+        return self.signal is not None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
@@ -55,7 +59,7 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
     folder = stopped
     with StopFlag().listening() as stop:
         try:
-            job = show_preparation(recipe, stop)
+            job = with_progress(stoppable(making_ready(recipe), stop, "preparing the data"))
             folder = folder or create(job.recipe, name)  # with the format and the task that were recognised
             announce_run(folder.path)
             print_account(job, folder)
@@ -67,22 +71,11 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
             sys.exit(128 + (stop.signal or signal.SIGINT))
 
 
-def show_preparation(recipe: Recipe, stop: StopFlag) -> Job:
-    """Its progress on the screen. Raises Interrupted once `stop` has its signal."""
-    with closing(making_ready(recipe)) as events, open_screen() as screen:
-        work = Work(events)
-        for event in work:
-            screen.show(event)
-            if stop.signal is not None:
-                raise Interrupted("stopped while preparing the data")
-    return work.result
-
-
 def show_run(run: Run, stop: StopFlag, resume: bool) -> Report:
     """Every event of the run on the screen. Raises Interrupted, after a checkpoint, once `stop` has its signal."""
     with closing(run.events(resume)) as events, open_screen() as screen:
         work = Work(events)
         for event in work:
             screen.show(event)
-            run.stopping = stop.signal is not None
+            run.stopping = stop.stopping
     return work.result
