@@ -35,7 +35,10 @@ def work(make_work: Callable[[], Work]) -> Work:
     return make_work()
 
 
-@pytest.fixture(scope="session", params=list(registry.NAMES))
+SLOW = {"reference": [pytest.mark.slow]}  # whole runs of it show little that those of the others do not
+
+
+@pytest.fixture(scope="session", params=[pytest.param(name, marks=SLOW.get(name, [])) for name in registry.NAMES])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that the registry names; skipped with the reason of its probe."""
     if reason := registry.probe(request.param):
