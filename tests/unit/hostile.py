@@ -66,8 +66,8 @@ def spent() -> float:
 def harmless() -> Iterator[None]:
     """No code run, no canary file opened, no more than 512 MB more than before, and 2 s of processor time.
 
-    Of processor time, ours and our children's, so that a busy machine makes no test fail. What a child had spent before,
-    to start, is not counted when it ends here.
+    Of processor time, ours and our children's, so that a busy machine makes no test fail. What a child had spent
+    before, to start, is not counted when it ends here.
     """
     global _watching
 
