@@ -21,6 +21,7 @@ FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
 Modules = Mapping[str, tuple[int, int]]  # a linear layer's name -> (out, in)
 Device = Literal["cpu", "gpu"]  # the kind of device: all that memory and time depend on
+Wanted = Literal["auto", "cpu"]  # the device to use: auto is an accelerator where there is one
 PROMPTS_TOGETHER = 32  # the most prompts that `Session.generate` completes side by side
 
 
@@ -72,7 +73,7 @@ class ModelSpec:
     quantize: Literal["none", "4bit"] = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 elsewhere
     checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
-    device: Literal["auto", "cpu"] = "auto"  # cpu: even where there is an accelerator
+    device: Wanted = "auto"
     remote_code: bool = False  # whether Python code that comes with the model may run
     folder: CheckedFolder | None = field(default=None, compare=False)  # None: the session opens `path`
 
@@ -206,8 +207,11 @@ class Backend(Protocol):
     def probe(self) -> str | None:
         """None: usable here; else one sentence that says why not."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, device: Wanted = "auto") -> dict[str, Any]:
         """`device`, `versions` (library -> version), and whether it can do `4bit` and `checkpointing`."""
+
+    def unused_accelerator(self) -> str | None:
+        """Why an accelerator of this machine is not used by "auto", with the remedy; None: used, or there is none."""
 
     def open(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Session:
         """A live session, never half-initialised. Raises BackendError for what cannot be done."""

@@ -34,6 +34,7 @@ from backends.interface import (
     Scores,
     StepResult,
     TrainState,
+    Wanted,
 )
 from backends.memory import available_bytes, process_peak_bytes
 from backends.micro_batches import check_tokens
@@ -54,7 +55,7 @@ MACHINES: tuple[Machine, ...] = ()
 SHORTCUTS: tuple[str, ...] = ()
 
 
-def measured_rate(bfloat16: bool) -> float:
+def measured_rate(bfloat16: bool, device: Wanted = "auto") -> float:
     """Floating-point operations per second of numpy's matrix products here, in float32 whatever is asked for."""
     rows, width = SIZES["cpu"]
     x, weight = np.ones((rows, width), np.float32), np.full((width, width), 1 / width, np.float32)
@@ -65,7 +66,11 @@ def probe() -> str | None:
     return None
 
 
-def describe() -> dict[str, Any]:
+def unused_accelerator() -> str | None:
+    return None
+
+
+def describe(device: Wanted = "auto") -> dict[str, Any]:
     return {"device": "cpu", "versions": {"numpy": np.__version__}, "4bit": False, "checkpointing": False}
 
 

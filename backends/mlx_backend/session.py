@@ -25,6 +25,7 @@ from backends.interface import (
     Scores,
     StepResult,
     TrainState,
+    Wanted,
 )
 from backends.memory import available_bytes, process_peak_bytes
 from backends.micro_batches import check_tokens, joined, own_part
@@ -36,6 +37,7 @@ from backends.mlx_backend.lora import DropoutKeys, attach
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import Tensors, adamw
 from backends.model_folder import folder_of
+from backends.nvidia import unused_by
 from backends.sampling import check_prompts
 
 _NO_MEMORY = ("malloc", "insufficient memory", "out of memory", "unable to allocate")
@@ -49,9 +51,15 @@ def probe() -> str | None:
     return None
 
 
-def describe() -> dict[str, Any]:
+def unused_accelerator() -> str | None:
+    if mx.default_device().type != mx.cpu:
+        return None
+    return unused_by(f"mlx {version('mlx')}", None, 'pip install "recipe-finetune[mlx-cuda]"')
+
+
+def describe(device: Wanted = "auto") -> dict[str, Any]:
     return {
-        "device": _device_name(mx.default_device()),
+        "device": _device_name(_picked(device)),
         "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
         "4bit": True,
         "checkpointing": True,
@@ -60,12 +68,16 @@ def describe() -> dict[str, Any]:
 
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSession:
     """Raises BackendError where the model or what is asked of it cannot be had in MLX."""
-    device = mx.Device(mx.cpu) if model.device == "cpu" else mx.default_device()
+    device = _picked(model.device)
     with mx.stream(device):
         working_set = _working_set_bytes(device)
         if working_set is not None:  # Apple's GPUs: keep the weights resident, as mlx-lm does
             mx.set_wired_limit(working_set)
         return MlxSession(model, lora, optim, seed, device)
+
+
+def _picked(device: Wanted) -> mx.Device:
+    return mx.Device(mx.cpu) if device == "cpu" else mx.default_device()
 
 
 class _State(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from backends.interface import Device, LoraSpec, Modules
+from backends.interface import Device, LoraSpec, Modules, Wanted
 from backends.predictions import (
     ATTENTION,
     FROZEN_BLOCKS,
@@ -76,16 +76,15 @@ _GPU = replace(
 COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": _GPU}
 
 
-def measured_rate(bfloat16: bool) -> float:
+def measured_rate(bfloat16: bool, device: Wanted = "auto") -> float:
     """Floating-point operations per second of torch's matrix products here."""
     import torch
 
-    from backends.torch_backend.device import pick_device
+    from backends.torch_backend.device import device_kind, pick_device
 
-    device = pick_device("auto")
-    kind: Device = "cpu" if device.type == "cpu" else "gpu"
-    rows, width = SIZES[kind]
+    picked = pick_device(device)
+    rows, width = SIZES[device_kind(picked)]
     dtype = torch.bfloat16 if bfloat16 else torch.float32
-    x = torch.ones(rows, width, dtype=dtype, device=device)
-    weight = torch.full((width, width), 1 / width, dtype=dtype, device=device)
+    x = torch.ones(rows, width, dtype=dtype, device=picked)
+    weight = torch.full((width, width), 1 / width, dtype=dtype, device=picked)
     return operations_per_second(x, weight, lambda y: y[0, 0].item())

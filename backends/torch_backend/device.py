@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 
 from backends.interface import Device, OutOfMemory
 from backends.memory import available_bytes, process_peak_bytes
+from backends.nvidia import unused_by
 
 # oneDNN keeps a kernel for each shape of product, 1,024 by default, and memory between them that is not given back.
 # With fewer than a step has shapes, each layer would compile its kernels anew; attention in tiles has the most shapes.
@@ -33,6 +35,14 @@ def pick_device(requested: str) -> torch.device:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans its attention anew for each shape, up to a second each
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if requested != "cpu" and torch.backends.mps.is_available() else "cpu")
+
+
+def unused_card() -> str | None:
+    """Why torch, which found no card, does not use the one that is there; None: there is none."""
+    page = "https://pytorch.org/get-started/locally prints the command for pip"
+    if torch.version.cuda is None and sys.platform == "linux":
+        page = "pip install --force-reinstall torch"  # the usual build for Linux is one for CUDA
+    return unused_by(f"torch {torch.__version__}", torch.version.cuda, page)
 
 
 def device_kind(device: torch.device) -> Device:

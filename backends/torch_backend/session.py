@@ -23,6 +23,7 @@ from backends.interface import (
     Scores,
     StepResult,
     TrainState,
+    Wanted,
 )
 from backends.micro_batches import check_tokens, joined, own_part, parts
 from backends.model_folder import folder_of
@@ -40,6 +41,7 @@ from backends.torch_backend.device import (
     pick_device,
     random_numbers,
     repeatable_kernels,
+    unused_card,
 )
 from backends.torch_backend.forward import Forward
 from backends.torch_backend.generate import generate
@@ -54,12 +56,16 @@ def probe() -> str | None:
     return None  # usable where the imports above work; the registry reports one that fails
 
 
-def describe() -> dict[str, Any]:
-    device = pick_device("auto")
+def unused_accelerator() -> str | None:
+    return None if pick_device("auto").type != "cpu" else unused_card()
+
+
+def describe(device: Wanted = "auto") -> dict[str, Any]:
+    picked = pick_device(device)
     packages = ("torch", "transformers", "bitsandbytes", "accelerate")
     versions = {name: version(name) for name in packages if find_spec(name)}
-    four_bit = "bitsandbytes" in versions and device.type != "mps"
-    return {"device": device_name(device), "versions": versions, "4bit": four_bit, "checkpointing": True}
+    four_bit = "bitsandbytes" in versions and picked.type != "mps"
+    return {"device": device_name(picked), "versions": versions, "4bit": four_bit, "checkpointing": True}
 
 
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> TorchSession:

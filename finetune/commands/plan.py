@@ -124,7 +124,7 @@ def backends_table(recipe: Recipe) -> Table:
     for name in registry.NAMES:
         reason = registry.probe(name)
         if reason is None:
-            facts = described(name)
+            facts = described(name, recipe.device)
             scheme = registry.four_bit(name)
             packed = f"weights in {scheme}" if scheme else "no 4-bit"
             weights = "weights as they are" if recipe.quantize == "none" else packed

@@ -19,7 +19,7 @@ from finetune.report.report import Report
 from finetune.report.summary import print_account, print_report
 from finetune.run import Run
 from finetune.supervisor import announce_run
-from finetune.training.job import making_ready
+from finetune.training.job import making_ready, refuse_unused_accelerator
 
 
 class StopFlag:
@@ -56,6 +56,7 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
     if stopped and stopped.report.exists():
         print(f"{stopped.path}: this run is finished; its report is {stopped.path / 'report.txt'}")
         return
+    refuse_unused_accelerator(recipe)
     folder = stopped
     with StopFlag().listening() as stop:
         try:

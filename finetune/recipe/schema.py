@@ -141,6 +141,8 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     backend: Literal["auto", "mlx", "torch", "reference"] = "auto"
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU where there is one; cpu: the processor all the same."""
     output: str = "runs"
     """The folder in which each run makes its own folder."""
 
