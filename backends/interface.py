@@ -213,5 +213,8 @@ class Backend(Protocol):
     def unused_accelerator(self) -> str | None:
         """Why an accelerator of this machine is not used by "auto", with the remedy; None: used, or there is none."""
 
+    def free_bytes(self, device: Wanted = "auto") -> int | None:
+        """Memory that the device can give, where that is known, before a model is loaded."""
+
     def open(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Session:
         """A live session, never half-initialised. Raises BackendError for what cannot be done."""

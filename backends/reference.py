@@ -74,6 +74,10 @@ def describe(device: Wanted = "auto") -> dict[str, Any]:
     return {"device": "cpu", "versions": {"numpy": np.__version__}, "4bit": False, "checkpointing": False}
 
 
+def free_bytes(device: Wanted = "auto") -> int | None:
+    return available_bytes()
+
+
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> ReferenceSession:
     if model.quantize != "none" or model.dtype == "bfloat16":
         raise BackendError("the reference backend computes in float32 alone; use quantize: none and dtype: auto")

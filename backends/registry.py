@@ -61,6 +61,11 @@ def describe(name: str, device: Wanted = "auto") -> dict[str, Any]:
     return usable(name).describe(device)
 
 
+def free_bytes(name: str, device: Wanted = "auto") -> int | None:
+    """Memory that the device can give, where that is known. Raises BackendError as `describe` does."""
+    return usable(name).free_bytes(device)
+
+
 def unused_accelerator(name: str, device: Wanted = "auto") -> str | None:
     """Why an accelerator of this machine would not be used, with the remedy. Raises BackendError as `describe` does."""
     return None if device == "cpu" else usable(name).unused_accelerator()

@@ -21,26 +21,30 @@ from backends.interface import (
     ModelSpec,
     NonFinite,
     OptimSpec,
-    OutOfMemory,
     Scores,
     StepResult,
     TrainState,
     Wanted,
 )
-from backends.memory import available_bytes, process_peak_bytes
 from backends.micro_batches import check_tokens, joined, own_part
 from backends.mlx_backend import blas_bridge
 from backends.mlx_backend.costs import NUMPY_PRODUCTS
+from backends.mlx_backend.device import (
+    bound_memory,
+    device_name,
+    free_of,
+    held_bytes,
+    memory_guard,
+    pick_device,
+    unused_card,
+)
 from backends.mlx_backend.forward import Forward
 from backends.mlx_backend.generate import generate
 from backends.mlx_backend.lora import DropoutKeys, attach
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import Tensors, adamw
 from backends.model_folder import folder_of
-from backends.nvidia import unused_by
 from backends.sampling import check_prompts
-
-_NO_MEMORY = ("malloc", "insufficient memory", "out of memory", "unable to allocate")
 
 
 def probe() -> str | None:
@@ -52,32 +56,28 @@ def probe() -> str | None:
 
 
 def unused_accelerator() -> str | None:
-    if mx.default_device().type != mx.cpu:
-        return None
-    return unused_by(f"mlx {version('mlx')}", None, 'pip install "recipe-finetune[mlx-cuda]"')
+    return None if pick_device("auto").type != mx.cpu else unused_card()
 
 
 def describe(device: Wanted = "auto") -> dict[str, Any]:
     return {
-        "device": _device_name(_picked(device)),
+        "device": device_name(pick_device(device)),
         "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
         "4bit": True,
         "checkpointing": True,
     }
 
 
+def free_bytes(device: Wanted = "auto") -> int | None:
+    return free_of(pick_device(device))
+
+
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSession:
     """Raises BackendError where the model or what is asked of it cannot be had in MLX."""
-    device = _picked(model.device)
-    with mx.stream(device):
-        working_set = _working_set_bytes(device)
-        if working_set is not None:  # Apple's GPUs: keep the weights resident, as mlx-lm does
-            mx.set_wired_limit(working_set)
+    device = pick_device(model.device)
+    bound_memory(device)
+    with mx.stream(device), memory_guard():
         return MlxSession(model, lora, optim, seed, device)
-
-
-def _picked(device: Wanted) -> mx.Device:
-    return mx.Device(mx.cpu) if device == "cpu" else mx.default_device()
 
 
 class _State(NamedTuple):
@@ -95,7 +95,7 @@ class MlxSession:
         on_cpu = device.type == mx.cpu
         dtypes = {"auto": mx.float32 if on_cpu else mx.bfloat16, "float32": mx.float32, "bfloat16": mx.bfloat16}
         dtype = dtypes[spec.dtype]
-        self.device = _device_name(device)
+        self.device = device_name(device)
         folder = folder_of(spec)
         self.lora_shapes: Mapping[str, tuple[int, int]] = folder.lora_modules(lora)
         self._optim, self._mlx_device, self._on_cpu = optim, device, on_cpu
@@ -113,6 +113,7 @@ class MlxSession:
         self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
         self.shortcuts = (*self._forward.shortcuts, *([NUMPY_PRODUCTS] if bridged else []))
         self.repeatable = True
+        self._trained, self._most_held = False, 0
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._state: _State
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
@@ -162,27 +163,23 @@ class MlxSession:
         self._state = _State(state.step, _to_mlx(state.adapter), _to_mlx(state.moments))
 
     def peak_bytes(self) -> int:
-        return process_peak_bytes() if self._on_cpu else int(mx.get_peak_memory())
+        self._most_held = max(self._most_held, held_bytes(self._mlx_device))
+        return self._most_held
 
     def free_bytes(self) -> int | None:
-        if self._on_cpu:
-            return available_bytes()
-        working_set = _working_set_bytes(self._mlx_device)
-        return None if working_set is None else max(0, working_set - int(mx.get_active_memory()))
+        return free_of(self._mlx_device)
 
     @contextmanager
     def _running(self, training: bool = False) -> Iterator[None]:
         """On the session's device, with its adapter in the model, also afterwards, however a call ends."""
+        if training != self._trained:  # freed buffers of the other kind of work seldom fit
+            mx.clear_cache()
+        self._trained = training
         self._put_in(self._state.adapter)
         self._forward.train(training)
         try:
-            with mx.stream(self._mlx_device):
+            with memory_guard(), mx.stream(self._mlx_device):
                 yield
-        except (RuntimeError, ValueError, MemoryError) as error:
-            if not any(sign in str(error).lower() for sign in _NO_MEMORY):
-                raise
-            mx.clear_cache()
-            raise OutOfMemory(str(error)) from error
         finally:
             self._put_in(self._state.adapter)  # and not the traced arrays, which hold a whole step's memory
 
@@ -218,15 +215,3 @@ def _to_numpy(tensors: Tensors) -> dict[str, FloatArray]:
 
 def _to_mlx(tensors: Mapping[str, FloatArray]) -> Tensors:
     return {name: mx.array(np.ascontiguousarray(value.T)) for name, value in tensors.items()}
-
-
-def _device_name(device: mx.Device) -> str:
-    if device.type == mx.cpu:
-        return "cpu"
-    return f"gpu: {mx.device_info(device).get('device_name', 'unknown')}"
-
-
-def _working_set_bytes(device: mx.Device) -> int | None:
-    """What Apple's GPUs say that they can hold; None for other devices."""
-    size = None if device.type == mx.cpu else mx.device_info(device).get("max_recommended_working_set_size")
-    return None if size is None else int(size)

@@ -70,6 +70,7 @@ _GPU = replace(
     held=1.1,
     tokens_at_once=None,
     four_bit_runtime=0.0,
+    unpacked_weight=Size(fixed=0.06, numbers=1.0),  # bitsandbytes' kernel writes it at once; the scales beside it
     bfloat16_products=0.0,
     maps_files=False,
 )

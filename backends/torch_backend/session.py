@@ -32,9 +32,10 @@ from backends.sampling import check_prompts
 from backends.torch_backend.attention import use_tiles
 from backends.torch_backend.costs import COSTS
 from backends.torch_backend.device import (
+    bound_memory,
     device_kind,
     device_name,
-    free_bytes,
+    free_of,
     lacks_repeatable_kernel,
     memory_guard,
     peak_bytes,
@@ -68,6 +69,10 @@ def describe(device: Wanted = "auto") -> dict[str, Any]:
     return {"device": device_name(picked), "versions": versions, "4bit": four_bit, "checkpointing": True}
 
 
+def free_bytes(device: Wanted = "auto") -> int | None:
+    return free_of(pick_device(device))
+
+
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> TorchSession:
     """Raises BackendError for a folder, targets or a quantisation that cannot be used."""
     return TorchSession(model, lora, optim, seed)
@@ -77,6 +82,7 @@ class TorchSession:
     def __init__(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> None:
         self._device = pick_device(model.device)
         self.device = device_name(self._device)
+        bound_memory(self._device)
         self.lora_shapes = folder_of(model).lora_modules(lora)
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._dropout = Dropout(lora.dropout, seed)
@@ -183,7 +189,7 @@ class TorchSession:
         return peak_bytes(self._device)
 
     def free_bytes(self) -> int | None:
-        return free_bytes(self._device)
+        return free_of(self._device)
 
     def _backward(self, micro: Sequence[Batch], total: float) -> float:
         """Adds the gradient of sum(w * nll) / total to every adapter tensor and returns that loss."""
