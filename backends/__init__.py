@@ -5,5 +5,3 @@ import os
 # Threads that wait should sleep. By default they spin, and beside another program torch's steps on a CPU then take
 # up to thirty times as long. OpenMP reads this when it is loaded, so it must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# float32 means float32: on newer GPUs MLX would multiply it in TF32, with 10 bits of mantissa.
-os.environ.setdefault("MLX_ENABLE_TF32", "0")

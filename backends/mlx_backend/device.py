@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -11,6 +13,10 @@ import mlx.core as mx
 from backends.interface import Device, OutOfMemory, Wanted
 from backends.memory import available_bytes, process_peak_bytes
 from backends.nvidia import unused_by
+
+# float32 means float32: on newer GPUs MLX would multiply it in TF32, with 10 bits of mantissa. MLX reads this at its
+# first product.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 # As MLX's allocators and Metal say it. A command buffer that fails because it took too long, or kept the screen from
 # being drawn, has the same remedy as one without memory: less work at once.
@@ -75,9 +81,9 @@ def memory_guard() -> Iterator[None]:
         reason = str(error)
         if not isinstance(error, MemoryError) and not any(sign in reason.lower() for sign in _NO_MEMORY):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold the arrays that are to be freed
     else:
         return
-    # outside the handler: the exception's frames held the arrays that are to be freed
     with suppress(RuntimeError):  # what other command buffers still have to say of the same failure
         mx.synchronize()
     mx.clear_cache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,10 +136,10 @@ def memory_guard(device: torch.device) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not says_no_memory(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that are to be freed
         reason = str(error).partition("\n")[0] or "out of memory"
     else:
         return
-    # outside the handler: the exception's frames held the tensors that are to be freed
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
