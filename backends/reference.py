@@ -29,6 +29,7 @@ from backends.interface import (
     ModelSpec,
     Modules,
     NonFinite,
+    NumberType,
     OptimSpec,
     OutOfMemory,
     Scores,
@@ -55,7 +56,7 @@ MACHINES: tuple[Machine, ...] = ()
 SHORTCUTS: tuple[str, ...] = ()
 
 
-def measured_rate(bfloat16: bool, device: Wanted = "auto") -> float:
+def measured_rate(number_type: NumberType, device: Wanted = "auto") -> float:
     """Floating-point operations per second of numpy's matrix products here, in float32 whatever is asked for."""
     rows, width = SIZES["cpu"]
     x, weight = np.ones((rows, width), np.float32), np.full((width, width), 1 / width, np.float32)
@@ -71,7 +72,8 @@ def unused_accelerator() -> str | None:
 
 
 def describe(device: Wanted = "auto") -> dict[str, Any]:
-    return {"device": "cpu", "versions": {"numpy": np.__version__}, "4bit": False, "checkpointing": False}
+    able = {"4bit": False, "checkpointing": False, "half": "bfloat16"}
+    return {"device": "cpu", "versions": {"numpy": np.__version__}} | able
 
 
 def free_bytes(device: Wanted = "auto") -> int | None:
@@ -79,7 +81,7 @@ def free_bytes(device: Wanted = "auto") -> int | None:
 
 
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> ReferenceSession:
-    if model.quantize != "none" or model.dtype == "bfloat16":
+    if model.quantize != "none" or model.dtype not in ("auto", "float32"):
         raise BackendError("the reference backend computes in float32 alone; use quantize: none and dtype: auto")
     folder = folder_of(model)
     modules, vocabulary = _modules(folder, lora), folder.config.get("vocab_size")

@@ -13,6 +13,7 @@ from backends.interface import (
     Device,
     LoraSpec,
     ModelSpec,
+    NumberType,
     OptimSpec,
     Session,
     Wanted,
@@ -136,9 +137,9 @@ def shortcuts(name: str) -> tuple[str, ...]:
     return tuple(_predictions(name).SHORTCUTS)
 
 
-def measured_rate(name: str, bfloat16: bool, device: Wanted = "auto") -> float:
+def measured_rate(name: str, number_type: NumberType, device: Wanted = "auto") -> float:
     """Floating-point operations per second of matrix products, timed now. The backend must be usable here."""
-    return _predictions(name).measured_rate(bfloat16, device)
+    return _predictions(name).measured_rate(number_type, device)
 
 
 def _row(name: str) -> Row:

@@ -26,13 +26,16 @@ from backends.interface import (
     TrainState,
     Wanted,
 )
+from backends.loss_scale import loss_scales
 from backends.micro_batches import check_tokens, joined, own_part
 from backends.mlx_backend import blas_bridge
 from backends.mlx_backend.costs import NUMPY_PRODUCTS
 from backends.mlx_backend.device import (
     bound_memory,
+    device_kind,
     device_name,
     free_of,
+    half_type,
     held_bytes,
     memory_guard,
     pick_device,
@@ -65,6 +68,7 @@ def describe(device: Wanted = "auto") -> dict[str, Any]:
         "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
         "4bit": True,
         "checkpointing": True,
+        "half": half_type(pick_device(device)),
     }
 
 
@@ -93,8 +97,8 @@ class MlxSession:
 
     def __init__(self, spec: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int, device: mx.Device) -> None:
         on_cpu = device.type == mx.cpu
-        dtypes = {"auto": mx.float32 if on_cpu else mx.bfloat16, "float32": mx.float32, "bfloat16": mx.bfloat16}
-        dtype = dtypes[spec.dtype]
+        self._number_type = spec.number_type(device_kind(device), half_type(device))
+        dtype = getattr(mx, self._number_type)
         self.device = device_name(device)
         folder = folder_of(spec)
         self.lora_shapes: Mapping[str, tuple[int, int]] = folder.lora_modules(lora)
@@ -124,8 +128,11 @@ class MlxSession:
             raise ValueError("nothing is supervised in this step: all weights are 0")
         check_tokens(micro, self._vocabulary)
         with self._running(training=True):
-            loss, grads = self._loss_and_grads(micro, total)
-            norm = float(mx.sqrt(mx.stack([mx.square(grad).sum() for grad in grads.values()]).sum()))
+            for scale in loss_scales(self._number_type, total):
+                loss, grads = self._loss_and_grads(micro, total, scale)
+                norm = float(mx.sqrt(mx.stack([mx.square(grad).sum() for grad in grads.values()]).sum()))
+                if math.isfinite(norm):
+                    break
             step = self._state.step + 1
             updated = _State(step, *adamw(self._state.adapter, self._state.moments, grads, norm, step, lr, self._optim))
             finite = mx.stack([mx.isfinite(value).all() for value in updated.adapter.values()]).all()
@@ -183,20 +190,23 @@ class MlxSession:
         finally:
             self._put_in(self._state.adapter)  # and not the traced arrays, which hold a whole step's memory
 
-    def _loss_and_grads(self, micro: Sequence[Batch], total: float) -> tuple[float, Tensors]:
-        """sum(weight x nll) / total over all micro-batches, and its gradient; one micro-batch in memory at a time."""
+    def _loss_and_grads(self, micro: Sequence[Batch], total: float, scale: float) -> tuple[float, Tensors]:
+        """sum(weight x nll) / total over all micro-batches, and its gradient; one micro-batch in memory at a time.
+
+        Both are `scale` times as large while they are computed.
+        """
         loss = 0.0
         grads: Tensors = {}
         batches = micro if self.shares_prefixes else [joined(batch) for batch in micro]
         parts = (part for batch in batches for _, part in self._forward.parts(batch))
         for index, part in enumerate(parts):
             self._keys.at(self._state.step, index)
-            loss_of = partial(self._loss, part, self._forward.entering(part), total)
+            loss_of = partial(self._loss, part, self._forward.entering(part), total / scale)
             part_loss, part_grads = mx.value_and_grad(loss_of)(self._state.adapter)
             # a sum also of the first, since an array that came out of a trace may hold on to all that was traced
-            grads = {name: grad + grads.get(name, 0.0) for name, grad in part_grads.items()}
+            grads = {name: grad / scale + grads.get(name, 0.0) for name, grad in part_grads.items()}
             mx.eval(part_loss, grads)
-            loss += float(part_loss)
+            loss += float(part_loss) / scale
         return loss, grads
 
     def _loss(self, part: Batch, entering: mx.array | None, total: float, adapter: Tensors) -> mx.array:

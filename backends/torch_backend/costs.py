@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from backends.interface import Device, LoraSpec, Modules, Wanted
+from backends.interface import Device, LoraSpec, Modules, NumberType, Wanted
 from backends.predictions import (
     ATTENTION,
     FROZEN_BLOCKS,
@@ -77,7 +77,7 @@ _GPU = replace(
 COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": _GPU}
 
 
-def measured_rate(bfloat16: bool, device: Wanted = "auto") -> float:
+def measured_rate(number_type: NumberType, device: Wanted = "auto") -> float:
     """Floating-point operations per second of torch's matrix products here."""
     import torch
 
@@ -85,7 +85,7 @@ def measured_rate(bfloat16: bool, device: Wanted = "auto") -> float:
 
     picked = pick_device(device)
     rows, width = SIZES[device_kind(picked)]
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    dtype = getattr(torch, number_type)
     x = torch.ones(rows, width, dtype=dtype, device=picked)
     weight = torch.full((width, width), 1 / width, dtype=dtype, device=picked)
     return operations_per_second(x, weight, lambda y: y[0, 0].item())

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from backends.interface import Device, OutOfMemory
+from backends.interface import Device, Half, OutOfMemory
 from backends.memory import available_bytes, process_peak_bytes
 from backends.nvidia import unused_by
 
@@ -60,6 +60,12 @@ def unused_card() -> str | None:
     if torch.version.cuda is None and sys.platform == "linux":
         page = "pip install --force-reinstall torch"  # the usual build for Linux is one for CUDA
     return unused_by(f"torch {torch.__version__}", torch.version.cuda, page)
+
+
+def half_type(device: torch.device) -> Half:
+    """bfloat16, but on NVIDIA's cards before compute capability 8.0, which only emulate it (3 to 8 times as slow)."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return "float16" if old else "bfloat16"
 
 
 def device_kind(device: torch.device) -> Device:

@@ -25,6 +25,7 @@ from backends.interface import (
     TrainState,
     Wanted,
 )
+from backends.loss_scale import loss_scales
 from backends.micro_batches import check_tokens, joined, own_part, parts
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
@@ -36,6 +37,7 @@ from backends.torch_backend.device import (
     device_kind,
     device_name,
     free_of,
+    half_type,
     lacks_repeatable_kernel,
     memory_guard,
     peak_bytes,
@@ -66,7 +68,8 @@ def describe(device: Wanted = "auto") -> dict[str, Any]:
     packages = ("torch", "transformers", "bitsandbytes", "accelerate")
     versions = {name: version(name) for name in packages if find_spec(name)}
     four_bit = "bitsandbytes" in versions and picked.type != "mps"
-    return {"device": device_name(picked), "versions": versions, "4bit": four_bit, "checkpointing": True}
+    facts = {"device": device_name(picked), "versions": versions, "4bit": four_bit, "checkpointing": True}
+    return facts | {"half": half_type(picked)}
 
 
 def free_bytes(device: Wanted = "auto") -> int | None:
@@ -87,6 +90,7 @@ class TorchSession:
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._dropout = Dropout(lora.dropout, seed)
         costs = COSTS[device_kind(self._device)]
+        self._number_type = model.number_type(device_kind(self._device), half_type(self._device))
         self._spec, self._tokens_at_once = model, costs.tokens_at_once or sys.maxsize
         with memory_guard(self._device), random_numbers(self._device, seed):
             self._model = load_frozen(model, self._device)
@@ -118,24 +122,32 @@ class TorchSession:
         if not total > 0:
             raise ValueError("nothing is supervised in this step: all weights are 0")
         check_tokens(micro, self._vocabulary)
-        try:
-            loss, norm = self._update(micro, total, lr)
-        except RuntimeError as error:
-            if not self.repeatable or not lacks_repeatable_kernel(error):
-                raise
-            self.repeatable = False
-            loss, norm = self._update(micro, total, lr)
-        if not np.isfinite(norm):
+        for scale in loss_scales(self._number_type, total):
+            loss, norm = self._repeatably_updated(micro, total, lr, scale)
+            if np.isfinite(norm):
+                break
+        else:
             raise NonFinite(f"loss {loss}, gradient norm {norm} in step {self._step + 1}")
         self._step += 1
         return StepResult(loss, sum(int(np.count_nonzero(batch.weights)) for batch in micro), norm)
 
-    def _update(self, micro: Sequence[Batch], total: float, lr: float) -> tuple[float, float]:
+    def _repeatably_updated(self, micro: Sequence[Batch], total: float, lr: float, scale: float) -> tuple[float, float]:
+        """As `_update`, with kernels that give the same bits every time, where each operation has one."""
+        try:
+            return self._update(micro, total, lr, scale)
+        except RuntimeError as error:
+            if not self.repeatable or not lacks_repeatable_kernel(error):
+                raise
+        self.repeatable = False
+        return self._update(micro, total, lr, scale)
+
+    def _update(self, micro: Sequence[Batch], total: float, lr: float, scale: float) -> tuple[float, float]:
         """The loss, and the gradient's norm; if either is not finite, nothing is updated."""
         with memory_guard(self._device), repeatable_kernels(self._device, self.repeatable):
             try:
-                loss = self._backward(micro, total)
+                loss = self._backward(micro, total / scale) / scale
                 with torch.no_grad():
+                    self._optimiser.divide_grads(scale)
                     return loss, self._optimiser.update(self._step + 1, lr) if np.isfinite(loss) else float("nan")
             finally:  # before the guard gives free memory back to the device
                 for tensor in self._adapter.values():

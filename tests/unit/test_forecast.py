@@ -144,8 +144,8 @@ def test_the_plan_shows_every_machine(tmp_path: Path, layers: Any, kept: bool) -
 
 
 def test_memory_here_is_asked_for_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "describe", lambda name, device: {"device": "cuda: some card"})
-    monkeypatch.setattr(registry, "measured_rate", lambda name, bfloat16, device: 1e13)
+    monkeypatch.setattr(registry, "describe", lambda name, device: {"device": "cuda: some card", "half": "bfloat16"})
+    monkeypatch.setattr(registry, "measured_rate", lambda name, number_type, device: 1e13)
     for free, fits in ((2**40, True), (2**20, False), (None, None)):
         monkeypatch.setattr(registry, "free_bytes", lambda name, device, free=free: free)
         here = budget.forecast_here(work(), "torch", None)
@@ -212,4 +212,4 @@ def test_the_rate_of_products_waits_once_and_long_enough(monkeypatch: pytest.Mon
 def test_every_backend_measures_its_rate(name: str) -> None:
     if reason := registry.probe(name):
         pytest.skip(reason)
-    assert 1e9 < registry.measured_rate(name, False) < 1e15
+    assert 1e9 < registry.measured_rate(name, "float32") < 1e15
