@@ -21,6 +21,9 @@ FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
 Modules = Mapping[str, tuple[int, int]]  # a linear layer's name -> (out, in)
 Device = Literal["cpu", "gpu"]  # the kind of device: all that memory and time depend on
+Half = Literal["bfloat16", "float16"]
+NumberType = Literal["float32", "bfloat16", "float16"]
+Wanted = Literal["auto", "cpu"]  # the device to use: auto is an accelerator where there is one
 PROMPTS_TOGETHER = 32  # the most prompts that `Session.generate` completes side by side
 
 
@@ -70,20 +73,23 @@ class ModelSpec:
 
     path: Path
     quantize: Literal["none", "4bit"] = "none"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 elsewhere
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
-    device: Literal["auto", "cpu"] = "auto"  # cpu: even where there is an accelerator
+    device: Wanted = "auto"
     remote_code: bool = False  # whether Python code that comes with the model may run
     folder: CheckedFolder | None = field(default=None, compare=False)  # None: the session opens `path`
 
-    def number_type(self, device: Device) -> Literal["float32", "bfloat16"]:
-        """The type of activations and of weights that are not quantised."""
+    def number_type(self, device: Device, half: Half = "bfloat16") -> NumberType:
+        """The type of activations and of weights that are not quantised. auto: float32 on a CPU, `half` elsewhere.
+
+        half: the type of 16 bits that the device is made for.
+        """
         if self.dtype == "auto":
-            return "float32" if device == "cpu" else "bfloat16"
+            return "float32" if device == "cpu" else half
         return self.dtype
 
     def number_bytes(self, device: Device) -> int:
-        return 2 if self.number_type(device) == "bfloat16" else 4
+        return 4 if self.number_type(device) == "float32" else 2
 
 
 @dataclass(frozen=True)
@@ -206,8 +212,16 @@ class Backend(Protocol):
     def probe(self) -> str | None:
         """None: usable here; else one sentence that says why not."""
 
-    def describe(self) -> dict[str, Any]:
-        """`device`, `versions` (library -> version), and whether it can do `4bit` and `checkpointing`."""
+    def describe(self, device: Wanted = "auto") -> dict[str, Any]:
+        """`device`, `versions` (library -> version), whether it can do `4bit` and `checkpointing`, and as `half` the
+        type of 16 bits that the device is made for.
+        """
+
+    def unused_accelerator(self) -> str | None:
+        """Why an accelerator of this machine is not used by "auto", with the remedy; None: used, or there is none."""
+
+    def free_bytes(self, device: Wanted = "auto") -> int | None:
+        """Memory that the device can give, where that is known, before a model is loaded."""
 
     def open(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Session:
         """A live session, never half-initialised. Raises BackendError for what cannot be done."""

@@ -8,12 +8,15 @@ evaluation. They lie in a file, and the machine's spare memory caches it: none o
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import DTypeLike, NDArray
 
 from backends.interface import IntArray
@@ -32,9 +35,11 @@ class Activations:
         """`dtype` is numpy's (uint16 holds bfloat16); `limit` in bytes, half of the disk's free space if not given."""
         self.width, self.dtype = width, np.dtype(dtype)
         self.bytes = 0  # kept so far
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this object, and leaves no name)
+        folder = _folder_on_disk()
+        # no `with`: it lives as long as this object, and leaves no name
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
-        self._limit = shutil.disk_usage(tempfile.gettempdir()).free // _SHARE if limit is None else limit
+        self._limit = shutil.disk_usage(folder).free // _SHARE if limit is None else limit
         self._offsets: dict[bytes, int] = {}
 
     def get(self, tokens: IntArray, out: NDArray[Any]) -> bool:
@@ -61,6 +66,19 @@ class Activations:
             return
         self._offsets[key] = self.bytes
         self.bytes += states.nbytes
+
+
+def _folder_on_disk() -> str:
+    """The folder for temporary files; /var/tmp where that one is in memory, as /tmp is on several systems.
+
+    A folder that the user names (TMPDIR) is taken as it is.
+    """
+    folder, disk = tempfile.gettempdir(), "/var/tmp"
+    if "TMPDIR" in os.environ or not os.access(disk, os.W_OK | os.X_OK):
+        return folder
+    mounted = {one.mountpoint: one.fstype for one in psutil.disk_partitions(all=True)}
+    holding = next((str(path) for path in [Path(folder), *Path(folder).parents] if str(path) in mounted), "")
+    return disk if mounted.get(holding) in ("tmpfs", "ramfs") else folder
 
 
 def _key(tokens: IntArray) -> bytes:

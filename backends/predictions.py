@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from backends.interface import Device, LoraSpec, Modules
+from backends.interface import Device, LoraSpec, Modules, NumberType, Wanted
 
 # Shortcuts that several backends have, in the words of `Session.shortcuts`.
 SHARED_PREFIXES = "shared prefixes"
@@ -90,5 +90,5 @@ class Predictions(Protocol):
     MACHINES: tuple[Machine, ...]  # well-known machines that it runs on
     SHORTCUTS: tuple[str, ...]  # all that `Session.shortcuts` may name
 
-    def measured_rate(self, bfloat16: bool) -> float:
+    def measured_rate(self, number_type: NumberType, device: Wanted = "auto") -> float:
         """Floating-point operations per second of matrix products here, timed now. Loads the framework."""

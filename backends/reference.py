@@ -29,11 +29,13 @@ from backends.interface import (
     ModelSpec,
     Modules,
     NonFinite,
+    NumberType,
     OptimSpec,
     OutOfMemory,
     Scores,
     StepResult,
     TrainState,
+    Wanted,
 )
 from backends.memory import available_bytes, process_peak_bytes
 from backends.micro_batches import check_tokens
@@ -54,7 +56,7 @@ MACHINES: tuple[Machine, ...] = ()
 SHORTCUTS: tuple[str, ...] = ()
 
 
-def measured_rate(bfloat16: bool) -> float:
+def measured_rate(number_type: NumberType, device: Wanted = "auto") -> float:
     """Floating-point operations per second of numpy's matrix products here, in float32 whatever is asked for."""
     rows, width = SIZES["cpu"]
     x, weight = np.ones((rows, width), np.float32), np.full((width, width), 1 / width, np.float32)
@@ -65,12 +67,21 @@ def probe() -> str | None:
     return None
 
 
-def describe() -> dict[str, Any]:
-    return {"device": "cpu", "versions": {"numpy": np.__version__}, "4bit": False, "checkpointing": False}
+def unused_accelerator() -> str | None:
+    return None
+
+
+def describe(device: Wanted = "auto") -> dict[str, Any]:
+    able = {"4bit": False, "checkpointing": False, "half": "bfloat16"}
+    return {"device": "cpu", "versions": {"numpy": np.__version__}} | able
+
+
+def free_bytes(device: Wanted = "auto") -> int | None:
+    return available_bytes()
 
 
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> ReferenceSession:
-    if model.quantize != "none" or model.dtype == "bfloat16":
+    if model.quantize != "none" or model.dtype not in ("auto", "float32"):
         raise BackendError("the reference backend computes in float32 alone; use quantize: none and dtype: auto")
     folder = folder_of(model)
     modules, vocabulary = _modules(folder, lora), folder.config.get("vocab_size")

@@ -13,8 +13,10 @@ from backends.interface import (
     Device,
     LoraSpec,
     ModelSpec,
+    NumberType,
     OptimSpec,
     Session,
+    Wanted,
 )
 from backends.model_folder import folder_of
 from backends.predictions import Costs, Machine, Predictions
@@ -55,9 +57,19 @@ def probe(name: str) -> str | None:
         return f'{name} does not start here ({error}); try pip install --force-reinstall "recipe-finetune[{name}]"'
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe(name: str, device: Wanted = "auto") -> dict[str, Any]:
     """Device, versions and abilities (`Backend.describe`). Raises BackendError where the backend is not usable."""
-    return usable(name).describe()
+    return usable(name).describe(device)
+
+
+def free_bytes(name: str, device: Wanted = "auto") -> int | None:
+    """Memory that the device can give, where that is known. Raises BackendError as `describe` does."""
+    return usable(name).free_bytes(device)
+
+
+def unused_accelerator(name: str, device: Wanted = "auto") -> str | None:
+    """Why an accelerator of this machine would not be used, with the remedy. Raises BackendError as `describe` does."""
+    return None if device == "cpu" else usable(name).unused_accelerator()
 
 
 def automatic() -> list[str]:
@@ -125,9 +137,9 @@ def shortcuts(name: str) -> tuple[str, ...]:
     return tuple(_predictions(name).SHORTCUTS)
 
 
-def measured_rate(name: str, bfloat16: bool) -> float:
+def measured_rate(name: str, number_type: NumberType, device: Wanted = "auto") -> float:
     """Floating-point operations per second of matrix products, timed now. The backend must be usable here."""
-    return _predictions(name).measured_rate(bfloat16)
+    return _predictions(name).measured_rate(number_type, device)
 
 
 def _row(name: str) -> Row:

@@ -49,6 +49,7 @@ def common(
 
 @app.command(rich_help_panel=START)
 def demo(
+    overrides: Overrides = None,
     backend: Backend = None,
     output: Annotated[str, typer.Option(help="The run's folder is made in this folder.")] = "runs",
     alone: Alone = False,
@@ -56,7 +57,7 @@ def demo(
     """Measure, fine-tune and measure again, with a built-in model and data, offline."""
     from finetune.recipe.locate import demo_recipe
 
-    _train(demo_recipe(), [f"output={output}"], backend, alone)
+    _train(demo_recipe(), [f"output={output}", *(overrides or [])], backend, alone)
 
 
 @app.command(rich_help_panel=START)

@@ -158,7 +158,7 @@ class Run:
     def _write_environment(self, session: Session | None = None) -> None:
         """environment.json: at first without what the session says, since opening one may crash."""
         backend = self.job.backend
-        facts = environment(backend, registry.describe(backend))
+        facts = environment(backend, registry.describe(backend, self.job.recipe.device))
         facts["remote_code"] = self.job.recipe.model.remote_code
         if session:
             facts |= {"shortcuts": list(session.shortcuts), "repeatable": session.repeatable}

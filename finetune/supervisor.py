@@ -11,7 +11,6 @@ supervisor is gone ends at once, so that two processes never write to one run.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from types import FrameType
 
 from finetune.disk.manifest import newest_good
 from finetune.errors import ExitCode
+from finetune.text import command_line
 
 # After these a run can be half done. After INTERRUPTED and TERMINATED the child has said so itself.
 _EXPLAINED = {ExitCode.BUG, ExitCode.DIVERGED, ExitCode.MEMORY, ExitCode.DISK}
@@ -174,7 +174,7 @@ def _what_is_left(path: Path | None, code: int) -> list[str]:
     checkpoint = f"its last intact checkpoint is of step {newest[0]}" if newest else "it has no checkpoint yet"
     if code == ExitCode.DIVERGED:  # the same steps would diverge again
         return [f"The run {path} stays as it was: {checkpoint}."]
-    return [f"The run is not lost: {checkpoint}. Resume it with: finetune resume {shlex.quote(str(path))}"]
+    return [f"The run is not lost: {checkpoint}. Resume it with: {command_line('finetune', 'resume', str(path))}"]
 
 
 def _oom_kills() -> int:

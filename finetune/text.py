@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import shlex
+import subprocess
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -54,6 +57,11 @@ def shorten(text: str, length: int) -> str:
         return line
     head = (length - 4) // 2
     return f"{line[:head]} ... {line[len(line) - (length - 5 - head) :]}"
+
+
+def command_line(*words: str) -> str:
+    """As a person can paste it: quoted for the shell of this system."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def duration(seconds: float | None) -> str:

@@ -76,7 +76,7 @@ class _Tile(NamedTuple):
     def scores(self, q: mx.array, k: mx.array, scale: float) -> mx.array:
         """float32 [B, Hk, R * queries, keys] of this tile's grouped queries."""
         scores = (scale * q) @ k[..., : self.keys, :].swapaxes(-1, -2)
-        if scores.dtype == mx.bfloat16:
+        if scores.dtype != mx.float32:
             scores = scores.astype(mx.float32)
         if self.bias is not None and self.bias.shape[-1] == self.keys:
             scores += self.bias

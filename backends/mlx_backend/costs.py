@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.interface import Device, LoraSpec, Modules
+from backends.interface import Device, LoraSpec, Modules, NumberType, Wanted
 from backends.predictions import (
     ATTENTION,
     FROZEN_BLOCKS,
@@ -63,15 +63,16 @@ _GPU = replace(
 COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": _GPU}
 
 
-def measured_rate(bfloat16: bool) -> float:
+def measured_rate(number_type: NumberType, device: Wanted = "auto") -> float:
     """Floating-point operations per second of MLX's matrix products here, or of numpy's where it uses those."""
     import mlx.core as mx
 
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    on_cpu = device == "cpu" or mx.default_device() == mx.Device(mx.cpu)
     kind: Device = "cpu" if on_cpu else "gpu"
     rows, width = SIZES[kind]
-    by_numpy = on_cpu and not bfloat16 and sys.platform != "darwin"
+    by_numpy = on_cpu and number_type == "float32" and sys.platform != "darwin"
     library: Any
-    library, dtype = (np, np.float32) if by_numpy else (mx, mx.bfloat16 if bfloat16 else mx.float32)
-    x, weight = library.ones((rows, width), dtype), library.full((width, width), 1 / width, dtype)
-    return operations_per_second(x, weight, (lambda y: y) if by_numpy else mx.eval)
+    library, dtype = (np, np.float32) if by_numpy else (mx, getattr(mx, number_type))
+    with mx.stream(mx.cpu if on_cpu else mx.gpu):
+        x, weight = library.ones((rows, width), dtype), library.full((width, width), 1 / width, dtype)
+        return operations_per_second(x, weight, (lambda y: y) if by_numpy else mx.eval)

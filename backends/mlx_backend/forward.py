@@ -25,7 +25,8 @@ from backends.predictions import ATTENTION, FROZEN_BLOCKS, HEAD, LORA, SHARED_PR
 _TOKENS = np.arange(1, 31, dtype=np.int32).reshape(3, 10)
 _SAMPLE = Batch(_TOKENS, _TOKENS, np.eye(10, dtype=np.float32)[[7, 9, 4]] + np.eye(10, dtype=np.float32)[[6, 8, 4]])
 _PREFIXED = replace(_SAMPLE, prefixes=(_TOKENS[1, :5], _TOKENS[0, :3]), prefix_of=(0, 1, 0))
-_NEAR = {mx.float32: 1e-3, mx.bfloat16: 0.05}  # of the largest number; what is wrong is off by far more
+# Of the largest number; what is wrong is off by far more.
+_NEAR = {mx.float32: 1e-3, mx.bfloat16: 0.05, mx.float16: 0.01}
 # What a model's own code raises where it is given a cache or blocks that it was not written for. A lack of memory is
 # not among these.
 _DOES_NOT_FIT = (TypeError, ValueError, AttributeError, LookupError, NotImplementedError)

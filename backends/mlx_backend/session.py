@@ -21,15 +21,26 @@ from backends.interface import (
     ModelSpec,
     NonFinite,
     OptimSpec,
-    OutOfMemory,
     Scores,
     StepResult,
     TrainState,
+    Wanted,
 )
-from backends.memory import available_bytes, process_peak_bytes
+from backends.loss_scale import loss_scales
 from backends.micro_batches import check_tokens, joined, own_part
 from backends.mlx_backend import blas_bridge
 from backends.mlx_backend.costs import NUMPY_PRODUCTS
+from backends.mlx_backend.device import (
+    bound_memory,
+    device_kind,
+    device_name,
+    free_of,
+    half_type,
+    held_bytes,
+    memory_guard,
+    pick_device,
+    unused_card,
+)
 from backends.mlx_backend.forward import Forward
 from backends.mlx_backend.generate import generate
 from backends.mlx_backend.lora import DropoutKeys, attach
@@ -37,8 +48,6 @@ from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_
 from backends.mlx_backend.optim import Tensors, adamw
 from backends.model_folder import folder_of
 from backends.sampling import check_prompts
-
-_NO_MEMORY = ("malloc", "insufficient memory", "out of memory", "unable to allocate")
 
 
 def probe() -> str | None:
@@ -49,22 +58,29 @@ def probe() -> str | None:
     return None
 
 
-def describe() -> dict[str, Any]:
+def unused_accelerator() -> str | None:
+    return None if pick_device("auto").type != mx.cpu else unused_card()
+
+
+def describe(device: Wanted = "auto") -> dict[str, Any]:
     return {
-        "device": _device_name(mx.default_device()),
+        "device": device_name(pick_device(device)),
         "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
         "4bit": True,
         "checkpointing": True,
+        "half": half_type(pick_device(device)),
     }
+
+
+def free_bytes(device: Wanted = "auto") -> int | None:
+    return free_of(pick_device(device))
 
 
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSession:
     """Raises BackendError where the model or what is asked of it cannot be had in MLX."""
-    device = mx.Device(mx.cpu) if model.device == "cpu" else mx.default_device()
-    with mx.stream(device):
-        working_set = _working_set_bytes(device)
-        if working_set is not None:  # Apple's GPUs: keep the weights resident, as mlx-lm does
-            mx.set_wired_limit(working_set)
+    device = pick_device(model.device)
+    bound_memory(device)
+    with mx.stream(device), memory_guard():
         return MlxSession(model, lora, optim, seed, device)
 
 
@@ -81,9 +97,9 @@ class MlxSession:
 
     def __init__(self, spec: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int, device: mx.Device) -> None:
         on_cpu = device.type == mx.cpu
-        dtypes = {"auto": mx.float32 if on_cpu else mx.bfloat16, "float32": mx.float32, "bfloat16": mx.bfloat16}
-        dtype = dtypes[spec.dtype]
-        self.device = _device_name(device)
+        self._number_type = spec.number_type(device_kind(device), half_type(device))
+        dtype = getattr(mx, self._number_type)
+        self.device = device_name(device)
         folder = folder_of(spec)
         self.lora_shapes: Mapping[str, tuple[int, int]] = folder.lora_modules(lora)
         self._optim, self._mlx_device, self._on_cpu = optim, device, on_cpu
@@ -101,6 +117,7 @@ class MlxSession:
         self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
         self.shortcuts = (*self._forward.shortcuts, *([NUMPY_PRODUCTS] if bridged else []))
         self.repeatable = True
+        self._trained, self._most_held = False, 0
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._state: _State
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
@@ -111,8 +128,11 @@ class MlxSession:
             raise ValueError("nothing is supervised in this step: all weights are 0")
         check_tokens(micro, self._vocabulary)
         with self._running(training=True):
-            loss, grads = self._loss_and_grads(micro, total)
-            norm = float(mx.sqrt(mx.stack([mx.square(grad).sum() for grad in grads.values()]).sum()))
+            for scale in loss_scales(self._number_type, total):
+                loss, grads = self._loss_and_grads(micro, total, scale)
+                norm = float(mx.sqrt(mx.stack([mx.square(grad).sum() for grad in grads.values()]).sum()))
+                if math.isfinite(norm):
+                    break
             step = self._state.step + 1
             updated = _State(step, *adamw(self._state.adapter, self._state.moments, grads, norm, step, lr, self._optim))
             finite = mx.stack([mx.isfinite(value).all() for value in updated.adapter.values()]).all()
@@ -150,44 +170,43 @@ class MlxSession:
         self._state = _State(state.step, _to_mlx(state.adapter), _to_mlx(state.moments))
 
     def peak_bytes(self) -> int:
-        return process_peak_bytes() if self._on_cpu else int(mx.get_peak_memory())
+        self._most_held = max(self._most_held, held_bytes(self._mlx_device))
+        return self._most_held
 
     def free_bytes(self) -> int | None:
-        if self._on_cpu:
-            return available_bytes()
-        working_set = _working_set_bytes(self._mlx_device)
-        return None if working_set is None else max(0, working_set - int(mx.get_active_memory()))
+        return free_of(self._mlx_device)
 
     @contextmanager
     def _running(self, training: bool = False) -> Iterator[None]:
         """On the session's device, with its adapter in the model, also afterwards, however a call ends."""
+        if training != self._trained:  # freed buffers of the other kind of work seldom fit
+            mx.clear_cache()
+        self._trained = training
         self._put_in(self._state.adapter)
         self._forward.train(training)
         try:
-            with mx.stream(self._mlx_device):
+            with memory_guard(), mx.stream(self._mlx_device):
                 yield
-        except (RuntimeError, ValueError, MemoryError) as error:
-            if not any(sign in str(error).lower() for sign in _NO_MEMORY):
-                raise
-            mx.clear_cache()
-            raise OutOfMemory(str(error)) from error
         finally:
             self._put_in(self._state.adapter)  # and not the traced arrays, which hold a whole step's memory
 
-    def _loss_and_grads(self, micro: Sequence[Batch], total: float) -> tuple[float, Tensors]:
-        """sum(weight x nll) / total over all micro-batches, and its gradient; one micro-batch in memory at a time."""
+    def _loss_and_grads(self, micro: Sequence[Batch], total: float, scale: float) -> tuple[float, Tensors]:
+        """sum(weight x nll) / total over all micro-batches, and its gradient; one micro-batch in memory at a time.
+
+        Both are `scale` times as large while they are computed.
+        """
         loss = 0.0
         grads: Tensors = {}
         batches = micro if self.shares_prefixes else [joined(batch) for batch in micro]
         parts = (part for batch in batches for _, part in self._forward.parts(batch))
         for index, part in enumerate(parts):
             self._keys.at(self._state.step, index)
-            loss_of = partial(self._loss, part, self._forward.entering(part), total)
+            loss_of = partial(self._loss, part, self._forward.entering(part), total / scale)
             part_loss, part_grads = mx.value_and_grad(loss_of)(self._state.adapter)
             # a sum also of the first, since an array that came out of a trace may hold on to all that was traced
-            grads = {name: grad + grads.get(name, 0.0) for name, grad in part_grads.items()}
+            grads = {name: grad / scale + grads.get(name, 0.0) for name, grad in part_grads.items()}
             mx.eval(part_loss, grads)
-            loss += float(part_loss)
+            loss += float(part_loss) / scale
         return loss, grads
 
     def _loss(self, part: Batch, entering: mx.array | None, total: float, adapter: Tensors) -> mx.array:
@@ -206,15 +225,3 @@ def _to_numpy(tensors: Tensors) -> dict[str, FloatArray]:
 
 def _to_mlx(tensors: Mapping[str, FloatArray]) -> Tensors:
     return {name: mx.array(np.ascontiguousarray(value.T)) for name, value in tensors.items()}
-
-
-def _device_name(device: mx.Device) -> str:
-    if device.type == mx.cpu:
-        return "cpu"
-    return f"gpu: {mx.device_info(device).get('device_name', 'unknown')}"
-
-
-def _working_set_bytes(device: mx.Device) -> int | None:
-    """What Apple's GPUs say that they can hold; None for other devices."""
-    size = None if device.type == mx.cpu else mx.device_info(device).get("max_recommended_working_set_size")
-    return None if size is None else int(size)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from backends.interface import Device, LoraSpec, Modules
+from backends.interface import Device, LoraSpec, Modules, NumberType, Wanted
 from backends.predictions import (
     ATTENTION,
     FROZEN_BLOCKS,
@@ -70,22 +70,22 @@ _GPU = replace(
     held=1.1,
     tokens_at_once=None,
     four_bit_runtime=0.0,
+    unpacked_weight=Size(fixed=0.06, numbers=1.0),  # bitsandbytes' kernel writes it at once; the scales beside it
     bfloat16_products=0.0,
     maps_files=False,
 )
 COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": _GPU}
 
 
-def measured_rate(bfloat16: bool) -> float:
+def measured_rate(number_type: NumberType, device: Wanted = "auto") -> float:
     """Floating-point operations per second of torch's matrix products here."""
     import torch
 
-    from backends.torch_backend.device import pick_device
+    from backends.torch_backend.device import device_kind, pick_device
 
-    device = pick_device("auto")
-    kind: Device = "cpu" if device.type == "cpu" else "gpu"
-    rows, width = SIZES[kind]
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
-    x = torch.ones(rows, width, dtype=dtype, device=device)
-    weight = torch.full((width, width), 1 / width, dtype=dtype, device=device)
+    picked = pick_device(device)
+    rows, width = SIZES[device_kind(picked)]
+    dtype = getattr(torch, number_type)
+    x = torch.ones(rows, width, dtype=dtype, device=picked)
+    weight = torch.full((width, width), 1 / width, dtype=dtype, device=picked)
     return operations_per_second(x, weight, lambda y: y[0, 0].item())

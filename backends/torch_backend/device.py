@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +13,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from backends.interface import Device, OutOfMemory
+from backends.interface import Device, Half, OutOfMemory
 from backends.memory import available_bytes, process_peak_bytes
+from backends.nvidia import unused_by
 
 # oneDNN keeps a kernel for each shape of product, 1,024 by default, and memory between them that is not given back.
 # With fewer than a step has shapes, each layer would compile its kernels anew; attention in tiles has the most shapes.
@@ -25,6 +29,9 @@ _NO_MEMORY = (
 )  # fmt: skip
 
 
+_FOR_THE_DRIVER = 300 * 10**6  # bytes of a card that the driver and the screen take as they go
+
+
 def pick_device(requested: str) -> torch.device:
     """The first of cuda, mps and cpu that this machine has, or the CPU where that is asked for."""
     if requested != "cpu" and torch.cuda.is_available():
@@ -33,6 +40,32 @@ def pick_device(requested: str) -> torch.device:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans its attention anew for each shape, up to a second each
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if requested != "cpu" and torch.backends.mps.is_available() else "cpu")
+
+
+def bound_memory(device: torch.device) -> None:
+    """On Windows and WSL2: torch raises where the card is full.
+
+    NVIDIA's driver there moves what does not fit into the machine's memory (its "CUDA Sysmem Fallback Policy"), and
+    steps take 5 to 20 times as long, without a word.
+    """
+    if device.type == "cuda" and (sys.platform == "win32" or "microsoft" in platform.release().lower()):
+        free, total = torch.cuda.mem_get_info(device)
+        usable = free + torch.cuda.memory_reserved(device) - _FOR_THE_DRIVER
+        torch.cuda.set_per_process_memory_fraction(max(0.0, usable / total), device)
+
+
+def unused_card() -> str | None:
+    """Why torch, which found no card, does not use the one that is there; None: there is none."""
+    page = "https://pytorch.org/get-started/locally prints the command for pip"
+    if torch.version.cuda is None and sys.platform == "linux":
+        page = "pip install --force-reinstall torch"  # the usual build for Linux is one for CUDA
+    return unused_by(f"torch {torch.__version__}", torch.version.cuda, page)
+
+
+def half_type(device: torch.device) -> Half:
+    """bfloat16, but on NVIDIA's cards before compute capability 8.0, which only emulate it (3 to 8 times as slow)."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return "float16" if old else "bfloat16"
 
 
 def device_kind(device: torch.device) -> Device:
@@ -49,7 +82,7 @@ def peak_bytes(device: torch.device) -> int:
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else process_peak_bytes()
 
 
-def free_bytes(device: torch.device) -> int:
+def free_of(device: torch.device) -> int:
     """What can still be allocated. What torch holds without using it goes back to the device first."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -109,10 +142,10 @@ def memory_guard(device: torch.device) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not says_no_memory(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that are to be freed
         reason = str(error).partition("\n")[0] or "out of memory"
     else:
         return
-    # outside the handler: the exception's frames held the tensors that are to be freed
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

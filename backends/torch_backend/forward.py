@@ -93,7 +93,7 @@ class Forward:
 
     def _gives(self, expected: torch.Tensor, states: Callable[[], torch.Tensor]) -> bool:
         """Whether a shortcut gives these states. A model's own code may fail in many ways on what it did not expect."""
-        near = 5e-2 if self._model.dtype == torch.bfloat16 else 1e-4
+        near = {torch.bfloat16: 5e-2, torch.float16: 1e-2}.get(self._model.dtype, 1e-4)
         try:
             return bool((states() - expected).float().norm() <= near * expected.float().norm())
         except Exception:

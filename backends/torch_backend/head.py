@@ -89,7 +89,7 @@ def find_head(model: Any, logits_at_once: int) -> Head:
     except Exception:  # a model's own code may fail in many ways on states that it did not compute
         return unknown
     ours = head.logits(states[0]).detach()
-    near = 2e-2 if states.dtype == torch.bfloat16 else 1e-4
+    near = {torch.bfloat16: 2e-2, torch.float16: 4e-3}.get(states.dtype, 1e-4)
     return head if torch.allclose(ours, theirs[0].float(), near, near * float(ours.abs().mean())) else unknown
 
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from backends.interface import BackendError, ModelSpec
 from backends.memory import returning_freed
 from backends.model_folder import folder_of
-from backends.torch_backend.device import device_kind, says_no_memory
+from backends.torch_backend.device import device_kind, half_type, says_no_memory
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels
 
@@ -44,7 +44,7 @@ def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
 
 def _loaded(spec: ModelSpec, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """The model, and what transformers says of its weights."""
-    dtype = getattr(torch, spec.number_type(device_kind(device)))
+    dtype = getattr(torch, spec.number_type(device_kind(device), half_type(device)))
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             spec.path,

@@ -16,6 +16,11 @@ class AdamW:
         self._adapter, self._spec = adapter, spec
         self.moments: dict[str, torch.Tensor] = {}
 
+    def divide_grads(self, scale: float) -> None:
+        """By the scale that the loss was multiplied by."""
+        if scale != 1:
+            torch._foreach_div_([weight.grad for weight in self._adapter.values() if weight.grad is not None], scale)
+
     def update(self, number: int, lr: float) -> float:
         """Step `number`, from 1. Returns the gradient's norm; NaN: a number was not finite, and nothing changed."""
         names = list(self._adapter)

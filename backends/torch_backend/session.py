@@ -23,7 +23,9 @@ from backends.interface import (
     Scores,
     StepResult,
     TrainState,
+    Wanted,
 )
+from backends.loss_scale import loss_scales
 from backends.micro_batches import check_tokens, joined, own_part, parts
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
@@ -31,15 +33,18 @@ from backends.sampling import check_prompts
 from backends.torch_backend.attention import use_tiles
 from backends.torch_backend.costs import COSTS
 from backends.torch_backend.device import (
+    bound_memory,
     device_kind,
     device_name,
-    free_bytes,
+    free_of,
+    half_type,
     lacks_repeatable_kernel,
     memory_guard,
     peak_bytes,
     pick_device,
     random_numbers,
     repeatable_kernels,
+    unused_card,
 )
 from backends.torch_backend.forward import Forward
 from backends.torch_backend.generate import generate
@@ -54,12 +59,21 @@ def probe() -> str | None:
     return None  # usable where the imports above work; the registry reports one that fails
 
 
-def describe() -> dict[str, Any]:
-    device = pick_device("auto")
+def unused_accelerator() -> str | None:
+    return None if pick_device("auto").type != "cpu" else unused_card()
+
+
+def describe(device: Wanted = "auto") -> dict[str, Any]:
+    picked = pick_device(device)
     packages = ("torch", "transformers", "bitsandbytes", "accelerate")
     versions = {name: version(name) for name in packages if find_spec(name)}
-    four_bit = "bitsandbytes" in versions and device.type != "mps"
-    return {"device": device_name(device), "versions": versions, "4bit": four_bit, "checkpointing": True}
+    four_bit = "bitsandbytes" in versions and picked.type != "mps"
+    facts = {"device": device_name(picked), "versions": versions, "4bit": four_bit, "checkpointing": True}
+    return facts | {"half": half_type(picked)}
+
+
+def free_bytes(device: Wanted = "auto") -> int | None:
+    return free_of(pick_device(device))
 
 
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> TorchSession:
@@ -71,10 +85,12 @@ class TorchSession:
     def __init__(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> None:
         self._device = pick_device(model.device)
         self.device = device_name(self._device)
+        bound_memory(self._device)
         self.lora_shapes = folder_of(model).lora_modules(lora)
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._dropout = Dropout(lora.dropout, seed)
         costs = COSTS[device_kind(self._device)]
+        self._number_type = model.number_type(device_kind(self._device), half_type(self._device))
         self._spec, self._tokens_at_once = model, costs.tokens_at_once or sys.maxsize
         with memory_guard(self._device), random_numbers(self._device, seed):
             self._model = load_frozen(model, self._device)
@@ -106,24 +122,32 @@ class TorchSession:
         if not total > 0:
             raise ValueError("nothing is supervised in this step: all weights are 0")
         check_tokens(micro, self._vocabulary)
-        try:
-            loss, norm = self._update(micro, total, lr)
-        except RuntimeError as error:
-            if not self.repeatable or not lacks_repeatable_kernel(error):
-                raise
-            self.repeatable = False
-            loss, norm = self._update(micro, total, lr)
-        if not np.isfinite(norm):
+        for scale in loss_scales(self._number_type, total):
+            loss, norm = self._repeatably_updated(micro, total, lr, scale)
+            if np.isfinite(norm):
+                break
+        else:
             raise NonFinite(f"loss {loss}, gradient norm {norm} in step {self._step + 1}")
         self._step += 1
         return StepResult(loss, sum(int(np.count_nonzero(batch.weights)) for batch in micro), norm)
 
-    def _update(self, micro: Sequence[Batch], total: float, lr: float) -> tuple[float, float]:
+    def _repeatably_updated(self, micro: Sequence[Batch], total: float, lr: float, scale: float) -> tuple[float, float]:
+        """As `_update`, with kernels that give the same bits every time, where each operation has one."""
+        try:
+            return self._update(micro, total, lr, scale)
+        except RuntimeError as error:
+            if not self.repeatable or not lacks_repeatable_kernel(error):
+                raise
+        self.repeatable = False
+        return self._update(micro, total, lr, scale)
+
+    def _update(self, micro: Sequence[Batch], total: float, lr: float, scale: float) -> tuple[float, float]:
         """The loss, and the gradient's norm; if either is not finite, nothing is updated."""
         with memory_guard(self._device), repeatable_kernels(self._device, self.repeatable):
             try:
-                loss = self._backward(micro, total)
+                loss = self._backward(micro, total / scale) / scale
                 with torch.no_grad():
+                    self._optimiser.divide_grads(scale)
                     return loss, self._optimiser.update(self._step + 1, lr) if np.isfinite(loss) else float("nan")
             finally:  # before the guard gives free memory back to the device
                 for tensor in self._adapter.values():
@@ -177,7 +201,7 @@ class TorchSession:
         return peak_bytes(self._device)
 
     def free_bytes(self) -> int | None:
-        return free_bytes(self._device)
+        return free_of(self._device)
 
     def _backward(self, micro: Sequence[Batch], total: float) -> float:
         """Adds the gradient of sum(w * nll) / total to every adapter tensor and returns that loss."""

@@ -7,16 +7,18 @@ from rich.table import Table
 from rich.text import Text
 
 from backends import registry
+from backends.interface import Wanted
 from finetune.errors import EnvironmentProblem
 
 
-def described(name: str) -> str:
-    """A usable backend's device, abilities and library versions, on one line."""
-    facts = registry.describe(name)
+def described(name: str, device: Wanted = "auto") -> str:
+    """A usable backend's device, abilities and library versions, on one line; and why a card is not used."""
+    facts = registry.describe(name, device)
     abilities = {"4-bit": facts["4bit"], "activation recomputation": facts["checkpointing"]}
     words = [f"{ability}: {'yes' if able else 'no'}" for ability, able in abilities.items()]
     versions = ", ".join(f"{library} {version}" for library, version in facts["versions"].items())
-    return "; ".join([facts["device"], *words, versions])
+    unused = registry.unused_accelerator(name, device)
+    return "; ".join([facts["device"], *words, versions]) + (f"\n{unused}" if unused else "")
 
 
 def run() -> None:

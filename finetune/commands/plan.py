@@ -124,7 +124,7 @@ def backends_table(recipe: Recipe) -> Table:
     for name in registry.NAMES:
         reason = registry.probe(name)
         if reason is None:
-            facts = described(name)
+            facts = described(name, recipe.device)
             scheme = registry.four_bit(name)
             packed = f"weights in {scheme}" if scheme else "no 4-bit"
             weights = "weights as they are" if recipe.quantize == "none" else packed
@@ -144,6 +144,7 @@ def compare_backends(recipe: Recipe, folder: ModelFolder, examples: Sequence[Exa
         spec = replace(model_spec(recipe, folder), quantize="none", dtype="float32", checkpointing=False)
         session = registry.open_session(name, spec, lora_spec(recipe), optim_spec(recipe), recipe.seed)
         found = session.score(batch).logprob
+        del session  # two models at once may not fit
         first = found if first is None else first
         mean = found.sum() / max(batch.weights.sum(), 1)
         table.add_row(name, f"{mean:.5f}", f"{np.abs(found - first).max():.1e}")

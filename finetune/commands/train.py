@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ from finetune.report.report import Report
 from finetune.report.summary import print_account, print_report
 from finetune.run import Run
 from finetune.supervisor import announce_run
-from finetune.training.job import making_ready
+from finetune.text import command_line
+from finetune.training.job import making_ready, refuse_unused_accelerator
 
 
 class StopFlag:
@@ -56,6 +56,7 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
     if stopped and stopped.report.exists():
         print(f"{stopped.path}: this run is finished; its report is {stopped.path / 'report.txt'}")
         return
+    refuse_unused_accelerator(recipe)
     folder = stopped
     with StopFlag().listening() as stop:
         try:
@@ -66,7 +67,7 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
             report = show_run(Run(job, folder), stop, resume=stopped is not None)
             print_report(report)
         except (Interrupted, KeyboardInterrupt) as end:
-            remedy = f"; resume with: finetune resume {shlex.quote(str(folder.path))}" if folder else ""
+            remedy = f"; resume with: {command_line('finetune', 'resume', str(folder.path))}" if folder else ""
             print(f"{str(end) or 'stopped at once'}{remedy}", file=sys.stderr)
             sys.exit(128 + (stop.signal or signal.SIGINT))
 

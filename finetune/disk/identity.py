@@ -16,8 +16,8 @@ from finetune.text import shorten
 
 # Keys that change where or how fast a run goes, or whose effect the digests of rows and weights already hold.
 _NOT_IDENTITY = {
-    "output", "backend", "model.path", "model.revision", "model.dtype", "data.train", "data.valid", "data.test",
-    "data.max_dropped", "train.micro_tokens", "train.gradient_checkpointing", "evaluate.generate",
+    "output", "backend", "device", "model.path", "model.revision", "model.dtype", "data.train", "data.valid",
+    "data.test", "data.max_dropped", "train.micro_tokens", "train.gradient_checkpointing", "evaluate.generate",
     "evaluate.max_tokens", "evaluate.base",
 }  # fmt: skip
 

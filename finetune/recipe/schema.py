@@ -23,8 +23,9 @@ class Model(Section):
     """A model folder, a hub id, or builtin:reviews-base."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """How weights that are not quantised are held; auto is float32 on a CPU and bfloat16 elsewhere."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """How weights that are not quantised are held; auto is float32 on a CPU and bfloat16 elsewhere, or float16 where a
+    GPU has no bfloat16 of its own (NVIDIA before 2020; M1 and M2)."""
     remote_code: bool = False
     """Run Python code that comes with the model (auto_map, model_file); only of a model you have looked at."""
 
@@ -141,6 +142,8 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     backend: Literal["auto", "mlx", "torch", "reference"] = "auto"
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU where there is one; cpu: the processor all the same."""
     output: str = "runs"
     """The folder in which each run makes its own folder."""
 

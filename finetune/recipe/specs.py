@@ -13,6 +13,7 @@ def model_spec(recipe: Recipe, folder: ModelFolder) -> ModelSpec:
         quantize=recipe.quantize,
         dtype=recipe.model.dtype,
         checkpointing=recipe.train.gradient_checkpointing,
+        device=recipe.device,
         remote_code=folder.remote_code,
         folder=folder,
     )

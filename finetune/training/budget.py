@@ -15,7 +15,6 @@ from backends.memory_plan import (
     Footprint,
     Machine,
     Micro,
-    available_bytes,
     first_adapted,
     footprint,
     kept_states_bytes,
@@ -161,9 +160,10 @@ class Forecast:
 
 def forecast_here(work: Workload, backend: str, micro_tokens: int | None) -> Forecast:
     """On this machine, whose products are timed for a moment. `micro_tokens` None: as many as fit."""
-    costs = registry.costs(backend, registry.device_kind(registry.describe(backend)["device"]))
-    free = float(available_bytes()) if costs.device == "cpu" else None
-    rate = registry.measured_rate(backend, work.model.number_type(costs.device) == "bfloat16")
+    facts = registry.describe(backend, work.model.device)
+    costs = registry.costs(backend, registry.device_kind(facts["device"]))
+    free = registry.free_bytes(backend, work.model.device)
+    rate = registry.measured_rate(backend, work.model.number_type(costs.device, facts["half"]), work.model.device)
     tokens = micro_tokens or (MICRO_TOKENS if free is None else _fitting_with_model(work, costs, free))
     return _forecast(work, backend, costs, free, tokens, rate, f"measured now, {rate / 1e12:.2g} TFLOPS")
 

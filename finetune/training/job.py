@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from backends import registry
-from backends.interface import Session
+from backends.interface import BackendError, Session
 from backends.model_folder import ModelFolder
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
@@ -57,6 +57,13 @@ def set_up(recipe: Recipe) -> Setup:
     """The recipe's model folder and its tokenizer. Raises as `find_folder` does."""
     folder = find_folder(recipe)
     return Setup(recipe, folder, load_tokenizer(folder))
+
+
+def refuse_unused_accelerator(recipe: Recipe) -> None:
+    """Raises BackendError where training would take many times as long as on the card that is in the machine."""
+    backend = registry.choose(recipe.backend)
+    if unused := registry.unused_accelerator(backend, recipe.device):
+        raise BackendError(f"{backend}: {unused}; or train on the processor all the same: device=cpu")
 
 
 def making_ready(recipe: Recipe, backend: str | None = None) -> Generator[Progress, None, Job]:

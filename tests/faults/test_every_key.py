@@ -177,6 +177,12 @@ def backend(world: World, values: Values) -> Any:
     return world.job(values).backend
 
 
+def device(world: World, values: Values) -> Any:
+    """What a machine with a GPU is asked for: the only thing that the key changes where there is none."""
+    recipe = world.recipe(values)
+    return model_spec(recipe, find_folder(recipe)).device
+
+
 def output(world: World, values: Values) -> Any:
     return create(world.recipe(values), "run").path.parent
 
@@ -251,6 +257,7 @@ CASES = {
     "evaluate.base": Case(whole_run, False),
     "seed": Case(steps, 1),
     "backend": Case(backend, "torch"),
+    "device": Case(device, "cpu"),
     "output": Case(output, "elsewhere"),
 }
 

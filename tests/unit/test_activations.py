@@ -1,8 +1,12 @@
 """Kept hidden states: what went in comes out, for the very tokens it was put in for, while there is room."""
 
+from pathlib import PurePosixPath
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from backends import kept_states
 from backends.kept_states import Activations
 
 
@@ -64,3 +68,27 @@ def test_a_full_disk_ends_the_keeping_and_harms_nothing(monkeypatch: pytest.Monk
     out = np.zeros((1, 2), np.float32)
     assert not kept.get(tokens(2), out) and kept.get(tokens(1), out) and out.all()
     assert kept.bytes == 8
+
+
+@pytest.mark.parametrize(
+    ("mounts", "tmpdir", "folder"),
+    [
+        ({"/": "ext4", "/tmp": "tmpfs"}, None, "/var/tmp"),  # as Fedora, Arch and Debian 13 have it
+        ({"/": "ext4"}, None, "/tmp"),
+        ({"/": "tmpfs", "/tmp": "btrfs"}, None, "/tmp"),
+        ({"/": "ext4", "/tmp": "tmpfs"}, "/tmp", "/tmp"),  # the user's own choice
+        ({"/": "ext4", "/tm": "tmpfs"}, None, "/tmp"),
+    ],
+)
+def test_kept_states_are_on_a_disk_and_not_in_memory(
+    mounts: dict[str, str], tmpdir: str | None, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [SimpleNamespace(mountpoint=point, fstype=kind) for point, kind in mounts.items()]
+    monkeypatch.setattr(kept_states.psutil, "disk_partitions", lambda all: parts)
+    monkeypatch.setattr(kept_states.tempfile, "gettempdir", lambda: "/tmp")
+    monkeypatch.setattr(kept_states.os, "access", lambda path, mode: True)
+    monkeypatch.setattr(kept_states, "Path", PurePosixPath)
+    monkeypatch.delenv("TMPDIR", raising=False)
+    if tmpdir:
+        monkeypatch.setenv("TMPDIR", tmpdir)
+    assert kept_states._folder_on_disk() == folder

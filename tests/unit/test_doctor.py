@@ -18,7 +18,8 @@ def test_a_backend_is_described_in_words() -> None:
 @pytest.mark.parametrize("able", [True, False])
 def test_abilities_are_yes_or_no(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"device": "gpu: Some GPU", "versions": {"a": "1", "b": "2"}, "4bit": able, "checkpointing": not able}
-    monkeypatch.setattr(registry, "describe", lambda name: facts)
+    monkeypatch.setattr(registry, "describe", lambda name, device: facts)
+    monkeypatch.setattr(registry, "unused_accelerator", lambda name, device: None)
     words = ("yes", "no") if able else ("no", "yes")
     assert described("any") == f"gpu: Some GPU; 4-bit: {words[0]}; activation recomputation: {words[1]}; a 1, b 2"
 
@@ -29,7 +30,8 @@ def test_every_backend_has_a_row_with_its_shortcuts(
     broken = {"mlx": "it is not installed"}
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr(registry, "probe", broken.get)
-    monkeypatch.setattr(registry, "describe", lambda name: registry.load("reference").describe())
+    monkeypatch.setattr(registry, "describe", lambda name, device: registry.load("reference").describe())
+    monkeypatch.setattr(registry, "unused_accelerator", lambda name, device: None)
     run()
     out = capsys.readouterr().out
     assert all(name in out for name in registry.NAMES) and "it is not installed" in out

@@ -143,6 +143,16 @@ def test_the_plan_shows_every_machine(tmp_path: Path, layers: Any, kept: bool) -
     assert ("kept in a temporary file" in text) == kept
 
 
+def test_memory_here_is_asked_for_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "describe", lambda name, device: {"device": "cuda: some card", "half": "bfloat16"})
+    monkeypatch.setattr(registry, "measured_rate", lambda name, number_type, device: 1e13)
+    for free, fits in ((2**40, True), (2**20, False), (None, None)):
+        monkeypatch.setattr(registry, "free_bytes", lambda name, device, free=free: free)
+        here = budget.forecast_here(work(), "torch", None)
+        assert (here.device, here.memory, here.fits) == ("gpu", free, fits)
+        assert here.tokens == (MICRO_TOKENS if free is None else here.tokens) and here.tokens >= LEAST
+
+
 def job(micro_tokens: Any) -> Any:
     values = {"model": {"path": "m"}, "data": {"train": "t"}, "train": {"micro_tokens": micro_tokens}}
     rows = SimpleNamespace(train=SimpleNamespace(examples=work().examples))
@@ -202,4 +212,4 @@ def test_the_rate_of_products_waits_once_and_long_enough(monkeypatch: pytest.Mon
 def test_every_backend_measures_its_rate(name: str) -> None:
     if reason := registry.probe(name):
         pytest.skip(reason)
-    assert 1e9 < registry.measured_rate(name, False) < 1e15
+    assert 1e9 < registry.measured_rate(name, "float32") < 1e15

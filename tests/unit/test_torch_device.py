@@ -38,6 +38,28 @@ def test_on_cuda_kernels_are_repeatable_and_new_tensors_are_not_filled(strict: b
     assert torch.utils.deterministic.fill_uninitialized_memory == filled
 
 
+@pytest.mark.parametrize(
+    ("system", "release", "bounded"),
+    [
+        ("win32", "10", True),
+        ("linux", "5.15.1-microsoft-standard-WSL2", True),
+        ("linux", "6.8.0-45-generic", False),
+    ],
+)
+def test_where_the_driver_would_spill_torch_raises(
+    system: str, release: str, bounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(devices.sys, "platform", system)
+    monkeypatch.setattr(devices.platform, "release", lambda: release)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6_300_000_000, 8_000_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 400_000_000)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
+    devices.bound_memory(CUDA)
+    devices.bound_memory(CPU)
+    assert told == ([0.8] if bounded else [])
+
+
 def test_on_a_cpu_nothing_is_changed() -> None:
     with devices.repeatable_kernels(CPU, True):
         assert not torch.are_deterministic_algorithms_enabled()
@@ -77,7 +99,7 @@ def test_free_memory_on_cuda_is_the_drivers_and_what_torch_holds_without_using_i
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (calls.append("asked"), (1_000, 8_000))[1])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
-    assert devices.free_bytes(CUDA) == 1_200
+    assert devices.free_of(CUDA) == 1_200
     assert calls == ["emptied", "asked"]
 
 
@@ -85,7 +107,7 @@ def test_free_memory_on_mps_is_what_metal_recommends_less_what_is_in_use(monkeyp
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 5_000)
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 2_000)
-    assert devices.free_bytes(MPS) == 3_000
+    assert devices.free_of(MPS) == 3_000
 
 
 @pytest.mark.parametrize(
