@@ -38,6 +38,8 @@ def measure(prepared: Prepared, recipe: Recipe) -> Lengths:
     planned = [[after[i] for i in step] for step in steps]
     planned = [[step[i] for i in rows] for step in planned for rows in groups(step, settings.tokens_at_once)]
     naive = [after[start : start + settings.batch_size] for start in range(0, len(after), settings.batch_size)]
+    cut = [example.location for split in splits for example in split.examples if example.cut]
+    ended = frozenset(cut)
     return Lengths(
         rows=len(before),
         percentiles={rank: int(np.percentile(before, rank, method="inverted_cdf")) for rank in PERCENTILES},
@@ -45,8 +47,8 @@ def measure(prepared: Prepared, recipe: Recipe) -> Lengths:
         max_length=settings.max_length,
         padding=padding(planned),
         padding_naive=padding(naive),
-        shortened=[location for split in splits for location in split.shortened],
-        cut=[example.location for split in splits for example in split.examples if example.cut],
+        shortened=[location for split in splits for location in split.shortened if location not in ended],
+        cut=cut,
         dropped=[problem for split in splits for problem in split.dropped],
     )
 

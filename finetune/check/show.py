@@ -16,6 +16,7 @@ from finetune.check.lengths import Lengths
 from finetune.check.personal import Personal
 from finetune.check.survey import Findings
 from finetune.check.tokens import REMEDIES, Specials, TokenCheck
+from finetune.data.left_out import THINKING, TOOLS
 from finetune.data.problems import listed
 from finetune.data.tokenizer import Tokenizer
 from finetune.report.tables import account_notes, account_table, highlighted
@@ -214,6 +215,11 @@ def _personal(personal: Personal) -> list[RenderableType]:
     return [Text("\n".join(lines), "yellow")]
 
 
+def _left_out(values: dict[str, Any], field: str) -> int:
+    """Rows of all splits. A check.json of an earlier version has none."""
+    return sum(split.get("left_out_fields", {}).get(field, 0) for split in values["splits"].values())
+
+
 def headline(values: dict[str, Any]) -> str:
     """One line of what `as_json` gave, for the end of a run."""
     pairs, specials = values["duplicates"], values["special_tokens"]
@@ -222,6 +228,8 @@ def headline(values: dict[str, Any]) -> str:
         "leaked from one split to another": len(pairs["leaks"]),
         "with personal data": sum(kind["rows"] for kind in values["personal"].values()),
         "with special tokens written out": 0 if specials["meant"] else len(specials["places"]),
+        "whose thoughts no text holds": _left_out(values, THINKING),
+        "whose tools no text holds": _left_out(values, TOOLS),
         "faulty": values["faults"],
     }
     rows = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)

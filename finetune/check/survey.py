@@ -26,6 +26,7 @@ from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec
 
 SAMPLES = 3
+_TOLD = ("rows", "good", "used", "notes", "left_out_fields", "lost_tokens", "lost_supervised_tokens")  # of a split
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,7 @@ def as_json(findings: Findings, tokenizer: Tokenizer) -> dict[str, Any]:
         "bad_rows_skipped": findings.skipped,
         "broken": _problems(findings.broken),
         "faults": findings.faults,
-        "splits": {
-            split.name: {key: split.account[key] for key in ("rows", "good", "used", "notes")}
-            for split in prepared.splits
-        },
+        "splits": {split.name: {key: split.account[key] for key in _TOLD} for split in prepared.splits},
         "tokens": findings.tokens.summary(),
         "samples": [
             {

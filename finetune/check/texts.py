@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from finetune.data.messages import THOUGHTS
 from finetune.data.rows import Record, Renderer
 
 _WORD = re.compile(r"\w+(?:'\w+)?")
@@ -27,8 +28,9 @@ def content(record: Record, labelled: bool) -> str:
 def everything(record: Record) -> str:
     """All text that comes to the model's eyes, tool calls included."""
     if record.messages:
-        return "\n".join(f"{one['content']}\n{one.get('tool_calls', '')}" for one in record.messages)
-    return content(record, labelled=False)
+        keys = ("content", THOUGHTS[0], "tool_calls")
+        return "\n".join(str(one[key]) for one in record.messages for key in keys if key in one)
+    return "\n".join((*_before(record), content(record, labelled=False)))
 
 
 def written(record: Record, renderer: Renderer) -> str:
@@ -36,6 +38,11 @@ def written(record: Record, renderer: Renderer) -> str:
     if record.messages:
         return "\n".join(str(value) for one in (*record.messages, {"tools": record.tools}) for value in one.values())
     return "\n".join((everything(record), *renderer.parts(record).values()))
+
+
+def _before(record: Record) -> list[str]:
+    """The system text and the earlier turns beside a question."""
+    return [text for text in (record.system, *(said for turn in record.history for said in turn)) if text]
 
 
 def words(text: str) -> list[str]:

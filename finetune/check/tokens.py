@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.prepare import TOGETHER
 from finetune.data.rows import Example, Prepared
 from finetune.data.tokenizer import Tokenizer, begin_tokens, encode_prompts, special_texts
+from finetune.data.writer import TOGETHER
 from finetune.events import Progress
 
 REMEDIES = {
@@ -96,7 +96,9 @@ class TokenChecker:
         unended[ends] = ~np.isin(tokens[ends], self.stop)
         self._note("no supervised token", _chosen(examples, ~np.logical_or.reduceat(supervised, starts)))
         if self.result.end_token:
-            self._note("no end token", _chosen(examples, np.logical_or.reduceat(unended, starts)))
+            without = _chosen(examples, np.logical_or.reduceat(unended, starts))
+            # Plain text goes on in another row, or has been cut: that is no answer without an end.
+            self._note("no end token", [one for one in without if one.prompt or not (one.piece or one.cut)])
         if self.vocabulary is not None:
             lacking = np.maximum.reduceat(tokens, starts) >= self.vocabulary
             self._note("token that the model lacks", _chosen(examples, lacking))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.console import Console
 
 from backends import registry
@@ -9,6 +11,7 @@ from backends.interface import Session, TrainState
 from finetune.data.renderers import question_tokens
 from finetune.data.tokenizer import stop_tokens
 from finetune.disk.adapter import check_base, read_adapter
+from finetune.disk.identity import clock_of
 from finetune.disk.run_folder import RunFolder
 from finetune.recipe.schema import Recipe
 from finetune.training.job import set_up
@@ -18,7 +21,7 @@ class Speaker:
     """A run's model, its tokenizer, and the way its prompts are written."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, base: bool, backend: str | None) -> None:
-        self.recipe = recipe
+        self.recipe, self.clock = recipe, clock_of(run.path)
         adapter = read_adapter(run.adapter)
         setup = set_up(recipe)
         check_base(run.adapter, setup.folder)
@@ -26,6 +29,10 @@ class Speaker:
         self.session: Session = setup.session(registry.choose(backend or recipe.backend))
         if not base:
             self.session.set_state(TrainState(0, adapter.tensors, {}))
+
+    def question(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a conversation that ends with the user, as the run has written its prompts."""
+        return question_tokens(self.recipe, self.tokenizer, messages, self.clock)
 
     def answer(self, prompt: list[int], max_tokens: int, temperature: float, seed: int) -> str:
         written = self.session.generate([prompt], max_tokens, self.stop, temperature, seed)[0]
@@ -52,7 +59,7 @@ def _answer(
     opened: RunFolder, recipe: Recipe, prompt: str, base: bool, temperature: float, max_tokens: int, backend: str | None
 ) -> None:
     speaker = Speaker(opened, recipe, base, backend)
-    tokens = question_tokens(speaker.recipe, speaker.tokenizer, [{"role": "user", "content": prompt}])
+    tokens = speaker.question([{"role": "user", "content": prompt}])
     print(speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed))
 
 
@@ -66,7 +73,7 @@ def _talk(
     console.print(f"{opened.path.name}: {'base' if base else 'tuned'} model. An empty line ends.", markup=False)
     while text := _ask(console):
         messages.append({"role": "user", "content": text})
-        tokens = question_tokens(speaker.recipe, speaker.tokenizer, messages)
+        tokens = speaker.question(messages)
         answer = speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed + turns)
         turns += 1
         messages.append({"role": "assistant", "content": answer})

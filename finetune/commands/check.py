@@ -10,6 +10,7 @@ from rich.console import Console
 
 from finetune.check.show import show
 from finetune.check.survey import Findings, as_json, survey
+from finetune.data.clock import now
 from finetune.data.prepare import prepare
 from finetune.disk.atomic import write_file
 from finetune.errors import DataError
@@ -34,5 +35,5 @@ def run(recipe: Recipe, json_file: Path | None) -> None:
 
 
 def _look(setup: Setup) -> Generator[Progress, None, Findings]:
-    prepared = yield from prepare(setup.recipe, setup.tokenizer, base=Path.cwd())
+    prepared = yield from prepare(setup.recipe, setup.tokenizer, base=Path.cwd(), clock=now())
     return (yield from survey(setup.recipe, prepared, setup.folder, setup.tokenizer))

@@ -17,6 +17,7 @@ from backends import registry
 from backends.interface import BackendError
 from backends.model_folder import ModelFolder
 from finetune.commands.doctor import described
+from finetune.data.clock import now
 from finetune.data.collate import collate, micro_batches, step_indices
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
@@ -39,7 +40,7 @@ def run(recipe: Recipe, compare: bool) -> None:
     console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
     setup = set_up(recipe)
     folder, tokenizer = setup.folder, setup.tokenizer
-    prepared = with_progress(prepare(recipe, tokenizer, base=Path.cwd()))
+    prepared = with_progress(prepare(recipe, tokenizer, base=Path.cwd(), clock=now()))
     refuse(prepared, recipe)
     console.rule("data, as they will be trained on")
     console.print(account_table(prepared))

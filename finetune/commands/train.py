@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from types import FrameType
 
+from finetune.data.clock import now
+from finetune.disk.identity import clock_of
 from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Interrupted
 from finetune.events import Work, stoppable
@@ -60,7 +62,8 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
     folder = stopped
     with StopFlag().listening() as stop:
         try:
-            job = with_progress(stoppable(making_ready(recipe), stop, "preparing the data"))
+            clock = clock_of(stopped.path) if stopped else now()
+            job = with_progress(stoppable(making_ready(recipe, clock=clock), stop, "preparing the data"))
             folder = folder or create(job.recipe, name)  # with the format and the task that were recognised
             announce_run(folder.path)
             print_account(job, folder)

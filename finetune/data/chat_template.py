@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+from finetune.data.assistant_turns import Rewritten, TurnFinder, with_thought
+from finetune.data.calls import with_short_ids
+from finetune.data.clock import clock_values, reads_clock
 from finetune.data.column_template import LossOn, Pieces, fill_answer
-from finetune.data.rows import Record, Rendered, Span
-from finetune.data.template_sandbox import Conversation, render_all
+from finetune.data.conversation import Conversation, batches
+from finetune.data.formats import OPTIONAL, QUESTION, REQUIRED, Format
+from finetune.data.messages import THOUGHTS
+from finetune.data.rows import Message, Record, Rendered, Span
+from finetune.data.template_sandbox import render_all
 from finetune.data.tokenizer import Tokenizer, end_of_turn, special_texts
 
 # For models without a chat template, on request.
@@ -25,15 +33,8 @@ PLAIN_CHAT = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-# Some templates write today's date unless they are given one; a run must not change at midnight.
-DATE = "26 Jul 2024"
-TOGETHER, CHARACTERS = 256, 2**22  # conversations whose texts are held at a time, and characters of those texts
 
 Prefixes = list[tuple[int, bool]]  # (how many messages, with the prompt for an answer after them)
-
-
-class Rewritten(Exception):
-    """The template writes an earlier turn in another way once more turns follow."""
 
 
 class ChatRenderer:
@@ -48,7 +49,10 @@ class ChatRenderer:
         form: Pieces = (("", "completion"),),
         loss_on: LossOn = "completion",
         end_token: bool = True,
+        layout: Format = "chat",
+        clock: datetime | None = None,
     ) -> None:
+        """layout: of the rows. clock: the time that the template may write."""
         self.name = name
         self.tokenizer = tokenizer
         self.template = template
@@ -56,7 +60,13 @@ class ChatRenderer:
         self.form = form
         self.loss_on = loss_on
         self.end_token = end_token
-        self.specials = tuple(filter(None, special_texts(tokenizer)))
+        self.question_part = QUESTION.get(layout, "")
+        parts = (*REQUIRED[layout], *OPTIONAL.get(layout, ()))
+        self.reads: Collection[str] = frozenset((*parts, *REQUIRED["prompt"]) if layout == "chat" else parts)
+        self.source = str(template or tokenizer.chat_template)
+        self.clock = clock if reads_clock(self.source) else None
+        named = (name for name in THOUGHTS if re.search(rf"[.'\"]{name}\b", self.source))
+        self.thoughts = next(named, THOUGHTS[0])  # the name under which the template reads them
 
     def render(self, record: Record) -> list[Rendered]:
         texts = self.render_all([record])[0]
@@ -67,7 +77,21 @@ class ChatRenderer:
     def render_all(self, records: Sequence[Record]) -> list[list[Rendered] | ValueError]:
         whole = [self._until_last_answer(self._with_system(self._as_messages(record))) for record in records]
         texts = self._apply(whole, [self._prefixes(record) for record in whole])
+        self._rename_ids(whole, texts)
         return [self._rendered(*row) for row in zip(whole, texts, strict=True)]
+
+    def _rename_ids(self, records: list[Record], texts: list[Sequence[str] | ValueError]) -> None:
+        """Tries the refused ones again with other ids of their calls. Changes both lists where the template takes them.
+
+        Some templates take only ids of nine letters or digits, and what an id says means nothing.
+        """
+        refused = [row for row, written in enumerate(texts) if isinstance(written, ValueError)]
+        renamed = {row: with_short_ids(records[row].messages) for row in refused}
+        again = {row: dataclasses.replace(records[row], messages=new) for row, new in renamed.items() if new}
+        written = self._apply(list(again.values()), [self._prefixes(record) for record in again.values()])
+        for (row, record), new in zip(again.items(), written, strict=True):
+            if not isinstance(new, ValueError):
+                records[row], texts[row] = record, new
 
     def _until_last_answer(self, record: Record) -> Record:
         last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
@@ -75,7 +99,7 @@ class ChatRenderer:
             return record
         return dataclasses.replace(record, messages=record.messages[: last + 1])
 
-    def _rendered(self, record: Record, texts: list[str] | ValueError) -> list[Rendered] | ValueError:
+    def _rendered(self, record: Record, texts: Sequence[str] | ValueError) -> list[Rendered] | ValueError:
         if isinstance(texts, ValueError):
             return texts
         try:
@@ -85,30 +109,33 @@ class ChatRenderer:
 
     def _unrolled(self, record: Record) -> list[Rendered] | ValueError:
         """A row for each answer, of a conversation whose earlier answers are written otherwise than its last."""
-        turns = self._supervised(record)
-        if turns == [len(record.messages) - 1]:
-            return ValueError(
-                "the chat template does not begin a finished conversation with the prompt it writes for the answer, "
-                "so where the answer begins cannot be known; set prompt.template to plain"
-            )
+        turns = self._supervised(record) or [len(record.messages) - 1]
         parts = [dataclasses.replace(record, messages=record.messages[: turn + 1], last_only=True) for turn in turns]
         rows: list[Rendered] = []
         for part, texts in zip(parts, self._apply(parts, [self._prefixes(part) for part in parts]), strict=True):
             if isinstance(texts, ValueError):
                 return texts
-            rows.append(self._find_turns(part, texts))
+            try:
+                rows.append(self._find_turns(part, texts))
+            except Rewritten:
+                return _UNKNOWN
         return rows
 
     def _as_messages(self, record: Record) -> Record:
         if record.messages:
             return record
         values = record.values
-        asked = values.get("instruction") or values.get("prompt") or values.get("text") or ""
-        if values.get("instruction") and values.get("input"):
+        asked = values.get(self.question_part, "")
+        if self.question_part == "instruction" and values.get("input"):
             asked = f"{asked}\n\n{values['input']}"
+        system = [{"role": "system", "content": record.system}] if record.system else []
+        earlier: list[Message] = []
+        for question, answer in record.history:
+            earlier += [{"role": "user", "content": question}]
+            earlier += [{"role": "assistant", "content": fill_answer(self.form, answer), "weight": 0}]
         user = {"role": "user", "content": asked}
-        answer = {"role": "assistant", "content": fill_answer(self.form, record.answer or "")}
-        return dataclasses.replace(record, messages=(user, answer))
+        answered = {"role": "assistant", "content": fill_answer(self.form, record.answer or "")}
+        return dataclasses.replace(record, messages=(*system, *earlier, user, answered))
 
     def _with_system(self, record: Record) -> Record:
         if self.system is None or record.messages[0]["role"] == "system":
@@ -135,10 +162,12 @@ class ChatRenderer:
     def _find_turns(self, record: Record, texts: Sequence[str]) -> Rendered:
         """texts: of `_prefixes`. Raises Rewritten where a turn cannot be found in the whole text."""
         last, turns, whole = len(record.messages) - 1, self._turns(record), texts[-1]
-        spans = {
-            turn: self._turn(whole, before, until)
-            for turn, before, until in zip(turns, texts[::2], texts[1::2], strict=True)
-        }
+        if turns == [last]:
+            whole = with_thought(texts[0], whole, record.messages[last])
+        spans: dict[int, tuple[int, int, int]] = {}
+        for number, turn in enumerate(turns):
+            until = whole if turn == last else texts[2 * number + 1]
+            spans[turn] = self.finder.find(whole, texts[2 * number], until)
         start, content_end, end = spans[last]
         text = whole[: end if self.end_token else content_end]
         learned = [] if self.loss_on == "all" else self._supervised(record)
@@ -148,54 +177,36 @@ class ChatRenderer:
         closed = content_end < end or not self.end_token or (self.loss_on != "all" and last not in learned)
         return Rendered(record, text, supervised, (start, content_end), closed)
 
-    def _turn(self, whole: str, before: str, until: str) -> tuple[int, int, int]:
-        """Where an assistant turn begins, where its words end, and where its end token does.
-
-        What a template writes after the end token (Phi-3: EOS after the last turn) belongs to no turn.
-        """
-        start = len(before)
-        end = max(start, len(until.rstrip()))
-        if self.end and until.endswith(self.end, start, end):
-            content_end = end - len(self.end)
-        elif self.end and (at := until.find(self.end, self._tail(until, start))) >= 0:
-            content_end, end = at, at + len(self.end)
-        else:
-            content_end = end - self._special_before(until, start, end)
-        if not whole.startswith(before) or not whole.startswith(until[:end]) or end <= start:
-            raise Rewritten
-        return start, content_end, end
-
     @cached_property
-    def end(self) -> str | None:
-        """The end token of a turn as it is written, where the template has one."""
+    def finder(self) -> TurnFinder:
         token = self.tokenizer.eos_token_id if self.template else end_of_turn(self.tokenizer)
-        return None if token is None else str(self.tokenizer.convert_ids_to_tokens(token))
+        end = None if token is None else str(self.tokenizer.convert_ids_to_tokens(token))
+        return TurnFinder(end, tuple(filter(None, special_texts(self.tokenizer))))
 
-    def _tail(self, text: str, start: int) -> int:
-        """From where on there is nothing but special tokens and white space."""
-        end = len(text)
-        while end > start:
-            length = 1 if text[end - 1].isspace() else self._special_before(text, start, end)
-            if not length:
-                break
-            end -= length
-        return end
-
-    def _special_before(self, text: str, start: int, end: int) -> int:
-        """The length of the special token that ends at `end`; 0 for none."""
-        if not text.endswith(self.specials, start, end):
-            return 0
-        return max(len(special) for special in self.specials if text.endswith(special, start, end))
-
-    def _apply(self, records: Sequence[Record], prefixes: Sequence[Prefixes]) -> list[list[str] | ValueError]:
+    def _apply(self, records: Sequence[Record], prefixes: Sequence[Prefixes]) -> list[Sequence[str] | ValueError]:
         """What the template writes for the prefixes of each record, or why it refuses the record."""
-        written: list[list[str] | ValueError] = []
-        for rows in _batches(records, prefixes):
+        written: list[Sequence[str] | ValueError] = []
+        sizes = [
+            sum(len(message["content"]) for message in record.messages) * len(prefixes[row])
+            for row, record in enumerate(records)
+        ]
+        for rows in batches(sizes):
             conversations = [
-                Conversation(records[row].messages, prefixes[row], list(records[row].tools) or None) for row in rows
+                Conversation(self._told(records[row].messages), prefixes[row], list(records[row].tools) or None)
+                for row in rows
             ]
-            written += render_all(self.tokenizer, conversations, template=self.template, values={"date_string": DATE})
+            values = clock_values(self.clock)
+            written += render_all(self.tokenizer, conversations, template=self.template, values=values)
         return [_refusal(texts) if isinstance(texts, ValueError) else texts for texts in written]
+
+    def _told(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages with their thoughts under the name that the template reads."""
+        if self.thoughts == THOUGHTS[0] or not any(THOUGHTS[0] in message for message in messages):
+            return messages
+        return [
+            {self.thoughts if key == THOUGHTS[0] else key: value for key, value in message.items()}
+            for message in messages
+        ]
 
     def question(self, record: Record) -> str:
         record = self._with_system(record if record.messages else self._question_record(record))
@@ -232,17 +243,10 @@ class ChatRenderer:
         return dataclasses.replace(record, messages=record.messages[:head] + body[cut:])
 
 
-def _batches(records: Sequence[Record], prefixes: Sequence[Prefixes]) -> Iterator[range]:
-    """The records in order, so many at a time that memory stays small."""
-    start = characters = 0
-    for row, record in enumerate(records):
-        size = sum(len(message["content"]) for message in record.messages) * len(prefixes[row])
-        if row > start and (characters + size > CHARACTERS or row - start == TOGETHER):
-            yield range(start, row)
-            start, characters = row, 0
-        characters += size
-    if records:
-        yield range(start, len(records))
+_UNKNOWN = ValueError(
+    "the chat template does not begin a finished conversation with the prompt it writes for the answer, "
+    "so where the answer begins cannot be known; set prompt.template to plain"
+)
 
 
 def _refusal(error: ValueError) -> ValueError:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import string
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from typing import Literal
 
-from finetune.data.formats import ANSWER
+from finetune.data.formats import ANSWER, OPTIONAL, QUESTION
 from finetune.data.rows import Record, Rendered
 from finetune.errors import RecipeError
 
@@ -72,9 +73,9 @@ def fill_answer(form: Pieces, answer: str) -> str:
 class TemplateRenderer:
     """A template over the columns, and the answer after it.
 
-    White space at the prompt's end moves to the answer, so that the boundary is tokenised in the same way in
-    training and when the model answers. For labels only the template's own white space does: an answer must
-    look the same after every prompt.
+    Spaces at the prompt's end move to the answer, so that the boundary is tokenised in the same way in training and
+    when the model answers; whole lines stay, and are not learned. For labels only the template's own white space
+    counts: an answer must look the same after every prompt.
     """
 
     def __init__(
@@ -89,12 +90,20 @@ class TemplateRenderer:
     ) -> None:
         self.name = name
         self.layout = layout
+        self.source = ""
+        self.clock: datetime | None = None
         self.all = loss_on == "all" or layout == "text"
         self.closed = not end_token
         self.pieces = parse_template(template, columns)
         short = NO_INPUT.get(template)
         self.short = parse_template(short, columns) if short else None
         self._check(template)
+        # The ready-made ones have room for them before the question; one's own template has where it names them.
+        self.leads = template in (*PLAIN.values(), *ALPACA.values())
+        before = {"system", "history"}.intersection(OPTIONAL.get(layout, ()) if self.leads else ())
+        self.reads: Collection[str] = frozenset(
+            (*(name for _, name in self.pieces if name), ANSWER.get(layout, "text"), *before)
+        )
         spaced = layout == "prompt" or template.rstrip() != template
         self.form = answer_form(completion, "{completion}" if spaced else " {completion}")
         self.form_is_own = completion is not None
@@ -125,12 +134,23 @@ class TemplateRenderer:
 
     def _prompt(self, record: Record) -> tuple[str, str]:
         pieces = self.short if self.short and not record.values.get("input") else self.pieces
-        whole = fill(pieces, record.values)
+        whole = self._lead(record) + fill(pieces, record.values)
         prompt = whole.rstrip()
-        if self.layout != "classification":
-            return prompt, whole[len(prompt) :]
-        literal, last = pieces[-1]
-        return prompt, literal[len(literal.rstrip()) :] if last is None else ""
+        space = whole[len(prompt) :]
+        if self.layout == "classification":
+            literal, last = pieces[-1]
+            space = literal[len(literal.rstrip()) :] if last is None else ""
+        lines = space.rfind("\n") + 1
+        return prompt + space[:lines], space[lines:]
+
+    def _lead(self, record: Record) -> str:
+        """The system text and the earlier turns, before the question."""
+        if not self.leads or not (record.system or record.history):
+            return ""
+        pieces = self.short or self.pieces
+        part = QUESTION[self.layout]
+        earlier = [f"{fill(pieces, {part: asked}).rstrip()}\n{answer}" for asked, answer in record.history]
+        return "".join(f"{text}\n\n" for text in (record.system, *earlier) if text)
 
     def question(self, record: Record) -> str:
         return self._prompt(record)[0]
@@ -146,4 +166,7 @@ class TemplateRenderer:
         return dataclasses.replace(record, values={**record.values, part: text})
 
     def drop_turns(self, record: Record, share: float) -> Record | None:
-        return None
+        """Each turn counts alike here."""
+        if not self.leads or not record.history:
+            return None
+        return dataclasses.replace(record, history=record.history[max(int(share * len(record.history)), 1) :])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.data.preferences import refuse_preferences
 from finetune.data.problems import BadSource
 from finetune.data.rows import Problem, Row
 from finetune.errors import RecipeError
@@ -21,7 +22,12 @@ REQUIRED: dict[Format, tuple[str, ...]] = {
     "classification": ("text", "label"),
     "text": ("text",),
 }
-OPTIONAL: dict[str, tuple[str, ...]] = {"alpaca": ("input",), "chat": ("tools", "functions"), "sharegpt": ("tools",)}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "alpaca": ("input", "system", "history"),
+    "prompt": ("system", "history"),
+    "chat": ("tools", "functions", "system"),
+    "sharegpt": ("tools", "system", "history"),
+}
 COMMON_NAMES: dict[str, tuple[str, ...]] = {
     "text": ("sentence", "review", "content"),
     "label": ("category", "sentiment", "class"),
@@ -29,6 +35,7 @@ COMMON_NAMES: dict[str, tuple[str, ...]] = {
     "completion": ("answer", "response", "output"),
     "input": ("context",),
     "output": ("response",),
+    "system": ("system_prompt", "system_message"),
 }
 ANSWER = {"classification": "label", "prompt": "completion", "alpaca": "output"}
 QUESTION = {"classification": "text", "prompt": "prompt", "alpaca": "instruction", "text": "text"}
@@ -42,6 +49,11 @@ class Layout:
     name: Format
     columns: Mapping[str, str]  # standard name -> the file's column
     notes: tuple[str, ...] = ()
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The parts that every row has. A chat may stand in two columns, as prompt and completion."""
+        return REQUIRED["prompt" if self.name == "chat" and "messages" not in self.columns else self.name]
 
 
 def recognise(
@@ -59,10 +71,17 @@ def recognise(
     mapping = mapping or {}
     columns = _columns(rows)
     _check_mapping(mapping, columns, rows[0].file)
-    layouts = {name: _resolve(name, columns, mapping) for name in REQUIRED if wanted in ("auto", name)}
+    refuse_preferences(rows, columns, wanted, mapping, bad)
+    tried = [name for name in REQUIRED if wanted in ("auto", name) or (wanted, name) == ("chat", "prompt")]
+    layouts = {name: _resolve(name, columns, mapping) for name in tried}
     fitting = {name: found for name, found in layouts.items() if all(part in found for part in REQUIRED[name])}
     counts = {name: _fitting_rows(name, found, rows) for name, found in fitting.items()}
     chosen = _choose({name: count for name, count in counts.items() if count}, fitting)
+    if "prompt" in chosen and _holds_messages(rows, fitting["prompt"]):
+        parts = _resolve("chat", columns, mapping) | {part: fitting["prompt"][part] for part in REQUIRED["prompt"]}
+        if wanted == "chat" or chosen == ["prompt"]:
+            return Layout("chat", parts, ("rows are chat, in prompt and completion; the completion is learned",))
+    chosen = [name for name in chosen if wanted in ("auto", name)]
     if not chosen:
         raise BadSource(f"{rows[0].file}:1", _no_format(columns, wanted), bad)
     if len(chosen) > 1:
@@ -108,6 +127,11 @@ def _resolve(name: Format, columns: Sequence[str], mapping: Mapping[str, str]) -
 def _fitting_rows(name: Format, columns: Mapping[str, str], rows: Sequence[Row]) -> int:
     needed = [columns[part] for part in REQUIRED[name]]
     return sum(all(row.fields.get(column) is not None for column in needed) for row in rows)
+
+
+def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str]) -> bool:
+    """Whether prompt and completion are lists of messages, as TRL has them."""
+    return any(isinstance(row.fields.get(columns[part]), (list, tuple)) for row in rows for part in REQUIRED["prompt"])
 
 
 def _choose(counts: Mapping[Format, int], layouts: Mapping[Format, Mapping[str, str]]) -> list[Format]:

@@ -5,40 +5,41 @@ One pipeline for `train`, `eval`, `plan` and `check`: each source is read once, 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from operator import attrgetter
+from collections.abc import Collection, Generator
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from finetune.data.formats import Layout, recognise
-from finetune.data.labels import Labels, LabelWriter, find_labels, unknown_labels
-from finetune.data.loss_mask import tokenise
+from finetune.data.labels import Labels, find_labels, unknown_labels
 from finetune.data.problems import BadSource, refuse_rows
 from finetune.data.read import read
 from finetune.data.records import read_records
 from finetune.data.renderers import make_renderer
-from finetune.data.rows import Example, Prepared, Problem, Record, Rendered, Renderer, Rows, Split, Task
+from finetune.data.rows import Prepared, Problem, Rows, Split, Task
 from finetune.data.split import set_apart
 from finetune.data.tokenizer import Tokenizer, stop_tokens
-from finetune.data.truncate import Pair, fit
+from finetune.data.writer import Writer
 from finetune.errors import RecipeError
 from finetune.events import Progress
 from finetune.recipe.schema import Recipe
 
-TOGETHER = 2000  # rows that are text and tokens at the same time; what is kept of them is smaller
 Broken = list[tuple[str, Problem]]  # (split, why it is not as the recipe asks)
 
 
-def prepare(recipe: Recipe, tokenizer: Tokenizer, base: Path) -> Generator[Progress, None, Prepared]:
+def prepare(
+    recipe: Recipe, tokenizer: Tokenizer, base: Path, clock: datetime | None = None
+) -> Generator[Progress, None, Prepared]:
     """Read, check, render, tokenise and fit all rows of a recipe. `problems.refuse` says whether they are sound.
 
-    base: the folder that relative paths start from. Raises DataError only where the training file as a whole cannot
+    base: the folder that relative paths start from. clock: the time of the run, for chat templates that write it;
+    without one they ask the machine. Raises DataError only where the training file as a whole cannot
     be understood, and RecipeError for settings that do not fit the rows.
     """
     yield Progress(0, "data: reading", 0, 1)
-    records = _gather(recipe, tokenizer, base)
+    records = _gather(recipe, tokenizer, base, clock)
     yield Progress(0, "data: reading", 1, 1)
-    writer = _Writer(recipe, tokenizer, records)
+    writer = Writer(recipe, tokenizer, records)
     train = yield from writer.write(records.train)
     valid = yield from writer.write(records.valid)
     test = (yield from writer.write(records.test)) if records.test else None
@@ -46,7 +47,7 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, base: Path) -> Generator[Progr
     return replace(records, train=train, valid=valid, test=test, label_tokens=tokens, stop_tokens=stop)
 
 
-def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path) -> Prepared:
+def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path, clock: datetime | None) -> Prepared:
     """The rows of every split as records, without an example yet, and how they will be written."""
     data = recipe.data
     source = read(data.train, base)
@@ -54,16 +55,19 @@ def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path) -> Prepared:
         refuse_rows(source.bad)
     layout = recognise(source.rows, data.format, data.columns, source.bad)
     task = _task(recipe, layout)
+    if data.long_rows == "split" and layout.name != "text":
+        raise RecipeError(f"data.long_rows: only plain text can be split, and the rows are {layout.name}; remove it")
     columns = {*layout.columns, *(column for row in source.rows for column in row.fields)}
-    renderer = make_renderer(recipe.prompt, layout.name, columns, tokenizer)
-    train = _split("train", source, layout, recipe)
+    renderer = make_renderer(recipe.prompt, layout.name, columns, tokenizer, clock)
+    reads = {*renderer.reads, *([data.groups] if isinstance(data.groups, str) else [])}
+    train = _split("train", source, layout, recipe, reads)
     broken: Broken = []
     labels = _labels(train, recipe, broken) if task == "classification" else ()
     held_out: dict[str, Split] = {}
     for name, named in (("valid", data.valid), ("test", data.test)):
         try:
             if named is not None:
-                held_out[name] = _split(name, read(named, base), layout, recipe, labels)
+                held_out[name] = _split(name, read(named, base), layout, recipe, reads, labels)
         except BadSource as error:
             broken.append((name, error.problem))
     if "valid" not in held_out:
@@ -94,10 +98,12 @@ def _task(recipe: Recipe, layout: Layout) -> Task:
     return recipe.task
 
 
-def _split(name: str, source: Rows, layout: Layout, recipe: Recipe, labels: Labels = ()) -> Split:
+def _split(
+    name: str, source: Rows, layout: Layout, recipe: Recipe, reads: Collection[str], labels: Labels = ()
+) -> Split:
     """The records of one source, and its bad rows. labels: of train, where that is another source."""
     allowed = recipe.data.labels if recipe.task in ("auto", "classification") else None
-    records, bad = read_records(source.rows, layout, allowed)
+    records, bad = read_records(source.rows, layout, allowed, reads)
     if labels:
         unknown = unknown_labels(records, labels)
         bad += unknown
@@ -128,78 +134,3 @@ def _set_apart(train: Split, recipe: Recipe, labels: Labels, broken: Broken) -> 
     notes = (how + (", stratified by label" if labels else ""),)
     valid = Split(name="valid", rows=len(apart), notes=notes, records=apart)
     return replace(train, rows=train.rows - len(apart), records=records), valid
-
-
-class _Writer:
-    """Splits of records to splits of examples."""
-
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, prepared: Prepared) -> None:
-        assert prepared.renderer is not None
-        self._settings, self._tokenizer, self._renderer = recipe.train, tokenizer, prepared.renderer
-        self.labels = LabelWriter(tokenizer, self._renderer, prepared.labels)
-
-    def write(self, split: Split) -> Generator[Progress, None, Split]:
-        """The split with its rows as tokens within max_length; some rows at a time, so that memory stays small."""
-        fate, total = _Fate(), len(split.records)
-        for start in range(0, total, TOGETHER):
-            rendered = _render(self._renderer, split.records[start : start + TOGETHER], fate)
-            self._fit(list(zip(rendered, tokenise(self._tokenizer, rendered), strict=True)), fate)
-            yield Progress(0, f"data: preparing {split.name}", min(start + TOGETHER, total), total)
-        return replace(
-            split,
-            examples=tuple(fate.examples),
-            lengths=tuple(fate.lengths),
-            shortened=tuple(fate.shortened),
-            dropped=tuple(fate.dropped),
-            refused=tuple(fate.refused),
-            too_long=tuple(fate.too_long),
-            notes=(*split.notes, *_notes(fate)),
-        )
-
-    def _fit(self, pairs: Sequence[Pair], fate: _Fate) -> None:
-        max_length, policy = self._settings.max_length, self._settings.truncation
-        fitted = fit(self._tokenizer, self._renderer, pairs, max_length, policy)
-        for (_, whole), row in zip(pairs, fitted, strict=True):
-            fate.lengths.append(len(whole))
-            long = len(whole) > max_length
-            if isinstance(row, str):
-                (fate.too_long if long and policy == "error" else fate.dropped).append((whole.location, row))
-                continue
-            if long:
-                fate.shortened.append(whole.location)
-            text, example = row
-            fate.examples.append(self.labels.write(text.record, example))
-
-
-@dataclass
-class _Fate:
-    """What becomes of a split's rows, as in `Split`."""
-
-    examples: list[Example] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    shortened: list[str] = field(default_factory=list)
-    dropped: list[Problem] = field(default_factory=list)
-    refused: list[Problem] = field(default_factory=list)
-    too_long: list[Problem] = field(default_factory=list)
-    unrolled: int = 0  # conversations
-
-
-def _render(renderer: Renderer, records: Sequence[Record], fate: _Fate) -> list[Rendered]:
-    texts: list[Rendered] = []
-    for record, written in zip(records, renderer.render_all(records), strict=True):
-        if isinstance(written, ValueError):
-            fate.refused.append((record.location, str(written)))
-            continue
-        fate.unrolled += len(written) > 1
-        texts += written
-    return texts
-
-
-def _notes(fate: _Fate) -> Iterator[str]:
-    apart, cut = (sum(map(attrgetter(name), fate.examples)) for name in ("apart", "cut"))
-    if fate.unrolled:
-        yield f"{fate.unrolled} conversations unrolled: the chat template rewrites earlier turns"
-    if apart:
-        yield f"{apart} rows: a token lay across the border of an answer; prompt and answer were encoded apart"
-    if cut:
-        yield f"{cut} rows lost their end, and with it their end token"

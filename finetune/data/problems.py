@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from finetune.data.rows import Prepared, Problem, Split
+from finetune.data.rows import Prepared, Problem, Split, Task
 from finetune.errors import DataError
 from finetune.recipe.schema import Recipe
 from finetune.text import harmless
@@ -48,7 +48,7 @@ def refuse(prepared: Prepared, recipe: Recipe) -> None:
         if not skips:
             refuse_rows(split.refused, _skipping(split.refused, split, recipe))
         refuse_rows(split.too_long)
-        for problem in _shortage(split, recipe):
+        for problem in _shortage(split, recipe, prepared.task):
             lost = f"{listed(split.left_out)}\n" if split.examples else ""
             raise DataError(lost + ": ".join(problem))
 
@@ -58,11 +58,13 @@ def faults(prepared: Prepared, recipe: Recipe) -> list[Problem]:
     splits = prepared.splits
     broken = [problem for _, problem in prepared.broken]
     broken += [problem for split in splits for problem in split.too_long]
-    return broken + [problem for split in splits for problem in _shortage(split, recipe)]
+    return broken + [problem for split in splits for problem in _shortage(split, recipe, prepared.task)]
 
 
-def _shortage(split: Split, recipe: Recipe) -> Iterator[Problem]:
-    """That a split has no row left, or would lose more of its rows than the recipe allows, and the remedies."""
+def _shortage(split: Split, recipe: Recipe, task: Task) -> Iterator[Problem]:
+    """That a split has no row left, or would lose more of its rows (of plain text, of its tokens) than the recipe
+    allows, and the remedies.
+    """
     if not split.examples:
         why = f": {': '.join(split.left_out[0])}" if split.left_out else ""
         yield f"data.{split.name}", f"no row is left{why}; fix the rows, or raise train.max_length"
@@ -77,6 +79,15 @@ def _shortage(split: Split, recipe: Recipe) -> Iterator[Problem]:
                 f"{count:,} of {split.rows:,} rows ({count / split.rows:.1%}) would be left out, and data.max_dropped "
                 f"allows {allowed:g}; fix them, raise train.max_length, {prompt}or set data.max_dropped: "
                 f"{_at_least(count / split.rows)}"
+            ),
+        )
+    elif task == "text" and split.lost_tokens > allowed * sum(split.lengths):
+        share = split.lost_tokens / sum(split.lengths)
+        yield (
+            f"data.{split.name}",
+            (
+                f"{share:.1%} of its tokens would be left out, and data.max_dropped allows {allowed:g}; set "
+                f"data.long_rows: split, raise train.max_length, or set data.max_dropped: {_at_least(share)}"
             ),
         )
 

@@ -92,7 +92,18 @@ def _parquet(raw: bytes, source: str) -> Rows:
 
 
 def _numbered(records: Iterable[Mapping[str, Any]], source: str) -> list[Row]:
-    return [Row(record, source, number) for number, record in enumerate(records, 1)]
+    return [Row(_without_padding(record), source, number) for number, record in enumerate(records, 1)]
+
+
+def _without_padding(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the nulls within its values: Arrow gives each object the keys that any other row's has."""
+    return {name: _packed(value) if isinstance(value, (dict, list)) else value for name, value in record.items()}
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _packed(one) for key, one in value.items() if one is not None}
+    return [_packed(one) for one in value] if isinstance(value, list) else value
 
 
 def _hub(source: str) -> Rows:

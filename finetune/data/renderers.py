@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 
 from finetune.data.chat_template import PLAIN_CHAT, ChatRenderer
 from finetune.data.column_template import ALPACA, PLAIN, TemplateRenderer, answer_form, placeholders
@@ -15,16 +16,22 @@ from finetune.recipe.schema import Prompt, Recipe
 CONVERSATIONS = ("chat", "sharegpt")
 
 
-def make_renderer(prompt: Prompt, layout: Format, columns: Collection[str], tokenizer: Tokenizer) -> Renderer:
-    """The renderer of a recipe. Raises RecipeError where template and rows do not go together."""
+def make_renderer(
+    prompt: Prompt, layout: Format, columns: Collection[str], tokenizer: Tokenizer, clock: datetime | None = None
+) -> Renderer:
+    """The renderer of a recipe. Raises RecipeError where template and rows do not go together.
+
+    clock: the time of the run, for templates that write it.
+    """
     if layout in CONVERSATIONS:
-        return _conversation(prompt, layout, tokenizer)
+        return _conversation(prompt, layout, tokenizer, clock)
     if prompt.template == "chat":
         if layout == "text":
             raise RecipeError("prompt.template: chat needs a question and an answer, and the rows are plain text")
         _need_chat_template(tokenizer)
         form = answer_form(prompt.completion, "{completion}")
-        return ChatRenderer("chat", tokenizer, None, prompt.system, form, prompt.loss_on, prompt.end_token)
+        settings = (prompt.system, form, prompt.loss_on, prompt.end_token, layout, clock)
+        return ChatRenderer("chat", tokenizer, None, *settings)
     if prompt.system is not None:
         raise RecipeError("prompt.system: needs a conversation; set prompt.template: chat, or write it in the template")
     if prompt.template == "alpaca" and layout not in ALPACA:
@@ -37,7 +44,7 @@ def make_renderer(prompt: Prompt, layout: Format, columns: Collection[str], toke
     return TemplateRenderer(name, template, layout, known, prompt.completion, prompt.loss_on, prompt.end_token)
 
 
-def _conversation(prompt: Prompt, layout: str, tokenizer: Tokenizer) -> Renderer:
+def _conversation(prompt: Prompt, layout: Format, tokenizer: Tokenizer, clock: datetime | None) -> Renderer:
     if prompt.template not in ("auto", "chat", "plain"):
         raise RecipeError(f"prompt.template: the rows are {layout}; use auto, chat (the model's own) or plain")
     if prompt.completion is not None:
@@ -46,7 +53,16 @@ def _conversation(prompt: Prompt, layout: str, tokenizer: Tokenizer) -> Renderer
     if template is None:
         _need_chat_template(tokenizer)
     name = "plain" if template else "chat"
-    return ChatRenderer(name, tokenizer, template, prompt.system, loss_on=prompt.loss_on, end_token=prompt.end_token)
+    return ChatRenderer(
+        name,
+        tokenizer,
+        template,
+        prompt.system,
+        loss_on=prompt.loss_on,
+        end_token=prompt.end_token,
+        layout=layout,
+        clock=clock,
+    )
 
 
 def _need_chat_template(tokenizer: Tokenizer) -> None:
@@ -57,16 +73,18 @@ def _need_chat_template(tokenizer: Tokenizer) -> None:
         )
 
 
-def question_tokens(recipe: Recipe, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def question_tokens(
+    recipe: Recipe, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], clock: datetime | None = None
+) -> list[int]:
     """The tokens of a new question, as training writes its prompts.
 
     recipe: that of a run, which names its format. messages: a conversation that ends with the user; templates
-    over columns take the last message alone.
+    over columns take the last message alone. clock: the run's.
     """
     layout = recipe.data.format
     if layout == "auto":
         raise ValueError("the recipe does not name its data's format; that of a run does")
-    renderer = make_renderer(recipe.prompt, layout, placeholders(recipe.prompt.template), tokenizer)
+    renderer = make_renderer(recipe.prompt, layout, placeholders(recipe.prompt.template), tokenizer, clock)
     if layout in CONVERSATIONS:
         record = Record("question", messages=tuple(messages))
     else:

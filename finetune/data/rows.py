@@ -6,8 +6,9 @@ A source is read into `Row`s; each becomes a `Record` (checked, with standard na
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -44,6 +45,9 @@ class Record:
     messages: tuple[Message, ...] = ()  # chat and sharegpt
     tools: tuple[Any, ...] = ()
     last_only: bool = False  # only the last assistant turn is supervised
+    system: str = ""  # beside an instruction or a prompt; a conversation has it as its first message
+    history: tuple[tuple[str, str], ...] = ()  # (question, answer) before an instruction or a prompt; not learned
+    left_out: tuple[str, ...] = ()  # fields that no text can hold: columns that nothing reads, and what reading dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,9 @@ class Renderer(Protocol):
     """How records become text."""
 
     name: str  # chat, plain, alpaca, or the recipe's own template
+    reads: Collection[str]  # the parts and columns of a row that it writes
+    source: str  # the chat template; empty where there is none
+    clock: datetime | None  # the time that its template may write; None where it writes none
 
     def render(self, record: Record) -> list[Rendered]:
         """One example; more where a conversation must be unrolled. Raises ValueError with the reason."""
@@ -101,6 +108,7 @@ class Example:
     answer_end: int | None = None  # one past its last token, the end token left out
     apart: bool = False  # a token would lie across an answer's border, so prompt and answer were encoded apart
     cut: bool = False  # its end is missing
+    piece: bool = False  # of a longer text, which goes on in the next example
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -142,6 +150,9 @@ class Split:
     refused: tuple[Problem, ...] = ()  # rows that the template cannot write
     too_long: tuple[Problem, ...] = ()  # where the recipe allows none
     notes: tuple[str, ...] = ()  # what a person should know of how the rows were read
+    left_out_fields: Mapping[str, int] = field(default_factory=dict)  # field that stands in no text -> its rows
+    lost_tokens: int = 0  # of `lengths`, by cutting and leaving out
+    lost_supervised: int = 0  # of those
     records: list[Record] = field(default_factory=list, repr=False)  # the rows that are whole
 
     @property
@@ -164,6 +175,9 @@ class Split:
             "shortened": list(self.shortened),
             "dropped": [list(problem) for problem in self.left_out],
             "notes": list(self.notes),
+            "left_out_fields": dict(self.left_out_fields),
+            "lost_tokens": self.lost_tokens,
+            "lost_supervised_tokens": self.lost_supervised,
         }
 
 

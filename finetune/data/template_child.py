@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
+from finetune.data.clock import clock_names
+
 GROWTH = 384 * 2**20  # bytes of address space it may add to what its libraries took
 EXTRA, FACTOR = 20_000, 20  # characters of output: so many, and so many for each byte of input
 # What these need is imported when it is first used, and later that cannot be.
@@ -23,25 +25,27 @@ def serve() -> None:
     """The child: answers requests on its standard input until that ends."""
     pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
     try:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils as library
 
         for template in _WARM_UP:
             with suppress(Exception):
-                render_jinja_template([[]], chat_template=template)
+                library.render_jinja_template([[]], chat_template=template)
         _restrict()
     except Exception as error:
         send(pipe_out, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         return
     send(pipe_out, b"{}")
-    template = ""
+    template, clock = "", library.datetime
     values: dict[str, Any] = {}
     while (size := pipe_in.read(8)) and (data := pipe_in.read(int.from_bytes(size, "little"))):
         request = json.loads(data)
         template = request["template"] or template
         values = request["values"] or values
+        names, fixed = clock_names(values, template)
+        library.datetime = fixed or clock  # strftime_now asks it for the time
         try:
-            texts = _texts(render_jinja_template, template, request, values)
-            written, allowed = sum(map(len, texts)), most(texts, len(data))
+            texts, written = _texts(library.render_jinja_template, template, request, names)
+            allowed = most(request["prefixes"], len(data))
             over = f"wrote {written:,} characters where {allowed:,} are the most for these messages"
             reply = json.dumps({"texts": texts} if written <= allowed else {"over": over})
         except MemoryError:
@@ -51,12 +55,34 @@ def serve() -> None:
         send(pipe_out, reply.encode())
 
 
-def _texts(renderer: Any, template: str, request: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+def _texts(
+    renderer: Any, template: str, request: Mapping[str, Any], values: Mapping[str, Any]
+) -> tuple[list[tuple[int, str]], int]:
+    """The text of each prefix, and how many characters all have.
+
+    A text is told by how much of the last one it begins with, and what follows: the texts of a long conversation are
+    the same but for their ends, and all of them in full would not fit in memory.
+    """
     messages, named = request["messages"], {**values, "chat_template": template, "tools": request["tools"]}
-    return [
-        renderer([messages[:count]], add_generation_prompt=answering, **named)[0][0]
-        for count, answering in request["prefixes"]
-    ]
+    whole, texts, characters = None, [], 0
+    for count, answering in reversed(request["prefixes"]):
+        text = renderer([messages[:count]], add_generation_prompt=answering, **named)[0][0]
+        whole = text if whole is None else whole
+        characters += len(text)
+        shared = _shared(whole, text)
+        texts.append((shared, text[shared:]))
+    return [*reversed(texts[1:]), (0, whole)], characters
+
+
+def _shared(whole: str, text: str) -> int:
+    """How many characters both begin with."""
+    if whole.startswith(text):
+        return len(text)
+    low, high = 0, min(len(whole), len(text))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if whole.startswith(text[low:middle], low) else (low, middle - 1)
+    return low
 
 
 def _restrict() -> None:

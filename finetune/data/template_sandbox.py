@@ -5,13 +5,15 @@ leads out of the template), and that sandbox runs in a child process, because wh
 `'a' * 10**9`, `2 ** 10**9` or loops within loops, happens inside one call that nothing in the same process can stop:
 
 - memory: the child's address space is limited (where the system has `setrlimit`), and its resident memory watched;
-- time: a watching thread ends a child that spends more than `SECONDS` of its own processor time on one rendering
-  (not of the clock: a busy or sleeping machine is no template's fault);
+- time: a watching thread ends a child that spends more than `SECONDS` of its own processor time on one conversation,
+  and what a long one needs beside (not of the clock: a busy or sleeping machine is no template's fault);
 - output: `EXTRA` characters and `FACTOR` times the length of what it was given;
 - the rest: the child has none of our environment variables, and once it has imported what it needs it can open no
   file or socket and start no process.
 
-One child serves all rows of a run over a pipe, in JSON, about 50 microseconds a rendering, and ends when idle.
+A conversation that is long may break these bounds with an honest template: it is refused alone where the template does
+with two short messages. One child serves all rows of a run over a pipe, in JSON, about 50 microseconds a rendering, and
+ends when idle.
 """
 
 from __future__ import annotations
@@ -28,27 +30,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from finetune.data.conversation import FOR_MESSAGE, LONGEST, REMEDY, Conversation, Request, Texts, template_text
 from finetune.data.template_child import most, receive, send
 from finetune.errors import EnvironmentProblem
 
-SECONDS = 0.5  # of processor time, for one conversation; honest ones take thousandths
 MEMORY = 512 * 2**20  # bytes the child may hold, its libraries counted
 IDLE = 20.0  # seconds after which an unused child is ended
 TICK = 0.05  # seconds between two looks at a busy child
 # Bytes of requests that are sent before the first of them is answered. They must fit in the pipe: if we waited for room
 # in it while the child waits for room in the other, neither would go on. Windows has small pipes.
 AHEAD = 8192 if os.name == "posix" else 0
-TEMPLATE_LENGTH = 1_000_000  # characters; the longest in use have some ten thousand
-
-
-class Conversation(NamedTuple):
-    """What is rendered: of the messages the first n, for each (n, answering); answering: with the prompt for an answer
-    after them.
-    """
-
-    messages: Sequence[Mapping[str, Any]]
-    prefixes: Sequence[tuple[int, bool]]
-    tools: Sequence[Any] | None = None
 
 
 def render(
@@ -60,7 +51,7 @@ def render(
     texts = render_all(tokenizer, [conversation], template=template, values=values)[0]
     if isinstance(texts, ValueError):
         raise texts
-    return texts
+    return list(texts)
 
 
 def render_all(
@@ -69,79 +60,76 @@ def render_all(
     *,
     template: str | None = None,
     values: Mapping[str, Any] | None = None,
-) -> list[list[str] | ValueError]:
+) -> list[Texts | ValueError]:
     """What `tokenizer.apply_chat_template(tokenize=False)` writes for each conversation, or why it refuses it.
 
     template: instead of the tokenizer's own. values: what the template finds beside the messages. Raises
-    EnvironmentProblem where the template goes beyond its bounds.
+    EnvironmentProblem where the template goes beyond its bounds, and not one long conversation alone.
     """
     named = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
     texts = {
-        tools: _template_text(tokenizer, template, tools, named) for tools in {bool(c.tools) for c in conversations}
+        tools: template_text(tokenizer, template, tools, named) for tools in {bool(c.tools) for c in conversations}
     }
     fixed = {**tokenizer.special_tokens_map, **(values or {})}
-    requests = (
-        _Request(
-            texts[bool(one.tools)],
-            fixed,
-            {
-                "messages": [{k: v for k, v in message.items() if v is not None} for message in one.messages],
-                "prefixes": one.prefixes,
-                "tools": one.tools,
-            },
-        )
-        for one in conversations
-    )
-    replies = _ask(requests, named)
-    return [ValueError(reply["error"]) if "error" in reply else reply["texts"] for reply in replies]
-
-
-def _template_text(tokenizer: Any, template: str | None, tools: bool, named: str) -> str:
-    """The template, which a tokenizer may choose by whether there are tools."""
-    try:
-        text = tokenizer.get_chat_template(template, [{}] if tools else None)
-    except (TypeError, AttributeError, KeyError):  # of what a damaged tokenizer_config.json gives as templates
-        text = None
-    if not isinstance(text, str):
-        raise EnvironmentProblem(f"{named} is not text; {_REMEDY}")
-    if len(text) > TEMPLATE_LENGTH:
-        raise EnvironmentProblem(f"{named} has {len(text):,} characters; {_REMEDY}")
-    return text
-
-
-class _Request(NamedTuple):
-    template: str
-    values: Mapping[str, Any]
-    conversation: Mapping[str, Any]
+    requests = [Request(texts[bool(one.tools)], fixed, one) for one in conversations]
+    return [
+        ValueError(reply["error"]) if "error" in reply else Texts(reply["texts"]) for reply in _ask(requests, named)
+    ]
 
 
 _START = "from finetune.data.template_child import serve; serve()"
-_REMEDY = "look at it, and give the model another one, or set prompt.template: plain"
+_TOO_MANY = "too many to be written one after the other; split them into several rows"
+_TRIAL = Conversation(
+    ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}), ((1, True), (2, False))
+)
 _lock = threading.Lock()
 _child: _Child | None = None
 
 
-def _ask(requests: Iterable[_Request], named: str) -> list[dict[str, Any]]:
+def _ask(requests: Sequence[Request], named: str) -> list[dict[str, Any]]:
+    """The replies. Where a bound is broken by a long conversation alone, it is an error of that one."""
     global _child
+    replies: list[dict[str, Any]] = []
     with _lock:
-        if _child is None or _child.ended:
-            _child = _Child()
         try:
-            replies = []
-            for reply in _child.ask(requests):
-                if "over" in reply:
-                    raise EnvironmentProblem(f"{named} {reply['over']}; {_REMEDY}")
-                replies.append(reply)
+            while len(replies) < len(requests):
+                if _child is None or _child.ended:
+                    _child = _Child()
+                for reply in _child.ask(requests[len(replies) :]):
+                    if "over" in reply:
+                        _child.end()  # what follows in its pipe is not the answer to the next question
+                        replies.append(_judged(requests[len(replies)], reply["over"], named))
+                        break
+                    replies.append(reply)
         except BaseException:  # an interrupt, say: answers that nobody waits for would be taken for later ones
-            _child.end()
+            if _child is not None:
+                _child.end()
             raise
     return replies
+
+
+def _judged(request: Request, over: str, named: str) -> dict[str, Any]:
+    """The error of a conversation that broke a bound. Raises EnvironmentProblem where the template alone breaks it."""
+    global _child
+    if not request.trivial:
+        _child = _Child()
+        if not any("over" in reply for reply in _child.ask([Request(request.template, request.values, _TRIAL)])):
+            return {"error": f"it {over}: its {len(request.conversation.messages):,} messages are {_TOO_MANY}"}
+    raise EnvironmentProblem(f"{named} {over}; {REMEDY}")
 
 
 @atexit.register
 def _end() -> None:
     if _child is not None:
         _child.end()
+
+
+class _Waiting(NamedTuple):
+    """A request that is not answered yet."""
+
+    size: int  # bytes
+    most_bytes: int  # of its answer
+    seconds: float  # of processor time
 
 
 class _Child:
@@ -166,6 +154,7 @@ class _Child:
         self._template: str | None = None
         self._values: Mapping[str, Any] | None = None
         self._number, self._busy, self._since = 0, False, time.monotonic()
+        self._allowed = 0.0  # seconds of processor time
         self._reason = ""
         self._over = threading.Event()
         ready = receive(self._out, 10_000)
@@ -181,38 +170,46 @@ class _Child:
     def ended(self) -> bool:
         return self._over.is_set()
 
-    def ask(self, requests: Iterable[_Request]) -> Iterator[dict[str, Any]]:
+    def ask(self, requests: Iterable[Request]) -> Iterator[dict[str, Any]]:
         """{"texts"}, {"error": why it refused} or {"over": which bound it broke}, for each request.
 
         The next requests are sent while the child still renders: it need not wait for us, nor we for each answer.
         """
-        waiting: deque[tuple[int, int]] = deque()  # (bytes, the most that its answer may have) of what is not answered
+        waiting: deque[_Waiting] = deque()
         for request in requests:
+            if FOR_MESSAGE * request.renderings > LONGEST:
+                while waiting:
+                    yield self._answer(waiting)
+                yield {"error": f"its {len(request.conversation.messages):,} messages are {_TOO_MANY}"}
+                continue
             data = self._encoded(request)
-            while waiting and sum(size for size, _ in waiting) + len(data) > AHEAD:
-                yield self._answer(*waiting.popleft())
-            self._number, self._busy = self._number + 1, True
+            while waiting and sum(one.size for one in waiting) + len(data) > AHEAD:
+                yield self._answer(waiting)
+            most_bytes = 6 * most(request.conversation.prefixes, len(data)) + 1000  # 6 bytes: "\\u0000"
+            waiting.append(_Waiting(len(data), most_bytes, request.seconds(len(data))))
+            self._number, self._busy, self._allowed = self._number + 1, True, waiting[0].seconds
             with suppress(OSError, ValueError):  # a dead child: there will be no answer
                 send(self._in, data)
-            prefixes = request.conversation["prefixes"]
-            waiting.append((len(data), 6 * most(prefixes, len(data)) + 1000))  # 6 bytes: "\\u0000"
         while waiting:
-            yield self._answer(*waiting.popleft())
+            yield self._answer(waiting)
         self._busy, self._since = False, time.monotonic()
 
-    def _encoded(self, request: _Request) -> bytes:
+    def _encoded(self, request: Request) -> bytes:
         """What the child has of the last request is not sent again."""
         new: dict[str, Any] = {"template": None if request.template == self._template else request.template}
         new["values"] = None if request.values == self._values else dict(request.values)
         self._template, self._values = request.template, request.values
-        return json.dumps(new | dict(request.conversation), default=_plain).encode()
+        messages, prefixes, tools = request.conversation
+        told = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        return json.dumps(new | {"messages": told, "prefixes": prefixes, "tools": tools}, default=_plain).encode()
 
-    def _answer(self, size: int, limit: int) -> dict[str, Any]:
+    def _answer(self, waiting: deque[_Waiting]) -> dict[str, Any]:
         try:
-            reply = receive(self._out, limit)
+            reply = receive(self._out, waiting.popleft().most_bytes)
         except (OSError, ValueError):
             reply = None
         self._number += 1  # the watching thread counts the time of the next one
+        self._allowed = waiting[0].seconds if waiting else 0.0
         if reply is None:  # what it does now, and what stands in its pipe, is unknown
             self.end()
             return {"over": self._reason or "ended the process that renders it"}
@@ -245,8 +242,8 @@ class _Child:
             used = times.user + times.system
             if self._number != number:
                 number, began = self._number, used
-            if used - began > SECONDS:
-                self._reason = f"ran for more than {SECONDS:g} s on one conversation"
+            if used - began > self._allowed:
+                self._reason = f"ran for more than {self._allowed:.2g} s on one conversation"
             elif held > MEMORY:
                 self._reason = f"took more than {MEMORY // 2**20} MB"
             else:

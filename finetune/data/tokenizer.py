@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from backends.model_folder import ModelFolder, read_object
+from finetune.data.conversation import Conversation
 from finetune.data.rows import Span
-from finetune.data.template_sandbox import Conversation, render
+from finetune.data.template_sandbox import render
 from finetune.errors import EnvironmentProblem
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase, which is not imported here

@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import numpy as np
+
 from finetune.data.loss_mask import tokenise
 from finetune.data.rows import Example, Record, Rendered, Renderer
 from finetune.data.tokenizer import Tokenizer, encode
 
+MANY = 200  # messages
 Policy = Literal["prompt", "end", "drop", "error"]
 Pair = tuple[Rendered, Example]  # a row as text and as tokens
 Numbered = tuple[int, Pair]  # with its number in a batch of rows
@@ -39,6 +42,34 @@ def fit(
             closed.append((number, (rendered, example)))
     fitted.update(_shorten(tokenizer, renderer, closed, max_length))
     return [_nothing_learned(fitted[number]) or fitted[number] for number in range(len(rows))]
+
+
+def overlap(max_length: int) -> int:
+    """The tokens of a window that the one before it has too: what its text goes on from."""
+    return max_length // 8
+
+
+def windows(example: Example, max_length: int, begin: Sequence[int]) -> list[Example]:
+    """A long row of plain text as rows of at most max_length tokens, each token learned once.
+
+    begin: what the tokenizer puts before a text; each window has it. Tokens that the window before has learned are not
+    supervised again.
+    """
+    shared, start = overlap(max_length), 0
+    begins = len(begin) if example.tokens[: len(begin)].tolist() == list(begin) else 0
+    head, no_weight = example.tokens[:begins], np.zeros(begins, np.float32)
+    tokens, weights = example.tokens[begins:], example.weights[begins:]
+    size = max_length - begins
+    found: list[Example] = []
+    while True:
+        learned = weights[start : start + size].copy()
+        learned[: shared if start else 0] = 0.0
+        last = start + size >= len(tokens)
+        part = np.concatenate([head, tokens[start : start + size]]), np.concatenate([no_weight, learned])
+        found.append(dataclasses.replace(example, tokens=part[0], weights=part[1], piece=not last))
+        if last:
+            return found
+        start += size - shared
 
 
 def _too_long(example: Example, max_length: int) -> str:
@@ -82,8 +113,10 @@ def _shorten(
 
 def _drop_turns(renderer: Renderer, row: Pair, max_length: int) -> Rendered | None:
     rendered, example = row
-    # Half of what must go, since tokens are spread unevenly over the characters; the next round takes more.
-    share = (len(example) - max_length) / len(example) / 2
+    # Half of what must go, since tokens are spread unevenly over the characters; the next round takes more. Of a long
+    # conversation nearly all: each round renders every turn that is left.
+    step = 0.95 if len(rendered.record.messages) > MANY else 0.5
+    share = step * (len(example) - max_length) / len(example)
     record = renderer.drop_turns(rendered.record, share)
     return _render(renderer, record) if record else None
 

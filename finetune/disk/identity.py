@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from backends.model_folder import ModelFolder, read_object
+from finetune.data.clock import now
 from finetune.data.rows import Prepared
 from finetune.errors import Incompatible
 from finetune.recipe.schema import Recipe
 from finetune.text import shorten
 
+CLOCK = "clock"
 # Keys that change where or how fast a run goes, or whose effect the digests of rows and weights already hold.
 _NOT_IDENTITY = {
     "output", "backend", "device", "model.path", "model.revision", "model.dtype", "data.train", "data.valid",
-    "data.test", "data.max_dropped", "train.micro_tokens", "train.gradient_checkpointing", "evaluate.generate",
+    "data.test", "data.max_dropped", "data.long_rows", "train.micro_tokens", "train.gradient_checkpointing",
+    "evaluate.generate",
     "evaluate.max_tokens", "evaluate.base",
 }  # fmt: skip
 
@@ -33,7 +37,9 @@ def identity_of(recipe: Recipe, prepared: Prepared, folder: ModelFolder) -> dict
     for split in prepared.splits:
         for example in split.examples:
             digest.update(example.tokens.tobytes() + example.weights.tobytes())
-    return {"base_model_weights": folder.fingerprint, "data_rows": digest.hexdigest()} | settings
+    clock = prepared.renderer.clock if prepared.renderer else None
+    written = {} if clock is None else {CLOCK: clock.isoformat()}  # by a chat template; most write no date
+    return {"base_model_weights": folder.fingerprint, "data_rows": digest.hexdigest()} | written | settings
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -52,6 +58,20 @@ def read_identity(run: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise Incompatible(f"{run / 'identity.json'}: cannot be read ({error}); start a new run") from None
+
+
+def clock_of(run: Path) -> datetime | None:
+    """The time that the run's chat template writes: its own, or now where the run has not begun.
+
+    None for runs that have recorded none. Raises Incompatible.
+    """
+    identity = read_identity(run)
+    if identity is None:
+        return now()
+    try:
+        return datetime.fromisoformat(identity[CLOCK]) if CLOCK in identity else None
+    except (TypeError, ValueError) as error:
+        raise Incompatible(f"{run / 'identity.json'}: {CLOCK} cannot be read ({error}); start a new run") from None
 
 
 def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

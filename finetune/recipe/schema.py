@@ -48,7 +48,10 @@ class Data(Section):
     on_error: Literal["stop", "skip"] = "stop"
     """What a bad row does: stop the run, or be left out and listed."""
     max_dropped: Share = 0.01
-    """The share of a split's rows that may be left out (skipped, too long, nothing to learn); more stop the run."""
+    """The share of a split's rows that may be left out (skipped, too long, nothing to learn); more stop the run.
+    Of plain text also the share of its tokens."""
+    long_rows: Literal["cut", "split"] = "cut"
+    """Plain text beyond train.max_length: cut off there, or split into rows of that length that overlap."""
     groups: Groups | None = None
     """Who the rows are about, for `finetune check`: a column's name, or words for each group (women: [she, her])."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -66,15 +67,19 @@ def refuse_unused_accelerator(recipe: Recipe) -> None:
         raise BackendError(f"{backend}: {unused}; or train on the processor all the same: device=cpu")
 
 
-def making_ready(recipe: Recipe, backend: str | None = None) -> Generator[Progress, None, Job]:
+def making_ready(
+    recipe: Recipe, backend: str | None = None, clock: datetime | None = None
+) -> Generator[Progress, None, Job]:
     """Check the backend, find the model, read and prepare the data. No model is loaded.
 
-    The job's recipe names the format and the task that were recognised, so that later commands need not look again.
+    clock: the time of the run, for chat templates that write it; None: each rendering asks the machine, as in runs that
+    have recorded none. The job's recipe names the format and the task that were recognised, so that later commands need
+    not look again.
     Raises DataError for rows that stop training, Incompatible for tokens that the model lacks.
     """
     chosen = registry.choose(backend or recipe.backend)
     setup = set_up(recipe)
-    prepared = yield from prepare(recipe, setup.tokenizer, base=Path.cwd())
+    prepared = yield from prepare(recipe, setup.tokenizer, base=Path.cwd(), clock=clock)
     refuse(prepared, recipe)
     _check_vocabulary(setup, prepared)
     data = recipe.data.model_copy(update={"format": prepared.format})

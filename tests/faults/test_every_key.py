@@ -224,6 +224,7 @@ CASES = {
     "data.valid_fraction": Case(examples, 0.4, {"data.valid": None}),
     "data.on_error": Case(bad_row, "skip", {"data.train": "broken", "data.max_dropped": 0.5}),
     "data.max_dropped": Case(bad_row, 0.5, {"data.train": "broken", "data.on_error": "skip"}),
+    "data.long_rows": Case(examples, "split", LONG | {"data.format": "text", "data.max_dropped": 0.9}),
     "data.groups": Case(survey, {"warm": ["warm"]}),
     "prompt.template": Case(examples, "alpaca"),
     "prompt.system": Case(examples, "be brief", CHAT),

@@ -23,6 +23,7 @@ from finetune.check.tokens import check_tokens
 from finetune.data import chat_template as chat
 from finetune.data import collate as batches
 from finetune.data import loss_mask as tokenise
+from finetune.data.assistant_turns import TurnFinder
 from finetune.data.prepare import prepare
 from finetune.data.rows import Example
 from finetune.recipe.load import check_recipe
@@ -233,7 +234,7 @@ real = {
     "collate": batches.collate,
     "order": batches.order,
     "groups": batches.groups,
-    "_turn": chat.ChatRenderer._turn,
+    "find": TurnFinder.find,
     "_supervised": chat.ChatRenderer._supervised,
     "_mask": tokenise._mask,
     "_example": tokenise._example,
@@ -246,7 +247,7 @@ def _masked(rendered: Any, row: Any, begin: int, eos: int) -> Example:
 
 
 def _without_end(self: Any, *texts: str) -> tuple[int, int, int]:
-    start, content_end, _ = real["_turn"](self, *texts)
+    start, content_end, _ = real["find"](self, *texts)
     return start, content_end, content_end
 
 
@@ -271,8 +272,8 @@ def _one_late(*borders: Any) -> Any:
 FAULTS: dict[str, tuple[str, Any, str, Any]] = {
     "the begin token twice": ("llama 3", tokenise, "with_begin", lambda tokens, prefix: prefix + tokens),
     "no begin token": ("zephyr", tokenise, "with_begin", lambda tokens, prefix: tokens),
-    "no end token": ("qwen 2", chat.ChatRenderer, "_turn", _without_end),
-    "the last special token ends a turn": ("phi 3", chat.ChatRenderer, "end", None),
+    "no end token": ("qwen 2", TurnFinder, "find", _without_end),
+    "the last special token ends a turn": ("phi 3", chat, "end_of_turn", lambda tokenizer: None),
     "turns of weight 0 learned": ("gemma", chat.ChatRenderer, "_supervised", lambda self, record: [
         i for i, message in enumerate(record.messages) if message["role"] == "assistant"
     ]),

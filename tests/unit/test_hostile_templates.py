@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from finetune.data import template_sandbox as sandbox
-from finetune.data.chat_template import DATE, PLAIN_CHAT
-from finetune.data.template_sandbox import Conversation
+from finetune.data.chat_template import PLAIN_CHAT
+from finetune.data.clock import DATE
+from finetune.data.conversation import Conversation
 from finetune.errors import EnvironmentProblem
 from tests.unit.data.toy_tokenizers import TEMPLATES, byte_level
 from tests.unit.hostile import SECONDS, harmless, refused

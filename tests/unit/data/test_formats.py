@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from finetune.data.calls import read_tools
 from finetune.data.formats import recognise
-from finetune.data.records import read_messages, read_records, read_tools
+from finetune.data.messages import read_messages
+from finetune.data.records import read_records
 from finetune.data.rows import Row
 from finetune.errors import DataError, RecipeError
 
@@ -103,7 +105,7 @@ def turns(roles: str) -> list[dict]:
     return [{"role": names[letter], "content": letter} for letter in roles]
 
 
-@pytest.mark.parametrize("roles", ["ua", "sua", "uaua", "uatau", "uatta"])
+@pytest.mark.parametrize("roles", ["ua", "sua", "uaua", "uatau", "uatta", "aua", "saua"])
 def test_good_conversations(roles):
     assert len(read_messages(turns(roles), "messages")) == len(roles)
 
@@ -112,8 +114,9 @@ def test_good_conversations(roles):
     ("roles", "said"),
     [
         ("uua", r"\[1\]: user cannot stand after user"),
-        ("au", r"\[0\]: assistant cannot stand first"),
-        ("sa", r"\[1\]: assistant cannot stand after system"),
+        ("au", "no assistant turn to learn from"),
+        ("sa", "no assistant turn to learn from"),
+        ("tu", r"\[0\]: tool cannot stand first"),
         ("uaa", r"\[2\]: assistant cannot stand after assistant"),
         ("usa", r"\[1\]: system cannot stand after user"),
         ("u", "no assistant turn"),

@@ -248,7 +248,7 @@ def test_alpaca_leaves_an_empty_input_out():
     values = {"instruction": "Name it.", "input": "x", "output": "y"}
     with_input = renderer.render(Record("f:1", values=values, answer="y"))[0]
     assert with_input.text == "### Instruction:\nName it.\n\n### Input:\nx\n\n### Response:\ny"
-    assert with_input.prompt.endswith("### Response:")
+    assert with_input.prompt.endswith("### Response:\n")
     without = renderer.render(Record("f:1", values={**values, "input": ""}, answer="y"))[0]
     assert without.text == "### Instruction:\nName it.\n\n### Response:\ny"
 
