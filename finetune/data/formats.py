@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.data.guess import headerless
 from finetune.data.problems import BadSource
 from finetune.data.rows import Problem, Row
 from finetune.errors import RecipeError
@@ -64,7 +65,8 @@ def recognise(
     counts = {name: _fitting_rows(name, found, rows) for name, found in fitting.items()}
     chosen = _choose({name: count for name, count in counts.items() if count}, fitting)
     if not chosen:
-        raise BadSource(f"{rows[0].file}:1", _no_format(columns, wanted), bad)
+        reason = headerless(rows) or _no_format(columns, wanted)
+        raise BadSource(f"{rows[0].file}:1", reason, bad)
     if len(chosen) > 1:
         names = " and ".join(chosen)
         reason = f"the columns {harmless(', '.join(columns))} fit {names}; say which with data.format"

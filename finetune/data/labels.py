@@ -25,7 +25,8 @@ def find_labels(records: Sequence[Record], given: Sequence[str] | None) -> Label
     labels = tuple(given) if given is not None else tuple(sorted({one.answer or "" for one in records}, key=_rank))
     if len(labels) < 2 or len(set(labels)) < len(labels):
         location = records[0].location if records else "data.train"
-        raise BadSource(location, f"classification needs two different labels, and there is {', '.join(labels)}")
+        shown = ", ".join(labels) or "none"
+        raise BadSource(location, f"classification needs two different labels, and there is {shown}")
     return labels
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 
+from finetune.data.alike import Spellings, labels_in, respelt
 from finetune.data.formats import Layout, recognise
 from finetune.data.labels import Labels, LabelWriter, find_labels, unknown_labels
 from finetune.data.loss_mask import tokenise
@@ -18,6 +19,7 @@ from finetune.data.read import read
 from finetune.data.records import read_records
 from finetune.data.renderers import make_renderer
 from finetune.data.rows import Example, Prepared, Problem, Record, Rendered, Renderer, Rows, Split, Task
+from finetune.data.sources import held_out_sources
 from finetune.data.split import set_apart
 from finetune.data.tokenizer import Tokenizer, stop_tokens
 from finetune.data.truncate import Pair, fit
@@ -56,14 +58,16 @@ def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path) -> Prepared:
     task = _task(recipe, layout)
     columns = {*layout.columns, *(column for row in source.rows for column in row.fields)}
     renderer = make_renderer(recipe.prompt, layout.name, columns, tokenizer)
-    train = _split("train", source, layout, recipe)
+    spellings = (
+        Spellings(labels_in(source.rows, layout.columns["label"]), data.labels) if task == "classification" else None
+    )
+    train = _split("train", source, layout, recipe, spellings)
     broken: Broken = []
     labels = _labels(train, recipe, broken) if task == "classification" else ()
     held_out: dict[str, Split] = {}
-    for name, named in (("valid", data.valid), ("test", data.test)):
+    for name, named in held_out_sources(data, base).items():
         try:
-            if named is not None:
-                held_out[name] = _split(name, read(named, base), layout, recipe, labels)
+            held_out[name] = _split(name, read(named, base, name), layout, recipe, spellings, labels)
         except BadSource as error:
             broken.append((name, error.problem))
     if "valid" not in held_out:
@@ -94,8 +98,14 @@ def _task(recipe: Recipe, layout: Layout) -> Task:
     return recipe.task
 
 
-def _split(name: str, source: Rows, layout: Layout, recipe: Recipe, labels: Labels = ()) -> Split:
-    """The records of one source, and its bad rows. labels: of train, where that is another source."""
+def _split(
+    name: str, source: Rows, layout: Layout, recipe: Recipe, spellings: Spellings | None, labels: Labels = ()
+) -> Split:
+    """The records of one source, and its bad rows. spellings: of labels. labels: of train, where that is another
+    source.
+    """
+    if spellings is not None:
+        source = respelt(source, layout.columns["label"], spellings)
     allowed = recipe.data.labels if recipe.task in ("auto", "classification") else None
     records, bad = read_records(source.rows, layout, allowed)
     if labels:
