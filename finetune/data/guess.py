@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from finetune.data.rows import Row
+from finetune.data.sources import TABLES, ending_of
 from finetune.text import harmless, shorten
 
 LOOKED_AT = 5_000  # rows
@@ -98,12 +99,14 @@ def _is_label(column: Column, rows: int) -> bool:
 def headerless(rows: Sequence[Row]) -> str | None:
     """Why a table seems to begin with a row, and what to do; None where its first line may hold names.
 
-    A name is no value of its own column, and no sentence.
+    A name is no value of its own column. It may be a question, as in surveys, but not every name is a sentence.
     """
+    if ending_of(rows[0].file) not in TABLES:
+        return None
     names = list(rows[0].fields)
     rows = rows[:LOOKED_AT]
     repeated = [name for name in names if sum(row.fields.get(name) == name for row in rows) > len(rows) / 100]
-    sentences = [name for name in names if len(name.split()) > 5]
+    sentences = all(len(name.split()) > 4 and not name.rstrip().endswith(("?", ":")) for name in names)
     if not repeated and not sentences:
         return None
     told = {column: part for part, column in by_content(rows).items()}

@@ -31,11 +31,11 @@ TOGETHER = 2000  # rows that are text and tokens at the same time; what is kept 
 Broken = list[tuple[str, Problem]]  # (split, why it is not as the recipe asks)
 
 
-def prepare(recipe: Recipe, tokenizer: Tokenizer, base: Path) -> Generator[Progress, None, Prepared]:
+def prepare(recipe: Recipe, tokenizer: Tokenizer, base: Path | None) -> Generator[Progress, None, Prepared]:
     """Read, check, render, tokenise and fit all rows of a recipe. `problems.refuse` says whether they are sound.
 
-    base: the folder that relative paths start from. Raises DataError only where the training file as a whole cannot
-    be understood, and RecipeError for settings that do not fit the rows.
+    base: the folder that relative paths start from; None where all are absolute. Raises DataError
+    only where the training file as a whole cannot be understood, and RecipeError for settings that do not fit the rows.
     """
     yield Progress(0, "data: reading", 0, 1)
     records = _gather(recipe, tokenizer, base)
@@ -48,7 +48,7 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, base: Path) -> Generator[Progr
     return replace(records, train=train, valid=valid, test=test, label_tokens=tokens, stop_tokens=stop)
 
 
-def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path) -> Prepared:
+def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path | None) -> Prepared:
     """The rows of every split as records, without an example yet, and how they will be written."""
     data = recipe.data
     source = read(data.train, base)

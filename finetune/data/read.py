@@ -12,17 +12,18 @@ from finetune.data.encoding import decode, unusual, without_marks
 from finetune.data.json_files import parse_json
 from finetune.data.problems import BadSource
 from finetune.data.rows import Row, Rows
-from finetune.data.sources import ENDINGS, PACKINGS, SplitName, ending_of, files_of, shown
+from finetune.data.sources import ENDINGS, PACKINGS, TABLES, SplitName, ending_of, files_of, shown
 from finetune.data.tables import parse_table
 from finetune.data.unpack import HEAD, PARQUET, refuse_foreign, unpack
 from finetune.errors import EnvironmentProblem
 from finetune.recipe.names import BUILTIN, hub_id_in, is_address
 
 
-def read(source: str, base: Path, split: SplitName = "train") -> Rows:
+def read(source: str, base: Path | None, split: SplitName = "train") -> Rows:
     """All rows of a source, and those that cannot be read.
 
-    source: a file, a pattern of files (data/*.jsonl) or a folder with files of each split, relative to `base`;
+    source: a file, a pattern of files (data/*.jsonl) or a folder with files of each split, relative to `base`
+    (None: absolute);
     builtin:<package file>; or a hub data set as org/name, org/name:split or org/name/config:split. split: which of a
     folder's is read. Raises BadSource where the source as a whole cannot be read, EnvironmentProblem where a library
     is missing for it.
@@ -85,7 +86,7 @@ def _parse(raw: bytes, source: str) -> Rows:
     notes += unusual(raw)
     text, marks = without_marks(decode(raw, source))
     del raw  # a large file is not held twice
-    if ending in (".csv", ".tsv", ".tab"):
+    if ending in TABLES:
         rows, bad, told = parse_table(text, source, "," if ending == ".csv" else "\t")
     else:
         rows, bad, told = parse_json(text, source)

@@ -14,14 +14,18 @@ from finetune.recipe.schema import Data
 
 SplitName = Literal["train", "valid", "test"]
 
-ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".tab", ".parquet")
+TABLES = (".csv", ".tsv", ".tab")
+ENDINGS = (".jsonl", ".ndjson", ".json", *TABLES, ".parquet")
 PACKINGS = (".gz", ".zst")
 _WORDS: Mapping[str, SplitName] = {
     "train": "train", "training": "train",
     "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+_NO_ROWS = (  # JSON that stands beside rows, or in a model's folder
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "tokenizer.json",
+    "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "vocab.json", "package.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ def ending_of(path: Path | str) -> str:
     return Path(name).suffix
 
 
-def files_of(source: str, base: Path, split: SplitName) -> Files | None:
+def files_of(source: str, base: Path | None, split: SplitName) -> Files | None:
     """The files that a source names on this disk; None where it names none: a hub data set.
 
     A folder gives the files of `split`, or of the one that is named after a colon. Raises BadSource.
@@ -79,7 +83,7 @@ def _not_there(source: str, path: Path) -> str:
     return f"no such file; did you mean {close}?{hub}"
 
 
-def held_out_sources(data: Data, base: Path) -> dict[SplitName, str]:
+def held_out_sources(data: Data, base: Path | None) -> dict[SplitName, str]:
     """Where the rows of valid and test come from: the recipe's sources, or the folder of the training rows."""
     path = local(data.train, base)
     folder = _splits(path) if path is not None and path.is_dir() else {}
@@ -139,10 +143,10 @@ def _word(name: str) -> SplitName | None:
     return next((_WORDS[word] for word in words if word in _WORDS), None)
 
 
-def shown(path: Path, source: str, base: Path) -> str:
+def shown(path: Path, source: str, base: Path | None) -> str:
     """How messages name a file of a source: as the source does, or as its folder does."""
     if local(source, base) == path:
         return source
-    if not Path(source).is_absolute() and path.is_relative_to(base):
+    if base is not None and not Path(source).is_absolute() and path.is_relative_to(base):
         return str(path.relative_to(base))
     return str(path)

@@ -16,7 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, StreamEndEvent
 
 from finetune.errors import RecipeError
-from finetune.recipe.names import absolute_paths
+from finetune.recipe.names import BUILTIN, absolute_paths
 from finetune.recipe.schema import Data, Model, Prompt, Recipe
 from finetune.text import secrets_in, shorten
 
@@ -215,4 +215,7 @@ def recipe_of(target: str, overrides: Sequence[str]) -> Recipe:
         return load_recipe(Path(target), overrides)
     if overrides:
         raise RecipeError(f"{overrides[0]}: changes belong to a recipe, and {target} is data; write one: finetune init")
-    return Recipe(model=Model(path="builtin:reviews-base"), data=Data(train=target), prompt=Prompt(template="plain"))
+    recipe = Recipe(
+        model=Model(path=f"{BUILTIN}reviews-base"), data=Data(train=target), prompt=Prompt(template="plain")
+    )
+    return absolute_paths(recipe, Path.cwd(), ())

@@ -40,13 +40,13 @@ def model_folder(model: Model) -> Path:
         remedy = f"write the hub id: {name}" if name else "download the model, and give its folder"
         raise RecipeError(f"model.path: {model.path} is an address; {remedy}")
     folder = Path(model.path).expanduser()
-    if folder.is_dir():
+    if folder.is_absolute() and folder.is_dir():  # a recipe's paths are; a hub id is no folder that stands here too
         if not (folder / "config.json").exists():
             raise RecipeError(
                 f"model.path: {folder} has no config.json; give a model folder, or a hub id such as org/name"
             )
         return folder
-    if folder.is_file():
+    if folder.is_absolute() and folder.is_file():
         raise RecipeError(f"model.path: {folder} is a file; give the folder of the model, or a hub id such as org/name")
     if not is_model_id(model.path):
         raise RecipeError(

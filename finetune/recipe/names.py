@@ -29,13 +29,16 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _DATA_KEYS = (("data", "train"), ("data", "valid"), ("data", "test"))
 
 
-def local(text: str, start: Path) -> Path | None:
+def local(text: str, start: Path | None) -> Path | None:
     """The path that a source of rows names, absolute, there or not; None for what is built in, an address, or a hub id.
 
-    start: the folder that relative paths begin from.
+    start: the folder that relative paths begin from; None where paths were made absolute before, and a text that is not
+    is no path.
     """
     if text.startswith(BUILTIN) or _ADDRESS.match(text):
         return None
+    if start is None:
+        return Path(text) if Path(text).is_absolute() else None
     path = _absolute(text, start)
     head, _, split = text.rpartition(":")
     if split and head and not _there(path) and _absolute(head, start).is_dir():

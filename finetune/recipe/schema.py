@@ -31,8 +31,8 @@ class Model(Section):
 
 class Data(Section):
     train: str
-    """A file (.jsonl, .json, .csv, .tsv, .parquet; also .gz, .zst), a folder, a pattern (data/*.jsonl), a hub data set id,
-    or builtin:reviews/train.jsonl."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet; also .gz, .zst), a folder, a pattern (data/*.jsonl), a hub data set
+    id, or builtin:reviews/train.jsonl."""
     valid: str | None = None
     """Rows to choose the best epoch by; without it those of train's folder, or a share of train is set apart."""
     test: str | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -67,7 +66,7 @@ def making_ready(recipe: Recipe, backend: str | None = None) -> Generator[Progre
     """
     chosen = registry.choose(backend or recipe.backend)
     setup = set_up(recipe)
-    prepared = yield from prepare(recipe, setup.tokenizer, base=Path.cwd())
+    prepared = yield from prepare(recipe, setup.tokenizer, base=None)
     refuse(prepared, recipe)
     _check_vocabulary(setup, prepared)
     data = recipe.data.model_copy(update={"format": prepared.format})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,22 @@ def test_what_is_there_is_a_path_however_it_is_written(tmp_path: Path, monkeypat
     recipe = loaded(tmp_path, overrides)  # what the command line gives begins at the current folder
     assert (recipe.model.path, recipe.data.train) == ("Qwen/Qwen3-0.6B", "imdb")
     assert recipe.data.test == str(other / "x.csv")
+
+
+def test_a_hub_id_is_no_folder_of_the_place_where_one_happens_to_stand(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.data.read import read
+
+    for name in ("here/Qwen/Qwen3-0.6B", "here/imdb"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "here/Qwen/Qwen3-0.6B/config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = loaded(tmp_path, model="Qwen/Qwen3-0.6B", train="imdb")
+    folder = put(hub, "Qwen/Qwen3-0.6B")
+    assert model_folder(recipe.model) == folder
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *a, **k: [{"text": "hub"}]))
+    assert read(recipe.data.train, None).rows[0].fields == {"text": "hub"}
 
 
 def test_an_adapter_to_start_from_is_always_a_folder(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_columns_are_told_by_what_they_hold(columns, expected):
         (("the tea was bad and not worth it", "bad"), (text, label)),
         (("ham", "Go until jurong point, crazy.. Available only in bugis"), (lambda n: ("ham", "spam")[n % 2], text)),
         (("1", "tea"), (lambda n: str(n % 2), text)),
-        (("it was rather good and also cheap", "fine"), (text, text)),
+        (("it was rather good and also cheap", "so it was on that day"), (text, text)),
     ],
 )
 def test_a_table_without_a_line_of_names_is_told(names, holds):
@@ -68,6 +68,17 @@ def test_a_table_without_a_line_of_names_is_told(names, holds):
     assert "put a line of names before it" in str(caught.value)
 
 
-@pytest.mark.parametrize("columns", [{"utterance": text, "intent": label}, {"Text of the note": text, "k": label}])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"utterance": text, "intent": label},
+        {"What did you think of the tea?": text, "And would you come to us again?": label},
+        {"The whole text of the customer's note": text, "k": label},
+    ],
+)
 def test_names_are_not_taken_for_a_row(columns):
     assert headerless(rows(columns)) is None
+
+
+def test_keys_of_json_are_never_taken_for_a_row():
+    assert headerless([Row({"good": "good", "bad": "tea"}, "f.jsonl", n) for n in range(9)]) is None
