@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetune.check.texts import content, everything, words
-from finetune.data.alike import look_alikes
+from finetune.data.label_names import look_alikes
 from finetune.data.rows import Record, Split
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Groups

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.data.alike import Spellings, labels_in, respelt
 from finetune.data.formats import REQUIRED, recognise
 from finetune.data.guess import by_content, headerless
-from finetune.data.labels import find_labels
+from finetune.data.label_names import Spellings, find_labels, labels_in, respelt
 from finetune.data.problems import BadSource, refuse_rows
 from finetune.data.read import read
 from finetune.data.records import read_records

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 
-from finetune.data.alike import Spellings, labels_in, respelt
 from finetune.data.formats import Layout, recognise
-from finetune.data.labels import Labels, LabelWriter, find_labels, unknown_labels
+from finetune.data.label_names import Labels, Spellings, find_labels, labels_in, respelt, unknown_labels
+from finetune.data.labels import LabelWriter
 from finetune.data.loss_mask import tokenise
 from finetune.data.problems import BadSource, refuse_rows
 from finetune.data.read import read

@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 from toy_tokenizers import byte_level
 
-from finetune.data.alike import Spellings, look_alikes
+from finetune.data.label_names import Spellings, look_alikes
 from finetune.data.prepare import prepare
 from finetune.recipe.schema import Recipe
 from tests.unit.toy_run import result_of

@@ -1,4 +1,7 @@
-"""Labels that look the same: joined where only the encoding or white space differs, told where more does."""
+"""Labels by name: which there are, and those that look the same.
+
+They are joined where only the encoding or white space differs, and told where more does.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,39 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from finetune.data.rows import Row, Rows
+from finetune.data.problems import BadSource
+from finetune.data.rows import Problem, Record, Row, Rows
+
+Labels = tuple[str, ...]
 
 _UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u200e\u200f\u2060\ufeff"))  # no width, and no part in how text is joined
 _FAINT = _UNSEEN | dict.fromkeys(map(ord, "\u200c\u200d\ufe0e\ufe0f"))  # joiners, and the choice of a picture
+
+
+def find_labels(records: Sequence[Record], given: Sequence[str] | None) -> Labels:
+    """The labels in order: as the recipe gives them, else those of the training rows, whole numbers by value.
+
+    Raises BadSource where there are not two different ones.
+    """
+    labels = tuple(given) if given is not None else tuple(sorted({one.answer or "" for one in records}, key=_rank))
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        location = records[0].location if records else "data.train"
+        shown = ", ".join(labels) or "none"
+        raise BadSource(location, f"classification needs two different labels, and there is {shown}")
+    return labels
+
+
+def _rank(label: str) -> tuple[bool, int, str]:
+    whole = label.lstrip("-").isdecimal()
+    return not whole, int(label) if whole else 0, label
+
+
+def unknown_labels(records: Sequence[Record], labels: Labels) -> list[Problem]:
+    """Rows whose label never occurs in the training rows."""
+    known = set(labels)
+    remedy = f"does not occur in the training rows ({', '.join(labels[:20])}); correct it"
+    unknown = (record for record in records if record.answer not in known)
+    return [(record.location, f"label {record.answer!r} {remedy}") for record in unknown]
 
 
 def _folded(label: str) -> str:
