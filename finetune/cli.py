@@ -62,14 +62,19 @@ def demo(
 
 @app.command(rich_help_panel=START)
 def init(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A data file.", show_default=False)],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A data file, folder or pattern.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
     model: Annotated[str, typer.Option(help="A model folder or a hub id.")] = "builtin:reviews-base",
+    text: Annotated[str | None, typer.Option(help="The column of the texts.")] = None,
+    label: Annotated[str | None, typer.Option(help="The column of the labels.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The column of the prompts.")] = None,
+    completion: Annotated[str | None, typer.Option(help="The column of the answers.")] = None,
 ) -> None:
     """Look at a data file and write a commented recipe for it."""
     from finetune.commands.init import run
 
-    run(data, output, model)
+    columns = {"text": text, "label": label, "prompt": prompt, "completion": completion}
+    run(data, output, model, {part: column for part, column in columns.items() if column is not None})
 
 
 @app.command(rich_help_panel=START)

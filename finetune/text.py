@@ -19,9 +19,10 @@ _COMMANDS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066
 # Tokens of the hub, OpenAI and Anthropic, GitHub, GitLab, AWS, Google and Slack, signed tokens (JWT), private keys, and
 # a password in an address; and what any of them holds, which is quicker to look for.
 _SECRET = re.compile(
-    r"\b(?:hf_\w{16,}|api_org_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
-    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
-    r"|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----|\w://[^/\s:@]+:[^/\s@]+@"
+    r"\b(?:hf_[A-Za-z0-9]{20,}\b|api_org_[A-Za-z0-9]{20,}\b|gh[pousr]_[A-Za-z0-9]{30,}\b|github_pat_[A-Za-z0-9]{22}"
+    r"|sk-(?:proj|ant|svcacct|admin)-[\w-]{16,}|sk-(?:[a-z0-9]+-){0,2}(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}\b"
+    r"|glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abprs]-\d[\w-]{9,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
+    r"|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----|\w://[^/\s:@]+:(?![{<\[*$])[^/\s@]+@"
 )
 _SIGNS = (
     "hf_", "api_org_", "sk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "AKIA", "AIza", "xox",

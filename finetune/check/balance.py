@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetune.check.texts import content, everything, words
+from finetune.data.label_names import look_alikes
 from finetune.data.rows import Record, Split
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Groups
@@ -44,6 +45,7 @@ class Balance:
     words: dict[str, list[Telling]] = field(default_factory=dict)  # label -> the most telling
     contradictions: list[list[tuple[str, str]]] = field(default_factory=list)  # (location, label) of one text
     groups: dict[str, Group] = field(default_factory=dict)  # of all splits together
+    alike: list[list[str]] = field(default_factory=list)  # labels that a person may take for one
 
 
 def weigh(splits: Sequence[Split], labels: Sequence[str], groups: Groups | None) -> Balance:
@@ -54,6 +56,7 @@ def weigh(splits: Sequence[Split], labels: Sequence[str], groups: Groups | None)
     for split in splits:
         counts = Counter(record.answer or "" for record in split.records)
         balance.labels[split.name] = {label: counts[label] for label in labels}
+    balance.alike = look_alikes(labels)
     balance.words = telling_words(splits[0].records, labels)
     balance.contradictions = contradictions([record for split in splits for record in split.records])
     return balance

@@ -168,6 +168,14 @@ def _balance(balance: Balance, lengths: dict[str, float]) -> list[RenderableType
     parts: list[RenderableType] = []
     if balance.labels:
         parts.append(_labels(balance, lengths))
+    if balance.alike:
+        train = balance.labels["train"]
+        lines = (
+            ", ".join(f"{label!r} ({train.get(label, 0):,})" for label in group) for group in balance.alike[:SHOWN]
+        )
+        shown = "\n  ".join(lines)
+        text = "labels that look alike: where they mean one, write them in one way; now each is a label of its own"
+        parts.append(Text(f"{text}\n  {shown}", "yellow"))
     if balance.contradictions:
         rows = [" and ".join(f"{location} {label}" for location, label in same[:4]) for same in balance.contradictions]
         texts = f"{len(rows):,} text{'s' * (len(rows) > 1)}"

@@ -35,5 +35,5 @@ def run(recipe: Recipe, json_file: Path | None) -> None:
 
 
 def _look(setup: Setup) -> Generator[Progress, None, Findings]:
-    prepared = yield from prepare(setup.recipe, setup.tokenizer, base=Path.cwd(), clock=now())
+    prepared = yield from prepare(setup.recipe, setup.tokenizer, base=None, clock=now())
     return (yield from survey(setup.recipe, prepared, setup.folder, setup.tokenizer))

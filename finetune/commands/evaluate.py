@@ -15,6 +15,7 @@ from finetune.disk.identity import clock_of
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
 from finetune.events import Progress
+from finetune.recipe.names import local
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.report.report import compare
@@ -25,7 +26,7 @@ from finetune.training.job import Job, making_ready
 def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
     """Prints both models side by side and writes eval.json."""
     if data is not None:
-        source = str(Path(data).resolve()) if Path(data).exists() else data
+        source = str(local(data, Path.cwd()) or data)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})
     adapter = read_adapter(opened.adapter)
     job = with_progress(making_ready(recipe, backend, clock_of(opened.path)))

@@ -1,19 +1,28 @@
-"""`init`: look at a data file and write a starter recipe that fits it."""
+"""`init`: look at a data source and write a starter recipe that fits it."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from finetune.data.formats import recognise
-from finetune.data.problems import refuse_rows
+from finetune.data.formats import REQUIRED, recognise
+from finetune.data.guess import by_content, headerless
+from finetune.data.label_names import Spellings, find_labels, labels_in, respelt
+from finetune.data.problems import BadSource, refuse_rows
 from finetune.data.read import read
+from finetune.data.records import read_records
+from finetune.data.rows import Row, Rows
 from finetune.disk.atomic import write_file
 from finetune.errors import RecipeError
+from finetune.recipe.load import parse_recipe
+from finetune.recipe.names import BUILTIN, local
+from finetune.text import shorten
 
 _WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "~", ".inf", ".nan")  # not text to YAML
 TEMPLATE = """\
@@ -49,50 +58,133 @@ train:
 """
 
 
-def run(data: Path, output: Path, model: str) -> None:
-    """Writes `output`; never over an existing file."""
+class Look(NamedTuple):
+    """What the rows are."""
+
+    format: str  # auto where it is not known
+    columns: Mapping[str, str]  # those that the recipe names: standard name -> the file's column
+    labels: Mapping[str, int]  # how often each occurs
+    guessed: bool  # the columns were told by what they hold
+
+
+def run(data: str, output: Path, model: str, columns: Mapping[str, str]) -> None:
+    """Writes `output`; never over an existing file. columns: standard name -> the file's, as the command line says."""
     if output.exists():
         raise RecipeError(f"{output}: exists already; give another name with --output")
-    source = read(str(data.resolve()), base=Path.cwd())
+    source = read(data, base=Path.cwd())
     refuse_rows(source.bad)
-    rows = source.rows
-    found = recognise(rows)
+    look = _look(source, columns)
+    folder, path = output.resolve().parent, local(data, Path.cwd())
+    train = _from(folder, path) if path else data
+    named = None if model.startswith(BUILTIN) else local(model, Path.cwd())
+    base = _from(folder, named) if named and named.exists() else model
+    text = _recipe(source.rows, look, data, output, base, train)
+    try:
+        text.encode()
+        recipe = parse_recipe(text, output)
+    except UnicodeEncodeError:
+        raise RecipeError(f"{data}: a name is not UTF-8, and cannot stand in a recipe; rename it") from None
+    if (recipe.data.train, recipe.data.columns) != (str(path or data), look.columns):
+        raise RecipeError(f"{data}: a name cannot be written so that it is read back the same; rename it")
+    write_file(output, text)
+    print(_told(source.rows, look, shlex.quote(shorten(str(output), 200))))
+
+
+def _look(source: Rows, given: Mapping[str, str]) -> Look:
+    """Raises DataError for rows that cannot be trained on, as `check` does."""
+    guessed = dict(given)
+    try:
+        layout = recognise(source.rows, "auto", given)
+    except BadSource:
+        guessed = {} if given or headerless(source.rows) else by_content(source.rows)
+        if given or headerless(source.rows):
+            raise
+        if not guessed:
+            return Look("auto", {}, {}, False)
+        layout = recognise(source.rows, "auto", guessed)
+    labels: Mapping[str, int] = {}
+    if layout.name == "classification":
+        column = layout.columns["label"]
+        source = respelt(source, column, Spellings(labels_in(source.rows, column)))
+    records, bad = read_records(source.rows, layout)
+    refuse_rows(bad)
+    if layout.name == "classification":
+        find_labels(records, None)
+        labels = Counter(record.answer or "" for record in records)
+    renamed = {standard: column for standard, column in layout.columns.items() if standard != column}
+    return Look(layout.name, renamed, labels, guessed != dict(given))
+
+
+def _from(folder: Path, path: Path) -> str:
+    """A path relative to the recipe's folder, as a recipe means it."""
+    relative = os.path.relpath(path, folder)
+    return relative if local(relative, folder) == path else f"./{relative}"
+
+
+def _recipe(rows: Sequence[Row], look: Look, data: str, output: Path, model: str, train: str) -> str:
     words = max(len(str(row.fields).split()) for row in rows)
-    labels = Counter(str(row.fields[found.columns["label"]]) for row in rows) if found.name == "classification" else {}
-    renamed = {standard: own for standard, own in found.columns.items() if standard != own}
-    text = TEMPLATE.format(
-        name=data.name,
+    return TEMPLATE.format(
+        name=shorten(Path(data).name, 100),
         rows=len(rows),
-        format=found.name,
-        seen=_labels(labels),
-        output=output,
+        format=look.format,
+        seen=_labels(look.labels),
+        output=shlex.quote(shorten(str(output), 200)),
         model=_written(model),
-        train=_written(os.path.relpath(data.resolve(), output.resolve().parent)),
-        stratified=", stratified by label" if labels else "",
-        columns=_columns(renamed),
-        template="chat" if found.name in ("chat", "sharegpt") else "auto",
-        rate="       # for small models 1e-3 is a better start" if model.startswith("builtin:") else "",
+        train=_written(train),
+        stratified=", stratified by label" if look.labels else "",
+        columns=_columns(rows, look),
+        template="chat" if look.format in ("chat", "sharegpt") else "auto",
+        rate="       # for small models 1e-3 is a better start" if model.startswith(BUILTIN) else "",
         max_length=next((size for size in (128, 256, 512, 1024, 2048) if 2 * words < size), 4096),
         longest=words,
     )
-    write_file(output, text)
-    print(f"{output}: a recipe for {len(rows)} rows of {found.name}; look at it, then: finetune plan {output}")
+
+
+def _told(rows: Sequence[Row], look: Look, output: str) -> str:
+    if look.format == "auto":
+        return (
+            f"{output}: a recipe for {len(rows)} rows whose columns have names that say nothing here; fill in "
+            f"data.columns in it, then: finetune plan {output}"
+        )
+    took = " and ".join(f"{shorten(column, 40)} as {part}" for part, column in look.columns.items())
+    guess = f" (took {took}, by what they hold; data.columns changes that)" if look.guessed else ""
+    return f"{output}: a recipe for {len(rows)} rows of {look.format}{guess}; look at it, then: finetune plan {output}"
 
 
 def _written(text: str) -> str:
-    """The text as a YAML scalar: plain where that is safe, quoted as JSON (which YAML reads) elsewhere."""
-    plain = re.fullmatch(r"[A-Za-z./~][\w./:-]*", text) and not text.endswith(":")
-    return text if plain and text.lower() not in _WORDS else json.dumps(text, ensure_ascii=False)
+    """The text as a YAML scalar: plain where that is safe, in double quotes elsewhere."""
+    plain = re.fullmatch(r"[A-Za-z./~][\w./:-]*", text, re.ASCII) and not text.endswith(":")
+    if plain and text.lower() not in _WORDS:
+        return text
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(char if char.isprintable() else _escaped(char) for char in quoted)
 
 
-def _labels(labels: Any) -> str:
+def _escaped(char: str) -> str:
+    return (
+        char
+        if "\ud800" <= char <= "\udfff"
+        else f"\\u{ord(char):04x}"
+        if char < "\U00010000"
+        else f"\\U{ord(char):08x}"
+    )
+
+
+def _labels(labels: Mapping[str, int]) -> str:
     if not labels:
         return ""
-    shown = ", ".join(f"{' '.join(label.split())} ({count})" for label, count in labels.most_common(8))
+    shown = ", ".join(f"{shorten(label, 40)} ({count})" for label, count in Counter(labels).most_common(8))
     return f"\n# Labels: {shown}{', ...' if len(labels) > 8 else ''}"
 
 
-def _columns(renamed: dict[str, str]) -> str:
-    if not renamed:
-        return ""
-    return "  columns:\n" + "".join(f"    {standard}: {_written(own)}\n" for standard, own in renamed.items())
+def _columns(rows: Sequence[Row], look: Look) -> str:
+    lines = [f"    {standard}: {_written(column)}\n" for standard, column in look.columns.items()]
+    if look.format != "auto":
+        return "  columns:\n" + "".join(lines) if lines else ""
+    names = ", ".join(shorten(column, 40) for column in list(dict.fromkeys(c for row in rows for c in row.fields))[:20])
+    needs = "; ".join(f"{name}: {', '.join(parts)}" for name, parts in REQUIRED.items())
+    return (
+        f"  # Fill in which column holds what. There are: {names}\n"
+        f"  # What each format needs: {needs}\n"
+        "  columns: {}               # such as {text: body, label: topic}\n"
+    )

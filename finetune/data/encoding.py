@@ -11,6 +11,7 @@ from finetune.data.problems import BadSource
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UNFIT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
+_MARKS = re.compile("^\ufeff+", re.MULTILINE)
 _ESCAPED = 0xDC00  # a byte that is not UTF-8 is held as this plus the byte, a lone surrogate
 
 
@@ -23,6 +24,14 @@ def decode(raw: bytes, file: str) -> str:
         marked = "" if raw.startswith(_UTF16) else "BE" if raw[0] == 0 else "LE"
         raise BadSource(f"{file}:1", f"the file is UTF-16; save it as UTF-8: {_convert(file, f'UTF-16{marked}')}")
     return raw.decode("utf-8-sig", "surrogateescape")
+
+
+def without_marks(text: str) -> tuple[str, list[str]]:
+    """The text without byte order marks at the start of lines, where files were put together; and a note."""
+    if "\ufeff" not in text:
+        return text, []
+    text, count = _MARKS.subn("", text)
+    return text, [f"{count} byte order marks (U+FEFF) taken off the start of lines"] if count else []
 
 
 def _convert(file: str, encoding: str) -> str:

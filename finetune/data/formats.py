@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.data.guess import headerless
 from finetune.data.preferences import refuse_preferences
 from finetune.data.problems import BadSource
 from finetune.data.rows import Problem, Row
@@ -83,7 +84,8 @@ def recognise(
             return Layout("chat", parts, ("rows are chat, in prompt and completion; the completion is learned",))
     chosen = [name for name in chosen if wanted in ("auto", name)]
     if not chosen:
-        raise BadSource(f"{rows[0].file}:1", _no_format(columns, wanted), bad)
+        reason = headerless(rows) or _no_format(columns, wanted)
+        raise BadSource(f"{rows[0].file}:1", reason, bad)
     if len(chosen) > 1:
         names = " and ".join(chosen)
         reason = f"the columns {harmless(', '.join(columns))} fit {names}; say which with data.format"

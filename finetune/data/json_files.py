@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import PurePath
 from typing import Any
 
 from finetune.data.encoding import bad_byte, refuse_bad_bytes
+from finetune.data.json_shapes import key_of_rows
 from finetune.data.problems import BadSource
 from finetune.data.rows import Problem, Row
+from finetune.text import shorten
 
 Parsed = tuple[list[Row], list[Problem], list[str]]  # rows, bad rows, notes
 _WHITE = " \t\r\n"
@@ -36,7 +39,15 @@ def parse_json(text: str, file: str) -> Parsed:
     start = _skip(text, 0)
     if start == len(text):
         return [], [], []
-    named_json = file.lower().endswith(".json")
+    rows, bad, notes = _parse(text, start, file)
+    if len(rows) == 1 and not bad and (key := key_of_rows(rows[0].fields, rows[0].location)) is not None:
+        rows, bad = _collect(_under(text, start, key, file), file)
+        notes = [f"rows under the key {shorten(key, 40)}"]
+    return rows, bad, notes
+
+
+def _parse(text: str, start: int, file: str) -> Parsed:
+    named_json = ".json" in PurePath(file.lower()).suffixes
     if not _is_lines(text):
         if text[start] == "[" and not _is_line_of_values(text, start):
             refuse_bad_bytes(text, file)
@@ -117,8 +128,21 @@ def _line(text: str, at: int) -> int:
     return text.count("\n", 0, at) + 1
 
 
-def _array(text: str, at: int, file: str) -> Iterator[tuple[Any, int]]:
-    """The array's elements and their lines."""
+def _under(text: str, start: int, key: str, file: str) -> Iterator[tuple[Any, int]]:
+    """The elements of the list under one key of the object that begins at `start`, which is whole, and their lines."""
+    at = _skip(text, start + 1)
+    name = ""
+    while name != key:
+        name, at = _value(text, at, file)
+        at = _skip(text, _skip(text, at) + 1)  # behind the colon
+        if name != key:
+            _, at = _value(text, at, file)
+            at = _skip(text, _skip(text, at) + 1)  # behind the comma
+    yield from _array(text, at + 1, file, alone=False)
+
+
+def _array(text: str, at: int, file: str, alone: bool = True) -> Iterator[tuple[Any, int]]:
+    """The array's elements and their lines. alone: nothing may come after it."""
     line, counted = _line(text, at), at
     at = _skip(text, at)
     while at < len(text) and text[at] != "]":
@@ -135,7 +159,7 @@ def _array(text: str, at: int, file: str) -> Iterator[tuple[Any, int]]:
             raise BadSource(f"{file}:{_line(text, at)}", reason)
     if at == len(text):
         raise BadSource(f"{file}:{_line(text, at)}", "the array is not closed; the file may be cut short")
-    if _skip(text, at + 1) != len(text):
+    if alone and _skip(text, at + 1) != len(text):
         raise BadSource(f"{file}:{_line(text, at)}", "there is more after the array; keep one array in a file")
 
 
@@ -193,6 +217,10 @@ def _read_line(line: str, number: int, file: str, rows: list[Row], bad: list[Pro
 
 def _reason(line: str, error: json.JSONDecodeError) -> str:
     where = f"column {error.colno}: {error.msg}"
+    if line[error.pos : error.pos + 1] == "\ufeff":
+        return (
+            f"{where}: an invisible byte order mark (U+FEFF), where two files were put together; break the line there"
+        )
     if line.endswith(",") and error.msg == "Extra data":
         return f"{where}; remove the comma at the end of the line (JSON Lines has none)"
     if "\r" in line:

@@ -1,4 +1,4 @@
-"""Labels: which there are, and what each looks like in tokens after a prompt."""
+"""Labels: what each looks like in tokens after a prompt."""
 
 from __future__ import annotations
 
@@ -7,39 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from finetune.data.label_names import Labels
 from finetune.data.loss_mask import tokenise
-from finetune.data.problems import BadSource
-from finetune.data.rows import Example, Problem, Record, Renderer
+from finetune.data.rows import Example, Record, Renderer
 from finetune.data.tokenizer import Tokenizer
 from finetune.errors import RecipeError
 
-Labels = tuple[str, ...]
 LabelTokens = tuple[tuple[int, ...], ...]
-
-
-def find_labels(records: Sequence[Record], given: Sequence[str] | None) -> Labels:
-    """The labels in order: as the recipe gives them, else those of the training rows, whole numbers by value.
-
-    Raises BadSource where there are not two different ones.
-    """
-    labels = tuple(given) if given is not None else tuple(sorted({one.answer or "" for one in records}, key=_rank))
-    if len(labels) < 2 or len(set(labels)) < len(labels):
-        location = records[0].location if records else "data.train"
-        raise BadSource(location, f"classification needs two different labels, and there is {', '.join(labels)}")
-    return labels
-
-
-def _rank(label: str) -> tuple[bool, int, str]:
-    whole = label.lstrip("-").isdecimal()
-    return not whole, int(label) if whole else 0, label
-
-
-def unknown_labels(records: Sequence[Record], labels: Labels) -> list[Problem]:
-    """Rows whose label never occurs in the training rows."""
-    known = set(labels)
-    remedy = f"does not occur in the training rows ({', '.join(labels[:20])}); correct it"
-    unknown = (record for record in records if record.answer not in known)
-    return [(record.location, f"label {record.answer!r} {remedy}") for record in unknown]
 
 
 def label_tokens(

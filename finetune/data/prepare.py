@@ -11,12 +11,13 @@ from datetime import datetime
 from pathlib import Path
 
 from finetune.data.formats import Layout, recognise
-from finetune.data.labels import Labels, find_labels, unknown_labels
+from finetune.data.label_names import Labels, Spellings, find_labels, labels_in, respelt, unknown_labels
 from finetune.data.problems import BadSource, refuse_rows
 from finetune.data.read import read
 from finetune.data.records import read_records
 from finetune.data.renderers import make_renderer
 from finetune.data.rows import Prepared, Problem, Rows, Split, Task
+from finetune.data.sources import held_out_sources
 from finetune.data.split import set_apart
 from finetune.data.tokenizer import Tokenizer, stop_tokens
 from finetune.data.writer import Writer
@@ -28,13 +29,13 @@ Broken = list[tuple[str, Problem]]  # (split, why it is not as the recipe asks)
 
 
 def prepare(
-    recipe: Recipe, tokenizer: Tokenizer, base: Path, clock: datetime | None = None
+    recipe: Recipe, tokenizer: Tokenizer, base: Path | None, clock: datetime | None = None
 ) -> Generator[Progress, None, Prepared]:
     """Read, check, render, tokenise and fit all rows of a recipe. `problems.refuse` says whether they are sound.
 
-    base: the folder that relative paths start from. clock: the time of the run, for chat templates that write it;
-    without one they ask the machine. Raises DataError only where the training file as a whole cannot
-    be understood, and RecipeError for settings that do not fit the rows.
+    base: the folder that relative paths start from; None where all are absolute. clock: the time of the run, for chat
+    templates that write it; without one they ask the machine. Raises DataError only where the training file as a whole
+    cannot be understood, and RecipeError for settings that do not fit the rows.
     """
     yield Progress(0, "data: reading", 0, 1)
     records = _gather(recipe, tokenizer, base, clock)
@@ -47,7 +48,7 @@ def prepare(
     return replace(records, train=train, valid=valid, test=test, label_tokens=tokens, stop_tokens=stop)
 
 
-def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path, clock: datetime | None) -> Prepared:
+def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path | None, clock: datetime | None) -> Prepared:
     """The rows of every split as records, without an example yet, and how they will be written."""
     data = recipe.data
     source = read(data.train, base)
@@ -60,14 +61,16 @@ def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path, clock: datetime | 
     columns = {*layout.columns, *(column for row in source.rows for column in row.fields)}
     renderer = make_renderer(recipe.prompt, layout.name, columns, tokenizer, clock)
     reads = {*renderer.reads, *([data.groups] if isinstance(data.groups, str) else [])}
-    train = _split("train", source, layout, recipe, reads)
+    spellings = (
+        Spellings(labels_in(source.rows, layout.columns["label"]), data.labels) if task == "classification" else None
+    )
+    train = _split("train", source, layout, recipe, reads, spellings)
     broken: Broken = []
     labels = _labels(train, recipe, broken) if task == "classification" else ()
     held_out: dict[str, Split] = {}
-    for name, named in (("valid", data.valid), ("test", data.test)):
+    for name, named in held_out_sources(data, base).items():
         try:
-            if named is not None:
-                held_out[name] = _split(name, read(named, base), layout, recipe, reads, labels)
+            held_out[name] = _split(name, read(named, base, name), layout, recipe, reads, spellings, labels)
         except BadSource as error:
             broken.append((name, error.problem))
     if "valid" not in held_out:
@@ -99,9 +102,19 @@ def _task(recipe: Recipe, layout: Layout) -> Task:
 
 
 def _split(
-    name: str, source: Rows, layout: Layout, recipe: Recipe, reads: Collection[str], labels: Labels = ()
+    name: str,
+    source: Rows,
+    layout: Layout,
+    recipe: Recipe,
+    reads: Collection[str],
+    spellings: Spellings | None,
+    labels: Labels = (),
 ) -> Split:
-    """The records of one source, and its bad rows. labels: of train, where that is another source."""
+    """The records of one source, and its bad rows. spellings: of labels. labels: of train, where that is another
+    source.
+    """
+    if spellings is not None:
+        source = respelt(source, layout.columns["label"], spellings)
     allowed = recipe.data.labels if recipe.task in ("auto", "classification") else None
     records, bad = read_records(source.rows, layout, allowed, reads)
     if labels:

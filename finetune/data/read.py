@@ -1,40 +1,40 @@
-"""A data source to rows: a local file (JSON, a table, Parquet), a package file, or a hub data set."""
+"""A data source to rows: files on this disk (JSON, tables, Parquet), a package file, or a hub data set."""
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
-from collections.abc import Iterable, Iterator, Mapping
-from importlib.resources import files
+from collections.abc import Iterable, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from finetune.data.encoding import decode, refuse_bad_bytes, unusual
+from finetune.data.class_names import class_notes, named, names_in_schema, names_of
+from finetune.data.encoding import decode, unusual, without_marks
 from finetune.data.json_files import parse_json
 from finetune.data.problems import BadSource
-from finetune.data.rows import Problem, Row, Rows
+from finetune.data.rows import Row, Rows
+from finetune.data.sources import ENDINGS, PACKINGS, TABLES, SplitName, ending_of, files_of, shown
+from finetune.data.tables import parse_table
+from finetune.data.unpack import HEAD, PARQUET, refuse_foreign, unpack
 from finetune.errors import EnvironmentProblem
-from finetune.text import harmless
-
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_BUILTIN = "builtin:"
-
-_CELL_LIMIT = 2**31 - 1  # the largest that every platform's csv module takes
+from finetune.recipe.names import BUILTIN, hub_id_in, is_address
 
 
-def read(source: str, base: Path) -> Rows:
+def read(source: str, base: Path | None, split: SplitName = "train") -> Rows:
     """All rows of a source, and those that cannot be read.
 
-    source: a file (.jsonl, .json, .csv, .tsv, .parquet; relative to `base`), builtin:<package file>, or a hub
-    data set as org/name, org/name:split or org/name/config:split. Raises BadSource where the source as a whole
-    cannot be read, EnvironmentProblem where a library is missing for it.
+    source: a file, a pattern of files (data/*.jsonl) or a folder with files of each split, relative to `base`
+    (None: absolute);
+    builtin:<package file>; or a hub data set as org/name, org/name:split or org/name/config:split. split: which of a
+    folder's is read. Raises BadSource where the source as a whole cannot be read, EnvironmentProblem where a library
+    is missing for it.
     """
-    ending = Path(source).suffix.lower()
-    if source.startswith(_BUILTIN):
-        rows = _parse(_builtin(source), source, ending)
-    elif ending in ENDINGS or (base / source).exists():
-        rows = _parse(_local(source, base, ending), source, ending)
+    if source.startswith(BUILTIN):
+        rows = _parse(_builtin(source), source)
+    elif is_address(source):
+        name = hub_id_in(source)
+        raise BadSource(source, f"is an address; {f'write {name}' if name else 'download the file, and name it'}")
+    elif (files := files_of(source, base, split)) is not None:
+        rows = _together([_file(path, shown(path, source, base)) for path in files.paths], files.notes)
     else:
         rows = _hub(source)
     if not rows.rows and not rows.bad:
@@ -42,53 +42,77 @@ def read(source: str, base: Path) -> Rows:
     return rows
 
 
+def _together(parts: list[Rows], notes: tuple[str, ...]) -> Rows:
+    if len(parts) == 1:
+        rows, bad = parts[0].rows, parts[0].bad
+    else:
+        rows = [row for part in parts for row in part.rows]
+        bad = [problem for part in parts for problem in part.bad]
+    return Rows(rows, bad, (*notes, *(note for part in parts for note in part.notes)))
+
+
 def _builtin(source: str) -> bytes:
-    parts = source.removeprefix(_BUILTIN).split("/")
-    resource = files("finetune").joinpath("assets", *parts)
+    parts = source.removeprefix(BUILTIN).split("/")
+    resource = resources.files("finetune").joinpath("assets", *parts)
     if ".." in parts or not resource.is_file():
         raise BadSource(source, "there is no such file in the package")
     return resource.read_bytes()
 
 
-def _local(source: str, base: Path, ending: str) -> bytes:
-    path = base / Path(source).expanduser()
-    if path.is_dir():
-        raise BadSource(source, "is a folder; name a file in it")
-    if ending not in ENDINGS:
-        raise BadSource(source, f"the ending must be one of {', '.join(ENDINGS)}; rename the file")
+def _file(path: Path, source: str) -> Rows:
+    """source: how messages name the file."""
+    if not path.is_file():
+        raise BadSource(source, "is not an ordinary file; write its rows into one")
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        near = path.parent.glob("*") if path.parent.is_dir() else ()
-        close = difflib.get_close_matches(path.name, [entry.name for entry in near], n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; looked in {path.parent}"
-        raise BadSource(source, f"no such file{hint}") from None
+        with path.open("rb") as file:
+            refuse_foreign(file.read(HEAD), source)  # before a film or a data base is read whole
+            file.seek(0)
+            raw = file.read()
     except OSError as error:
         raise BadSource(source, f"{error.strerror}; make the file readable") from None
+    return _parse(raw, source)
 
 
-def _parse(raw: bytes, source: str, ending: str) -> Rows:
+def _parse(raw: bytes, source: str) -> Rows:
+    """Rows by what the name says is in the file; what its first bytes say goes before."""
+    ending = ending_of(source)
+    raw, notes = unpack(raw, source)
+    if raw.startswith(PARQUET):
+        return _parquet(raw, source, [*notes, *([] if ending == ".parquet" else ["a Parquet file"])])
     if ending == ".parquet":
-        return _parquet(raw, source)
-    encoding, text = unusual(raw), decode(raw, source)
+        raise BadSource(f"{source}:1", "not a Parquet file, nor another that is known; give it its own ending")
+    if ending not in ENDINGS:
+        raise BadSource(source, f"the ending must be one of {_endings()}; rename the file")
+    notes += unusual(raw)
+    text, marks = without_marks(decode(raw, source))
     del raw  # a large file is not held twice
-    if ending in (".csv", ".tsv"):
-        rows, bad, notes = parse_table(text, source, "\t" if ending == ".tsv" else ",")
+    if ending in TABLES:
+        rows, bad, told = parse_table(text, source, "," if ending == ".csv" else "\t")
     else:
-        rows, bad, notes = parse_json(text, source)
-    notes = [*encoding, *notes]
-    return Rows(rows, bad, (f"{source}: {'; '.join(notes)}",) if notes else ())
+        rows, bad, told = parse_json(text, source)
+    notes += [*marks, *told]
+    return Rows(rows, bad, _noted(source, notes))
 
 
-def _parquet(raw: bytes, source: str) -> Rows:
+def _endings() -> str:
+    return f"{', '.join(ENDINGS)} (packed: with {' or '.join(PACKINGS)} after it)"
+
+
+def _noted(source: str, notes: list[str]) -> tuple[str, ...]:
+    return (f"{source}: {'; '.join(notes)}",) if notes else ()
+
+
+def _parquet(raw: bytes, source: str, notes: list[str]) -> Rows:
     from pyarrow import ArrowException, BufferReader  # type: ignore[import-untyped]
     from pyarrow.parquet import read_table  # type: ignore[import-untyped]
 
     try:
-        records = read_table(BufferReader(raw)).to_pylist()
-    except (ArrowException, OSError, ValueError) as error:
+        table = read_table(BufferReader(raw))
+        records = table.to_pylist()
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise BadSource(f"{source}:1", f"not a Parquet file that can be read ({error}); write it anew") from None
-    return Rows(_numbered(records, source), [])
+    names = names_in_schema(table.schema.metadata)
+    return Rows(_numbered(named(records, names), source), [], _noted(source, [*notes, *class_notes(names)]))
 
 
 def _numbered(records: Iterable[Mapping[str, Any]], source: str) -> list[Row]:
@@ -109,9 +133,6 @@ def _packed(value: Any) -> Any:
 def _hub(source: str) -> Rows:
     name, _, split = source.partition(":")
     parts = name.split("/")
-    if not all(parts) or len(parts) > 3:
-        reason = "neither a file nor a data set id (org/name, org/name:split, org/name/config:split)"
-        raise BadSource(source, reason)
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -127,64 +148,5 @@ def _hub(source: str) -> Rows:
             f"no such file in the recipe's folder, and as a hub data set: {reason}; "
             "check the name and the network, or download the data and name the file",
         ) from None
-    return Rows(_numbered(data, source), [])
-
-
-def parse_table(text: str, file: str, delimiter: str) -> tuple[list[Row], list[Problem], list[str]]:
-    """CSV or TSV with a header line. Returns rows, bad rows and notes."""
-    refuse_bad_bytes(text, file)
-    try:
-        return (*_table(text, file, delimiter, csv.QUOTE_MINIMAL), [])
-    except BadSource:
-        if delimiter != "\t":
-            raise
-    note = "quotation marks do not pair as in CSV and were taken as ordinary text"
-    return (*_table(text, file, delimiter, csv.QUOTE_NONE), [note])
-
-
-def _table(text: str, file: str, delimiter: str, quoting: Any) -> tuple[list[Row], list[Problem]]:
-    limit = csv.field_size_limit(_CELL_LIMIT)
-    try:
-        records = _records(text, file, delimiter, quoting)
-        header = _header(records, file)
-        rows: list[Row] = []
-        bad: list[Problem] = []
-        for cells, line in records:
-            if len(cells) == len(header):
-                rows.append(Row(dict(zip(header, cells, strict=True)), file, line))
-            else:
-                reason = f"{len(cells)} cells, and the header has {len(header)}; put text with commas in double quotes"
-                bad.append((f"{file}:{line}", reason))
-    finally:
-        csv.field_size_limit(limit)
-    return rows, bad
-
-
-def _records(text: str, file: str, delimiter: str, quoting: Any) -> Iterator[tuple[list[str], int]]:
-    """Non-blank records and the line each begins on."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            reason = f"{error}; a quotation mark inside a quoted cell is written twice"
-            raise BadSource(f"{file}:{line}", reason) from None
-        if cells:
-            yield cells, line
-
-
-def _header(records: Iterator[tuple[list[str], int]], file: str) -> list[str]:
-    cells, line = next(records, ([], 1))
-    names = [cell.strip() for cell in cells]
-    if not any(names):
-        raise BadSource(f"{file}:{line}", "the file is empty; its first line must name the columns")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or "" in names:
-        what = (
-            f"columns {harmless(', '.join(twice))} occur twice" if twice and twice != [""] else "a column has no name"
-        )
-        raise BadSource(f"{file}:{line}", f"{what}; the first line must name every column once")
-    return names
+    names = names_of(getattr(data, "features", None))
+    return Rows(_numbered(named(data, names), source), [], _noted(source, class_notes(names)))

@@ -12,6 +12,7 @@ from finetune.data.rows import Record, Renderer
 from finetune.data.tokenizer import Tokenizer, encode_prompt
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Prompt, Recipe
+from finetune.text import harmless
 
 CONVERSATIONS = ("chat", "sharegpt")
 
@@ -70,6 +71,12 @@ def _need_chat_template(tokenizer: Tokenizer) -> None:
         raise RecipeError(
             "prompt.template: the model has no chat template; choose a model that has one (its -Instruct or -it "
             "version), or set prompt.template: plain"
+        )
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = harmless(", ".join(sorted(tokenizer.chat_template)))
+        raise RecipeError(
+            f"prompt.template: the model has chat templates called {names}, and none called default; write the one "
+            "that you mean into the file chat_template.jinja of the model's folder, or set prompt.template: plain"
         )
 
 

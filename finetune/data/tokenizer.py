@@ -44,7 +44,24 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
         raise EnvironmentProblem(
             f"{folder.path}: the tokenizer has no tokenizer.json; convert it with transformers first"
         )
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _template_beside(folder.path)
     return tokenizer
+
+
+def _template_beside(folder: Path) -> str | dict[str, str] | None:
+    """The template of chat_template.json, where models of images and text keep it; tokenizers do not look there."""
+    file = folder / "chat_template.json"
+    if not file.is_file():
+        return None
+    try:
+        template = read_object(file).get("chat_template")
+    except (OSError, ValueError) as error:
+        raise EnvironmentProblem(f"{file}: cannot be read ({error}); remove it, or download it again") from None
+    texts = list(template.values()) if isinstance(template, dict) else [template]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise EnvironmentProblem(f"{file}: holds no text under chat_template; remove it, or download it again")
+    return template
 
 
 class Encoded:

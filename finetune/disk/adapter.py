@@ -23,12 +23,11 @@ from backends.model_folder import ModelFolder, read_object, validate
 from finetune.disk.atomic import write_pieces
 from finetune.disk.safetensors_file import tensor_pieces
 from finetune.errors import Incompatible
+from finetune.recipe.names import is_model_id
 
 PEFT_FILE, MLX_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 _BLOCK = re.compile(r"^(?P<before>.*?layers)\.(?P<index>\d+)\.(?P<within>.+)$")
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -202,6 +201,6 @@ def check_base(adapter: Path, model: ModelFolder, name: str | None = None) -> No
 
 
 def _other_name(first: str, second: str) -> bool:
-    if not (_HUB_ID.fullmatch(first) and _HUB_ID.fullmatch(second)):
+    if not all(is_model_id(name) and not Path(name).exists() for name in (first, second)):
         return False
     return first.split("/")[1].lower() != second.split("/")[1].lower()

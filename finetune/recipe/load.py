@@ -16,11 +16,11 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, StreamEndEvent
 
 from finetune.errors import RecipeError
+from finetune.recipe.names import BUILTIN, absolute_paths
 from finetune.recipe.schema import Data, Model, Prompt, Recipe
 from finetune.text import secrets_in, shorten
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 200_000, 5_000, 20  # a recipe is a page; what goes beyond is something else
-_PATH_KEYS = (("model", "path"), ("data", "train"), ("data", "valid"), ("data", "test"), ("lora", "start_from"))
 
 RECIPES = (".yaml", ".yml")
 
@@ -30,13 +30,26 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError naming the file, the line and the remedy for every mistake at once.
     """
-    tree = _read_yaml(file)
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise RecipeError(f"{file}: too large for a recipe ({file.stat().st_size:,} bytes)")
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{file}: no such recipe; `finetune init DATA` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot be read ({error}); a recipe is UTF-8 text") from None
+    return parse_recipe(text, file, overrides)
+
+
+def parse_recipe(text: str, file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """As `load_recipe`, of what `file` holds, or is going to hold."""
+    tree = _tree(text, file)
     values = _plain(tree)
     for override in overrides:
         _apply_override(values, override)
     _refuse_secrets(file, values)
     recipe = check_recipe(values, locate=lambda keys: _location(file, tree, keys, overrides))
-    return _absolute_paths(recipe, file.resolve().parent, {o.split("=", 1)[0] for o in overrides})
+    return absolute_paths(recipe, file.resolve().parent, {o.split("=", 1)[0] for o in overrides})
 
 
 def check_recipe(values: Mapping[str, Any], locate: Callable[[Sequence[str]], str] | None = None) -> Recipe:
@@ -59,15 +72,7 @@ def dump_recipe(recipe: Recipe) -> str:
     return stream.getvalue()
 
 
-def _read_yaml(file: Path) -> CommentedMap:
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise RecipeError(f"{file}: too large for a recipe ({file.stat().st_size:,} bytes)")
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise RecipeError(f"{file}: no such recipe; `finetune init DATA` writes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: cannot be read ({error}); a recipe is UTF-8 text") from None
+def _tree(text: str, file: Path) -> CommentedMap:
     try:
         refused = _beyond_bounds(text)
         tree = None if refused else YAML(typ="rt", pure=True).load(text)
@@ -204,24 +209,13 @@ def _fields_of(path: Sequence[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _absolute_paths(recipe: Recipe, folder: Path, overridden: set[str]) -> Recipe:
-    """Local paths made absolute: to the recipe's folder, or to the current one where the command line gave them."""
-    values = recipe.model_dump()
-    for section, key in _PATH_KEYS:
-        given = values[section][key]
-        if given is None or given.startswith("builtin:"):
-            continue
-        start = Path.cwd() if f"{section}.{key}" in overridden else folder
-        candidate = (start / Path(given).expanduser()).resolve()
-        if candidate.exists() or Path(given).suffix or given.startswith((".", "/", "~")):
-            values[section][key] = str(candidate)
-    return Recipe.model_validate(values)
-
-
 def recipe_of(target: str, overrides: Sequence[str]) -> Recipe:
     """The recipe that is named, or one around a data file with the embedded tokenizer and every default."""
     if target.lower().endswith(RECIPES):
         return load_recipe(Path(target), overrides)
     if overrides:
         raise RecipeError(f"{overrides[0]}: changes belong to a recipe, and {target} is data; write one: finetune init")
-    return Recipe(model=Model(path="builtin:reviews-base"), data=Data(train=target), prompt=Prompt(template="plain"))
+    recipe = Recipe(
+        model=Model(path=f"{BUILTIN}reviews-base"), data=Data(train=target), prompt=Prompt(template="plain")
+    )
+    return absolute_paths(recipe, Path.cwd(), ())

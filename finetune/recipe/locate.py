@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from finetune.errors import EnvironmentProblem, RecipeError
+from finetune.recipe.names import BUILTIN, hub_id_in, is_address, is_model_id, near
 from finetune.recipe.schema import Model
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -14,7 +15,7 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 def builtin(name: str) -> Path:
     """`builtin:reviews-base` -> the model folder shipped inside the package."""
-    path = ASSETS / name.removeprefix("builtin:")
+    path = ASSETS / name.removeprefix(BUILTIN)
     if path.resolve().parent != ASSETS.resolve() or not (path / "config.json").exists():
         known = ", ".join(sorted(f"builtin:{one.parent.name}" for one in ASSETS.glob("*/config.json")))
         raise RecipeError(f"{name}: not shipped with finetune; there are {known}")
@@ -32,18 +33,32 @@ def model_folder(model: Model) -> Path:
 
     Raises RecipeError for a folder that is not there, EnvironmentProblem where the hub cannot be reached.
     """
-    if model.path.startswith("builtin:"):
+    if model.path.startswith(BUILTIN):
         return builtin(model.path)
-    folder = Path(model.path)
-    if folder.is_dir():
+    if is_address(model.path):
+        name = hub_id_in(model.path)
+        remedy = f"write the hub id: {name}" if name else "download the model, and give its folder"
+        raise RecipeError(f"model.path: {model.path} is an address; {remedy}")
+    folder = Path(model.path).expanduser()
+    if folder.is_absolute() and folder.is_dir():  # a recipe's paths are; a hub id is no folder that stands here too
         if not (folder / "config.json").exists():
             raise RecipeError(
                 f"model.path: {folder} has no config.json; give a model folder, or a hub id such as org/name"
             )
         return folder
-    if folder.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1:
-        raise RecipeError(f"model.path: no folder {model.path}; give a model folder, or a hub id such as org/name")
+    if folder.is_absolute() and folder.is_file():
+        raise RecipeError(f"model.path: {folder} is a file; give the folder of the model, or a hub id such as org/name")
+    if not is_model_id(model.path):
+        raise RecipeError(
+            f"model.path: no folder {model.path}; {_did_you_mean(folder)}give a model folder, or a hub id such as "
+            "org/name"
+        )
     return _from_hub(model)
+
+
+def _did_you_mean(folder: Path) -> str:
+    close = near(folder)
+    return f"did you mean {close}? Or " if close else ""
 
 
 def _from_hub(model: Model) -> Path:
@@ -58,6 +73,7 @@ def _from_hub(model: Model) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EnvironmentProblem(
-            f"model.path: {model.path} is no folder here and the hub did not give it ({first}); check the name, "
-            "the connection and HF_TOKEN for gated models, or give the path of a downloaded folder"
+            f"model.path: {model.path} is no folder here and the hub did not give it ({first}); "
+            f"{_did_you_mean(Path(model.path))}check the name, the connection "
+            "and HF_TOKEN for gated models, or give the path of a downloaded folder"
         ) from None

@@ -32,11 +32,12 @@ class Model(Section):
 
 class Data(Section):
     train: str
-    """A file (.jsonl, .json, .csv, .tsv, .parquet), a hub data set id, or builtin:reviews/train.jsonl."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet; also .gz, .zst), a folder, a pattern (data/*.jsonl), a hub data set
+    id, or builtin:reviews/train.jsonl."""
     valid: str | None = None
-    """Rows to choose the best epoch by; without it a share of train is set apart."""
+    """Rows to choose the best epoch by; without it those of train's folder, or a share of train is set apart."""
     test: str | None = None
-    """Rows for the final figures; without it the validation rows serve."""
+    """Rows for the final figures; without it those of train's folder, or the validation rows serve."""
     format: Literal["auto", "classification", "prompt", "alpaca", "chat", "sharegpt", "text"] = "auto"
     """What a row is; auto looks at the column names."""
     columns: dict[str, str] = {}

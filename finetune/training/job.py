@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 
@@ -79,7 +78,7 @@ def making_ready(
     """
     chosen = registry.choose(backend or recipe.backend)
     setup = set_up(recipe)
-    prepared = yield from prepare(recipe, setup.tokenizer, base=Path.cwd(), clock=clock)
+    prepared = yield from prepare(recipe, setup.tokenizer, base=None, clock=clock)
     refuse(prepared, recipe)
     _check_vocabulary(setup, prepared)
     data = recipe.data.model_copy(update={"format": prepared.format})

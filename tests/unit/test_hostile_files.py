@@ -147,6 +147,10 @@ def test_the_base_that_an_adapter_names_is_only_a_name(tmp_path: Path, times: in
     other = ADAPTER | {"base_model_name_or_path": str(tmp_path / "canary"), "finetune": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(other))
     assert refused(check_base, tmp_path, opened, "org/base") is None
+    for path in ("./base", "../base", "~/base"):  # folders of another machine, and no hub ids
+        moved = json.dumps(ADAPTER | {"base_model_name_or_path": path, "finetune": None})
+        (tmp_path / "adapter_config.json").write_text(moved)
+        assert refused(check_base, tmp_path, opened, "org/other") is None
     (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER | {"finetune": None}))
     assert refused(check_base, tmp_path, opened, "mirror/Base") is None
     assert "org/base" in (refused(check_base, tmp_path, opened, "org/other") or "")

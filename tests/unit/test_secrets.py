@@ -97,6 +97,7 @@ TOKENS = [
     *(f"gh{kind}_" + "b2" * 18 for kind in "ousr"), "api_org_" + "c" * 34, "glpat-" + "d3" * 10,
     "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmVk", "-----BEGIN OPENSSH PRIVATE KEY-----",
     "https://me:word@host/x",
+    "sk-or-v1-" + "0a" * 32, "sk-" + "aB3" * 16, "sk-svcacct-abcdefghijklmnop-1",
     "words before hf_abcdefghijklmnopqrstuvwxyz and after",
 ]  # fmt: skip
 
@@ -114,8 +115,15 @@ def test_what_looks_like_a_token_is_refused_and_not_repeated(tmp_path: Path, tok
 
 
 @pytest.mark.parametrize(
-    "text", ["Answer as hf_ does", "sk-learn", "https://example.org/a", "task-specific, risk-averse-and-so-on"]
-)
+    "text",
+    [
+        "Answer as hf_ does", "sk-learn", "https://example.org/a", "task-specific, risk-averse-and-so-on",
+        "acme/sk-sentences-cleaned-and-deduplicated", "hf_pipeline_feature_request", "api_org_management_endpoint",
+        "github_pat_rotation_reminder_email", "ghs_of_every_country_and_year", "glpat-short", "xoxo-and-all-the-best",
+        "postgres://{user}:{password}@{host}/base", "https://host:8080/a@b", "ask-someone-who-knows-about-it-all",
+        "the sk-learn-contrib-documentation page", "eyJust a word", "sk-ner-dataset-of-2024-and-2025",
+    ],
+)  # fmt: skip
 def test_other_words_are_no_tokens(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.yaml").write_text(LEAST + f"prompt: {{system: '{text}'}}\n")
     assert load_recipe(tmp_path / "recipe.yaml").prompt.system == text

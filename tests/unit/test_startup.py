@@ -33,7 +33,9 @@ def packages(modules: set[str]) -> set[str]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    (tmp_path / "rows.jsonl").write_text('{"text": "a film", "label": "good"}\n' * 12)
+    (tmp_path / "rows.jsonl").write_text(
+        '{"text": "a film", "label": "good"}\n{"text": "a flop", "label": "bad"}\n' * 6
+    )
     (tmp_path / "broken-run").mkdir()
     (tmp_path / "broken-run" / "recipe.yaml").write_text(RECIPE)
     return tmp_path
@@ -89,7 +91,7 @@ def test_what_is_no_run_needs_nothing_more(folder: Path) -> None:
 
 def test_a_starter_recipe_needs_no_numbers(folder: Path) -> None:
     found = loaded(folder, "init", "rows.jsonl", "--output", "new.yaml", code=0)
-    assert not packages(found) & (HEAVY | {"rich", "ruamel"})
+    assert not packages(found) & (HEAVY | {"rich"})  # it reads back what it wrote, with ruamel
 
 
 def test_the_schema_needs_only_the_recipe(folder: Path) -> None:

@@ -114,7 +114,7 @@ def test_parquet(tmp_path):
         ("d.csv", "", "d.csv:1: the file is empty"),
         ("d.csv", "a,b\n1,2,3\n1\n", "d.csv:2: 3 cells, and the header has 2.*\n.*d.csv:3: 1 cells"),
         ("d.csv", "a,a\n1,2\n", "d.csv:1: columns a occur twice"),
-        ("d.csv", "a,\n1,2\n", "d.csv:1: a column has no name"),
+        ("d.csv", "a,\n1,2\n", "d.csv:1: column 2 has no name, and holds '2'.*index=False"),
         ("d.csv", 'a\nx\n"open\ny\n', "d.csv:3: unexpected end of data"),
         ("d.jsonl", '{"a": "é"}'.encode("utf-16"), "save it as UTF-8: iconv -f UTF-16 -t UTF-8 d.jsonl > d.utf8.jsonl"),
         ("d.jsonl", '{"a": "é"}'.encode("utf-16-le"), "UTF-16; save it as UTF-8: iconv -f UTF-16LE -t UTF-8"),
@@ -140,8 +140,9 @@ def test_missing_file_suggests_its_neighbour(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(DataError, match=r"trian\.jsonl: no such file; did you mean train\.jsonl"):
         read_rows("trian.jsonl", base=tmp_path)
-    with pytest.raises(DataError, match="is a folder"):
-        read_rows(".", base=tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is a folder without files of rows"):
+        read_rows("empty", base=tmp_path)
 
 
 def test_hub_ids(tmp_path, monkeypatch):
