@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from finetune.connections import to_hub
 from finetune.data.encoding import decode, refuse_bad_bytes, unusual
 from finetune.data.json_files import parse_json
 from finetune.data.problems import BadSource
@@ -112,13 +113,16 @@ def _hub(source: str) -> Rows:
     if not all(parts) or len(parts) > 3:
         reason = "neither a file nor a data set id (org/name, org/name:split, org/name/config:split)"
         raise BadSource(source, reason)
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise EnvironmentProblem(f"{source}: hub data sets need the package datasets ({error})") from None
     config = parts[2] if len(parts) == 3 else None
     try:
-        data = load_dataset("/".join(parts[:2]), config, split=split or "train")
+        with to_hub():
+            from datasets import load_dataset
+
+            data = load_dataset("/".join(parts[:2]), config, split=split or "train")
+    except ImportError as error:
+        raise EnvironmentProblem(f"{source}: hub data sets need the package datasets ({error})") from None
+    except EnvironmentProblem:
+        raise
     except Exception as error:
         # The library raises some twenty unrelated types, from network failures to scripts it refuses.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,20 @@ def _plain(node: Any) -> Any:
         return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, list):
         return [_plain(value) for value in node]
-    for kind in (bool, int, float, str):
+    if isinstance(node, str):
+        return _joined(str(node))
+    for kind in (bool, int, float):
         if isinstance(node, kind):
             return kind(node)
     return node
+
+
+def _joined(text: str) -> str:
+    """The text with each pair of surrogates, as JSON escapes it, as the one character that it stands for."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:  # half a pair: what is a path refuses it
+        return text
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -207,15 +218,35 @@ def _fields_of(path: Sequence[str]) -> list[str]:
 def _absolute_paths(recipe: Recipe, folder: Path, overridden: set[str]) -> Recipe:
     """Local paths made absolute: to the recipe's folder, or to the current one where the command line gave them."""
     values = recipe.model_dump()
+    _as_path("output", recipe.output)
     for section, key in _PATH_KEYS:
         given = values[section][key]
         if given is None or given.startswith("builtin:"):
             continue
         start = Path.cwd() if f"{section}.{key}" in overridden else folder
-        candidate = (start / Path(given).expanduser()).resolve()
-        if candidate.exists() or Path(given).suffix or given.startswith((".", "/", "~")):
+        candidate = Path(os.path.realpath(start / _as_path(f"{section}.{key}", given)))
+        there = os.path.exists(candidate)  # noqa: PTH110 (Path.exists raises where a name is too long)
+        if there or Path(given).suffix or given.startswith((".", "/", "~")):
             values[section][key] = str(candidate)
     return Recipe.model_validate(values)
+
+
+def _as_path(key: str, given: str) -> Path:
+    """The path, with the folder that `~` stands for. Raises RecipeError for text that no system takes as a path."""
+    try:
+        if b"\0" in os.fsencode(given):
+            raise RecipeError(f"{key}: {shorten(repr(given), 80)} holds a NUL character; no path has one")
+        path = Path(given).expanduser()
+    except UnicodeEncodeError:
+        reason = "holds half a character (a lone surrogate); write the character itself"
+        raise RecipeError(f"{key}: {shorten(ascii(given), 80)} {reason}") from None
+    except RuntimeError:
+        raise RecipeError(
+            f"{key}: {shorten(repr(given), 80)}: no such user on this machine; write the path out"
+        ) from None
+    if given.startswith("~") and not os.path.isdir(home := Path(given.split("/")[0]).expanduser()):  # noqa: PTH112
+        raise RecipeError(f"{key}: {shorten(repr(given), 80)}: there is no folder {home}; write the path out")
+    return path
 
 
 def recipe_of(target: str, overrides: Sequence[str]) -> Recipe:
