@@ -15,7 +15,7 @@ _GONE = {errno.EPIPE, errno.EIO, errno.ESHUTDOWN, errno.ECONNRESET}  # EIO: a te
 class _Outliving(io.FileIO):
     """Drops what it is given once nobody can read it any more."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> Any:
         try:
             return super().write(data)
         except OSError as error:

@@ -39,7 +39,7 @@ def read_json(file: Path, kind: type[T], remedy: str, extra: Literal["forbid", "
     if data is None:
         return None
     try:
-        told: T = _adapter(kind).validate_json(data, strict=True, extra=extra)
+        told: T = _validated(kind, data, extra)
     except ValidationError as error:
         raise _refusal(error, str(file), remedy) from None
     return told
@@ -48,10 +48,14 @@ def read_json(file: Path, kind: type[T], remedy: str, extra: Literal["forbid", "
 def check_values(values: Any, kind: type[T], where: str, remedy: str) -> T:
     """Values that came from JSON, as a `kind`. Raises Incompatible, with `where` they stand, for what no run writes."""
     try:
-        told: T = _adapter(kind).validate_json(json.dumps(values), strict=True, extra="forbid")
+        told: T = _validated(kind, json.dumps(values), "forbid")
     except ValidationError as error:
         raise _refusal(error, where, remedy) from None
     return told
+
+
+def _validated(kind: Any, data: bytes | str, extra: Literal["forbid", "ignore"]) -> Any:
+    return _adapter(kind).validate_json(data, strict=True, extra=extra)
 
 
 @cache
