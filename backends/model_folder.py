@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class ModelFolder:
     remote_code: bool  # whether Python code that comes with the model may run
     config: dict[str, Any]  # with the rotary settings in both spellings
     weights: Mapping[Path, Shapes]  # the weight files, each with the shapes of its tensors; may be empty
+    stamps: Mapping[Path, tuple[int, int]] = field(default_factory=dict)  # size and time of the files when opened
 
     @classmethod
     def open(cls, path: Path, remote_code: bool = False) -> ModelFolder:
@@ -34,10 +35,19 @@ class ModelFolder:
         checked = check_files(path)
         config = _read_config(path)
         check_code(path, config, remote_code)
-        folder = cls(path, remote_code, config, {file: checked[file] for file in sorted(path.glob(WEIGHTS))})
+        weights = {file: checked[file] for file in sorted(path.glob(WEIGHTS))}
+        stamps = {file: _stamp(file) for file in (path / "config.json", *weights)}
+        folder = cls(path, remote_code, config, weights, stamps)
         if folder.weights:
             check_claims(path, (config, folder.text_config), folder.shapes)
         return folder
+
+    def changed(self) -> Path | None:
+        """A file of the model that was changed, replaced or deleted since the folder was opened.
+
+        Weights may be mapped from their files for as long as the model is used.
+        """
+        return next((file for file, stamp in self.stamps.items() if _stamp(file) != stamp), None)
 
     @cached_property
     def text_config(self) -> Mapping[str, Any]:
@@ -129,6 +139,15 @@ class ModelFolder:
 def folder_of(model: ModelSpec) -> CheckedFolder:
     """The folder of a spec, opened here where that was not done before. Raises BackendError."""
     return model.folder or ModelFolder.open(model.path, model.remote_code)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Size and time of a file; (-1, 0) where there is none."""
+    try:
+        state = file.stat()
+    except OSError:
+        return -1, 0
+    return state.st_size, state.st_mtime_ns
 
 
 def _leaf(module: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from finetune.errors import DataError, ExitCode, FinetuneError
+from finetune.errors import DataError, explain
+from finetune.streams import outlive_readers
 
 START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
 
@@ -38,7 +38,14 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+def _finished(result: object, **options: object) -> None:
+    """Raises EnvironmentProblem where a library wanted to connect and then went on without."""
+    from finetune.connections import check
+
+    check()
+
+
+@app.callback(result_callback=_finished)
 def common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
@@ -71,6 +78,7 @@ def init(
     completion: Annotated[str | None, typer.Option(help="The column of the answers.")] = None,
 ) -> None:
     """Look at a data file and write a commented recipe for it."""
+    _begin()
     from finetune.commands.init import run
 
     columns = {"text": text, "label": label, "prompt": prompt, "completion": completion}
@@ -89,6 +97,7 @@ def check(
     from finetune.recipe.load import recipe_of
 
     recipe = recipe_of(target, overrides or [])  # first: a mistake in it needs none of the libraries below
+    _begin()
     from finetune.commands.check import run
 
     run(recipe, json_file)
@@ -104,6 +113,7 @@ def plan(
     from finetune.recipe.load import load_recipe
 
     recipe = load_recipe(file, overrides or [])  # first: a mistake in it needs none of the libraries below
+    _begin()
     from finetune.commands.plan import run
 
     run(recipe, compare)
@@ -121,7 +131,7 @@ def resume(folder: RunPath, backend: Backend = None, alone: Alone = False) -> No
     from finetune.disk.run_folder import open_existing
 
     stopped, recipe = open_existing(folder)
-    _supervised(alone)
+    _begin(alone)
     from finetune.commands.train import run
 
     run(recipe.model_copy(update={"backend": backend}) if backend else recipe, folder.name, stopped)
@@ -139,6 +149,7 @@ def evaluate(
     from finetune.disk.run_folder import open_existing
 
     opened, recipe = open_existing(folder)
+    _begin()
     from finetune.commands.evaluate import run
 
     run(opened, recipe, data, backend)
@@ -160,6 +171,7 @@ def generate(
     from finetune.disk.run_folder import open_existing
 
     opened, recipe = open_existing(folder)
+    _begin()
     from finetune.commands.chat import run
 
     run(opened, recipe, question, base, temperature, max_tokens, backend)
@@ -177,6 +189,7 @@ def chat(
     from finetune.disk.run_folder import open_existing
 
     opened, recipe = open_existing(folder)
+    _begin()
     from finetune.commands.chat import run
 
     run(opened, recipe, None, base, temperature, max_tokens, backend)
@@ -185,6 +198,7 @@ def chat(
 @app.command(rich_help_panel=TOOLS)
 def doctor() -> None:
     """Show which backends work here, and why others do not."""
+    _begin()
     from finetune.commands.doctor import run
 
     run()
@@ -204,51 +218,33 @@ def _train(file: Path, overrides: list[str], backend: str | None, alone: bool) -
     from finetune.recipe.load import load_recipe
 
     recipe = load_recipe(file, [*overrides, *([f"backend={backend}"] if backend else [])])
-    _supervised(alone)  # a mistake in the recipe is reported before a second process is started for it
+    _begin(alone)  # a mistake in the recipe is reported before a second process is started for it
     from finetune.commands.train import run
 
     run(recipe, file.stem)
 
 
-def _supervised(alone: bool) -> None:
-    """Go on in a child process, unless `alone`, or on Windows, which has no signals to pass on."""
+def _begin(alone: bool = True) -> None:
+    """Before a command loads its libraries: from here on nothing is reached but what the recipe names. Unless `alone`,
+    or on Windows, which has no signals to pass on, in a child process.
+    """
     if not alone and os.name == "posix":
         from finetune.supervisor import supervise
 
         supervise()
+    from finetune.connections import watch
+
+    watch()
 
 
 def main() -> None:
     """Run the command. Every error that the user can fix is one message and one exit code."""
+    outlive_readers()
     try:
         app(prog_name="finetune")
-    except FinetuneError as error:
-        _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", ExitCode.INTERRUPTED)
-    except MemoryError:
-        _fail("out of memory; use a smaller model, quantize: 4bit, or a lower train.max_length", ExitCode.MEMORY)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    except (Exception, KeyboardInterrupt) as error:
+        end = explain(error)
+        if end is None:
             raise
-        _fail(f"{error.filename or 'output'}: {error.strerror}", ExitCode.DISK)
-    except Exception as error:
-        code = _boundary_exit_code(error)
-        if code is None:
-            raise
-        _fail(str(error), code)
-
-
-def _boundary_exit_code(error: Exception) -> ExitCode | None:
-    """The exit code of an error that a backend raised; None: a bug in finetune, shown with its traceback."""
-    from backends.interface import BackendError, IncompatibleState, OutOfMemory
-
-    codes = {
-        BackendError: ExitCode.BACKEND, IncompatibleState: ExitCode.INCOMPATIBLE, OutOfMemory: ExitCode.MEMORY,
-    }  # fmt: skip
-    return next((code for kind, code in codes.items() if isinstance(error, kind)), None)
-
-
-def _fail(message: str, code: ExitCode) -> None:
-    print(f"finetune: {message}", file=sys.stderr)
-    sys.exit(code)
+        print(f"finetune: {end[0]}", file=sys.stderr)
+        sys.exit(end[1])

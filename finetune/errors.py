@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from enum import IntEnum
+
+from finetune.text import harmless
 
 
 class ExitCode(IntEnum):
@@ -23,13 +26,18 @@ class ExitCode(IntEnum):
     BACKEND = 7, "the backend does not work here, or cannot do what the recipe asks"
     INCOMPATIBLE = 8, "files that do not belong together, or a broken file"
     INTERRUPTED = 130, "stopped by Ctrl-C (SIGINT)"
-    TERMINATED = 143, "stopped by SIGTERM"
+    TERMINATED = 143, "stopped by SIGTERM, or by SIGHUP when its terminal closed"
 
     def __new__(cls, code: int, meaning: str = "") -> ExitCode:
         member = int.__new__(cls, code)
         member._value_ = code
         member.meaning = meaning
         return member
+
+
+def stopped_by(number: int) -> ExitCode:
+    """The exit code after a signal asked a run to stop: SIGHUP is treated as SIGTERM."""
+    return ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED
 
 
 class FinetuneError(Exception):
@@ -82,3 +90,22 @@ class Incompatible(FinetuneError):
 
 class Interrupted(Exception):
     """The run stopped because it was asked to; what it has done so far is on the disk."""
+
+
+def explain(error: BaseException) -> tuple[str, ExitCode] | None:
+    """What a command says of an error, and its exit code; None: a bug in finetune, shown with its traceback."""
+    if isinstance(error, FinetuneError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", ExitCode.INTERRUPTED
+    if isinstance(error, MemoryError):
+        return "out of memory; use a smaller model, quantize: 4bit, or a lower train.max_length", ExitCode.MEMORY
+    if isinstance(error, OSError):
+        named = harmless(str(error.filename or "output"))
+        return None if error.errno is None else (f"{named}: {error.strerror}", ExitCode.DISK)
+    from backends.interface import BackendError, IncompatibleState, OutOfMemory
+
+    codes = {
+        BackendError: ExitCode.BACKEND, IncompatibleState: ExitCode.INCOMPATIBLE, OutOfMemory: ExitCode.MEMORY,
+    }  # fmt: skip
+    return next(((str(error), code) for kind, code in codes.items() if isinstance(error, kind)), None)

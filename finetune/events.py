@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from finetune.errors import Interrupted
 
@@ -16,6 +16,8 @@ Result = TypeVar("Result")
 @dataclass(frozen=True)
 class Event:
     """Base of all events; `step` is the number of optimiser steps done."""
+
+    __pydantic_config__: ClassVar = {"allow_inf_nan": False}  # for lines of metrics.jsonl that are read back
 
     step: int
 
@@ -143,4 +145,23 @@ def stoppable(events: Generator[Said, None, Result], by: Stoppable, doing: str) 
             yield event
             if by.stopping:
                 raise Interrupted(f"stopped while {doing}")
+    return work.result
+
+
+def checked(events: Generator[Said, None, Result], check: Callable[[], None]) -> Generator[Said, None, Result]:
+    """The same events and the same result, with `check` between two of them, and where the work fails.
+
+    What `check` raises then stands for what the work raised, which may have come of it.
+    """
+    with closing(events):
+        work = Work(events)
+        try:
+            for event in work:
+                yield event
+                check()
+        except Interrupted:
+            raise
+        except Exception:
+            check()
+            raise
     return work.result

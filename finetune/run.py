@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from backends import registry
 from backends.interface import FloatArray, Session, TrainState
+from finetune import connections
 from finetune.check.show import as_text, headline
 from finetune.check.survey import as_json, survey
+from finetune.check.told import read_told
 from finetune.disk.adapter import check_base, start_from, write_adapter
 from finetune.disk.atomic import new_folder, write_file
 from finetune.disk.checkpoint import Checkpoint, Checkpoints, load_newest
 from finetune.disk.identity import check_identity, identity_of, read_identity
+from finetune.disk.lock import Lock
 from finetune.disk.metrics import MetricsFile, read
 from finetune.disk.run_folder import RunFolder, environment
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
 from finetune.evaluation.verdict import Watch, divergence, overfitting_verdict
-from finetune.events import Event, Note, stoppable
+from finetune.events import Event, Note, checked, stoppable
 from finetune.recipe.specs import lora_spec
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
@@ -52,12 +53,26 @@ class Run:
     done, and Interrupted is raised.
     """
 
-    def __init__(self, job: Job, folder: RunFolder) -> None:
-        self.job, self.folder = job, folder
+    def __init__(self, job: Job, folder: RunFolder, lock: Lock | None = None) -> None:
+        self.job, self.folder, self.lock = job, folder, lock
         self.stopping = False
 
     def events(self, resume: bool = False) -> Generator[Event, None, Report]:
-        """Everything that happens, to the report. Raises Interrupted, FinetuneError, and errors of the backend."""
+        """Everything that happens, to the report. Raises Interrupted, FinetuneError, and errors of the backend.
+
+        Between two events the run's folder and the model must be what they were, and nothing may have tried to connect.
+        """
+        return (yield from checked(self._events(resume), self._check_surroundings))
+
+    def _check_surroundings(self) -> None:
+        connections.check()
+        if self.lock:
+            self.lock.check()
+        self.job.check_model()
+
+    def _events(self, resume: bool) -> Generator[Event, None, Report]:
+        if self.lock and self.lock.note:
+            yield Note(0, self.lock.note)
         begun = yield from self.begin(resume)
         yield from self.train(begun)
         self.keep(begun.trainer)
@@ -178,8 +193,8 @@ class Run:
     def _check_data(self) -> Generator[Event, None, str]:
         """`finetune check` of the run's data, in check.txt and check.json; its headline. A resumed run finds them."""
         job, folder = self.job, self.folder
-        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            return headline(json.loads((folder.path / "check.json").read_text(encoding="utf-8")))
+        if told := read_told(folder.path / "check.json"):
+            return headline(told)
         survey_of_rows = survey(job.recipe, job.prepared, job.folder, job.tokenizer)
         findings = yield from stoppable(survey_of_rows, self, "checking the data")
         write_file(folder.path / "check.txt", as_text(findings, job.tokenizer))
@@ -191,7 +206,8 @@ class Run:
         """The base model on the held-out rows: evaluated once per run, and kept for a resumed one."""
         if not self.job.recipe.evaluate.base:
             return None
-        if saved := load_evaluation(self.folder.evaluation("base")):
+        expected = [example.answer for example in self.job.prepared.held_out.examples]
+        if saved := load_evaluation(self.folder.evaluation("base"), expected):
             return saved
         with base_weights(session):
             base = yield from self._evaluate(session, "base model")

@@ -22,9 +22,13 @@ from pathlib import Path
 from types import FrameType
 
 from finetune.disk.manifest import newest_good
-from finetune.errors import ExitCode
+from finetune.disk.weights import cut_short
+from finetune.errors import ExitCode, stopped_by
 from finetune.text import command_line
 
+STOPS = tuple(  # signals that ask a run to stop after its step
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 # After these a run can be half done. After INTERRUPTED and TERMINATED the child has said so itself.
 _EXPLAINED = {ExitCode.BUG, ExitCode.DIVERGED, ExitCode.MEMORY, ExitCode.DISK}
 _SOCKET = "FINETUNE_SUPERVISOR"  # in the child's environment: its end of the socket pair
@@ -42,16 +46,30 @@ def supervise() -> None:
         threading.Thread(target=_end_when_alone, args=(_channel,), daemon=True).start()
         return
     code = run([sys.executable, *sys.orig_argv[1:]])
-    for number in (signal.SIGINT, signal.SIGTERM):  # the child has ended: one more signal must not change the code
+    for number in STOPS:  # the child has ended: one more signal must not change the code
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 
 def announce_run(path: Path) -> None:
     """In the child: names the run's folder to the supervisor, for its message after a crash."""
+    _announce(b"run", path)
+
+
+def announce_model(path: Path) -> None:
+    """In the child: names the model's folder, whose files are mapped into memory."""
+    _announce(b"model", path)
+
+
+def _announce(kind: bytes, path: Path) -> None:
     if _channel is not None:
         with suppress(OSError):
-            _channel.sendall(os.fsencode(path.absolute()) + b"\0")
+            _channel.sendall(kind + b" " + os.fsencode(path.absolute()) + b"\0")
+
+
+def process_id() -> int:
+    """Of the process that the user started: the supervisor, or this one where there is none."""
+    return os.getppid() if _channel is not None else os.getpid()
 
 
 def run(command: Sequence[str]) -> int:
@@ -64,14 +82,20 @@ def run(command: Sequence[str]) -> int:
         theirs.close()
         with _Signals(child) as asked, _awake(child.pid):
             child.wait()
-            path = _announced_run(ours)
-            code, reason = _explain_end(child.returncode, asked.number, _oom_kills() > killed_before)
+            folders = _announced(ours)
+            path, model = folders.get("run"), folders.get("model")
+            code, reason = _explain_end(child.returncode, asked.number, _oom_kills() > killed_before, model)
             if child.returncode < 0 and sys.stderr.isatty():
                 print("\x1b[?25h", file=sys.stderr)  # the live screen had hidden the cursor
             if reason or code in _EXPLAINED:
                 first = f"finetune: {reason}" if reason else f"exit code {code}: {ExitCode(code).meaning}."
                 print("\n".join([first, *_what_is_left(path, code)]), file=sys.stderr)
     return code
+
+
+def listened_to() -> list[int]:
+    """The signals that stop a run here: SIGHUP not under nohup, which has it ignored."""
+    return [n for n in STOPS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 class _Signals:
@@ -83,7 +107,7 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         handlers = {
-            signal.SIGINT: self._pass_on, signal.SIGTERM: self._pass_on, signal.SIGTSTP: self._pause,
+            **dict.fromkeys(listened_to(), self._pass_on), signal.SIGTSTP: self._pause,
             signal.SIGALRM: lambda number, frame: self._child.kill(),
         }  # fmt: skip
         self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -95,6 +119,8 @@ class _Signals:
             signal.signal(number, handler)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if self.number and number == getattr(signal, "SIGHUP", None):
+            return  # a terminal that closes may say so more than once, and nobody is in a hurry
         if self.number:
             signal.alarm(_PATIENCE)
         self.number = self.number or number
@@ -130,28 +156,40 @@ def _end_when_alone(end: socket.socket) -> None:
     os._exit(1)
 
 
-def _announced_run(ours: socket.socket) -> Path | None:
-    """The folder that the child named last; None when it named none."""
+def _announced(ours: socket.socket) -> dict[str, Path]:
+    """The last folder of each kind that the child named."""
     ours.setblocking(False)  # a process that the child left behind may hold its end open
+    folders = {}
     with suppress(OSError):
-        if message := ours.recv(1 << 16):
-            return Path(os.fsdecode(message.rstrip(b"\0").split(b"\0")[-1]))
-    return None
+        for message in ours.recv(1 << 16).split(b"\0")[:-1]:
+            kind, path = message.split(b" ", 1)
+            folders[kind.decode()] = Path(os.fsdecode(path))
+    return folders
 
 
-def _explain_end(code: int, asked: int, oom_killer: bool) -> tuple[int, str | None]:
+def _explain_end(code: int, asked: int, oom_killer: bool, model: Path | None) -> tuple[int, str | None]:
     """Our exit code for the child's; and a sentence when a signal ended the child, so that it could say nothing.
 
     asked: number of the signal that the user sent, or 0. oom_killer: whether Linux killed a process for memory.
+    model: the folder whose files the child had mapped, if it said so.
     """
     if code >= 0:
         return code, None
     number = -code
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    if asked and number in (asked, signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        return 128 + asked, f"ended at once by {name}, as you asked."
-    if number in (signal.SIGINT, signal.SIGTERM):
-        return 128 + number, f"the training process was ended by {name}."
+    if asked and number in (asked, *STOPS, signal.SIGKILL):
+        return stopped_by(asked), f"ended at once by {name}, as you asked."
+    if number in STOPS:
+        return stopped_by(number), f"the training process was ended by {name}."
+    if number == signal.SIGBUS and model and (short := cut_short(model)):
+        files = ", ".join(map(str, short))
+        return ExitCode.INCOMPATIBLE, (
+            f"a mapped file was cut short while in use: {files} (SIGBUS); exit code 8. Put the whole file back, or "
+            "download the model again."
+        )
+    if number == signal.SIGXFSZ:
+        remedy = "Raise the limit, or write elsewhere."
+        return ExitCode.DISK, f"a file grew beyond what `ulimit -f` allows (SIGXFSZ); exit code 6. {remedy}"
     if number != signal.SIGKILL:
         description = f"{name}, {signal.strsignal(number)}"
         return ExitCode.BUG, f"the training process crashed in native code ({description}); exit code 1."

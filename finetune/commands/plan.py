@@ -74,7 +74,9 @@ def steps_table(recipe: Recipe, rows: int, examples: Sequence[Example]) -> Table
     table = Table(show_header=False)
     table.add_row("optimiser steps", f"{found.steps} ({found.steps_per_epoch} an epoch of {rows} examples)")
     table.add_row("validation", f"every {found.evaluate_every} steps")
-    table.add_row("checkpoint", f"every {found.checkpoint_every} steps")
+    minutes = recipe.train.checkpoint_minutes
+    timed = "" if minutes == "none" else f", and after {minutes:g} minutes without one"
+    table.add_row("checkpoint", f"every {found.checkpoint_every} steps{timed}")
     table.add_row("warmup", f"{found.warmup} steps")
     table.add_row("the first step", f"{len(first)} examples in micro-batches {[b.inputs.shape for b in micro]}")
     lora = recipe.lora

@@ -6,26 +6,30 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from types import FrameType
 
 from finetune.data.clock import now
 from finetune.disk.identity import clock_of
+from finetune.disk.lock import locked
 from finetune.disk.run_folder import RunFolder, create
-from finetune.errors import Interrupted
+from finetune.errors import Interrupted, stopped_by
 from finetune.events import Work, stoppable
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import open_screen, with_progress
 from finetune.report.report import Report
 from finetune.report.summary import print_account, print_report
 from finetune.run import Run
-from finetune.supervisor import announce_run
+from finetune.supervisor import announce_model, announce_run, listened_to, process_id
 from finetune.text import command_line
 from finetune.training.job import making_ready, refuse_unused_accelerator
 
 
 class StopFlag:
-    """Raised by the first SIGINT or SIGTERM; a second signal raises KeyboardInterrupt at once."""
+    """Raised by the first SIGINT, SIGTERM or SIGHUP; a second signal raises KeyboardInterrupt at once.
+
+    A terminal that closes may say so twice, so of SIGHUP only the first counts.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -36,13 +40,16 @@ class StopFlag:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if number == getattr(signal, "SIGHUP", None):
+                return
             raise KeyboardInterrupt
         self.signal = number
-        os.write(2, b"stopping after this step; press Ctrl-C again to stop at once\n")  # print is unsafe in a handler
+        with suppress(OSError):  # nobody reads it any more; and print is unsafe in a handler
+            os.write(2, b"stopping after this step; press Ctrl-C again to stop at once\n")
 
     @contextmanager
     def listening(self) -> Iterator[StopFlag]:
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._receive) for number in listened_to()}
         try:
             yield self
         finally:
@@ -55,24 +62,38 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
 
     Exits with 130 or 143 when a signal asks it to stop: after a checkpoint, once there are steps.
     """
-    if stopped and stopped.report.exists():
-        print(f"{stopped.path}: this run is finished; its report is {stopped.path / 'report.txt'}")
+    if stopped and _finished(stopped):
         return
     refuse_unused_accelerator(recipe)
     folder = stopped
-    with StopFlag().listening() as stop:
+    with StopFlag().listening() as stop, ExitStack() as held:
         try:
+            if stopped:
+                lock = held.enter_context(locked(stopped.path, process_id()))
+                if _finished(stopped):  # by the process that had the lock
+                    return
             clock = clock_of(stopped.path) if stopped else now()
             job = with_progress(stoppable(making_ready(recipe, clock=clock), stop, "preparing the data"))
-            folder = folder or create(job.recipe, name)  # with the format and the task that were recognised
+            if folder is None:
+                folder = create(job.recipe, name)  # with the format and the task that were recognised
+                lock = held.enter_context(locked(folder.path, process_id()))
             announce_run(folder.path)
+            announce_model(job.folder.path)
             print_account(job, folder)
-            report = show_run(Run(job, folder), stop, resume=stopped is not None)
+            report = show_run(Run(job, folder, lock), stop, resume=stopped is not None)
             print_report(report)
         except (Interrupted, KeyboardInterrupt) as end:
             remedy = f"; resume with: {command_line('finetune', 'resume', str(folder.path))}" if folder else ""
             print(f"{str(end) or 'stopped at once'}{remedy}", file=sys.stderr)
-            sys.exit(128 + (stop.signal or signal.SIGINT))
+            sys.exit(stopped_by(stop.signal or signal.SIGINT))
+
+
+def _finished(run: RunFolder) -> bool:
+    """Whether there is nothing left to do, which is said."""
+    if not run.report.exists():
+        return False
+    print(f"{run.path}: this run is finished; its report is {run.path / 'report.txt'}")
+    return True
 
 
 def show_run(run: Run, stop: StopFlag, resume: bool) -> Report:

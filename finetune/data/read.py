@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from finetune.connections import to_hub
 from finetune.data.class_names import class_notes, named, names_in_schema, names_of
 from finetune.data.encoding import decode, unusual, without_marks
 from finetune.data.json_files import parse_json
@@ -133,13 +134,16 @@ def _packed(value: Any) -> Any:
 def _hub(source: str) -> Rows:
     name, _, split = source.partition(":")
     parts = name.split("/")
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise EnvironmentProblem(f"{source}: hub data sets need the package datasets ({error})") from None
     config = parts[2] if len(parts) == 3 else None
     try:
-        data = load_dataset("/".join(parts[:2]), config, split=split or "train")
+        with to_hub():
+            from datasets import load_dataset
+
+            data = load_dataset("/".join(parts[:2]), config, split=split or "train")
+    except ImportError as error:
+        raise EnvironmentProblem(f"{source}: hub data sets need the package datasets ({error})") from None
+    except EnvironmentProblem:
+        raise
     except Exception as error:
         # The library raises some twenty unrelated types, from network failures to scripts it refuses.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

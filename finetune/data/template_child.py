@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
@@ -12,6 +15,7 @@ from finetune.data.clock import clock_names
 
 GROWTH = 384 * 2**20  # bytes of address space it may add to what its libraries took
 EXTRA, FACTOR = 20_000, 20  # characters of output: so many, and so many for each byte of input
+_PDEATHSIG = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 # What these need is imported when it is first used, and later that cannot be.
 _WARM_UP = (
     "{{ 'a\\n' | wordwrap(9) | pprint }}{{ lipsum(1) }}{{ strftime_now('%d %b') }}{{ [1] | random | tojson }}",
@@ -21,9 +25,13 @@ _WARM_UP = (
 )
 
 
-def serve() -> None:
-    """The child: answers requests on its standard input until that ends."""
+def serve(parent: int, killed_with_it: bool) -> None:
+    """The child: answers requests on its standard input until that ends.
+
+    parent: its process id. killed_with_it: whether the system may end the child with the thread that started it.
+    """
     pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
+    _end_with(parent, killed_with_it)
     try:
         from transformers.utils import chat_template_utils as library
 
@@ -83,6 +91,31 @@ def _shared(whole: str, text: str) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if whole.startswith(text[low:middle], low) else (low, middle - 1)
     return low
+
+
+def _end_with(parent: int, killed_with_it: bool) -> None:
+    """This process ends when its parent does, even in the midst of a template.
+
+    Linux kills it. Elsewhere a thread waits for the end of the pipe, which a template in one long call of C can delay.
+    """
+    if os.name != "posix":
+        return
+    if killed_with_it and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it has ended already
+            os._exit(1)
+    threading.Thread(target=_end_with_pipe, daemon=True).start()
+
+
+def _end_with_pipe() -> None:
+    import select
+
+    pipe = select.poll()
+    pipe.register(0, 0)  # asked for nothing, it tells only of the other end's closing
+    pipe.poll()
+    os._exit(1)
 
 
 def _restrict() -> None:

@@ -77,7 +77,7 @@ def render_all(
     ]
 
 
-_START = "from finetune.data.template_child import serve; serve()"
+_START = "from finetune.data.template_child import serve; serve(parent, killed_with_it)"
 _TOO_MANY = "too many to be written one after the other; split them into several rows"
 _TRIAL = Conversation(
     ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}), ((1, True), (2, False))
@@ -140,8 +140,10 @@ class _Child:
 
         keep = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "TEMP")
         path = [one for one in sys.path if one]
+        main = threading.current_thread() is threading.main_thread()  # any other thread may end long before us
+        begin = f"import sys; sys.path[:] = {path!r}; parent, killed_with_it = {os.getpid()}, {main}"
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", f"import sys; sys.path[:] = {path!r}; {_START}"],
+            [sys.executable, "-I", "-c", f"{begin}; {_START}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -7,7 +7,6 @@ the one `adapter_config.json` carries the keys of both, and each library ignores
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from finetune.recipe.names import is_model_id
 PEFT_FILE, MLX_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 _BLOCK = re.compile(r"^(?P<before>.*?layers)\.(?P<index>\d+)\.(?P<within>.+)$")
+
+_LARGEST = float(np.finfo(np.float32).max)  # scale; a backend's numbers hold no more
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _rank_and_scale(config: Mapping[str, Any], file: Path) -> tuple[int, float]:
         own = config if "r" in config else config["lora_parameters"]
         rank = own["r" if "r" in config else "rank"]
         scale = own["lora_alpha"] / rank if "r" in config else own["scale"]
-        fits = type(rank) is int and rank > 0 and type(scale) in (int, float) and math.isfinite(scale)
+        fits = type(rank) is int and rank > 0 and type(scale) in (int, float) and abs(scale) <= _LARGEST
     except (KeyError, TypeError, ArithmeticError):
         fits = False
     if not fits:

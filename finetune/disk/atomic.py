@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from finetune.errors import DiskError
+from finetune.errors import DiskError, FinetuneError
+from finetune.text import harmless
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>new|old)")
 _REMEDIES = {
@@ -27,22 +28,41 @@ _REMEDIES = {
     errno.EIO: "The disk reports a fault: check it, and write elsewhere.",
     errno.ENOTDIR: "Part of this path is a file, not a folder: choose another one.",
     errno.EEXIST: "There is a file where a folder is needed: choose another one.",
+    errno.ENOENT: "Part of this path is gone, or no folder can be made there: choose another place.",
+    errno.ENAMETOOLONG: "The name, or the path to it, is too long for this file system: choose a shorter one.",
+    errno.ELOOP: "There is a link where none may be: remove it, or choose another place.",
+    errno.ESTALE: "The folder is no longer on its server: look there, or write elsewhere.",
 }
+_OTHER = "Look at that place, or write elsewhere."
+_NO_FLUSH = {errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # SMB, FUSE: such a folder has no flush
+_OF_RUST = re.compile(r"\(os error (\d+)\)")  # how tokenizers and safetensors end an error of the disk
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError of the disk's making into a DiskError with the path, the free bytes and a remedy."""
+    """Turns an error of the disk into a DiskError with the path, the free bytes and a remedy.
+
+    The body does nothing but disk work: every OSError in it is of the disk, and so is every error of a library in Rust
+    that ends with an errno.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in _REMEDIES:
-            raise
         named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else path
-        place = path if named.is_relative_to(path.parent) else named  # not the temporary name
-        free = _free_bytes(path)
-        room = "" if free is None else f" ({free:,} bytes free)"
-        raise DiskError(f"{place}: {os.strerror(error.errno)}{room}. {_REMEDIES[error.errno]}") from error
+        if error.errno == errno.ENOENT and named != path and named.parent.exists():
+            raise  # a file that the body looked for in vain: a mistake of ours
+        shown = path if named.is_relative_to(path.parent) else named  # not the temporary name
+        raise _disk_error(shown, path, error.errno or errno.EIO) from error
+    except Exception as error:
+        if isinstance(error, FinetuneError) or not (code := _OF_RUST.search(str(error))):
+            raise
+        raise _disk_error(path, path, int(code[1])) from error
+
+
+def _disk_error(shown: Path, path: Path, code: int) -> DiskError:
+    free = _free_bytes(path)
+    room = "" if free is None else f" ({free:,} bytes free)"
+    return DiskError(f"{harmless(str(shown))}: {os.strerror(code)}{room}. {_REMEDIES.get(code, _OTHER)}")
 
 
 def make_folder(path: Path) -> None:
@@ -102,16 +122,14 @@ def recover(folder: Path, name: str | None = None) -> None:
             if found is None or name not in (None, found["name"]):
                 continue
             target = folder / found["name"]
-            if found["kind"] == "old" and not target.exists():
+            if found["kind"] == "old" and not os.path.lexists(target):
                 entry.replace(target)
-            elif entry.is_dir():
-                shutil.rmtree(entry)
             else:
-                entry.unlink()
+                remove(entry)
 
 
 def _commit(temporary: Path, path: Path) -> None:
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere is there too
         temporary.replace(path)
         sync_directory(path.parent)
         return
@@ -120,11 +138,19 @@ def _commit(temporary: Path, path: Path) -> None:
     try:
         temporary.replace(path)
     except BaseException:
-        if not path.exists():
+        if not os.path.lexists(path):
             old.replace(path)
         raise
     sync_directory(path.parent)
-    shutil.rmtree(old)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a folder with all in it, or a link: never what the link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -153,9 +179,14 @@ def _sync_tree(folder: Path) -> None:
 
 
 def sync_directory(folder: Path) -> None:
-    """Flushes the names in `folder` to the disk."""
-    if os.name != "nt":  # which cannot open directories
+    """Flushes the names in `folder` to the disk, where its file system does so."""
+    if os.name == "nt":  # which cannot open directories
+        return
+    try:
         _sync(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
 
 
 def _sync(path: Path, flags: int) -> None:
@@ -167,7 +198,7 @@ def _sync(path: Path, flags: int) -> None:
 
 
 def _free_bytes(path: Path) -> int | None:
-    existing = next((place for place in (path, *path.absolute().parents) if place.exists()), None)
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
+        existing = next((place for place in (path, *path.absolute().parents) if os.path.exists(place)), None)  # noqa: PTH110
         return None if existing is None else shutil.disk_usage(existing).free
     return None

@@ -7,7 +7,6 @@ any), `loop.json`, `identity.json`, and, written last, `manifest.json` with size
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from backends.interface import FloatArray, TrainState
-from finetune.disk.atomic import disk_errors, new_folder, recover, write_pieces
+from finetune.disk.atomic import disk_errors, new_folder, recover, remove, write_pieces
 from finetune.disk.manifest import MANIFEST, Broken, Tally, json_bytes, manifest_of, newest_first, read_verified, verify
 from finetune.disk.safetensors_file import tensor_pieces
-from finetune.errors import Diverged
+from finetune.errors import Diverged, Incompatible
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,9 @@ class Checkpoints:
     folder: Path
     identity: Mapping[str, Any]
 
+    def folder_of(self, step: int) -> Path:
+        return _path(self.folder, step)
+
     def save(self, state: TrainState, loop: dict[str, Any], best: Mapping[str, FloatArray] | None) -> Path:
         """The folder of the new checkpoint. Raises Diverged, DiskError."""
         return save(self.folder, Checkpoint(state, loop, best, self.identity))
@@ -53,7 +55,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     Raises Diverged, before anything is written, where a number is not finite; DiskError.
     """
     files = _pieces(checkpoint)
-    path = folder / f"step-{checkpoint.state.step:08d}"
+    path = _path(folder, checkpoint.state.step)
     with new_folder(path) as temporary:
         tallies = {name: Tally() for name in files}
         for name, pieces in files.items():
@@ -63,6 +65,17 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     with disk_errors(folder):
         _prune(folder, checkpoint.state.step, keep)
     return path
+
+
+def check_tensors(checkpoint: Checkpoint, path: Path, remedy: str) -> None:
+    """Raises Incompatible where a number is not finite, or the best adapter is not of the shape of the adapter."""
+    state, best = checkpoint.state, checkpoint.best
+    for name, tensor in [*state.adapter.items(), *state.moments.items(), *(best or {}).items()]:
+        if not np.isfinite(tensor).all():
+            raise Incompatible(f"{path}: {name:.200} holds numbers that are not finite; {remedy}")
+    shapes = {name: tensor.shape for name, tensor in state.adapter.items()}
+    if best is not None and {name: tensor.shape for name, tensor in best.items()} != shapes:
+        raise Incompatible(f"{path / 'best.safetensors'}: other tensors than the adapter's; {remedy}")
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -83,6 +96,10 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
                 aside = _set_aside(path)
                 messages.append(f"checkpoint {path} is broken ({reason}); it was renamed to {aside.name}")
     return None, messages
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def _pieces(checkpoint: Checkpoint) -> dict[str, Iterable[bytes | memoryview]]:
@@ -138,7 +155,7 @@ def _prune(folder: Path, newest: int, keep: int) -> None:
     intact = 0
     for _, path in [(step, path) for step, path in newest_first(folder) if step <= newest]:
         if intact >= keep:
-            shutil.rmtree(path)
+            remove(path)
             continue
         try:
             verify(path)

@@ -9,9 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from backends.model_folder import ModelFolder, read_object
+from backends.model_folder import ModelFolder
 from finetune.data.clock import now
 from finetune.data.rows import Prepared
+from finetune.disk.run_files import read_json
 from finetune.errors import Incompatible
 from finetune.recipe.schema import Recipe
 from finetune.text import shorten
@@ -21,8 +22,7 @@ CLOCK = "clock"
 _NOT_IDENTITY = {
     "output", "backend", "device", "model.path", "model.revision", "model.dtype", "data.train", "data.valid",
     "data.test", "data.max_dropped", "data.long_rows", "train.micro_tokens", "train.gradient_checkpointing",
-    "evaluate.generate",
-    "evaluate.max_tokens", "evaluate.base",
+    "train.checkpoint_minutes", "evaluate.generate", "evaluate.max_tokens", "evaluate.base",
 }  # fmt: skip
 
 
@@ -52,12 +52,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def read_identity(run: Path) -> dict[str, Any] | None:
     """What the run began with; None when it ended before it was written. Raises Incompatible."""
-    try:
-        return read_object(run / "identity.json")
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise Incompatible(f"{run / 'identity.json'}: cannot be read ({error}); start a new run") from None
+    return read_json(run / "identity.json", dict[str, Any], "start a new run")
 
 
 def clock_of(run: Path) -> datetime | None:

@@ -8,13 +8,15 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 from finetune.disk.atomic import disk_errors, write_file
-from finetune.errors import Incompatible
+from finetune.disk.run_files import check_values, read_regular
+from finetune.errors import DiskError, Incompatible
 from finetune.events import CheckpointDue, Event, Passing, StepDone
 
 _EVENTS = {kind.__name__: kind for kind in Event.__subclasses__() if kind is not Passing}
+_REMEDY = "fix or delete that line, or the whole file"
 
 
 class MetricsFile:
@@ -24,6 +26,7 @@ class MetricsFile:
         """Continues a file that exists; repairs its last line. Raises DiskError, Incompatible."""
         self._path = path
         self._file: IO[str] | None = None
+        self._bytes = 0  # in the file
         self.truncate_after(sys.maxsize)  # a killed run may have left half a line
 
     def record(self, event: Event) -> None:
@@ -37,8 +40,22 @@ class MetricsFile:
             return
         assert self._file is not None
         with disk_errors(self._path):
-            self._file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
+            line = json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n"
+            self._file.write(line)
             self._file.flush()
+        self._bytes += len(line)  # json.dumps writes ASCII
+        self._check()
+
+    def _check(self) -> None:
+        """Raises DiskError where the file at this path is no longer the one with all that was recorded."""
+        assert self._file is not None
+        with disk_errors(self._path):
+            there, ours = self._path.stat(), os.fstat(self._file.fileno())
+        if not os.path.samestat(there, ours) or there.st_size != self._bytes:
+            raise DiskError(
+                f"{self._path}: deleted, cut, replaced or written by another program while the run went on; "
+                "the steps since the last checkpoint are done again when it is resumed"
+            )
 
     def sync(self) -> None:
         """Every recorded line is on the disk, even if the machine then loses power. Raises DiskError."""
@@ -49,18 +66,19 @@ class MetricsFile:
     def truncate_after(self, step: int) -> None:
         """Removes every event of a later step: all of them or none. Raises DiskError, Incompatible."""
         self.close()
-        if self._path.exists():
-            lines = _lines(self._path)
-            earlier = [line for line, values in lines if values["step"] <= step]
-            if len(earlier) < len(lines) or not _ends_a_line(self._path):
+        if (data := read_regular(self._path)) is not None:
+            lines = _lines(self._path, data)
+            earlier = [line for line, event in lines if event.step <= step]
+            if len(earlier) < len(lines) or (data and not data.endswith(b"\n")):
                 write_file(self._path, "".join(f"{line}\n" for line in earlier))
         with disk_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8", newline="\n")
+            self._bytes = os.fstat(self._file.fileno()).st_size
 
     def missing(self, step: int) -> int:
         """How many of the first `step` steps have no line in the file. Raises DiskError, Incompatible."""
-        recorded = {values["step"] for _, values in _lines(self._path) if values["event"] == StepDone.__name__}
+        recorded = {event.step for event in read(self._path) if isinstance(event, StepDone)}
         return len(set(range(1, step + 1)) - recorded)
 
     def close(self) -> None:
@@ -81,41 +99,23 @@ class MetricsFile:
 
 def read(path: Path) -> list[Event]:
     """The events of a file, in order. Raises DiskError, and Incompatible for a line that this version cannot read."""
-    events = []
-    for number, (_, values) in enumerate(_lines(path), start=1):
-        kind = _EVENTS.get(values.pop("event"))
-        try:
-            if kind is None:
-                raise TypeError
-            events.append(kind(**values))
-        except TypeError:
-            raise _unreadable(path, number) from None
-    return events
+    if (data := read_regular(path)) is None:
+        raise DiskError(f"{path}: there is no such file; the run's folder was changed while it was in use")
+    return [event for _, event in _lines(path, data)]
 
 
-def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Every line with its values, without the half line that a kill leaves at the end."""
-    with disk_errors(path):
-        text = path.read_bytes().decode("utf-8", errors="replace")
+def _lines(path: Path, data: bytes) -> list[tuple[str, Event]]:
+    """Every line with its event, without the half line that a kill leaves at the end."""
     lines = []
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
+    for number, line in enumerate(data.decode("utf-8", errors="replace").split("\n")[:-1], start=1):
         try:
             values = json.loads(line)
-            if not isinstance(values["step"], int) or not isinstance(values["event"], str):
-                raise TypeError
-        except (ValueError, TypeError, KeyError):
+            kind = _EVENTS[values.pop("event")]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise _unreadable(path, number) from None
-        lines.append((line, values))
+        lines.append((line, check_values(values, kind, f"{path}:{number}", _REMEDY)))
     return lines
 
 
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return True
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
-
-
 def _unreadable(path: Path, number: int) -> Incompatible:
-    return Incompatible(f"{path}:{number}: not an event of this version; fix or delete that line, or the whole file")
+    return Incompatible(f"{path}:{number}: not an event of this version; {_REMEDY}")

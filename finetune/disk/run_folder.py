@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetune.disk.atomic import make_folder, sync_directory, write_file
+from finetune.disk.atomic import disk_errors, make_folder, sync_directory, write_file
 from finetune.errors import Incompatible, RecipeError
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
@@ -58,15 +58,16 @@ class RunFolder:
 
 def create(recipe: Recipe, name: str) -> RunFolder:
     """A new folder `output/name-date-time`; never one that exists. Raises DiskError."""
-    output = Path(recipe.output).expanduser()
+    output = Path(recipe.output).expanduser()  # `load_recipe` has seen that this can be a path
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    make_folder(output)
     for attempt in range(1000):
         path = output / (f"{name}-{stamp}" + (f"-{attempt}" if attempt else ""))
-        try:
-            make_folder(output)
-            path.mkdir()
-        except FileExistsError:
-            continue
+        with disk_errors(path):
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
         folder = RunFolder(path)
         write_file(folder.recipe, dump_recipe(recipe))
         sync_directory(output)
@@ -77,7 +78,7 @@ def create(recipe: Recipe, name: str) -> RunFolder:
 def open_existing(path: Path) -> tuple[RunFolder, Recipe]:
     """A run's folder and its recipe. Raises Incompatible when it is not a run."""
     folder = RunFolder(path)
-    if not folder.recipe.exists():
+    if not folder.recipe.is_file():
         raise Incompatible(
             f"{path}: not a run (no recipe.yaml in it); runs are the folders that `finetune train` makes"
         )

@@ -7,12 +7,13 @@ to get through it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from backends.interface import Session, TrainState
 from finetune.data.rows import Prepared, Split
@@ -28,7 +29,9 @@ from finetune.recipe.schema import Recipe
 class RowResult:
     """One held-out row under one model."""
 
-    location: str  # file:line
+    __pydantic_config__: ClassVar = {"allow_inf_nan": False}
+
+    location: Annotated[str, Field(validation_alias="place")]  # file:line
     prompt: str
     expected: str | None
     predicted: str | None  # None where only the loss is measured
@@ -39,7 +42,9 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on one set of rows."""
+    """One model on one set of rows. In files a row's location has the key `place`."""
+
+    __pydantic_config__: ClassVar = {"allow_inf_nan": False}
 
     rows: int
     tokens: int  # supervised
@@ -63,17 +68,9 @@ class Evaluation:
         return {key: value for key, value in asdict(self).items() if key != "results"} | {"classes": self.classes}
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, rows included. In files a row's location has the key `place`."""
+        """Everything, rows included; pydantic reads it back."""
         results = [{"place": row.pop("location")} | row for row in map(asdict, self.results)]
         return asdict(self) | {"results": results}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
-        """What `to_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
-        rows = [dict(row) for row in values["results"]]
-        results = tuple(RowResult(location=row.pop("place"), **row) for row in rows)
-        interval = values["interval"] and tuple(values["interval"])
-        return cls(**{**values, "labels": tuple(values["labels"]), "interval": interval, "results": results})
 
 
 def evaluate(

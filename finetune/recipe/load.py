@@ -128,10 +128,20 @@ def _plain(node: Any) -> Any:
         return {str(key): _plain(value) for key, value in node.items()}
     if isinstance(node, list):
         return [_plain(value) for value in node]
-    for kind in (bool, int, float, str):
+    if isinstance(node, str):
+        return _joined(str(node))
+    for kind in (bool, int, float):
         if isinstance(node, kind):
             return kind(node)
     return node
+
+
+def _joined(text: str) -> str:
+    """The text with each pair of surrogates, as JSON escapes it, as the one character that it stands for."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:  # half a pair: what is a path refuses it
+        return text
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from finetune.connections import to_hub
 from finetune.errors import EnvironmentProblem, RecipeError
 from finetune.recipe.names import BUILTIN, hub_id_in, is_address, is_model_id, near
 from finetune.recipe.schema import Model
@@ -69,7 +70,8 @@ def _from_hub(model: Model) -> Path:
         raise RecipeError("model.remote_code: needs model.revision, the full commit that you have looked at")
     wanted = [*_WANTED, "*.py"] if model.remote_code else _WANTED
     try:
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=wanted))
+        with to_hub():
+            return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EnvironmentProblem(

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
 
+from finetune.errors import RecipeError
 from finetune.recipe.schema import Recipe
+from finetune.text import shorten
 
 BUILTIN = "builtin:"
 # Endings of files: a name that ends so and is not there is a misspelt file, never a hub id.
@@ -101,6 +104,10 @@ def absolute_paths(recipe: Recipe, folder: Path, overridden: Collection[str]) ->
     gave them. Hub ids, and what is built in, stay as they are.
     """
     values = recipe.model_dump()
+    check_path("output", recipe.output)
+    for section, key in (*_DATA_KEYS, ("model", "path"), ("lora", "start_from")):
+        if values[section][key] is not None:
+            check_path(f"{section}.{key}", values[section][key])
 
     def start(section: str, key: str) -> Path:
         return Path.cwd() if f"{section}.{key}" in overridden else folder
@@ -117,6 +124,23 @@ def absolute_paths(recipe: Recipe, folder: Path, overridden: Collection[str]) ->
     if recipe.lora.start_from is not None:  # always a folder on this disk
         values["lora"]["start_from"] = str(_absolute(recipe.lora.start_from, start("lora", "start_from")))
     return Recipe.model_validate(values)
+
+
+def check_path(key: str, given: str) -> None:
+    """Raises RecipeError for text that no system takes as a path, or whose `~` stands for no folder."""
+    try:
+        if b"\0" in os.fsencode(given):
+            raise RecipeError(f"{key}: {shorten(repr(given), 80)} holds a NUL character; no path has one")
+        Path(given).expanduser()
+    except UnicodeEncodeError:
+        reason = "holds half a character (a lone surrogate); write the character itself"
+        raise RecipeError(f"{key}: {shorten(ascii(given), 80)} {reason}") from None
+    except RuntimeError:
+        raise RecipeError(
+            f"{key}: {shorten(repr(given), 80)}: no such user on this machine; write the path out"
+        ) from None
+    if given.startswith("~") and not os.path.isdir(home := Path(given.split("/")[0]).expanduser()):  # noqa: PTH112
+        raise RecipeError(f"{key}: {shorten(repr(given), 80)}: there is no folder {home}; write the path out")
 
 
 def _absolute(text: str, start: Path) -> Path:

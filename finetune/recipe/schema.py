@@ -109,6 +109,9 @@ class Train(Section):
     """Stop after so many evaluations without a better validation loss."""
     checkpoint_every: Positive | None = None
     """Steps between checkpoints; without it at the end of every epoch."""
+    checkpoint_minutes: Annotated[float, Field(gt=0.0)] | Literal["none"] = 10.0
+    """A checkpoint too once so many minutes have passed since the last one, or none. Changes nothing but what a crash
+    can cost."""
 
     @property
     def tokens_at_once(self) -> int:

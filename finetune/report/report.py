@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune import connections
 from finetune.disk.atomic import write_file
+from finetune.disk.run_files import read_json
+from finetune.errors import Incompatible
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import mcnemar_exact
 from finetune.evaluation.verdict import Overfitting, comparison_verdict
 from finetune.events import Validated
+
+_REMEDY = "delete it, and the model is evaluated again"
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Report:
             "divergence": self.divergence,
             "best_step": self.best_step,
             "validations": [asdict(validated) for validated in self.validations],
+            **connections.account(),
         }
 
 
@@ -83,9 +90,11 @@ def save_evaluation(path: Path, evaluation: Evaluation) -> None:
     write_file(path, json.dumps(evaluation.to_json(), ensure_ascii=False) + "\n")
 
 
-def load_evaluation(path: Path) -> Evaluation | None:
-    """None when there is no such file; a file that cannot be read counts as none, and the model is evaluated again."""
-    try:
-        return Evaluation.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+def load_evaluation(path: Path, expected: Sequence[str | None] | None = None) -> Evaluation | None:
+    """None where there is no such file. Raises Incompatible for one that no run writes, or of rows with other answers
+    than `expected`.
+    """
+    saved = read_json(path, Evaluation, _REMEDY)
+    if saved and expected is not None and [row.expected for row in saved.results] != list(expected):
+        raise Incompatible(f"{path}: of other rows than this run's; {_REMEDY}")
+    return saved

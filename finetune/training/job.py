@@ -31,9 +31,21 @@ class Setup:
     tokenizer: Tokenizer
 
     def session(self, backend: str) -> Session:
-        """The live session; heavy from here on."""
+        """The live session; heavy from here on. Raises Incompatible where the model's files changed meanwhile."""
         model, lora, optim = model_spec(self.recipe, self.folder), lora_spec(self.recipe), optim_spec(self.recipe)
-        return registry.open_session(backend, model, lora, optim, self.recipe.seed)
+        try:
+            return registry.open_session(backend, model, lora, optim, self.recipe.seed)
+        except Exception:
+            self.check_model()
+            raise
+
+    def check_model(self) -> None:
+        """Raises Incompatible where a file of the model is no longer as it was when the model was found."""
+        if file := self.folder.changed():
+            raise Incompatible(
+                f"{file}: changed, replaced or deleted while the model was in use; nothing more is written. Put back "
+                "the model that the run began with"
+            )
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 from backends.interface import Batch, FloatArray, NonFinite, OutOfMemory, Session
 from finetune.data.collate import micro_batches, step_indices
 from finetune.data.rows import Example, Prepared
-from finetune.disk.checkpoint import Checkpoint, Checkpoints
+from finetune.disk.checkpoint import Checkpoint, Checkpoints, check_tensors
+from finetune.disk.run_files import check_values
 from finetune.errors import Diverged, Interrupted, MemoryExhausted
 from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.events import (
@@ -31,6 +32,7 @@ from finetune.recipe.schedule import Plan, learning_rate, make_plan
 from finetune.recipe.schema import Recipe
 
 _ROWS_NAMED = 4  # of a step that diverged
+_REMEDY = "remove that checkpoint's folder to resume from the one before it"
 
 
 @dataclass
@@ -44,18 +46,23 @@ class LoopState:
     loss_sum: float = 0.0  # since the last validation, weighted by tokens
     loss_tokens: int = 0
     stopped_early: bool = False
-    validations: list[dict[str, Any]] = field(default_factory=list)
+    validations: list[Validated] = field(default_factory=list)
+
+    __pydantic_config__: ClassVar = {"allow_inf_nan": False}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> LoopState:
-        best = values["best_loss"]
-        return cls(**{**values, "best_loss": math.inf if best is None else best})
+    def from_json(cls, values: Any, where: str = "loop.json") -> LoopState:
+        """What `to_json` gave. Raises Incompatible, naming `where`, for anything else."""
+        every = isinstance(values, dict) and values.keys() == {one.name for one in fields(cls)}
+        none = every and values["best_loss"] is None  # JSON has no infinity
+        state = check_values(values | {"best_loss": 0.0} if none else values if every else None, cls, where, _REMEDY)
+        return replace(state, best_loss=math.inf) if none else state
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"best_loss": None if math.isinf(self.best_loss) else self.best_loss}
 
     def history(self) -> list[Validated]:
-        return [Validated(**values) for values in self.validations]
+        return [*self.validations]
 
 
 @dataclass
@@ -72,15 +79,20 @@ class Trainer:
         self.plan: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
         self.state = LoopState(self.recipe.train.tokens_at_once)
         self.best: Mapping[str, FloatArray] | None = None  # the adapter of the best validation
+        self.saved_at = time.monotonic()  # seconds; of the last checkpoint, or the beginning
 
     def limit_micro_batches(self, tokens: int) -> None:
         """For a new run: micro-batches of at most so many tokens, padding counted."""
         self.state.micro_tokens = tokens
 
     def restore(self, saved: Checkpoint) -> None:
-        """Continue after a checkpoint. Raises IncompatibleState when its tensors do not fit the session."""
+        """Continue after a checkpoint. Raises IncompatibleState when its tensors do not fit the session, and
+        Incompatible where it holds what no run writes.
+        """
+        folder = self.checkpoints.folder_of(saved.state.step)
+        self.state = LoopState.from_json(saved.loop, str(folder / "loop.json"))
+        check_tensors(saved, folder, _REMEDY)
         self.session.set_state(saved.state)
-        self.state = LoopState.from_json(saved.loop)
         self.best = saved.best
 
     def events(self, untrained: Evaluation | None = None) -> Iterator[Event]:
@@ -100,7 +112,7 @@ class Trainer:
 
     def _lacks_validation(self, step: int) -> bool:
         """Whether a validation is due after `step` and has not been made."""
-        last = self.state.validations[-1]["step"] if self.state.validations else -1
+        last = self.state.validations[-1].step if self.state.validations else -1
         return last != step and self.plan.evaluates_after(step)
 
     def _finish_step(self, step: int, known: Evaluation | None = None) -> Iterator[Event]:
@@ -116,7 +128,7 @@ class Trainer:
         if self.state.stopped_early:
             yield StoppedEarly(step, self.state.best_step, self.state.best_loss)
         interrupted = self.stopping
-        if interrupted or self.state.stopped_early or self.plan.checkpoints_after(step):
+        if interrupted or self.state.stopped_early or self.plan.checkpoints_after(step) or self._long_ago():
             yield from self._save(step)
         if interrupted:
             raise Interrupted(f"stopped after step {step}")
@@ -186,7 +198,7 @@ class Trainer:
         if better:
             self.state.best_step, self.state.best_loss = step, evaluation.loss
             self.best = self.session.get_state().adapter
-        self.state.validations.append(asdict(replace(event, seconds=0.0)))
+        self.state.validations.append(replace(event, seconds=0.0))
         yield event
 
     def _evaluate(self, step: int) -> Generator[Progress, None, Evaluation]:
@@ -199,9 +211,15 @@ class Trainer:
                 raise Interrupted(f"stopped during the validation after step {step}")
         return work.result
 
+    def _long_ago(self) -> bool:
+        """Whether the recipe asks for a checkpoint by the time since the last one."""
+        minutes = self.recipe.train.checkpoint_minutes
+        return minutes != "none" and time.monotonic() - self.saved_at >= 60 * minutes
+
     def _save(self, step: int) -> Iterator[Event]:
         yield CheckpointDue(step)
         path = self.checkpoints.save(self.session.get_state(), self.state.to_json(), self.best)
+        self.saved_at = time.monotonic()
         yield CheckpointSaved(step, str(path))
 
 

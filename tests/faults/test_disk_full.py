@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -158,3 +159,41 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     assert caught.value.exit_code == 6
     assert names(folder) == before
     save(folder, checkpoint(99))
+
+
+def test_no_inodes_left(tmp_path: Path, small_disk: Path) -> None:
+    """With every number of free inodes, from none to just enough, and then with room."""
+    live = session(tmp_path / "model")
+    start = live.get_state()
+    whole = run_to_the_end(tmp_path / "whole", session(tmp_path / "model"))
+    for free in (0, 1, 2, 4, 7):
+        run = small_disk / f"run{free}"
+        used = sum(1 for _ in small_disk.rglob("*")) + 1
+        remount(small_disk, f"nr_inodes={used + free + 1}")
+        live.set_state(start)
+        ends_with_6(run, live)
+        remount(small_disk, "nr_inodes=1000")
+        live.set_state(start)
+        assert_same_end(run_to_the_end(run, live), whole)
+
+
+@pytest.mark.parametrize("limit", [30, 100, 1_000, 3_000])
+def test_a_limit_of_what_a_file_may_hold(tmp_path: Path, limit: int) -> None:
+    """`ulimit -f`, in a process of its own: exit 6 says the message, and not a traceback."""
+    resource = pytest.importorskip("resource")
+    run_to_the_end(tmp_path / "run", train={"epochs": 1})
+    code = (
+        "import sys; from pathlib import Path; from tests.faults.toy import run_to_the_end\n"
+        "from finetune.errors import DiskError\n"
+        "try: run_to_the_end(Path(sys.argv[1]))\n"
+        "except DiskError as error: sys.exit(int(error.exit_code))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "other")],
+        cwd=Path(__file__).parents[2],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (6, "")

@@ -124,6 +124,14 @@ def whole_run(world: World, values: Values) -> Any:
     return files, [type(event).__name__ for event in events if type(event).__name__ != "Progress"]
 
 
+def checkpoints(world: World, values: Values) -> Any:
+    """The steps of the checkpoints that a run leaves."""
+    job = world.job(values)
+    run = create(job.recipe, "run")
+    run_to_report(job, run)
+    return sorted(path.name for path in run.checkpoints.iterdir())
+
+
 def from_an_adapter(world: World, values: Values) -> Any:
     """As a whole run, that may begin from the adapter of another."""
     if values.get("lora.start_from"):
@@ -252,6 +260,7 @@ CASES = {
     "train.gradient_checkpointing": Case(checkpointing, True),
     "train.early_stopping": Case(whole_run, 1, WILD),
     "train.checkpoint_every": Case(rates, 2),
+    "train.checkpoint_minutes": Case(checkpoints, 1e-9, {"train.steps": 6, "train.checkpoint_every": 6}),
     "evaluate.every": Case(rates, 2),
     "evaluate.generate": Case(whole_run, False, OPEN),
     "evaluate.max_tokens": Case(whole_run, 1, OPEN),

@@ -23,12 +23,13 @@ LATE = {
     ("finetune/cli.py", "finetune.commands.init"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.plan"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.train"): _LIGHT,
+    ("finetune/cli.py", "finetune.connections"): _LIGHT,
     ("finetune/cli.py", "finetune.disk.run_folder"): f"{_LIGHT}; it is needed before a command is loaded",
     ("finetune/cli.py", "finetune.recipe.load"): f"{_LIGHT}; it is needed before a command is loaded",
     ("finetune/cli.py", "finetune.recipe.locate"): f"{_LIGHT}; it is needed before a command is loaded",
     ("finetune/cli.py", "finetune.recipe.schema"): "`schema` needs nothing else, and `--help` not even that",
     ("finetune/cli.py", "finetune.supervisor"): f"{_LIGHT}; the parent of a run loads nothing more",
-    ("finetune/cli.py", "backends.interface"): "numpy: only an error from behind the boundary needs it",
+    ("finetune/errors.py", "backends.interface"): "numpy: only an error from behind the boundary needs it",
     (
         "backends/torch_backend/costs.py",
         "backends.torch_backend.device",
@@ -90,7 +91,18 @@ def test_a_file_says_what_it_is_for(file: str) -> None:
 
 def test_the_root_holds_the_run_and_what_everyone_needs(house: House) -> None:
     found = {Path(file).stem for file in house.files.values() if Path(file).parent == Path("finetune")}
-    assert found == {"__init__", "__main__", "cli", "run", "supervisor", "errors", "events", "text"}
+    assert found == {
+        "__init__",
+        "__main__",
+        "cli",
+        "run",
+        "supervisor",
+        "errors",
+        "events",
+        "text",
+        "connections",
+        "streams",
+    }
 
 
 def test_every_room_has_a_floor(house: House) -> None:

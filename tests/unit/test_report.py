@@ -119,9 +119,10 @@ def test_an_evaluation_comes_back_as_it_was_saved(tmp_path: Path, recipe: Recipe
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"results": [{}]}'])
-def test_an_evaluation_that_cannot_be_read_counts_as_not_made(tmp_path: Path, text: str) -> None:
+def test_an_evaluation_that_no_run_writes_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "one.json").write_text(text)
-    assert load_evaluation(tmp_path / "one.json") is None
+    with pytest.raises(Incompatible, match=r"one\.json: not what a run writes"):
+        load_evaluation(tmp_path / "one.json")
     assert load_evaluation(tmp_path / "none.json") is None
 
 

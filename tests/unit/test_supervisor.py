@@ -53,6 +53,7 @@ def test_an_exit_code_is_handed_on(code: int, capfd: pytest.CaptureFixture[str])
         ("os.abort()", 1, "crashed in native code (SIGABRT"),
         (kill(signal.SIGSEGV), 1, "crashed in native code (SIGSEGV"),
         (kill(signal.SIGBUS), 1, "crashed in native code (SIGBUS"),
+        (f"signal.signal(25, signal.SIG_DFL); {kill(25)}", 6, "a file grew beyond what `ulimit -f` allows"),
         (kill(signal.SIGILL), 1, "crashed in native code (SIGILL"),
         (kill(signal.SIGKILL), 1, "another process killed the training process (SIGKILL)"),
         (f"signal.signal(15, signal.SIG_DFL); {kill(signal.SIGTERM)}", 143, "ended by SIGTERM"),
