@@ -59,7 +59,8 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
     folder = stopped
     with StopFlag().listening() as stop:
         try:
-            job = with_progress(stoppable(making_ready(recipe), stop, "preparing the data"))
+            ready = making_ready(recipe, run=stopped.path if stopped else None)
+            job = with_progress(stoppable(ready, stop, "preparing the data"))
             folder = folder or create(job.recipe, name)  # with the format and the task that were recognised
             announce_run(folder.path)
             print_account(job, folder)
