@@ -127,6 +127,9 @@ class Batch:
 
     Rows may continue tokens that are computed once for all of them: row b then is
     `prefixes[prefix_of[b]]` followed by `inputs[b]`. Nothing in a prefix is supervised.
+
+    What dropout does to a token depends on its row's number and its position in that row, the prefix counted, and not
+    on how the step is cut. Tokens with which several rows begin may be of no row: a prefix's are.
     """
 
     inputs: IntArray  # [B, T]
@@ -134,6 +137,8 @@ class Batch:
     weights: FloatArray  # [B, T] 0 = prompt or padding
     prefixes: tuple[IntArray, ...] = ()  # [P] each, at least one token
     prefix_of: tuple[int, ...] = ()  # B of them; empty without prefixes
+    rows: tuple[int, ...] = ()  # B of them: the rows' numbers in the whole step; empty: numbered as they come
+    rowless: tuple[int, ...] = ()  # B of them: how many tokens before and in a row, from its first one, are of no row
 
 
 @dataclass(frozen=True)

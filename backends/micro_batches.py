@@ -1,14 +1,16 @@
-"""Micro-batches: their tokens checked, cut into smaller parts, and with shared prefixes written out."""
+"""Micro-batches: tokens checked, rows numbered, cut into smaller parts, and with shared prefixes written out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.interface import Batch, Scores
+from backends.dropout import Places, places
+from backends.interface import Batch, IntArray, Scores
 
 Rows = NDArray[np.int64]
 
@@ -30,6 +32,35 @@ def check_range(tokens: NDArray[Any], vocabulary: int) -> None:
         raise ValueError(f"token {wrong} is not in the model's vocabulary of {vocabulary}")
 
 
+def numbered(micro: Sequence[Batch]) -> Iterator[Batch]:
+    """A step's micro-batches; where rows have no numbers, they get them in the order in which they come."""
+    first = 0
+    for batch in micro:
+        after = first + len(batch.inputs)
+        yield batch if batch.rows else replace(batch, rows=tuple(range(first, after)))
+        first = after
+
+
+def places_of(batch: Batch) -> Places:
+    """Where the tokens of numbered rows stand in their step. [B, T]"""
+    starts = np.array(_starts(batch))
+    return places(batch.rows, starts, batch.inputs.shape[1], np.maximum(starts, batch.rowless or 0))
+
+
+def prefix_places(batch: Batch) -> Places:
+    """Where the tokens of the batch's prefixes stand, which are of no row. [P, longest]"""
+    count, longest = len(batch.prefixes), max(map(len, batch.prefixes))
+    return places(range(count), np.zeros(count, int), longest, longest)
+
+
+def padded_prefixes(prefixes: Sequence[IntArray]) -> IntArray:
+    """[P, longest], padded on the right."""
+    padded = np.zeros((len(prefixes), max(map(len, prefixes))), np.int32)
+    for row, prefix in zip(padded, prefixes, strict=True):
+        row[: len(prefix)] = prefix
+    return padded
+
+
 def parts(batch: Batch, tokens: int) -> Iterator[tuple[Rows, Batch]]:
     """The rows in which anything is supervised, the longest first, at most `tokens` at a time: (rows, their batch).
 
@@ -42,9 +73,12 @@ def parts(batch: Batch, tokens: int) -> Iterator[tuple[Rows, Batch]]:
     while waiting.size:
         width = int(ends[waiting[0]])
         rows, waiting = np.split(waiting, [max(tokens // width, 1)])
-        prefix_of = tuple(batch.prefix_of[row] for row in rows) if batch.prefixes else ()
+        prefix_of, numbers, rowless = (
+            tuple(values[row] for row in rows) if values else ()
+            for values in (batch.prefix_of, batch.rows, batch.rowless)
+        )
         inputs, targets = batch.inputs[rows, :width], batch.targets[rows, :width]
-        yield rows, Batch(inputs, targets, batch.weights[rows, :width], batch.prefixes, prefix_of)
+        yield rows, Batch(inputs, targets, batch.weights[rows, :width], batch.prefixes, prefix_of, numbers, rowless)
 
 
 def joined(batch: Batch) -> Batch:
@@ -62,7 +96,8 @@ def joined(batch: Batch) -> Batch:
         inputs[row, :start], inputs[row, rest] = prefix, batch.inputs[row]
         targets[row, :start] = [*prefix[1:], batch.inputs[row, 0]]
         targets[row, rest], weights[row, rest] = batch.targets[row], batch.weights[row]
-    return Batch(inputs, targets, weights)
+    rowless = np.maximum(starts, batch.rowless or 0)
+    return Batch(inputs, targets, weights, rows=batch.rows, rowless=tuple(rowless.tolist()))
 
 
 def own_part(scores: Scores, batch: Batch) -> Scores:
@@ -75,4 +110,4 @@ def own_part(scores: Scores, batch: Batch) -> Scores:
 
 def _starts(batch: Batch) -> list[int]:
     """How many tokens stand before each row. [B]"""
-    return [len(batch.prefixes[prefix]) for prefix in batch.prefix_of]
+    return [len(batch.prefixes[prefix]) for prefix in batch.prefix_of] or [0] * len(batch.inputs)

@@ -27,17 +27,19 @@ class ModelFolder:
     remote_code: bool  # whether Python code that comes with the model may run
     config: dict[str, Any]  # with the rotary settings in both spellings
     weights: Mapping[Path, Shapes]  # the weight files, each with the shapes of its tensors; may be empty
+    written: dict[str, Any]  # config.json as it stands
     stamps: Mapping[Path, tuple[int, int]] = field(default_factory=dict)  # size and time of the files when opened
 
     @classmethod
     def open(cls, path: Path, remote_code: bool = False) -> ModelFolder:
         """Reads and checks the folder by the rules of `untrusted`. Raises BackendError where it breaks one."""
         checked = check_files(path)
-        config = _read_config(path)
+        written = _read_config(path)
+        config = written | _rope_of(path, written)
         check_code(path, config, remote_code)
         weights = {file: checked[file] for file in sorted(path.glob(WEIGHTS))}
         stamps = {file: _stamp(file) for file in (path / "config.json", *weights)}
-        folder = cls(path, remote_code, config, weights, stamps)
+        folder = cls(path, remote_code, config, weights, written, stamps)
         if folder.weights:
             check_claims(path, (config, folder.text_config), folder.shapes)
         return folder
@@ -80,8 +82,8 @@ class ModelFolder:
         return 1 + max((int(match[1]) for name in self.shapes if (match := _IN_BLOCK.search(name))), default=0)
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Identity of the base weights: sha256 over every file's size, header and 64 samples of 4 KiB."""
+    def sampled_fingerprint(self) -> str:
+        """What 0.1.0 knew a base by: sha256 over every weight file's size, header and 64 samples of 4 KiB."""
         digest = hashlib.sha256()
         assert self.shapes  # raises where there are no weights
         for file in self.weights:
@@ -155,17 +157,20 @@ def _leaf(module: str) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """`config.json`, with the rotary settings in both spellings.
-
-    transformers 5 writes `rope_parameters`; mlx-lm 0.32 reads `rope_theta` and `rope_scaling` and takes
-    a default where they are missing, in silence. Whichever is there, the other is added.
-    """
     try:
-        config = read_object(path / "config.json")
+        return read_object(path / "config.json")
     except (OSError, ValueError) as error:
         raise BackendError(f"{path}: config.json cannot be read ({error!s:.200}); is this a model folder?") from None
+
+
+def _rope_of(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary settings in the other spelling.
+
+    transformers 5 writes `rope_parameters`; mlx-lm 0.32 reads `rope_theta` and `rope_scaling` and takes
+    a default where they are missing, in silence.
+    """
     try:
-        return config | legacy_rope(config)
+        return legacy_rope(config)
     except (TypeError, ValueError, AttributeError) as error:
         raise BackendError(f"{path}: rope_parameters in config.json are not valid ({error!s:.200})") from None
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from backends import dropout
 from backends.adapter_state import adapter_shapes, fitting, initial_adapter
 from backends.interface import (
     BackendError,
@@ -38,7 +39,7 @@ from backends.interface import (
     Wanted,
 )
 from backends.memory import available_bytes, process_peak_bytes
-from backends.micro_batches import check_tokens
+from backends.micro_batches import check_tokens, numbered, places_of
 from backends.model_folder import folder_of
 from backends.predictions import Architecture, Costs, Machine
 from backends.rate import SIZES, operations_per_second
@@ -134,9 +135,8 @@ class ReferenceSession:
         check_tokens(micro, self._vocabulary)
         with _memory_guard(), np.errstate(all="ignore"):
             loss, grads = 0.0, {name: np.zeros_like(value) for name, value in self._adapter.items()}
-            for index, batch in enumerate(micro):
-                rng = np.random.default_rng((self._seed, self._step, index))  # so that resuming is exact
-                part, part_grads = self._gradient(batch, total, rng)
+            for batch in numbered(micro):
+                part, part_grads = self._gradient(batch, total)
                 loss += part
                 grads = {name: grads[name] + part_grads[name] for name in grads}
             norm, applied = clipped(grads, self._optim.clip_norm)
@@ -207,12 +207,12 @@ class ReferenceSession:
             logits += hidden @ self._head[outputs].T
         return logits
 
-    def _gradient(self, batch: Batch, total: float, rng: np.random.Generator) -> tuple[float, Arrays]:
+    def _gradient(self, batch: Batch, total: float) -> tuple[float, Arrays]:
         """sum(w * nll) / total over this micro-batch, and its gradient for every adapter tensor."""
         chosen = batch.weights != 0
         tokens, targets = batch.inputs[chosen], batch.targets[chosen]  # [N]
         share = batch.weights[chosen] / np.float32(total)  # [N]
-        masks = self._dropout(len(tokens), rng)
+        masks = self._dropout(places_of(batch)[chosen])
         logs = _log_softmax(self._logits(tokens, masks))  # [N, V]
         rows, grad_logits = np.arange(len(tokens)), np.exp(logs)
         grad_logits[rows, targets] -= 1  # d nll / d logits = softmax - one hot
@@ -225,12 +225,15 @@ class ReferenceSession:
             grads |= {f"{module}.lora_A": (grad_output @ b).T @ x, f"{module}.lora_B": grad_output.T @ (x @ a.T)}
         return float(np.sum(share * -logs[rows, targets], dtype=np.float64)), grads
 
-    def _dropout(self, count: int, rng: np.random.Generator) -> Arrays:
-        keep = 1 - self._lora.dropout
-        return {
-            module: ((rng.random((count, inputs)) < keep) / keep).astype(np.float32)
-            for module, (_, inputs) in self.lora_shapes.items()
-        }
+    def _dropout(self, where: dropout.Places) -> Arrays:
+        """Each module's mask [N, in] over what it keeps on average; `where` [N] the tokens stand."""
+        probability, modules = self._lora.dropout, self.lora_shapes
+        if not probability:
+            return {module: np.ones((len(where), inputs), np.float32) for module, (_, inputs) in modules.items()}
+        tokens = dropout.token_words(self._seed, self._step, where)
+        kept = zip(modules.items(), dropout.keys(tokens, dropout.module_words(modules)), strict=True)
+        share = np.float32(dropout.kept_share(probability))
+        return {module: dropout.mask(keys, inputs, probability) / share for (module, (_, inputs)), keys in kept}
 
     def _updated(self, name: str, grad: FloatArray, lr: float) -> tuple[FloatArray, FloatArray, FloatArray]:
         m, v = self._moments[f"{name}.exp_avg"], self._moments[f"{name}.exp_avg_sq"]

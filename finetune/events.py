@@ -130,6 +130,14 @@ class Work(Generic[Said, Result]):
         self.result = yield from self._events
 
 
+def result_of(events: Generator[Said, None, Result]) -> Result:
+    """What work returns whose events nobody looks at."""
+    work = Work(events)
+    for _ in work:
+        pass
+    return work.result
+
+
 class Stoppable(Protocol):
     """Whoever may be asked to stop what is under way."""
 

@@ -15,6 +15,7 @@ from finetune.check.survey import as_json, survey
 from finetune.check.told import read_told
 from finetune.disk.adapter import check_base, start_from, write_adapter
 from finetune.disk.atomic import new_folder, write_file
+from finetune.disk.base_model import base_model, fingerprint
 from finetune.disk.checkpoint import Checkpoint, Checkpoints, load_newest
 from finetune.disk.identity import check_identity, identity_of, read_identity
 from finetune.disk.lock import Lock
@@ -22,7 +23,7 @@ from finetune.disk.metrics import MetricsFile, read
 from finetune.disk.run_folder import RunFolder, environment
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
 from finetune.evaluation.verdict import Watch, divergence, overfitting_verdict
-from finetune.events import Event, Note, checked, stoppable
+from finetune.events import Event, Note, checked, result_of, stoppable
 from finetune.recipe.specs import lora_spec
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
@@ -85,8 +86,7 @@ class Run:
         does not fit.
         """
         job, folder = self.job, self.folder
-        identity = identity_of(job.recipe, job.prepared, job.folder)
-        saved = (yield from self._newest_checkpoint(identity)) if resume else None
+        identity, saved = yield from self._identity(resume)
         start = Path(job.recipe.lora.start_from) if job.recipe.lora.start_from else None
         if start:
             check_base(start, job.folder, job.recipe.model.path)
@@ -179,16 +179,30 @@ class Run:
             facts |= {"shortcuts": list(session.shortcuts), "repeatable": session.repeatable}
         self.folder.write_json("environment.json", facts)
 
-    def _newest_checkpoint(self, identity: Mapping[str, Any]) -> Generator[Note, None, Checkpoint | None]:
-        """Raises Incompatible where the run began with something else."""
-        if earlier := read_identity(self.folder.path):  # there before any checkpoint, as the evaluated base may be
-            check_identity(earlier, identity)
+    def _identity(self, resume: bool) -> Generator[Event, None, tuple[Mapping[str, Any], Checkpoint | None]]:
+        """The run's, of the kind that it began with, and its newest checkpoint. Raises Incompatible if they differ."""
+        earlier = read_identity(self.folder.path) if resume else None
+        if earlier or not resume:  # it is there before any checkpoint, as the evaluated base may be
+            identity = yield from self._reading(earlier)
+        if not resume:
+            return identity, None
         saved, messages = load_newest(self.folder.checkpoints)
         for message in messages:
             yield Note(0, message)
+        if not earlier:
+            return (yield from self._reading(saved.identity if saved else None)), saved
         if saved is not None:
             check_identity(saved.identity, identity)
-        return saved
+        return identity, saved
+
+    def _reading(self, known: Mapping[str, Any] | None) -> Generator[Event, None, Mapping[str, Any]]:
+        """What the run is now. Raises Incompatible where that is not `known`; Interrupted."""
+        job = self.job
+        reading = identity_of(job.recipe, job.prepared, job.folder, like=known)
+        identity = yield from stoppable(reading, self, "reading the model")
+        if known is not None:
+            check_identity(known, identity)
+        return identity
 
     def _check_data(self) -> Generator[Event, None, str]:
         """`finetune check` of the run's data, in check.txt and check.json; its headline. A resumed run finds them."""
@@ -234,7 +248,7 @@ def save_adapter(job: Job, run: RunFolder, tensors: Mapping[str, FloatArray], sc
     """The adapter folder, whole or absent, with the tokenizer and template that it was trained with."""
     base = job.recipe.model.path if not job.recipe.model.path.startswith("builtin:") else str(job.folder.path)
     facts = {
-        "base_fingerprint": job.folder.fingerprint,
+        "base_fingerprint": fingerprint(result_of(base_model(job.folder))),
         "scheme": scheme,
         "step": step,
         "template": job.prepared.template,

@@ -12,11 +12,12 @@ import mlx.nn as nn
 import numpy as np
 
 from backends.interface import Batch, Scores
-from backends.micro_batches import Rows, joined, parts
+from backends.micro_batches import Rows, joined, parts, places_of, prefix_places
 from backends.mlx_backend.attention import TiledAttention
 from backends.mlx_backend.costs import COSTS
 from backends.mlx_backend.frozen import FrozenBlocks, frozen_blocks
 from backends.mlx_backend.head import Head
+from backends.mlx_backend.lora import Dropout
 from backends.mlx_backend.model import check_window
 from backends.mlx_backend.prefix import keeps_keys_and_values, prefix_caches
 from backends.predictions import ATTENTION, FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
@@ -38,10 +39,10 @@ class Forward:
     `shortcuts` names them; `left_out` says of the others why not.
     """
 
-    def __init__(self, model: nn.Module, on_cpu: bool, checkpointing: bool, window: int | None) -> None:
+    def __init__(self, model: nn.Module, masks: Dropout, on_cpu: bool, checkpointing: bool, window: int | None) -> None:
         """`window`: the tokens that a row may have, if there is a limit."""
         costs = COSTS["cpu" if on_cpu else "gpu"]
-        self.model, self.window = model, window
+        self.model, self.window, self._masks = model, window, masks
         self._tokens_at_once = costs.tokens_at_once or sys.maxsize
         self.head = Head(model, costs.logits_at_once or sys.maxsize)
         self._attention = TiledAttention(model)
@@ -64,6 +65,8 @@ class Forward:
     def train(self, on: bool) -> None:
         self.model.train(on)
         self._attention.training = on
+        if not on:
+            self._masks.off()
 
     def parts(self, batch: Batch) -> Iterator[tuple[Rows, Batch]]:
         """The rows with anything supervised in them, in as many batches as memory asks for."""
@@ -87,11 +90,14 @@ class Forward:
         finally:
             self.train(training)
 
-    def loss(self, part: Batch, entering: mx.array | None, total: float) -> mx.array:
-        """sum(weight x nll) / total, differentiable by the adapter's tensors; `entering` is `self.entering(part)`."""
+    def loss(self, step: int, part: Batch, entering: mx.array | None, total: float) -> mx.array:
+        """sum(weight x nll) / total, differentiable by the adapter's tensors; `entering` is `self.entering(part)`.
+
+        Dropout is that of a step after `step` others, until it is switched off: what is computed again needs it, too.
+        """
         supervised = np.flatnonzero(part.weights)
         shares = part.weights.flat[supervised] / np.float32(total)
-        return self.head.loss(self._hidden(part, entering), part.targets.flat[supervised], shares)
+        return self.head.loss(self._hidden(part, entering, step), part.targets.flat[supervised], shares)
 
     def scores(self, batch: Batch) -> Scores:
         logprob, greedy = np.zeros(batch.weights.shape, np.float32), np.zeros(batch.weights.shape, np.int32)
@@ -101,9 +107,13 @@ class Forward:
             logprob[rows[row], column], greedy[rows[row], column] = scores
         return Scores(logprob, greedy)
 
-    def _hidden(self, part: Batch, entering: mx.array | None = None) -> mx.array:
-        """[N, D] of the supervised positions."""
+    def _hidden(self, part: Batch, entering: mx.array | None = None, step: int | None = None) -> mx.array:
+        """[N, D] of the supervised positions; `step`: of a training step after so many others."""
+        if step is not None and part.prefixes:
+            self._masks.at(step, prefix_places(part))
         caches = prefix_caches(self.head, len(self.model.layers), part)
+        if step is not None:
+            self._masks.at(step, places_of(part))
         replaced = self._frozen.replaced_by(entering) if self._frozen and entering is not None else nullcontext()
         with replaced:
             return self.head.hidden(mx.array(part.inputs), mx.array(np.flatnonzero(part.weights)), caches)

@@ -7,43 +7,42 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
-from backends.interface import BackendError, LoraSpec
+from backends import dropout
+from backends.interface import BackendError, LoraSpec, Modules
 
 
-class DropoutKeys:
-    """Random keys that are a function of seed, step, micro-batch and module alone.
+class Dropout:
+    """The masks of `backends.dropout` for the adapters' inputs; off outside a step."""
 
-    A checkpointed block draws the same mask again when it is recomputed, which a global random state would not give.
-    """
+    def __init__(self, probability: float, seed: int, modules: Modules) -> None:
+        self.keep = dropout.kept_share(probability)
+        self._limit, self._seed, self._names = dropout.limit(probability), seed, list(modules)
+        self._modules = mx.array(dropout.module_words(modules))[:, None] if probability else None  # [M, 1]
+        self._keys: mx.array | None = None  # [M, N] of the tokens that are run now; None: not training
 
-    def __init__(self, seed: int) -> None:
-        self._seed, self._step, self._micro = seed, 0, 0
+    def at(self, step: int, where: dropout.Places) -> None:
+        """From here on the tokens at these places are run, in a step that comes after `step` others."""
+        if self._modules is not None:
+            self._keys = dropout.mixed(self._modules ^ mx.array(dropout.token_words(self._seed, step, where)))
 
-    def at(self, step: int, micro: int) -> None:
-        self._step, self._micro = step, micro
+    def off(self) -> None:
+        self._keys = None
 
-    def key(self, module: int) -> mx.array:
-        sequence = np.random.SeedSequence((self._seed, self._step, self._micro, module))
-        key: mx.array = mx.random.key(int(sequence.generate_state(1, np.uint64)[0]))
-        return key
-
-
-class Dropout(nn.Module):  # type: ignore[misc]
-    """Which entries of an adapter's input remain."""
-
-    def __init__(self, rate: float, keys: DropoutKeys, module: int) -> None:
-        super().__init__()
-        self.keep, self._keys, self._module = 1.0 - rate, keys, module
-
-    def mask(self, x: mx.array) -> mx.array | None:
-        """bool, as x; None where every entry remains."""
-        if not self.training or self.keep == 1.0:
+    def mask(self, module: int, x: mx.array) -> mx.array | None:
+        """True where an input of x [.., in] is kept; None: all are. Raises BackendError unless x has N inputs."""
+        if self._keys is None:
             return None
-        mask: mx.array = mx.random.bernoulli(self.keep, x.shape, key=self._keys.key(self._module))
-        return mask
+        tokens, width = self._keys.shape[1], x.shape[-1]
+        if x.size != tokens * width:
+            raise BackendError(
+                f"{self._names[module]} is run on {x.size // width} inputs for {tokens} tokens, so dropout does not "
+                "know which is whose; set lora.dropout: 0, or leave the layer out of lora.targets"
+            )
+        words = dropout.mixed(self._keys[module][:, None] ^ mx.array(dropout.feature_words(width)))  # [N, in / 2]
+        mask: mx.array = words.view(mx.int16)[:, :width] < self._limit
+        return mask.reshape(x.shape)
 
 
 class AdaptedLinear(LoRALinear):  # type: ignore[misc]
@@ -54,7 +53,7 @@ class AdaptedLinear(LoRALinear):  # type: ignore[misc]
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        mask = self.dropout.mask(x)  # the mask is kept for the backward pass, not the masked input
+        mask = self.masks.mask(self.number, x)  # the mask is kept for the backward pass, not the masked input
 
         @mx.custom_function
         def product(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
@@ -70,7 +69,7 @@ class AdaptedLinear(LoRALinear):  # type: ignore[misc]
 
     def factor(self, mask: mx.array | None) -> float:
         """What the adapter's product is multiplied by; what dropout leaves of its input is divided by 1 - p."""
-        return float(self.scale if mask is None else self.scale / self.dropout.keep)
+        return float(self.scale if mask is None else self.scale / self.masks.keep)
 
     def forward(self, x: mx.array, a: mx.array, b: mx.array, mask: mx.array | None) -> tuple[mx.array, mx.array]:
         """y [.., out] and the low-rank product [.., r] that the backward pass needs."""
@@ -106,7 +105,7 @@ def _frozen_grad(linear: nn.Linear | nn.QuantizedLinear, grad_output: mx.array) 
 
 
 def attach(
-    model: nn.Module, modules: Mapping[str, tuple[int, int]], lora: LoraSpec, keys: DropoutKeys
+    model: nn.Module, modules: Mapping[str, tuple[int, int]], lora: LoraSpec, masks: Dropout
 ) -> dict[str, AdaptedLinear]:
     """An adapter on each of `modules` -> (out, in). Raises BackendError for names that MLX's model lacks."""
     named = dict(model.named_modules())
@@ -114,11 +113,11 @@ def attach(
     if missing:
         raise BackendError(f"mlx-lm's model has no linear layers named {', '.join(missing)}")
     adapters: dict[str, AdaptedLinear] = {}
-    for index, name in enumerate(modules):
+    for number, name in enumerate(modules):
         parent, _, leaf = name.rpartition(".")
         adapter = LoRALinear.from_base(named[name], r=lora.rank, scale=lora.scale)
         adapter.__class__ = AdaptedLinear
-        adapter.dropout = Dropout(lora.dropout, keys, index)
+        adapter.masks, adapter.number = masks, number
         setattr(named[parent], leaf, adapter)
         adapters[name] = adapter
     return adapters

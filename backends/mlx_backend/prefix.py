@@ -6,11 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from backends.interface import Batch, IntArray
+from backends.interface import Batch
+from backends.micro_batches import padded_prefixes
 from backends.mlx_backend.head import Head
 
 Pair = tuple[mx.array, mx.array]  # keys and values [B, Hk, S, d]
@@ -27,7 +27,7 @@ def prefix_caches(head: Head, blocks: int, batch: Batch) -> list[Any] | None:
     if not batch.prefixes:
         return None
     recorders = [_Recorder() for _ in range(blocks)]
-    head.states(mx.array(_padded(batch.prefixes)), recorders)
+    head.states(mx.array(padded_prefixes(batch.prefixes)), recorders)
     lengths = [len(batch.prefixes[prefix]) for prefix in batch.prefix_of]
     return [_PrefixCache(_for_rows(recorder, batch), lengths) for recorder in recorders]
 
@@ -89,11 +89,3 @@ def _for_rows(recorder: _Recorder, batch: Batch) -> Pair:
         return mx.broadcast_to(keys, (rows, *keys.shape[1:])), mx.broadcast_to(values, (rows, *values.shape[1:]))
     index = mx.array(batch.prefix_of)
     return keys[index], values[index]
-
-
-def _padded(prefixes: tuple[IntArray, ...]) -> IntArray:
-    """[P, longest], padded on the right."""
-    padded = np.zeros((len(prefixes), max(map(len, prefixes))), np.int32)
-    for row, prefix in zip(padded, prefixes, strict=True):
-        row[: len(prefix)] = prefix
-    return padded

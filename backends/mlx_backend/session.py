@@ -27,7 +27,7 @@ from backends.interface import (
     Wanted,
 )
 from backends.loss_scale import loss_scales
-from backends.micro_batches import check_tokens, joined, own_part
+from backends.micro_batches import check_tokens, joined, numbered, own_part
 from backends.mlx_backend import blas_bridge
 from backends.mlx_backend.costs import NUMPY_PRODUCTS
 from backends.mlx_backend.device import (
@@ -43,7 +43,7 @@ from backends.mlx_backend.device import (
 )
 from backends.mlx_backend.forward import Forward
 from backends.mlx_backend.generate import generate
-from backends.mlx_backend.lora import DropoutKeys, attach
+from backends.mlx_backend.lora import Dropout, attach
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import Tensors, adamw
 from backends.model_folder import folder_of
@@ -104,14 +104,14 @@ class MlxSession:
         self.lora_shapes: Mapping[str, tuple[int, int]] = folder.lora_modules(lora)
         self._optim, self._mlx_device, self._on_cpu = optim, device, on_cpu
         model, self.scheme = load(spec, dtype)
-        self._keys = DropoutKeys(seed)
-        self._layers = attach(model, self.lora_shapes, lora, self._keys)
+        masks = Dropout(lora.dropout, seed, self.lora_shapes)
+        self._layers = attach(model, self.lora_shapes, lora, masks)
         bridged = blas_bridge.serves(device, dtype, spec.checkpointing)
         if bridged:
             blas_bridge.connect(model)
         if spec.checkpointing:
             checkpoint_blocks(model)
-        self._forward = Forward(model, on_cpu, spec.checkpointing, ignored_window(model, folder.config))
+        self._forward = Forward(model, masks, on_cpu, spec.checkpointing, ignored_window(model, folder.config))
         self.shares_prefixes = self._forward.shares_prefixes
         self._vocabulary = folder.vocabulary or sys.maxsize
         self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
@@ -188,6 +188,7 @@ class MlxSession:
             with memory_guard(), mx.stream(self._mlx_device):
                 yield
         finally:
+            self._forward.train(False)
             self._put_in(self._state.adapter)  # and not the traced arrays, which hold a whole step's memory
 
     def _loss_and_grads(self, micro: Sequence[Batch], total: float, scale: float) -> tuple[float, Tensors]:
@@ -197,10 +198,8 @@ class MlxSession:
         """
         loss = 0.0
         grads: Tensors = {}
-        batches = micro if self.shares_prefixes else [joined(batch) for batch in micro]
-        parts = (part for batch in batches for _, part in self._forward.parts(batch))
-        for index, part in enumerate(parts):
-            self._keys.at(self._state.step, index)
+        batches = (batch if self.shares_prefixes else joined(batch) for batch in numbered(micro))
+        for part in (part for batch in batches for _, part in self._forward.parts(batch)):
             loss_of = partial(self._loss, part, self._forward.entering(part), total / scale)
             part_loss, part_grads = mx.value_and_grad(loss_of)(self._state.adapter)
             # a sum also of the first, since an array that came out of a trace may hold on to all that was traced
@@ -211,7 +210,7 @@ class MlxSession:
 
     def _loss(self, part: Batch, entering: mx.array | None, total: float, adapter: Tensors) -> mx.array:
         self._put_in(adapter)
-        return self._forward.loss(part, entering, total)
+        return self._forward.loss(self._state.step, part, entering, total)
 
     def _put_in(self, adapter: Tensors) -> None:
         for module, layer in self._layers.items():

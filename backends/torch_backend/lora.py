@@ -9,37 +9,71 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from backends import dropout
 from backends.interface import BackendError, LoraSpec, Modules
 
 Parameters = dict[str, torch.nn.Parameter]
 
 
 class Dropout:
-    """Masks for the adapters' inputs: a function of seed, step, micro-batch and layer alone; off outside a step."""
+    """The masks of `backends.dropout` for the adapters' inputs; off outside a step. Words are int32, which wraps."""
 
-    def __init__(self, probability: float, seed: int) -> None:
-        self.keep, self._seed = 1.0 - probability, seed
-        self.at: tuple[int, int] | None = None  # step and micro-batch; None: not training
+    def __init__(self, probability: float, seed: int, modules: Modules, device: torch.device) -> None:
+        self.keep = dropout.kept_share(probability)
+        self._limit, self._seed, self._names = dropout.limit(probability), seed, list(modules)
+        words = {width: dropout.feature_words(width) for _, width in modules.values()} if probability else {}
+        self._features = {width: _int32(word, device) for width, word in words.items()}
+        self._modules = _int32(dropout.module_words(modules), device)[:, None]  # [M, 1]
+        self._keys: torch.Tensor | None = None  # [M, N] of the tokens that are run now; None: not training
 
-    def mask(self, layer: int, like: torch.Tensor) -> torch.Tensor | None:
-        """True where an input is kept; None: all are. [N, in]; depends on N too, so a prefix and its rows differ."""
-        if self.at is None or self.keep == 1:
+    def at(self, step: int, where: dropout.Places) -> None:
+        """From here on the tokens at these places are run, in a step that comes after `step` others."""
+        if self._features:
+            tokens = _int32(dropout.token_words(self._seed, step, where), self._modules.device)
+            self._keys = _mixed(self._modules ^ tokens)
+
+    def off(self) -> None:
+        self._keys = None
+
+    def mask(self, module: int, x: torch.Tensor) -> torch.Tensor | None:
+        """True where an input of x [N, in] is kept; None: all are. Raises BackendError where N is another."""
+        if self._keys is None:
             return None
-        entropy = np.random.SeedSequence((self._seed, *self.at, layer, len(like)))
-        generator = torch.Generator(like.device).manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-        return torch.rand(like.shape, device=like.device, generator=generator) < self.keep
+        tokens, width = x.shape
+        keys = self._keys[module]
+        if tokens != len(keys):
+            raise BackendError(
+                f"{self._names[module]} is run on {tokens} inputs for {len(keys)} tokens, so dropout does not know "
+                "which is whose; set lora.dropout: 0, or leave the layer out of lora.targets"
+            )
+        words = _mixed(keys[:, None] ^ self._features[width])  # [N, ceil(in / 2)]
+        return words.view(torch.int16)[:, :width] < self._limit
+
+
+def _int32(words: dropout.Words, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(words.view(np.int32).copy()).to(device)
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    """`dropout.mixed`, in place: x ^ (x >> 16) is the lower halves ^ the upper ones, in one pass."""
+    halves = x.view(torch.int16)
+    lower, upper = halves[..., 0::2], halves[..., 1::2]
+    for _ in range(2):
+        x.mul_(dropout.FACTOR)
+        lower.bitwise_xor_(upper)
+    return x
 
 
 class LoraLinear(torch.nn.Module):  # type: ignore[misc]
     """W x + b + scale * B A dropout(x); W may be 4-bit. A [r, in] and B [out, r] are float32 and act in x's type."""
 
-    def __init__(self, base: torch.nn.Linear, lora: LoraSpec, dropout: Dropout, number: int) -> None:
+    def __init__(self, base: torch.nn.Linear, lora: LoraSpec, masks: Dropout, number: int) -> None:
         super().__init__()
         like = {"dtype": torch.float32, "device": base.weight.device}
         self.base, self._scale = base, lora.scale
         self.lora_A = torch.nn.Parameter(torch.zeros(lora.rank, base.in_features, **like))
         self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, lora.rank, **like))
-        self._dropout, self._number = dropout, number
+        self._masks, self._number = masks, number
 
     @property
     def weight(self) -> torch.Tensor:
@@ -62,8 +96,8 @@ class LoraLinear(torch.nn.Module):  # type: ignore[misc]
 
     def _settings(self, x: torch.Tensor) -> tuple[torch.Tensor | None, float, torch.nn.Linear]:
         """Dropout's mask, the scale with dropout's in it, and the frozen layer."""
-        mask = self._dropout.mask(self._number, x)
-        return mask, self._scale / (1.0 if mask is None else self._dropout.keep), self.base
+        mask = self._masks.mask(self._number, x)
+        return mask, self._scale / (1.0 if mask is None else self._masks.keep), self.base
 
 
 class _Adapted(torch.autograd.Function):  # type: ignore[misc]
@@ -160,7 +194,7 @@ def dense(linear: torch.nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype)
 
 
-def add_adapter(model: Any, modules: Modules, lora: LoraSpec, dropout: Dropout) -> Parameters:
+def add_adapter(model: Any, modules: Modules, lora: LoraSpec, masks: Dropout) -> Parameters:
     """LoRA on exactly `modules`; the float32 tensors by canonical name, in the order of `modules`.
 
     Raises BackendError when a module is missing, is not a linear layer or has another shape.
@@ -174,7 +208,7 @@ def add_adapter(model: Any, modules: Modules, lora: LoraSpec, dropout: Dropout) 
         if not isinstance(base, torch.nn.Linear) or (base.out_features, base.in_features) != (outputs, inputs):
             wrong.append(module)
             continue
-        layer = LoraLinear(base, lora, dropout, number)
+        layer = LoraLinear(base, lora, masks, number)
         model.set_submodule(name, layer)
         parameters |= {f"{module}.lora_A": layer.lora_A, f"{module}.lora_B": layer.lora_B}
     if wrong:

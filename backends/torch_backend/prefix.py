@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from backends.interface import Batch, IntArray
+from backends.micro_batches import padded_prefixes
 
 
 def attends_to_all(model: Any) -> bool:
@@ -27,9 +28,7 @@ class SharedPrefixes:
 
     def __init__(self, body: Any, prefixes: Sequence[IntArray], device: torch.device) -> None:
         self._lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)  # [P]
-        ids = np.zeros((len(prefixes), max(map(len, prefixes))), np.int64)
-        for row, prefix in zip(ids, prefixes, strict=True):
-            row[: len(prefix)] = prefix
+        ids = padded_prefixes(prefixes).astype(np.int64)  # [P, L]
         cache = DynamicCache(config=body.config)
         body(input_ids=torch.from_numpy(ids).to(device), past_key_values=cache, use_cache=True)
         self._computed = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import count, groupby
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from backends.interface import (
     Wanted,
 )
 from backends.loss_scale import loss_scales
-from backends.micro_batches import check_tokens, joined, own_part, parts
+from backends.micro_batches import check_tokens, joined, numbered, own_part, parts, places_of, prefix_places
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 from backends.sampling import check_prompts
@@ -88,7 +88,7 @@ class TorchSession:
         bound_memory(self._device)
         self.lora_shapes = folder_of(model).lora_modules(lora)
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
-        self._dropout = Dropout(lora.dropout, seed)
+        self._dropout = Dropout(lora.dropout, seed, self.lora_shapes, self._device)
         costs = COSTS[device_kind(self._device)]
         self._number_type = model.number_type(device_kind(self._device), half_type(self._device))
         self._spec, self._tokens_at_once = model, costs.tokens_at_once or sys.maxsize
@@ -205,23 +205,28 @@ class TorchSession:
 
     def _backward(self, micro: Sequence[Batch], total: float) -> float:
         """Adds the gradient of sum(w * nll) / total to every adapter tensor and returns that loss."""
-        loss, numbers = torch.zeros((), device=self._device), count()
+        loss = torch.zeros((), device=self._device)
         self._model.train(self._spec.checkpointing)  # blocks are recomputed in training mode alone
         try:
             for batches in self._by_prefixes(micro):
-                self._dropout.at = self._step, next(numbers)
-                prefixes = self._forward.prefixes(batches[0].prefixes) if batches[0].prefixes else None
+                prefixes = self._prefixes(batches[0])
                 for part in (part for batch in batches for _, part in parts(batch, self._tokens_at_once)):
-                    self._dropout.at = self._step, next(numbers)
                     loss += self._backward_part(part, prefixes, total)
                 if prefixes:
                     prefixes.backward()
         finally:
-            self._dropout.at = None
+            self._dropout.off()
             self._model.eval()
         return float(loss)
 
+    def _prefixes(self, batch: Batch) -> SharedPrefixes | None:
+        if not batch.prefixes:
+            return None
+        self._dropout.at(self._step, prefix_places(batch))
+        return self._forward.prefixes(batch.prefixes)
+
     def _backward_part(self, batch: Batch, prefixes: SharedPrefixes | None, total: float) -> torch.Tensor:
+        self._dropout.at(self._step, places_of(batch))
         states, supervised = self._forward.states(batch, prefixes), batch.weights != 0  # [N, D]
         targets, shares = batch.targets[supervised].astype(np.int64), batch.weights[supervised] / np.float32(total)
         loss, grad_states = self._forward.head.loss(states, self._tensor(targets), self._tensor(shares))
@@ -230,7 +235,7 @@ class TorchSession:
 
     def _by_prefixes(self, micro: Sequence[Batch]) -> Iterator[list[Batch]]:
         """Micro-batches that follow one another with the same prefixes, which are then computed once for all."""
-        batches = (batch if not batch.prefixes or self.shares_prefixes else joined(batch) for batch in micro)
+        batches = (batch if not batch.prefixes or self.shares_prefixes else joined(batch) for batch in numbered(micro))
         for _, same in groupby(batches, lambda batch: [prefix.tobytes() for prefix in batch.prefixes]):
             yield list(same)
 

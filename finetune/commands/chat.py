@@ -23,7 +23,7 @@ class Speaker:
     def __init__(self, run: RunFolder, recipe: Recipe, base: bool, backend: str | None) -> None:
         self.recipe, self.clock = recipe, clock_of(run.path)
         adapter = read_adapter(run.adapter)
-        setup = set_up(recipe)
+        setup = set_up(recipe, run.path)
         check_base(run.adapter, setup.folder)
         self.tokenizer, self.stop = setup.tokenizer, stop_tokens(setup.tokenizer)
         self.session: Session = setup.session(registry.choose(backend or recipe.backend))

@@ -11,7 +11,7 @@ from rich.console import Console
 from backends.interface import Session, TrainState
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
-from finetune.disk.identity import clock_of
+from finetune.disk.identity import check_held_out
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
 from finetune.events import Progress
@@ -29,8 +29,10 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
         source = str(local(data, Path.cwd()) or data)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})
     adapter = read_adapter(opened.adapter)
-    job = with_progress(making_ready(recipe, backend, clock_of(opened.path)))
+    job = with_progress(making_ready(recipe, backend, opened.path))
     check_base(opened.adapter, job.folder)
+    if data is None:
+        check_held_out(opened.path, job.prepared)
     session = job.open()
     session.set_state(TrainState(0, adapter.tensors, {}))
     base, tuned = with_progress(_evaluate_both(job, session))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console, RenderableType
@@ -40,7 +39,7 @@ def run(recipe: Recipe, compare: bool) -> None:
     console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
     setup = set_up(recipe)
     folder, tokenizer = setup.folder, setup.tokenizer
-    prepared = with_progress(prepare(recipe, tokenizer, base=Path.cwd(), clock=now()))
+    prepared = with_progress(prepare(recipe, tokenizer, base=None, clock=now()))
     refuse(prepared, recipe)
     console.rule("data, as they will be trained on")
     console.print(account_table(prepared))

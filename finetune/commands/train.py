@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from types import FrameType
 
-from finetune.data.clock import now
-from finetune.disk.identity import clock_of
 from finetune.disk.lock import locked
 from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Interrupted, stopped_by
@@ -72,8 +70,8 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
                 lock = held.enter_context(locked(stopped.path, process_id()))
                 if _finished(stopped):  # by the process that had the lock
                     return
-            clock = clock_of(stopped.path) if stopped else now()
-            job = with_progress(stoppable(making_ready(recipe, clock=clock), stop, "preparing the data"))
+            ready = making_ready(recipe, run=stopped.path if stopped else None)
+            job = with_progress(stoppable(ready, stop, "preparing the data"))
             if folder is None:
                 folder = create(job.recipe, name)  # with the format and the task that were recognised
                 lock = held.enter_context(locked(folder.path, process_id()))

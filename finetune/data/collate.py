@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -42,9 +43,15 @@ def micro_batches(examples: Sequence[Example], micro_tokens: int, share: bool = 
     """One step's examples, grouped by length, each group within micro_tokens of padded tokens.
 
     The longest come first, so that memory runs out at once or not at all. An example longer than the budget
-    is alone in its batch.
+    is alone in its batch. The rows' numbers are those of the examples, and which tokens are of no row depends on the
+    whole step: both stay the same for any micro_tokens, and without `share`.
     """
-    return [batch for _, batch in evaluation_batches(examples, micro_tokens, share)]
+    common = shared_prefix(examples)
+    prefix, made = common if share else 0, []
+    for rows in groups([len(example.tokens) - prefix for example in examples], micro_tokens, prefix):
+        batch = _collated([examples[i] for i in rows], prefix)
+        made.append(replace(batch, rows=tuple(rows), rowless=(common,) * len(rows)))
+    return made
 
 
 def evaluation_batches(
@@ -111,7 +118,11 @@ def width(positions: int) -> int:
 
 def collate(examples: Sequence[Example], share: bool = True) -> Batch:
     """Shifted and padded on the right: inputs, targets, weights [B, T]; T is rounded up to a multiple of 8."""
-    prefix = shared_prefix(examples) if share else 0
+    return _collated(examples, shared_prefix(examples) if share else 0)
+
+
+def _collated(examples: Sequence[Example], prefix: int) -> Batch:
+    """`collate` of rows that begin with the same `prefix` tokens, which stand apart."""
     shape = (len(examples), width(max(len(example.tokens) for example in examples) - prefix - 1))
     inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     weights = np.zeros(shape, np.float32)
@@ -193,4 +204,6 @@ def _narrow(batch: Batch, rows: slice) -> Batch:
         batch.weights[rows, :end],
         tuple(batch.prefixes[i] for i in needed),
         tuple(needed.index(i) for i in batch.prefix_of[rows]),
+        batch.rows[rows],
+        batch.rowless[rows],
     )

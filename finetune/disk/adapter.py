@@ -6,6 +6,7 @@ the one `adapter_config.json` carries the keys of both, and each library ignores
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -20,8 +21,10 @@ from safetensors.numpy import load_file
 from backends.interface import BackendError, FloatArray, IncompatibleState, LoraSpec, Session, TrainState
 from backends.model_folder import ModelFolder, read_object, validate
 from finetune.disk.atomic import write_pieces
+from finetune.disk.base_model import FULL, base_model, fingerprint
 from finetune.disk.safetensors_file import tensor_pieces
 from finetune.errors import Incompatible
+from finetune.events import result_of
 from finetune.recipe.names import is_model_id
 
 PEFT_FILE, MLX_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
@@ -166,6 +169,15 @@ def _from_mlx(name: str, tensor: FloatArray) -> tuple[str | None, FloatArray]:
     return (match[1] + match[2].upper() if match else None), tensor.T
 
 
+def adapter_digest(folder: Path) -> str:
+    """Of the adapter's tensors, rank and scale. Raises Incompatible where the folder has none."""
+    adapter = read_adapter(folder)
+    digest = hashlib.blake2b(f"{adapter.rank} {adapter.scale}".encode(), digest_size=32)
+    for name, tensor in sorted(adapter.tensors.items()):
+        digest.update(f"{name} {tensor.shape}".encode() + tensor.tobytes())
+    return digest.hexdigest()
+
+
 def start_from(session: Session, folder: Path, lora: LoraSpec) -> None:
     """Take an adapter folder (PEFT or mlx-lm) as the start. Raises Incompatible when it does not fit."""
     adapter = read_adapter(folder)
@@ -190,9 +202,12 @@ def check_base(adapter: Path, model: ModelFolder, name: str | None = None) -> No
     config = adapter_config(adapter)
     facts, trained = config.get("finetune"), config.get("base_model_name_or_path")
     if isinstance(facts, dict) and "base_fingerprint" in facts:
-        if facts["base_fingerprint"] != model.fingerprint:
+        trained_on = str(facts["base_fingerprint"])
+        full = trained_on.startswith(FULL)
+        if trained_on != (fingerprint(result_of(base_model(model))) if full else model.sampled_fingerprint):
             raise Incompatible(
-                f"{adapter} was trained on other base weights than those in {model.path}; give the same base"
+                f"{adapter} was trained on other base weights{' or another config' * full} than those in {model.path}; "
+                "give the same base"
             )
     elif isinstance(trained, str) and name and _other_name(trained, name):
         raise Incompatible(

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from datetime import datetime
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
 from backends.model_folder import ModelFolder
 from finetune.data.clock import now
-from finetune.data.rows import Prepared
+from finetune.data.rows import Example, Prepared, Split
+from finetune.disk.adapter import adapter_digest
+from finetune.disk.base_model import base_differences, base_model, listed
 from finetune.disk.run_files import read_json
 from finetune.errors import Incompatible
+from finetune.events import Progress, result_of
 from finetune.recipe.schema import Recipe
 from finetune.text import shorten
 
 CLOCK = "clock"
-# Keys that change where or how fast a run goes, or whose effect the digests of rows and weights already hold.
+KIND = 2  # of identity. The first, of 0.1.0, has no "kind", samples of the weights, and one digest of all rows
+# Keys that change where or how fast a run goes, or whose effect the digests of rows and files already hold.
 _NOT_IDENTITY = {
     "output", "backend", "device", "model.path", "model.revision", "model.dtype", "data.train", "data.valid",
     "data.test", "data.max_dropped", "data.long_rows", "train.micro_tokens", "train.gradient_checkpointing",
@@ -26,20 +30,48 @@ _NOT_IDENTITY = {
 }  # fmt: skip
 
 
-def identity_of(recipe: Recipe, prepared: Prepared, folder: ModelFolder) -> dict[str, Any]:
-    """The recipe's keys that matter, a digest of the rows, and a fingerprint of the base's weights."""
-    settings = {
-        f"{key}": value
-        for key, value in _flat(recipe.model_dump(mode="json", exclude={"data": {"groups"}}))
-        if key not in _NOT_IDENTITY
-    }
-    digest = hashlib.sha256()
-    for split in prepared.splits:
-        for example in split.examples:
-            digest.update(example.tokens.tobytes() + example.weights.tobytes())
+def identity_of(
+    recipe: Recipe, prepared: Prepared, folder: ModelFolder, like: Mapping[str, Any] | None = None
+) -> Generator[Progress, None, dict[str, Any]]:
+    """All that a result depends on: the recipe's keys that matter, the rows of each split, the base, the start.
+
+    like: an identity of this run, whose kind is kept.
+    """
+    values = _flat(recipe.model_dump(mode="json", exclude={"data": {"groups"}}))
+    settings = {key: value for key, value in values if key not in _NOT_IDENTITY}
+    if like is not None and "kind" not in like:
+        rows = sha256(b"".join(_tokens(example) for split in prepared.splits for example in split.examples))
+        return {"base_model_weights": folder.sampled_fingerprint, "data_rows": rows.hexdigest()} | settings
+    start = settings.pop("lora.start_from")
     clock = prepared.renderer.clock if prepared.renderer else None
     written = {} if clock is None else {CLOCK: clock.isoformat()}  # by a chat template; most write no date
-    return {"base_model_weights": folder.fingerprint, "data_rows": digest.hexdigest()} | written | settings
+    base = yield from base_model(folder)
+    return {
+        "kind": KIND,
+        "base_model": base,
+        "rows": rows_of(prepared),
+        "labels": list(prepared.labels),
+        "start": adapter_digest(Path(start)) if start else None,
+        **written,
+        **settings,
+    }
+
+
+def rows_of(prepared: Prepared) -> dict[str, str]:
+    """A digest of each split's rows, in their order, by the split's name."""
+    return {split.name: _rows(split) for split in prepared.splits}
+
+
+def _rows(split: Split) -> str:
+    digest = blake2b(digest_size=32)
+    for example in split.examples:
+        ends = [len(example), example.answer, example.answer_start, example.answer_end]
+        digest.update(json.dumps(ends).encode() + _tokens(example))
+    return digest.hexdigest()
+
+
+def _tokens(example: Example) -> bytes:
+    return example.tokens.tobytes() + example.weights.tobytes()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -72,17 +104,55 @@ def clock_of(run: Path) -> datetime | None:
 def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raises Incompatible with every difference between a checkpoint's identity and this run's."""
     now = json.loads(json.dumps(current))  # as it would come back from a file: tuples are lists
-    differences = [
+    differences = base_differences(saved.get("base_model", {}), now.get("base_model", {})) + row_differences(saved, now)
+    if saved.get("start") != now.get("start"):
+        differences.append("lora.start_from: the adapter there has changed")
+    differences += [
         f"{key.replace('_', ' ')}: the checkpoint has {_value(saved, key)}, this run has {_value(now, key)}"
-        for key in sorted({*saved, *now})
+        for key in sorted({*saved, *now} - {"base_model", "rows", "start"})
         if key not in saved or key not in now or saved[key] != now[key]
     ]
     if differences:
-        lines = "\n  ".join(differences)
         raise Incompatible(
-            f"the checkpoint belongs to another run:\n  {lines}\n"
+            f"the checkpoint belongs to another run:\n  {listed(differences)}\n"
             "Resume with the same recipe, data and model, or start a new run."
         )
+
+
+def row_differences(saved: Mapping[str, Any], now: Mapping[str, Any], only: str | None = None) -> list[str]:
+    """Each split, or that one, which has other rows than an identity says, in words."""
+    before, after = saved.get("rows", {}), now.get("rows", {})
+    names = [name for name in ("train", "valid", "test") if only in (None, name)]
+    return [
+        f"data rows of {name}: other rows than the run began with, or in another order"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def check_model(run: Path, folder: ModelFolder) -> None:
+    """Raises Incompatible where a run's identity names another base than the folder's; one of 0.1.0 names none."""
+    saved = read_identity(run)
+    if saved is None or "base_model" not in saved:
+        return
+    now = result_of(base_model(folder))
+    if lines := base_differences(saved["base_model"], now):
+        what = "other base weights" if saved["base_model"].get("weights") != now["weights"] else "another model"
+        raise Incompatible(
+            f"{run} was trained on {what} than what is in {folder.path} now:\n  {listed(lines)}\n"
+            "Put the model's files back as they were, or train a new run on the model as it is."
+        )
+
+
+def check_held_out(run: Path, prepared: Prepared) -> None:
+    """Raises Incompatible where the rows that a run held out are others now; an identity of 0.1.0 does not say."""
+    saved = read_identity(run)
+    if saved is not None and "rows" in saved:
+        lines = row_differences(saved, {"rows": rows_of(prepared)}, only=prepared.held_out.name)
+        if lines:
+            raise Incompatible(
+                f"{run}:\n  {listed(lines)}\nPut the rows back as they were, or name other rows with --data."
+            )
 
 
 def _value(identity: Mapping[str, Any], key: str) -> str:

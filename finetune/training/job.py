@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
 from backends import registry
 from backends.interface import BackendError, Session
 from backends.model_folder import ModelFolder
+from finetune.data.clock import now
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
 from finetune.data.rows import Prepared
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
+from finetune.disk.identity import check_model, clock_of
 from finetune.errors import Incompatible
 from finetune.events import Progress
 from finetune.recipe.locate import model_folder
@@ -65,9 +67,14 @@ def find_folder(recipe: Recipe) -> ModelFolder:
     return ModelFolder.open(model_folder(recipe.model), recipe.model.remote_code)
 
 
-def set_up(recipe: Recipe) -> Setup:
-    """The recipe's model folder and its tokenizer. Raises as `find_folder` does."""
+def set_up(recipe: Recipe, run: Path | None = None) -> Setup:
+    """The recipe's model folder and its tokenizer. Raises as `find_folder` does.
+
+    run: a run that exists. Raises Incompatible where its model was another, before anything is made of this one.
+    """
     folder = find_folder(recipe)
+    if run is not None:
+        check_model(run, folder)
     return Setup(recipe, folder, load_tokenizer(folder))
 
 
@@ -78,18 +85,16 @@ def refuse_unused_accelerator(recipe: Recipe) -> None:
         raise BackendError(f"{backend}: {unused}; or train on the processor all the same: device=cpu")
 
 
-def making_ready(
-    recipe: Recipe, backend: str | None = None, clock: datetime | None = None
-) -> Generator[Progress, None, Job]:
+def making_ready(recipe: Recipe, backend: str | None = None, run: Path | None = None) -> Generator[Progress, None, Job]:
     """Check the backend, find the model, read and prepare the data. No model is loaded.
 
-    clock: the time of the run, for chat templates that write it; None: each rendering asks the machine, as in runs that
-    have recorded none. The job's recipe names the format and the task that were recognised, so that later commands need
-    not look again.
-    Raises DataError for rows that stop training, Incompatible for tokens that the model lacks.
+    run: one that exists; chat templates write its time, and not today's. The job's recipe names the format and the task
+    that were recognised, so that later commands need not look again.
+    Raises DataError for rows that stop training, Incompatible for tokens that the model lacks or as `set_up` does.
     """
     chosen = registry.choose(backend or recipe.backend)
-    setup = set_up(recipe)
+    setup = set_up(recipe, run)
+    clock = now() if run is None else clock_of(run)
     prepared = yield from prepare(recipe, setup.tokenizer, base=None, clock=clock)
     refuse(prepared, recipe)
     _check_vocabulary(setup, prepared)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from backends import dropout
 from backends.interface import Batch, NonFinite, OptimSpec, TrainState
 from backends.micro_batches import joined
 from tests.conformance.toy import (
@@ -65,7 +66,7 @@ def check_a_token_outside_the_vocabulary_is_refused(case: Case) -> None:
 
 
 def check_padding_changes_nothing(case: Case) -> None:
-    plain, wide = begun(case), begun(case)
+    plain, wide = begun(case, lora=DROPPING), begun(case, lora=DROPPING)
     scores, wide_scores = plain.score(BATCH), wide.score(padded(BATCH, 3))
     rows, width = BATCH.inputs.shape
     np.testing.assert_allclose(wide_scores.logprob[:rows, :width], scores.logprob, atol=2e-5)
@@ -75,7 +76,7 @@ def check_padding_changes_nothing(case: Case) -> None:
 
 
 def check_shared_prefixes_change_no_step(case: Case) -> None:
-    shared, alone = begun(case), begun(case)
+    shared, alone = begun(case, lora=DROPPING), begun(case, lora=DROPPING)
     for batch in (prefixed(), replace(OTHER, prefixes=prefixed().prefixes[:1], prefix_of=(0,) * len(OTHER.inputs))):
         ours, theirs = shared.step([batch, BATCH], LR), alone.step([joined(batch), BATCH], LR)
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5) and ours.tokens == theirs.tokens
@@ -85,7 +86,7 @@ def check_shared_prefixes_change_no_step(case: Case) -> None:
 
 def check_top_layers_learn_the_same_from_rows_seen_again(case: Case) -> None:
     """What a session keeps of frozen layers below the adapter is exact, also for rows cut or padded otherwise."""
-    lora = replace(LORA, layers=1)
+    lora = replace(DROPPING, layers=1)
     kept = case.open(lora=lora)
     kept.set_state(random_adapter(kept))
     for _ in range(3):
@@ -99,21 +100,22 @@ def check_top_layers_learn_the_same_from_rows_seen_again(case: Case) -> None:
 
 
 def check_splitting_changes_nothing(case: Case) -> None:
-    whole = begun(case)
-    expected = [whole.step([batch], LR) for batch in (BATCH, OTHER)]
-    for rows in ([[0], [1, 2, 3, 4]], [[4, 3], [2], [1, 0]]):
-        split = begun(case)
-        results = [split.step([part(batch, *chosen) for chosen in rows], LR) for batch in (BATCH, OTHER)]
-        for result, wanted in zip(results, expected, strict=True):
-            assert result.loss == pytest.approx(wanted.loss, rel=1e-5)
-            assert result.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-4)
-            assert result.tokens == wanted.tokens
-        close(split.get_state(), whole.get_state(), 1e-4)
+    for lora in (LORA, DROPPING):
+        whole = begun(case, lora=lora)
+        expected = [whole.step([batch], LR) for batch in (BATCH, OTHER)]
+        for rows in ([[0], [1, 2, 3, 4]], [[4, 3], [2], [1, 0]]):
+            split = begun(case, lora=lora)
+            results = [split.step([part(batch, *chosen) for chosen in rows], LR) for batch in (BATCH, OTHER)]
+            for result, wanted in zip(results, expected, strict=True):
+                assert result.loss == pytest.approx(wanted.loss, rel=1e-5)
+                assert result.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-4)
+                assert result.tokens == wanted.tokens
+            close(split.get_state(), whole.get_state(), 1e-4)
 
 
 def check_a_micro_batch_without_supervision_is_nothing(case: Case) -> None:
     empty = Batch(BATCH.inputs, BATCH.targets, BATCH.weights * 0)
-    alone, beside = begun(case), begun(case)
+    alone, beside = begun(case, lora=DROPPING), begun(case, lora=DROPPING)
     assert beside.step([BATCH, empty], LR).loss == pytest.approx(alone.step([BATCH], LR).loss, rel=1e-6)
     close(beside.get_state(), alone.get_state())
     before = alone.get_state()
@@ -202,7 +204,34 @@ def check_dropout_acts_and_changes_with_every_step(case: Case) -> None:
     ours, theirs = (begun(case, lora=DROPPING, seed=seed).step([BATCH], 0.0).loss for seed in (0, 1))
     assert ours == first and theirs != first
     twins = begun(case, lora=DROPPING).step([BATCH, BATCH], 0.0).loss
-    assert twins != first, "two micro-batches of one step have the same dropout"
+    assert twins != first, "equal rows of one step have the same dropout"
+
+
+def check_dropout_is_the_one_that_is_defined(case: Case) -> None:
+    """Every module's mask, read from its gradient by A, in which a dropped input has no part at all.
+
+    One token alone is supervised; of the last block's modules, only keys and values are asked of the token before it.
+    """
+    for seed, step, row, position in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 7, 0, 0), (0, 0, 3, 0), (0, 0, 0, 1)):
+        session = case.open(lora=replace(LORA, dropout=0.4), seed=seed)
+        session.set_state(replace(random_adapter(session), step=step))
+        tokens = np.arange(5, 6 + position, dtype=np.int32)[None]
+        weights = (np.arange(1 + position) == position).astype(np.float32)[None]
+        session.step([Batch(tokens, tokens + 4, weights, rows=(row,))], 0.0)
+        grads, modules = session.get_state().moments, session.lora_shapes
+        words = dropout.token_words(seed, step, dropout.places([row], np.array([position]), 1, 0))
+        seen = 0
+        for (module, (_, inputs)), keys in zip(
+            modules.items(), dropout.keys(words, dropout.module_words(modules)), strict=True
+        ):
+            kept = np.abs(grads[f"{module}.lora_A.exp_avg"]).sum(0) > 0  # [in]
+            others = ".layers.0." in module or module.endswith(("k_proj", "v_proj"))
+            if not kept.any() or (position and others):  # what a token attends to, if to one alone, is no choice
+                continue
+            seen += 1
+            expected = dropout.mask(keys, inputs, 0.4)[0]
+            assert np.array_equal(kept, expected), f"{module}: seed {seed}, step {step}, row {row}, at {position}"
+        assert seen >= 4
 
 
 def check_dropout_keeps_the_mean(case: Case) -> None:

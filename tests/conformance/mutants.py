@@ -25,8 +25,8 @@ def with_lora(change: Callable[[LoraSpec], LoraSpec]) -> type[ReferenceSession]:
 
 def with_batch(change: Callable[[Batch], Batch]) -> type[ReferenceSession]:
     class Mutant(ReferenceSession):
-        def _gradient(self, batch: Batch, total: float, rng: np.random.Generator) -> Any:
-            return super()._gradient(change(batch), total, rng)
+        def _gradient(self, batch: Batch, total: float) -> Any:
+            return super()._gradient(change(batch), total)
 
     return Mutant
 
@@ -41,29 +41,63 @@ class MeanOfMeans(ReferenceSession):
         self.count = len(micro)
         return super().step(micro, lr)
 
-    def _gradient(self, batch: Batch, total: float, rng: np.random.Generator) -> Any:
-        return super()._gradient(batch, max(float(batch.weights.sum()), 1e-9) * self.count, rng)
+    def _gradient(self, batch: Batch, total: float) -> Any:
+        return super()._gradient(batch, max(float(batch.weights.sum()), 1e-9) * self.count)
 
 
 class DropoutInScore(ReferenceSession):
     def _logits(self, tokens: Any, kept: Any = None) -> Any:
-        return super()._logits(tokens, kept or self._dropout(len(tokens), np.random.default_rng()))
+        return super()._logits(tokens, kept or self._dropout(np.arange(len(tokens))))
 
 
-class SameDropoutEveryStep(ReferenceSession):
-    def _dropout(self, count: int, rng: np.random.Generator) -> Any:
-        return super()._dropout(count, np.random.default_rng(self._seed))
+class DropoutForgetsTheStep(ReferenceSession):
+    def _dropout(self, where: Any) -> Any:
+        step, self._step = self._step, 0
+        try:
+            return super()._dropout(where)
+        finally:
+            self._step = step
+
+
+class DropoutForgetsTheRow(ReferenceSession):
+    def _dropout(self, where: Any) -> Any:
+        return super()._dropout(where % 2**32)
+
+
+class DropoutForgetsThePosition(ReferenceSession):
+    def _dropout(self, where: Any) -> Any:
+        return super()._dropout(where >> 32 << 32)
+
+
+class DropoutOfTheMicroBatch(ReferenceSession):
+    """Tokens are counted anew in each micro-batch, as they come."""
+
+    def _dropout(self, where: Any) -> Any:
+        return super()._dropout(np.arange(len(where)))
+
+
+class SameDropoutInEveryModule(ReferenceSession):
+    def _dropout(self, where: Any) -> Any:
+        masks = super()._dropout(where)
+        first = {mask.shape: mask for mask in masks.values()}
+        return {module: first[mask.shape] for module, mask in masks.items()}
+
+
+class SameDropoutInEveryBlock(ReferenceSession):
+    def _dropout(self, where: Any) -> Any:
+        masks = super()._dropout(where)
+        return {module: masks[module.replace("layers.1.", "layers.0.")] for module in masks}
 
 
 class DropoutFromOneStream(ReferenceSession):
-    def _dropout(self, count: int, rng: np.random.Generator) -> Any:
-        self.stream = getattr(self, "stream", np.random.default_rng(self._seed))
-        return super()._dropout(count, self.stream)
+    def _dropout(self, where: Any) -> Any:
+        self.drawn = getattr(self, "drawn", 0) + len(where)
+        return super()._dropout(np.arange(self.drawn, self.drawn + len(where)))
 
 
 class DropoutNotScaled(ReferenceSession):
-    def _dropout(self, count: int, rng: np.random.Generator) -> Any:
-        return {module: np.sign(mask) for module, mask in super()._dropout(count, rng).items()}
+    def _dropout(self, where: Any) -> Any:
+        return {module: np.sign(mask) for module, mask in super()._dropout(where).items()}
 
 
 class MomentsNotRestored(ReferenceSession):
@@ -156,6 +190,7 @@ SESSIONS: dict[str, type[ReferenceSession]] = {
     "pads trained": with_batch(lambda batch: replace(batch, weights=np.ones_like(batch.weights))),
     "one row dropped": with_batch(lambda b: Batch(b.inputs[:-1], b.targets[:-1], b.weights[:-1])),
     "weights all one": with_batch(lambda batch: replace(batch, weights=np.sign(batch.weights))),
+    "rows numbered anew in each micro-batch": with_batch(lambda b: replace(b, rows=tuple(range(len(b.inputs))))),
     "targets not shifted": with_batch(lambda batch: replace(batch, targets=batch.inputs)),
 } | {
     mutant.__name__: mutant
@@ -163,7 +198,12 @@ SESSIONS: dict[str, type[ReferenceSession]] = {
         SeedIgnored,
         MeanOfMeans,
         DropoutInScore,
-        SameDropoutEveryStep,
+        DropoutForgetsTheStep,
+        DropoutForgetsTheRow,
+        DropoutForgetsThePosition,
+        DropoutOfTheMicroBatch,
+        SameDropoutInEveryModule,
+        SameDropoutInEveryBlock,
         DropoutFromOneStream,
         DropoutNotScaled,
         MomentsNotRestored,

@@ -14,6 +14,7 @@ import pytest
 from backends.interface import OptimSpec, Session
 from backends.micro_batches import joined, own_part
 from tests.conformance.toy import (
+    DROPPING,
     LORA,
     REAL_BACKENDS,
     Case,
@@ -54,7 +55,7 @@ def test_a_family_computes_shared_prefixes_once_and_the_same(
     """Windows, caches, biases and rotary embeddings of every family, with prefixes of unequal length."""
     usable(backend)
     batch, whole = prefixed(), joined(prefixed())
-    shared, alone = (begun(Case(backend, family_folder(name))) for _ in range(2))
+    shared, alone = (begun(Case(backend, family_folder(name)), lora=DROPPING) for _ in range(2))
     expected = own_part(alone.score(whole), batch)
     np.testing.assert_allclose(shared.score(batch).logprob, expected.logprob, atol=2e-5)
     ours, theirs = shared.step([batch], 1e-2), alone.step([whole], 1e-2)
@@ -76,7 +77,7 @@ def test_a_family_is_the_same_model(
         and version("mlx-lm").startswith("0.31.")
     ):
         pytest.skip("mlx-lm 0.31, the last for Python 3.10, has log-probabilities of Gemma 2 that are 7e-4 off")
-    one, other = (Case(backend, family_folder(name)).open() for backend in pair)
+    one, other = (Case(backend, family_folder(name)).open(lora=DROPPING) for backend in pair)
     base = one.score(BATCH)
     assert base.logprob[BATCH.weights > 0].std() > 0.3, (
         "the model hardly tells tokens apart; equality would mean little"
@@ -93,10 +94,12 @@ def test_a_family_is_the_same_model(
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_ten_steps_are_the_same_steps(pair: tuple[str, str], tiny_folder: Path, usable: Usable) -> None:
+@pytest.mark.parametrize("probability", [0.0, 0.05, 0.5])
+def test_steps_are_the_same_steps(probability: float, pair: tuple[str, str], tiny_folder: Path, usable: Usable) -> None:
     for backend in pair:
         usable(backend)
-    one, other = (Case(backend, tiny_folder).open(optim=OptimSpec(weight_decay=0.01)) for backend in pair)
+    lora, optim = replace(LORA, dropout=probability), OptimSpec(weight_decay=0.01)
+    one, other = (Case(backend, tiny_folder).open(lora=lora, optim=optim) for backend in pair)
     np.testing.assert_allclose(_losses(other), _losses(one), rtol=1e-4)
     one.set_state(other.get_state())  # training that began on one backend continues on the other
     np.testing.assert_allclose(_losses(one), _losses(other), rtol=1e-4)
@@ -116,7 +119,7 @@ def test_an_adapter_merged_into_the_base_is_the_same_model(backend: str, tmp_pat
 
 def _losses(session: Session) -> list[float]:
     batches = [[part(BATCH, 0, 1), part(BATCH, 2, 3, 4)], [OTHER]]
-    return [session.step(batches[number % 2], 5e-3).loss for number in range(10)]
+    return [session.step(batches[number % 2], 5e-3).loss for number in range(12)]
 
 
 def _merged(folder: Path, target: Path, session: Session, scale: float) -> Path:

@@ -78,8 +78,9 @@ def prefixed() -> Batch:
 
 
 def part(batch: Batch, *rows: int) -> Batch:
+    """Some rows, which keep the numbers that they have in the whole batch."""
     chosen = list(rows)
-    return Batch(batch.inputs[chosen], batch.targets[chosen], batch.weights[chosen])
+    return Batch(batch.inputs[chosen], batch.targets[chosen], batch.weights[chosen], rows=rows)
 
 
 def padded(batch: Batch, columns: int) -> Batch:
@@ -94,7 +95,8 @@ def padded(batch: Batch, columns: int) -> Batch:
 
     weights = np.zeros((rows + 2, width + columns), np.float32)
     weights[:rows, :width] = batch.weights
-    return Batch(grown(batch.inputs), grown(batch.targets), weights)
+    numbers = (*batch.rows, 90, 91) if batch.rows else ()
+    return Batch(grown(batch.inputs), grown(batch.targets), weights, rows=numbers)
 
 
 def random_adapter(session: Session, seed: int = 1, size: float = 0.1) -> TrainState:

@@ -24,7 +24,7 @@ RECIPE = f"""
 data: {{train: train.jsonl, valid: test.jsonl}}
 prompt: {{template: "{SYSTEM} {{text}} Answer:"}}
 train: {{epochs: 2, batch_size: 8, learning_rate: 0.01}}
-lora: {{layers: 1}}
+lora: {{layers: 1, dropout: 0.3}}
 """
 # MLX and torch hold the frozen blocks' activations of rows seen before, unless they are to recompute them.
 OPTIONS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,10 +40,11 @@ def prepared(recipe: Recipe) -> Prepared:
 
 
 def losses(name: str, recipe: Recipe, prepared: Prepared) -> np.ndarray:
-    """The loss of every step, dropout off: its masks come from each framework's own generator. [STEPS]"""
+    """The loss of every step, dropout included. [STEPS]"""
     if reason := registry.probe(name):
         pytest.skip(reason)
-    lora = replace(lora_spec(recipe), dropout=0.0)
+    lora = lora_spec(recipe)
+    assert lora.dropout > 0
     model = model_spec(recipe, ModelFolder.open(builtin(recipe.model.path)))
     session = registry.open_session(name, model, lora, optim_spec(recipe), recipe.seed)
     plan, examples, found = make_plan(recipe, len(prepared.train.examples)), prepared.train.examples, []

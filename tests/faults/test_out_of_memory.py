@@ -19,9 +19,8 @@ TRAIN = {"micro_tokens": 400}
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dropout is off: its masks belong to a micro-batch."""
     folder = tmp_path_factory.mktemp("plain")
-    return run_to_the_end(folder / "run", session(folder / "model", dropout=0.0), TRAIN)
+    return run_to_the_end(folder / "run", session(folder / "model"), TRAIN)
 
 
 def short_of_memory(live: Any, rng: random.Random) -> list[str]:
@@ -54,7 +53,7 @@ def short_of_memory(live: Any, rng: random.Random) -> list[str]:
 
 @pytest.mark.parametrize("case", cases(10, 100))
 def test_the_loss_curve_stays_the_same(tmp_path: Path, plain: Path, case: int) -> None:
-    live = session(tmp_path / "model", dropout=0.0)
+    live = session(tmp_path / "model")
     failed = short_of_memory(live, random.Random(case))
     run_to_the_end(tmp_path / "run", live, TRAIN)
     for ours, theirs in zip(losses(tmp_path / "run"), losses(plain), strict=True):
@@ -69,7 +68,7 @@ def test_the_loss_curve_stays_the_same(tmp_path: Path, plain: Path, case: int) -
 def test_the_cases_do_fail(tmp_path: Path) -> None:
     counts = []
     for case in range(10):
-        live = session(tmp_path / f"model{case}", dropout=0.0)
+        live = session(tmp_path / f"model{case}")
         failed = short_of_memory(live, random.Random(case))
         run_to_the_end(tmp_path / f"run{case}", live, TRAIN)
         counts.append(len(failed))

@@ -204,7 +204,7 @@ def test_an_update_out_of_range_is_not_applied(llama: Path) -> None:
 # --- randomness ---------------------------------------------------------------------------------
 
 
-def test_dropout_depends_on_seed_step_and_micro_batch_alone(llama: Path) -> None:
+def test_dropout_depends_on_no_global_state(llama: Path) -> None:
     lora = LoraSpec(4, 8.0, dropout=0.5)
     mx.random.seed(1)
     first = after_steps(opened(llama, lora))
@@ -227,23 +227,14 @@ def test_a_step_draws_the_same_wherever_training_began(llama: Path) -> None:
     assert [resumed.step(batches, 0.0).loss for batches in (twins[:1], twins[:1], twins)] == losses
 
 
-def test_dropout_differs_between_steps_micro_batches_and_modules() -> None:
-    keys = mlx_lora.DropoutKeys(3)
-    seen = set()
-    for step in (0, 1):
-        for micro in (0, 1):
-            keys.at(step, micro)
-            seen |= {tuple(np.array(keys.key(module)).tolist()) for module in (0, 1)}
-    assert len(seen) == 8
-
-
 def test_dropout_keeps_the_mean_and_is_off_in_evaluation(llama: Path, own_products: None) -> None:
-    layer = opened(llama, LoraSpec(4, 8.0, dropout=0.25))._forward.model.layers[0].self_attn.q_proj
-    layer.eval()
-    assert layer.dropout.mask(mx.ones((2, 64))) is None
-    layer.train()
-    kept = np.array(layer.dropout.mask(mx.ones((200, 200))))
-    assert kept.dtype == bool and kept.mean() == pytest.approx(0.75, abs=0.02)
+    session = opened(llama, LoraSpec(4, 8.0, dropout=0.25))
+    layer = session._forward.model.layers[0].self_attn.q_proj
+    session.step([a_batch()], 0.0)
+    assert layer.masks.mask(layer.number, mx.ones((2, 64))) is None
+    layer.masks.at(0, np.arange(4000))
+    with pytest.raises(BackendError, match=r"q_proj is run on 2 inputs for 4000 tokens.*lora\.dropout: 0"):
+        layer(mx.ones((2, 64)))
     layer.lora_a, layer.lora_b = mx.ones((64, 4)), mx.ones((4, 64)) / 4
     x = mx.ones((4000, 64))
     adapted = np.array(layer(x) - layer.linear(x)).mean()  # 2 is the scale: on average nothing is lost
@@ -344,7 +335,7 @@ def test_names_that_the_model_lacks_are_listed(llama: Path) -> None:
             model,
             {"model.layers.0.self_attn.q_proj": (64, 64), "layers.9.q_proj": (64, 64), "model.norm": (64, 64)},
             LoraSpec(4, 8.0),
-            mlx_lora.DropoutKeys(0),
+            mlx_lora.Dropout(0.0, 0, {}),
         )
 
 

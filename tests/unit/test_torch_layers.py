@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from backends.interface import LoraSpec
+from backends.interface import BackendError, LoraSpec
 from backends.torch_backend import attention as torch_attention
 from backends.torch_backend import layers as torch_layers
 from backends.torch_backend.layers import use_own_layers
@@ -17,6 +18,8 @@ from backends.torch_backend.lora import Dropout, LoraLinear
 from tests.tiny_models import family
 
 OWN_NORM = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite")
+CPU = torch.device("cpu")
+NO_DROPOUT = Dropout(0.0, 0, {}, CPU)
 BFLOAT16 = {"atol": 3e-2, "rtol": 3e-2}
 
 
@@ -65,8 +68,9 @@ def adapted(name: str, folder: Path, dropout: Dropout, dtype: torch.dtype) -> An
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("probability", [0.0, 0.4])
 def test_the_gated_layer_is_the_models_own(probability: float, dtype: torch.dtype, tmp_path: Path) -> None:
-    dropout = Dropout(probability, seed=0)
-    dropout.at = (3, 1)
+    parts = ("gate_proj", "up_proj", "down_proj")
+    dropout = Dropout(probability, 0, {part: (64, 64 if part != "down_proj" else 128) for part in parts}, CPU)
+    dropout.at(3, np.arange(15))
     model = adapted("granite", tmp_path, dropout, dtype)
     mlp, x = model.model.layers[1].mlp, torch.randn(3, 5, 64).to(dtype)
     results = []
@@ -98,7 +102,7 @@ def test_only_what_is_llamas_is_replaced(tmp_path: Path) -> None:
 def test_the_lora_layer_is_its_formula(bias: bool, inputs_learn: bool) -> None:
     torch.manual_seed(0)
     base = torch.nn.Linear(12, 20, bias=bias).requires_grad_(False)
-    layer = LoraLinear(base, LoraSpec(3, 6.0), Dropout(0.0, 0), 0)
+    layer = LoraLinear(base, LoraSpec(3, 6.0), NO_DROPOUT, 0)
     torch.nn.init.normal_(layer.lora_A), torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(2, 7, 12, requires_grad=inputs_learn)
     leaves = [layer.lora_A, layer.lora_B] + [x] * inputs_learn
@@ -112,9 +116,9 @@ def test_the_lora_layer_is_its_formula(bias: bool, inputs_learn: bool) -> None:
 
 def test_the_gradient_of_the_lora_layer_is_that_of_finite_differences() -> None:
     torch.manual_seed(0)
-    dropout = Dropout(0.3, seed=1)
-    dropout.at = (0, 0)
-    layer = LoraLinear(torch.nn.Linear(5, 6).double().requires_grad_(False), LoraSpec(2, 3.0), dropout, 4).double()
+    dropout = Dropout(0.3, 1, {"a": (6, 5)}, CPU)
+    dropout.at(0, np.arange(4))
+    layer = LoraLinear(torch.nn.Linear(5, 6).double().requires_grad_(False), LoraSpec(2, 3.0), dropout, 0).double()
     torch.nn.init.normal_(layer.lora_A), torch.nn.init.normal_(layer.lora_B)
     x, gate, up = (torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, layer.lora_A, layer.lora_B), atol=1e-3, rtol=1e-2)
@@ -123,19 +127,14 @@ def test_the_gradient_of_the_lora_layer_is_that_of_finite_differences() -> None:
     )
 
 
-def test_masks_are_a_function_of_seed_step_micro_batch_and_layer() -> None:
-    like, masks = torch.ones(40, 50), []
-    for seed, *place, layer in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 0)):
-        dropout = Dropout(0.25, seed)
-        assert dropout.mask(layer, like) is None  # outside a step
-        dropout.at = tuple(place)
-        masks.append(dropout.mask(layer, like))
-        assert masks[-1].float().mean().item() == pytest.approx(0.75, abs=0.03)
-    assert torch.equal(masks[0], masks[-1])
-    assert len({mask.numpy().tobytes() for mask in masks}) == 5
-    dropout = Dropout(0.0, 0)
-    dropout.at = (0, 0)
-    assert dropout.mask(0, like) is None
+def test_a_layer_that_is_run_on_other_rows_than_the_tokens_is_refused() -> None:
+    dropout = Dropout(0.3, 1, {"experts.up": (6, 5)}, CPU)
+    dropout.at(0, np.arange(4))
+    layer = LoraLinear(torch.nn.Linear(5, 6).requires_grad_(False), LoraSpec(2, 3.0), dropout, 0)
+    with pytest.raises(BackendError, match=r"experts\.up is run on 3 inputs for 4 tokens.*lora\.dropout: 0"):
+        layer(torch.ones(3, 5))
+    dropout.off()
+    layer(torch.ones(3, 5))
 
 
 # --- attention ----------------------------------------------------------------------------------

@@ -155,8 +155,8 @@ def test_a_validation_set_smaller_than_a_batch_and_one_row_are_enough(tmp_path: 
 
 
 def test_out_of_memory_splits_and_learns_the_same(tmp_path: Path, whole: tuple[Trainer, list[Event]]) -> None:
-    plain = list(trainer(tmp_path / "plain", session(tmp_path / "m", dropout=0.0)).events())
-    small = Small(session(tmp_path / "m", dropout=0.0), limit=24)
+    plain = list(trainer(tmp_path / "plain", session(tmp_path / "m")).events())
+    small = Small(session(tmp_path / "m"), limit=24)
     events = list(trainer(tmp_path / "small", small).events())
     assert of(MemorySplit, events), "the limit should have been met"
     assert small.largest <= 24
