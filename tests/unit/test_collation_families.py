@@ -231,7 +231,7 @@ def test_check_finds_no_fault_in_them(name: str, tmp_path: Path) -> None:
 
 
 real = {
-    "collate": batches.collate,
+    "_collated": batches._collated,
     "order": batches.order,
     "groups": batches.groups,
     "find": TurnFinder.find,
@@ -251,13 +251,13 @@ def _without_end(self: Any, *texts: str) -> tuple[int, int, int]:
     return start, content_end, content_end
 
 
-def _unshifted(examples: Sequence[Example], share: bool = True) -> Batch:
+def _unshifted(examples: Sequence[Example], prefix: int) -> Batch:
     moved = [replace(one, weights=np.roll(one.weights, 1)) for one in examples]
-    return real["collate"](moved, share)
+    return real["_collated"](moved, prefix)
 
 
-def _padding_learned(examples: Sequence[Example], share: bool = True) -> Batch:
-    batch = real["collate"](examples, share)
+def _padding_learned(examples: Sequence[Example], prefix: int) -> Batch:
+    batch = real["_collated"](examples, prefix)
     return replace(batch, weights=np.where(batch.targets == 0, np.float32(1), batch.weights))
 
 
@@ -283,8 +283,8 @@ FAULTS: dict[str, tuple[str, Any, str, Any]] = {
     "the prompt learned": ("llama 2", tokenise, "_mask", _everything),
     "the mask one token late": ("command r", tokenise, "_mask", _one_late),
     "pad is EOS, and EOS is masked": ("zephyr", tokenise, "_example", _masked),
-    "weights not shifted": ("gemma", batches, "collate", _unshifted),
-    "padding learned": ("qwen 3", batches, "collate", _padding_learned),
+    "weights not shifted": ("gemma", batches, "_collated", _unshifted),
+    "padding learned": ("qwen 3", batches, "_collated", _padding_learned),
     "the short step dropped": ("granite", batches, "order", lambda n, size, *rest: [
         step for step in real["order"](n, size, *rest) if len(step) == size
     ]),

@@ -177,3 +177,18 @@ def test_half_of_a_batch_keeps_the_prefixes_it_needs():
     assert halves is not None and [len(half.prefixes) for half in halves] == [2, 2]
     for part, half in zip((slice(0, 3), slice(3, 6)), halves, strict=True):
         assert (joined(half).inputs[:, :5] == joined(batch).inputs[part, :5]).all()
+
+
+@given(st.integers(1, 12), st.integers(0, 80), st.integers(30, 600), st.booleans())
+def test_numbers_of_rows_and_tokens_of_no_row_do_not_depend_on_the_cut(count, common, budget, share):
+    rows = beginning_alike(count, common)
+    expected = shared_prefix(rows)
+    seen = []
+    for batch in micro_batches(rows, budget, share):
+        assert [int(target[weights > 0][-1]) for target, weights in zip(batch.targets, batch.weights, strict=True)] == [
+            int(rows[number].tokens[-1]) for number in batch.rows
+        ]
+        assert set(batch.rowless) == {expected}
+        assert [len(prefix) for prefix in batch.prefixes] == ([expected] if share and expected else [])
+        seen += batch.rows
+    assert sorted(seen) == list(range(count))
