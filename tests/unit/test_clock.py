@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from backends.model_folder import ModelFolder
 from finetune.data.clock import DATE, now, reads_clock
 from finetune.data.prepare import prepare
 from finetune.data.renderers import question_tokens
 from finetune.data.rows import Prepared
 from finetune.disk.identity import check_identity, clock_of, identity_of
 from finetune.errors import Incompatible
+from finetune.recipe.locate import builtin
 from finetune.recipe.schema import Recipe
 from tests.unit.data.toy_tokenizers import CHATML, byte_level
 from tests.unit.toy_run import result_of
@@ -42,11 +44,16 @@ def told(folder: Path, template: str, clock: datetime | None) -> Prepared:
     return result_of(prepare(recipe(folder), byte_level(template), base=folder, clock=clock))
 
 
+def identity(folder: Path, found: Prepared) -> dict[str, Any]:
+    base = ModelFolder.open(builtin("builtin:reviews-base"))
+    return result_of(identity_of(recipe(folder), found, base))
+
+
 def begun(folder: Path, found: Prepared) -> dict[str, Any]:
     """The identity of a run with these rows, written into its folder."""
-    identity = identity_of(recipe(folder), found, _FOLDER)
-    (folder / "identity.json").write_text(json.dumps(identity))
-    return identity
+    written = identity(folder, found)
+    (folder / "identity.json").write_text(json.dumps(written))
+    return written
 
 
 @pytest.mark.parametrize("template", WRITES)
@@ -61,15 +68,15 @@ def test_a_run_keeps_its_time_and_a_new_one_has_its_own(tmp_path: Path) -> None:
     first = begun(tmp_path, told(tmp_path, SECONDS, MONDAY))
     assert clock_of(tmp_path) == MONDAY
     time.sleep(1.1)
-    again = identity_of(recipe(tmp_path), told(tmp_path, SECONDS, clock_of(tmp_path)), _FOLDER)
+    again = identity(tmp_path, told(tmp_path, SECONDS, clock_of(tmp_path)))
     check_identity(first, again)
     with pytest.raises(Incompatible, match="clock: the checkpoint has"):
-        check_identity(first, identity_of(recipe(tmp_path), told(tmp_path, SECONDS, TUESDAY), _FOLDER))
+        check_identity(first, identity(tmp_path, told(tmp_path, SECONDS, TUESDAY)))
 
 
 def test_runs_without_a_time_keep_their_behaviour(tmp_path: Path) -> None:
-    identity = begun(tmp_path, told(tmp_path, "On {{ date_string }}. " + CHATML, None))
-    assert "clock" not in identity and clock_of(tmp_path) is None
+    written = begun(tmp_path, told(tmp_path, "On {{ date_string }}. " + CHATML, None))
+    assert "clock" not in written and clock_of(tmp_path) is None
     old = told(tmp_path, "On {{ date_string }}. " + CHATML, None).train.examples[0]
     assert old.prompt.startswith(f"On {DATE}. ")
     today = told(tmp_path, "{{ strftime_now('%Y') }}" + CHATML, None).train.examples[0]
@@ -88,6 +95,3 @@ def test_a_run_that_has_not_begun_takes_its_own_time_and_a_damaged_one_says_so(t
     (tmp_path / "identity.json").write_text('{"clock": "yesterday"}')
     with pytest.raises(Incompatible, match="clock cannot be read"):
         clock_of(tmp_path)
-
-
-_FOLDER: Any = type("Folder", (), {"fingerprint": "f"})()
