@@ -53,6 +53,7 @@ def test_describes_itself(name: str, usable: Usable) -> None:
         "versions": dict,
         "4bit": bool,
         "checkpointing": bool,
+        "half": str,
     }
     assert facts["4bit"] == (name not in WITHOUT_4BIT) or facts["device"].startswith("mps")
 
