@@ -30,7 +30,12 @@ class _Specials(BaseModel):
     places: list[Any]
 
 
+class _Split(BaseModel):
+    left_out_fields: dict[str, int] = {}  # an earlier version wrote none
+
+
 class _Told(BaseModel):
+    splits: dict[str, _Split]
     duplicates: _Pairs
     personal: dict[str, _Kind]
     special_tokens: _Specials
