@@ -116,7 +116,7 @@ NONSENSE: dict[str, tuple[str, Callable[[Path], None]]] = {
     "check.json: a key is missing": ("check.json", written("check.json", '{"duplicates": 1}')),
     "check.json: no reasons": ("check.json", written("check.json", json.dumps({
         "duplicates": {"exact": [], "near": [], "leaks": []}, "special_tokens": {"meant": True, "places": []},
-        "personal": {}, "faults": 0, "enough": {"level": "enough", "reasons": []},
+        "splits": {}, "personal": {}, "faults": 0, "enough": {"level": "enough", "reasons": []},
     }))),
     "base: fewer rows": ("evaluation-base.json", evaluation(lambda v: v["results"].pop())),
     "base: other rows": ("evaluation-base.json", evaluation(lambda v: v["results"].reverse())),
