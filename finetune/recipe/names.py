@@ -104,14 +104,14 @@ def absolute_paths(recipe: Recipe, folder: Path, overridden: Collection[str]) ->
     gave them. Hub ids, and what is built in, stay as they are.
     """
     values = recipe.model_dump()
-    check_path("output", recipe.output)
-    for section, key in (*_DATA_KEYS, ("model", "path"), ("lora", "start_from")):
-        if values[section][key] is not None:
-            check_path(f"{section}.{key}", values[section][key])
+    _check_path("output", recipe.output, folder)
 
     def start(section: str, key: str) -> Path:
         return Path.cwd() if f"{section}.{key}" in overridden else folder
 
+    for section, key in (*_DATA_KEYS, ("model", "path"), ("lora", "start_from")):
+        if values[section][key] is not None:
+            _check_path(f"{section}.{key}", values[section][key], start(section, key))
     for section, key in _DATA_KEYS:
         text = values[section][key]
         if text is not None and (path := local(text, start(section, key))):
@@ -126,11 +126,13 @@ def absolute_paths(recipe: Recipe, folder: Path, overridden: Collection[str]) ->
     return Recipe.model_validate(values)
 
 
-def check_path(key: str, given: str) -> None:
+def _check_path(key: str, given: str, start: Path) -> None:
     """Raises RecipeError for text that no system takes as a path, or whose `~` stands for no folder."""
     try:
         if b"\0" in os.fsencode(given):
             raise RecipeError(f"{key}: {shorten(repr(given), 80)} holds a NUL character; no path has one")
+        if _there(start / given):  # a file may be called so
+            return
         Path(given).expanduser()
     except UnicodeEncodeError:
         reason = "holds half a character (a lone surrogate); write the character itself"
