@@ -11,7 +11,7 @@ mx = pytest.importorskip("mlx.core")
 nn = pytest.importorskip("mlx.nn")
 pytest.importorskip("torch")
 
-from backends.interface import BackendError, Batch, LoraSpec, ModelSpec, OptimSpec  # noqa: E402
+from backends.interface import BackendError, Batch, LoraSpec, ModelSpec, OptimSpec  # noqa: E402, OutOfMemory
 from backends.kept_states import Activations  # noqa: E402
 from backends.micro_batches import joined  # noqa: E402
 from backends.mlx_backend import attention as mlx_attention  # noqa: E402
@@ -246,7 +246,7 @@ def test_what_is_no_misfit_is_not_hidden_when_a_shortcut_is_tried(
         raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
 
     monkeypatch.setattr("backends.mlx_backend.frozen.FrozenBlocks._computed", failing)
-    with pytest.raises(RuntimeError, match="malloc"):
+    with pytest.raises(OutOfMemory, match="malloc"):
         opened(tiny_llama(tmp_path), replace(LORA, layers=1))
 
 
