@@ -11,7 +11,7 @@ mx = pytest.importorskip("mlx.core")
 nn = pytest.importorskip("mlx.nn")
 pytest.importorskip("torch")
 
-from backends.interface import BackendError, Batch, LoraSpec, ModelSpec, OptimSpec  # noqa: E402, OutOfMemory
+from backends.interface import BackendError, Batch, LoraSpec, ModelSpec, OptimSpec, OutOfMemory  # noqa: E402
 from backends.kept_states import Activations  # noqa: E402
 from backends.micro_batches import joined  # noqa: E402
 from backends.mlx_backend import attention as mlx_attention  # noqa: E402
