@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from backends.interface import BackendError, CheckedFolder, LoraSpec, ModelSpec
-from backends.untrusted import WEIGHTS, Shapes, check_claims, check_code, check_files, needs_code, read_object, validate
+from backends.untrusted import (
+    WEIGHTS,
+    Shapes,
+    check_claims,
+    check_code,
+    check_files,
+    check_switches,
+    needs_code,
+    read_object,
+    validate,
+)
 
 __all__ = ["ModelFolder", "folder_of", "legacy_rope", "read_object", "validate"]
 
@@ -41,6 +51,7 @@ class ModelFolder:
         weights = {file: checked[file] for file in sorted(path.glob(WEIGHTS))}
         stamps = {file: _stamp(file) for file in (path / "config.json", *weights)}
         folder = cls(path, remote_code, config, weights, written, stamps)
+        check_switches(path, (config, folder.text_config))
         if folder.weights:
             check_claims(path, (config, folder.text_config), folder.shapes)
         return folder

@@ -16,7 +16,7 @@ from backends.model_folder import ModelFolder
 from finetune.data.tokenizer import stop_tokens
 from finetune.errors import EnvironmentProblem, RecipeError
 from finetune.training import job
-from tests.unit.hostile import CONFIG, model, model_bytes
+from tests.unit.hostile import CONFIG, header_of, model, model_bytes, refused, with_header
 
 POSITIONS: dict[str, tuple[str, int, dict[str, Any], int | None]] = {
     "OPT, two more than its config says": (
@@ -97,3 +97,36 @@ def test_an_end_token_that_no_token_is(tmp_path: Path, monkeypatch: pytest.Monke
     file.write_text(json.dumps({"eos_token_id": listed}))
     with pytest.raises(EnvironmentProblem, match=r"generation_config\.json: eos_token_id holds a number"):
         stop_tokens(tokenizer)
+
+
+@pytest.mark.parametrize("value", [True, 1, "yes", [1]], ids=str)
+@pytest.mark.parametrize("key", ["output_attentions", "output_hidden_states", "torchscript"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_config_that_changes_what_the_model_gives(tmp_path: Path, key: str, value: Any, nested: bool) -> None:
+    settings = {"text_config": CONFIG | {key: value}} if nested else {key: value}
+    with pytest.raises(BackendError, match=f"config.json says {key}: .* changes what the model gives; remove it"):
+        ModelFolder.open(model(tmp_path / "model", CONFIG | settings))
+    for usual in (False, None):
+        ModelFolder.open(model(tmp_path / "model", CONFIG | {key: usual, "return_dict": True}))
+
+
+@pytest.mark.parametrize("key", ["return_dict", "use_return_dict"])
+def test_a_config_that_gives_tuples(tmp_path: Path, key: str) -> None:
+    with pytest.raises(BackendError, match=f"config.json says {key}: False"):
+        ModelFolder.open(model(tmp_path / "model", CONFIG | {key: False}))
+
+
+@pytest.mark.parametrize("claimed", [True, False], ids=["its header claims it", "its header knows nothing of it"])
+def test_weights_of_a_terabyte_in_a_sparse_file(tmp_path: Path, claimed: bool) -> None:
+    folder, size = model(tmp_path / "model"), 2**40
+    header, _ = header_of(model_bytes())
+    if claimed:
+        end = max(one["data_offsets"][1] for one in header.values())
+        header["model.far.weight"] = {"dtype": "F32", "shape": [size // 4, 1], "data_offsets": [end, end + size]}
+        size += end
+    file = folder / "model.safetensors"
+    file.write_bytes(with_header(header, b""))
+    with file.open("r+b") as opened_file:
+        opened_file.truncate(file.stat().st_size + size)
+    message = refused(ModelFolder.open, folder) or ""
+    assert "model.safetensors" in message
