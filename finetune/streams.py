@@ -9,14 +9,17 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any, TextIO, cast
 
 from finetune.text import harmless
 
 _GONE = {errno.EPIPE, errno.EIO, errno.ESHUTDOWN, errno.ECONNRESET}  # EIO: a terminal that was closed
+_MOVES = re.compile(r"\n*(?:\x1b\[A)*")  # of tqdm, from one bar to another
 
 
 class _Outliving(io.FileIO):
@@ -68,6 +71,29 @@ class Guarded:
         if name in ("buffer", "detach"):  # a way around
             raise AttributeError(name)
         return getattr(self.beneath, name)
+
+
+class _Bars(Guarded):
+    """Lets the progress bars of a library write over themselves: a line begun anew, and moves between such lines."""
+
+    def write(self, text: str) -> int:
+        if _MOVES.fullmatch(text):
+            self.beneath.write(text)
+        else:
+            anew = text.startswith("\r")
+            self.beneath.write("\r" * anew + harmless(text[anew:]))
+        return len(text)
+
+
+@contextmanager
+def showing_bars() -> Iterator[None]:
+    """Inside, libraries may show progress bars on standard error."""
+    before = sys.stderr
+    sys.stderr = cast(TextIO, _Bars(unguarded(before)))
+    try:
+        yield
+    finally:
+        sys.stderr = before
 
 
 def guard() -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.console import Console, plain_page
-from finetune.streams import Guarded, guard
+from finetune.streams import Guarded, guard, showing_bars
 from finetune.text import harmless
 
 POISON = "\x1b]0;pwned\x07\x9d0;pwned\x9c\u202e\u2066\u2028\x08\r\x7f\ud83d[red]mark[/red][/nothing]"
@@ -131,6 +131,24 @@ def test_nothing_that_is_printed_is_obeyed(screen: Terminal, kind: str, live: bo
         PRINTED[kind]()
     assert not obeyed(screen.getvalue())
     assert "pwned" in screen.getvalue()
+
+
+def test_progress_bars_of_a_library_write_over_themselves(screen: Terminal) -> None:
+    from tqdm import tqdm
+
+    with showing_bars():
+        first, second = tqdm(total=2, desc=f"a{POISON}", ncols=200), tqdm(total=2, desc="b", ncols=80, position=1)
+        first.update(2)
+        second.update(1)
+        second.close()
+        first.close()
+        print(f"x{POISON}", file=sys.stderr)
+    assert not obeyed(screen.getvalue().replace("\r", ""))
+    assert "\ra" + r"\x1b]0;pwned" in screen.getvalue()
+    assert "\x1b[A" in screen.getvalue()
+    assert r"x\x1b]0;pwned" in screen.getvalue()
+    print("\x1b[A", file=sys.stderr)
+    assert screen.getvalue().endswith("\\x1b[A\n")  # what is printed otherwise moves nothing
 
 
 def test_a_bypass_is_seen(screen: Terminal) -> None:
