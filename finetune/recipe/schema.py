@@ -93,12 +93,13 @@ class Train(Section):
     micro_tokens: Positive | Literal["auto"] = MICRO_TOKENS
     """Tokens, padding counted, that are in memory at once: fewer where they would not fit; auto: as many as fit.
     A matter of memory alone, never of the result."""
-    learning_rate: Annotated[float, Field(gt=0.0, le=1e6)] = 2e-4
+    # With the largest rate and decay their product still fits float32.
+    learning_rate: Annotated[float, Field(gt=0.0, le=1e37)] = 2e-4
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: Share = 0.05
     """The share of all steps over which the rate rises from zero."""
-    weight_decay: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0.0, le=1e12)] | None = 1.0
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0.0, le=1e37)] | None = 1.0
     max_length: Annotated[int, Field(ge=8, le=10**9)] = 1024
     """Tokens in an example; longer ones meet the truncation policy."""
     truncation: Literal["prompt", "end", "drop", "error"] = "prompt"

@@ -41,7 +41,7 @@ NUMBERS = [
         ("train", "steps", ("1" + "0" * 400,)),
         ("train", "epochs", ("1" + "0" * 18,)),
         ("train", "learning_rate", ("1e308", "1e39", "-1e-4", ".inf")),
-        ("train", "weight_decay", ("1e308", "1e39")),
+        ("train", "weight_decay", ("1e308", "1e39", "11.0")),
         ("train", "clip_norm", ("1e308", "0.0")),
         ("train", "max_length", ("1" + "0" * 400,)),
         ("train", "checkpoint_minutes", ("1e308",)),
