@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.command import Answer, Work
-from tests.unit.test_console import obeyed
+from tests.unit.test_console import OURS, obeyed
 
 ESC = "\x1b]0;pwned\x07[red]mark[/red][/nothing]"
 DIRECTION = "\x9d0;pwned\x9c\u202e"
@@ -94,7 +94,8 @@ def test_no_command_obeys_what_it_reads(work: Work, surroundings: str) -> None:
     answers = work.several(*begin, before=surroundings)
     _look(answers, begin)
     assert [answer.code for answer in answers][:6] == [0, 3, 3, 0, 0, 0], answers[:6]
-    assert r"\x1b]0;pwned" in answers[4].out  # the special token, shown with a row
+    shown = OURS.sub("", answers[4].out).replace("\n", "")
+    assert r"<e\x1b]0;pwned" in shown  # the special token, shown with a row
     run = work.runs()[-1]
     asked = [["eval", str(run)], ["generate", str(run), f"a {ESC}"], ["chat", str(run)], ["resume", str(run)]]
     said = work.several(*asked, typed=f"a film {ESC}\n\n", before=surroundings + ANSWERS)

@@ -23,7 +23,7 @@ from finetune.streams import Guarded, guard, showing_bars
 from finetune.text import harmless
 
 POISON = "\x1b]0;pwned\x07\x9d0;pwned\x9c\u202e\u2066\u2028\x08\r\x7f\ud83d[red]mark[/red][/nothing]"
-OURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r(?=\x1b\[2K|\n)")  # colours and moves of rich's own
+OURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r(?=\x1b\[|\n|$)")  # colours and moves of rich's own
 ROOT = Path(__file__).parents[2]
 
 
