@@ -37,7 +37,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 
     folder = tmp_path_factory.mktemp("poison")
     work = Work(folder / "work", _poisoned(model_with_tokenizer(folder / "model")))
-    texts = [f"a {'good' if i % 2 else 'bad'} film {i} {ESC} {DIRECTION}" for i in range(40)]
+    texts = [f"a {'good' if i % 2 else 'bad'} film {i} [red]mark[/red][/nothing] \u202e" for i in range(40)]
     work.lines("train.jsonl", [
         {"text": text, "label": ("positive" if i % 2 else "negative") + DIRECTION, f"id{ESC}": i}
         for i, text in enumerate(texts)
@@ -70,8 +70,8 @@ MISTAKES = {
     "model": "",
 }
 BEGIN = [
-    ["init", "train.jsonl", "--output", "new{}.yaml", "--model", "model"], ["init", "twice.json"],
-    ["check", "one.jsonl"], ["check", "recipe.yaml"], ["plan", "recipe.yaml"], ["train", "recipe.yaml"],
+    ["init", "train.jsonl", "--output", "new{}.yaml", "--model", "model"],
+    ["init", "twice.json", "--output", "other.yaml"], ["check", "one.jsonl"], ["check", "recipe.yaml"], ["plan", "recipe.yaml"], ["train", "recipe.yaml"],
     *(["plan", f"{name}.yaml"] for name in MISTAKES), ["check", "target.yaml"], ["check", "column.yaml"],
     ["plan", f"no{ESC}.yaml"], ["plan", "recipe.yaml", f"--a{ESC}"], ["plan", "recipe.yaml", f"a{ESC}=1"],
     ["eval", f"no{ESC}"], ["resume", f"no{ESC}"],

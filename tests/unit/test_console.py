@@ -8,7 +8,8 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_a_page_obeys_no_text(kind: str) -> None:
 
 
 def _warned() -> None:
-    warnings.showwarning(POISON, UserWarning, "file.py", 1)
+    sys.stderr.write(warnings.formatwarning(POISON, UserWarning, "file.py", 1))
 
 
 def _logged() -> None:
@@ -110,53 +111,52 @@ PRINTED: dict[str, Callable[[], object]] = {
 }
 
 
-@pytest.fixture
-def screen(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+@contextmanager
+def guarded() -> Iterator[Terminal]:
     """Standard output and standard error of a terminal, guarded as the command line guards them."""
     terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(sys, "stderr", terminal)
-    guard()
-    return terminal
+    with redirect_stdout(terminal), redirect_stderr(terminal):
+        guard()
+        yield terminal
 
 
 @pytest.mark.parametrize("kind", PRINTED)
 @pytest.mark.parametrize("live", [True, False])
-def test_nothing_that_is_printed_is_obeyed(screen: Terminal, kind: str, live: bool) -> None:
-    if live:
-        with Live(console=Console(stderr=True, width=300, force_terminal=True)):
+def test_nothing_that_is_printed_is_obeyed(kind: str, live: bool) -> None:
+    with guarded() as screen:
+        console = Console(stderr=True, width=300, force_terminal=True)
+        with Live(console=console) if live else nullcontext():
             guard()
             PRINTED[kind]()
-    else:
-        PRINTED[kind]()
     assert not obeyed(screen.getvalue())
     assert "pwned" in screen.getvalue()
 
 
-def test_progress_bars_of_a_library_write_over_themselves(screen: Terminal) -> None:
+def test_progress_bars_of_a_library_write_over_themselves() -> None:
     from tqdm import tqdm
 
-    with showing_bars():
-        first, second = tqdm(total=2, desc=f"a{POISON}", ncols=200), tqdm(total=2, desc="b", ncols=80, position=1)
-        first.update(2)
-        second.update(1)
-        second.close()
-        first.close()
-        print(f"x{POISON}", file=sys.stderr)
-    assert not obeyed(screen.getvalue().replace("\r", ""))
-    assert "\ra" + r"\x1b]0;pwned" in screen.getvalue()
-    assert "\x1b[A" in screen.getvalue()
-    assert r"x\x1b]0;pwned" in screen.getvalue()
-    print("\x1b[A", file=sys.stderr)
-    assert screen.getvalue().endswith("\\x1b[A\n")  # what is printed otherwise moves nothing
+    with guarded() as screen:
+        with showing_bars():
+            first, second = tqdm(total=2, desc=f"a{POISON}", ncols=200), tqdm(total=2, desc="b", ncols=80, position=1)
+            first.update(2)
+            second.update(1)
+            second.close()
+            first.close()
+            print(f"x{POISON}", file=sys.stderr)
+        print("\x1b[A", file=sys.stderr)
+    shown = screen.getvalue()
+    assert not obeyed(shown.replace("\r", ""))
+    for expected in ("\ra" + r"\x1b]0;pwned", "\x1b[A", r"x\x1b]0;pwned"):
+        assert expected in shown
+    assert shown.endswith("\\x1b[A\n")  # what is printed otherwise moves nothing
 
 
-def test_a_bypass_is_seen(screen: Terminal) -> None:
+def test_a_bypass_is_seen() -> None:
     """The checks above can fail: what is written beneath the guard is found."""
-    stream = sys.stdout
-    assert isinstance(stream, Guarded)
-    stream.beneath.write(POISON.replace("\ud83d", ""))
-    RichConsole(file=screen, markup=False).print(POISON)
+    with guarded() as screen:
+        stream = sys.stdout
+        assert isinstance(stream, Guarded)
+        stream.beneath.write(POISON.replace("\ud83d", ""))
     assert {"\x1b", "\x9d", "\u202e"} <= obeyed(screen.getvalue())
 
 
