@@ -11,11 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from backends.interface import BackendError, CheckedFolder, LoraSpec, ModelSpec
-from backends.untrusted import WEIGHTS, Shapes, check_claims, check_code, check_files, needs_code, read_object, validate
+from backends.untrusted import (
+    WEIGHTS,
+    Shapes,
+    check_claims,
+    check_code,
+    check_files,
+    check_switches,
+    needs_code,
+    read_object,
+    validate,
+)
 
 __all__ = ["ModelFolder", "folder_of", "legacy_rope", "read_object", "validate"]
 
 _IN_BLOCK = re.compile(r"\blayers\.(\d+)\.(.+)\.weight$")
+_POSITIONS = re.compile(r"\b(wpe|embed_positions|position_embeddings)\.weight$")
 _NOT_ADAPTED = re.compile(r"\bexperts\b|\brouter\b|(^|\.)gate$|norm")  # experts are chosen by token, not by layer
 
 
@@ -40,6 +51,7 @@ class ModelFolder:
         weights = {file: checked[file] for file in sorted(path.glob(WEIGHTS))}
         stamps = {file: _stamp(file) for file in (path / "config.json", *weights)}
         folder = cls(path, remote_code, config, weights, written, stamps)
+        check_switches(path, (config, folder.text_config))
         if folder.weights:
             check_claims(path, (config, folder.text_config), folder.shapes)
         return folder
@@ -72,6 +84,13 @@ class ModelFolder:
             return size
         embeddings = (shape[0] for name, shape in self.shapes.items() if name.endswith("embed_tokens.weight"))
         return max(embeddings, default=None)
+
+    @cached_property
+    def positions(self) -> int | None:
+        """How many positions the model has learned embeddings for (GPT-2, OPT); None where it computes them."""
+        learned = [shape[0] for name, shape in self.shapes.items() if _POSITIONS.search(name) and len(shape) == 2]
+        stated = (self.text_config.get(key) for key in ("max_position_embeddings", "n_positions"))
+        return min([*learned, *(count for count in stated if type(count) is int)]) if learned else None
 
     @property
     def blocks(self) -> int:
@@ -119,6 +138,10 @@ class ModelFolder:
         if unknown or not linear:
             missing = ", ".join(unknown) or "anything"
             raise BackendError(f"{self.path}: no linear layer named {missing}; there are {', '.join(names) or 'none'}")
+        if lora.rank > (most := max(max(shape) for shape in linear.values())):
+            raise BackendError(
+                f"{self.path}: lora.rank {lora.rank:,}, and its largest layer is {most:,} wide; lower it"
+            )
         first = 0 if lora.layers is None else max(blocks.values()) + 1 - lora.layers
         chosen = [m for m in linear if blocks[m] >= first and (not lora.targets or _leaf(m) in lora.targets)]
         return {module: linear[module] for module in sorted(chosen, key=lambda m: (blocks[m], m))}

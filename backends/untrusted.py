@@ -34,6 +34,10 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "num_attention_heads",
     "num_key_value_heads", "n_head", "head_dim", "num_experts", "num_local_experts", "n_routed_experts",
 )  # fmt: skip
+_SWITCHES = {
+    "output_attentions": False, "output_hidden_states": False, "torchscript": False, "return_dict": True,
+    "use_return_dict": True,
+}  # fmt: skip
 _PACKED = 32  # values that one word of a quantised tensor may hold
 
 
@@ -66,6 +70,9 @@ def validate(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise BackendError(f"{file}: not a whole safetensors file ({error!s:.200}); download it again") from None
+    except MemoryError:  # a sparse file claims any size
+        size = file.stat().st_size
+        raise BackendError(f"{file}: {size:,} bytes, and this machine cannot map so many; is it whole?") from None
 
 
 def check_files(folder: Path) -> dict[Path, Shapes]:
@@ -126,6 +133,16 @@ def check_code(folder: Path, config: Mapping[str, Any], remote_code: bool) -> No
     for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
         if "/" in str(config.get(key)) and not remote_code:  # a kernel that would be downloaded
             raise needs_code(folder, f"{key}: {_short(config[key])}")
+
+
+def check_switches(folder: Path, parts: Iterable[Mapping[str, Any]]) -> None:
+    """Raises BackendError where a config changes what the model's forward pass gives. parts: as of `check_claims`."""
+    for part in parts:
+        for key, usual in _SWITCHES.items():
+            if (value := part.get(key)) is not None and bool(value) != usual:
+                raise BackendError(
+                    f"{folder}: config.json says {key}: {_short(value)}, which changes what the model gives; remove it"
+                )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from finetune.errors import DataError, explain
-from finetune.streams import outlive_readers
+from finetune.streams import guard, outlive_readers
 
 START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
 
@@ -34,7 +34,7 @@ def _print_version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version
 
-        typer.echo(f"finetune {version('recipe-finetune')}")
+        print(f"finetune {version('recipe-finetune')}")
         raise typer.Exit
 
 
@@ -211,7 +211,7 @@ def schema() -> None:
 
     from finetune.recipe.schema import Recipe
 
-    typer.echo(json.dumps(Recipe.model_json_schema() | {"title": "finetune recipe"}, indent=2))
+    print(json.dumps(Recipe.model_json_schema() | {"title": "finetune recipe"}, indent=2))
 
 
 def _train(file: Path, overrides: list[str], backend: str | None, alone: bool) -> None:
@@ -240,6 +240,11 @@ def _begin(alone: bool = True) -> None:
 def main() -> None:
     """Run the command. Every error that the user can fix is one message and one exit code."""
     outlive_readers()
+    guard()
+    if sys.stdout.isatty() or sys.stderr.isatty() or os.environ.get("FORCE_COLOR"):
+        from finetune.console import colour_help
+
+        colour_help()
     try:
         app(prog_name="finetune")
     except (Exception, KeyboardInterrupt) as error:

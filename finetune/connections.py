@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from finetune.errors import EnvironmentProblem
+from finetune.streams import showing_bars
 from finetune.text import harmless
 
 # Set where the user has not: the libraries then do not even try.
@@ -72,7 +73,8 @@ def to_hub() -> Iterator[None]:
     _allowed = (*_HUB, *(urlsplit(one).hostname or "" for one in (constants.ENDPOINT, *getproxies().values())))
     try:
         _set_offline(False)
-        yield
+        with showing_bars():
+            yield
     finally:
         _allowed = ()
         _set_offline(True)

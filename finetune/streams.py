@@ -1,15 +1,25 @@
-"""Standard output and standard error that outlive their reader: a run does not end because `tee` or a terminal did."""
+"""Standard output and standard error, which outlive their readers and pass no control character on.
+
+All that is printed goes through here: messages, tracebacks, warnings and the logs of libraries. A run does not end
+because `tee` or a terminal did, and a text from a stranger's file does not command the terminal.
+"""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
+import re
 import stat
 import sys
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any, TextIO, cast
+
+from finetune.text import harmless
 
 _GONE = {errno.EPIPE, errno.EIO, errno.ESHUTDOWN, errno.ECONNRESET}  # EIO: a terminal that was closed
+_MOVES = re.compile(r"\n*(?:\x1b\[A)*")  # of tqdm, from one bar to another
 
 
 class _Outliving(io.FileIO):
@@ -41,3 +51,59 @@ def outlive_readers() -> None:
             write_through=stream.write_through,
         )
         setattr(sys, name, outliving)
+
+
+class Guarded:
+    """A text stream that writes out what a terminal would obey."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.beneath = stream
+
+    def write(self, text: str) -> int:
+        self.beneath.write(harmless(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("buffer", "detach"):  # a way around
+            raise AttributeError(name)
+        return getattr(self.beneath, name)
+
+
+class _Bars(Guarded):
+    """Lets the progress bars of a library write over themselves: a line begun anew, and moves between such lines."""
+
+    def write(self, text: str) -> int:
+        if _MOVES.fullmatch(text):
+            self.beneath.write(text)
+        else:
+            anew = text.startswith("\r")
+            self.beneath.write("\r" * anew + harmless(text[anew:]))
+        return len(text)
+
+
+@contextmanager
+def showing_bars() -> Iterator[None]:
+    """Inside, libraries may show progress bars on standard error."""
+    before = sys.stderr
+    sys.stderr = cast(TextIO, _Bars(unguarded(before)))
+    try:
+        yield
+    finally:
+        sys.stderr = before
+
+
+def guard() -> None:
+    """From now on what is written to `sys.stdout` and `sys.stderr` cannot command a terminal."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, Guarded):
+            setattr(sys, name, cast(TextIO, Guarded(stream)))
+
+
+def unguarded(stream: IO[str]) -> IO[str]:
+    """The stream beneath, for control characters of our own."""
+    return stream.beneath if isinstance(stream, Guarded) else stream

@@ -24,6 +24,7 @@ from types import FrameType
 from finetune.disk.manifest import newest_good
 from finetune.disk.weights import cut_short
 from finetune.errors import ExitCode, stopped_by
+from finetune.streams import unguarded
 from finetune.text import command_line
 
 STOPS = tuple(  # signals that ask a run to stop after its step
@@ -86,7 +87,7 @@ def run(command: Sequence[str]) -> int:
             path, model = folders.get("run"), folders.get("model")
             code, reason = _explain_end(child.returncode, asked.number, _oom_kills() > killed_before, model)
             if child.returncode < 0 and sys.stderr.isatty():
-                print("\x1b[?25h", file=sys.stderr)  # the live screen had hidden the cursor
+                print("\x1b[?25h", file=unguarded(sys.stderr))  # the live screen had hidden the cursor
             if reason or code in _EXPLAINED:
                 first = f"finetune: {reason}" if reason else f"exit code {code}: {ExitCode(code).meaning}."
                 print("\n".join([first, *_what_is_left(path, code)]), file=sys.stderr)

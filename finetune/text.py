@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # rich is slow to import, and most of these functions do not need it
-    from rich.console import Console
-
-# Control characters, changes of direction, and halves of surrogate pairs.
-_COMMANDS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+# What a terminal obeys, or shows otherwise than it stands there: control characters (but tab and newline), separators
+# of lines, changes of direction, and halves of surrogate pairs.
+COMMANDS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
 # Tokens of the hub, OpenAI and Anthropic, GitHub, GitLab, AWS, Google and Slack, signed tokens (JWT), private keys, and
 # a password in an address; and what any of them holds, which is quicker to look for.
 _SECRET = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}\b|api_org_[A-Za-z0-9]{20,}\b|gh[pousr]_[A-Za-z0-9]{30,}\b|github_pat_[A-Za-z0-9]{22}"
     r"|sk-(?:proj|ant|svcacct|admin)-[\w-]{16,}|sk-(?:[a-z0-9]+-){0,2}(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}\b"
-    r"|glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abprs]-\d[\w-]{9,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
+    r"|glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abprs]-\d[\w-]{9,}|(?<!-)eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
     r"|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----|\w://[^/\s:@]+:(?![{<\[*$])[^/\s@]+@"
 )
 _SIGNS = (
@@ -36,17 +31,12 @@ def secrets_in(text: str) -> list[str]:
 
 
 def harmless(text: str) -> str:
-    """The text with `?` for each character that a terminal would obey; the length stays the same."""
-    return text if text.isprintable() else _COMMANDS.sub("?", text)
+    """The text with each character that a terminal would obey written out, such as \\x1b and \\u202e."""
+    return text if text.isprintable() else COMMANDS.sub(_written_out, text)
 
 
-def plain_page(show: Callable[[Console], None]) -> str:
-    """The page that `show` prints, without colour, 100 columns wide."""
-    from rich.console import Console
-
-    page = io.StringIO()
-    show(Console(file=page, width=100, color_system=None, force_terminal=False, legacy_windows=False))
-    return page.getvalue()
+def _written_out(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
 
 
 def shorten(text: str, length: int) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from finetune.text import secrets_in
 
 SHOWN = 1000  # findings kept of each kind; the count is of all
-_EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")
+# The lengths are bounded (64 before the @, RFC 5321), so that a long run of letters is not looked at anew from each.
+_EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")
 _PHONE = re.compile(
     r"(?<![\w.])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\)[ .-]?)?\d{2,4}(?:[ .-]\d{2,4}){1,4}(?![\w-]|\.\d)|\+\d{9,14}\b"
 )

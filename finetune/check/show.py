@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,11 +16,12 @@ from finetune.check.lengths import Lengths
 from finetune.check.personal import Personal
 from finetune.check.survey import Findings
 from finetune.check.tokens import REMEDIES, Specials, TokenCheck
+from finetune.console import Console, plain_page
 from finetune.data.left_out import THINKING, TOOLS
 from finetune.data.problems import listed
 from finetune.data.tokenizer import Tokenizer
 from finetune.report.tables import account_notes, account_table, highlighted
-from finetune.text import harmless, plain_page, shorten
+from finetune.text import shorten
 
 SHOWN = 10  # rows of a list
 LABELS_SHOWN = 20
@@ -32,8 +33,6 @@ def show(console: Console, findings: Findings, tokenizer: Tokenizer) -> None:
     for title, parts in sections(findings, tokenizer):
         console.rule(title, align="left")
         for part in parts:
-            if isinstance(part, Text):
-                part.plain = harmless(part.plain)
             console.print(part, soft_wrap=isinstance(part, Text))
 
 

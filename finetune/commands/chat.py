@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
+from rich.text import Text
 
 from backends import registry
 from backends.interface import Session, TrainState
+from finetune.console import Console
 from finetune.data.renderers import question_tokens
 from finetune.data.tokenizer import stop_tokens
 from finetune.disk.adapter import check_base, read_adapter
@@ -70,7 +71,7 @@ def _talk(
     speaker = Speaker(opened, recipe, base, backend)
     console, turns = Console(), 0
     messages: list[dict[str, str]] = []
-    console.print(f"{opened.path.name}: {'base' if base else 'tuned'} model. An empty line ends.", markup=False)
+    console.print(f"{opened.path.name}: {'base' if base else 'tuned'} model. An empty line ends.")
     while text := _ask(console):
         messages.append({"role": "user", "content": text})
         tokens = speaker.question(messages)
@@ -79,7 +80,7 @@ def _talk(
         messages.append({"role": "assistant", "content": answer})
         if not _keeps_turns(speaker.recipe):
             messages.clear()
-        console.print(answer, markup=False)
+        console.print(answer)
 
 
 def _keeps_turns(recipe: Recipe) -> bool:
@@ -88,6 +89,6 @@ def _keeps_turns(recipe: Recipe) -> bool:
 
 def _ask(console: Console) -> str:
     try:
-        return console.input("[bold]> [/]").strip()
+        return console.input(Text("> ", "bold")).strip()
     except EOFError:
         return ""

@@ -6,10 +6,9 @@ import json
 from collections.abc import Generator
 from pathlib import Path
 
-from rich.console import Console
-
 from finetune.check.show import show
 from finetune.check.survey import Findings, as_json, survey
+from finetune.console import Console
 from finetune.data.clock import now
 from finetune.data.prepare import prepare
 from finetune.disk.atomic import write_file

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from backends import registry
 from backends.interface import Wanted
+from finetune.console import Console
 from finetune.errors import EnvironmentProblem
 
 

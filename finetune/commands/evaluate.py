@@ -6,9 +6,8 @@ import json
 from collections.abc import Generator
 from pathlib import Path
 
-from rich.console import Console
-
 from backends.interface import Session, TrainState
+from finetune.console import Console
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
 from finetune.disk.identity import check_held_out

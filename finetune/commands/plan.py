@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +16,7 @@ from backends import registry
 from backends.interface import BackendError
 from backends.model_folder import ModelFolder
 from finetune.commands.doctor import described
+from finetune.console import Console
 from finetune.data.clock import now
 from finetune.data.collate import collate, micro_batches, step_indices
 from finetune.data.prepare import prepare
@@ -44,12 +45,10 @@ def run(recipe: Recipe, compare: bool) -> None:
     console.rule("data, as they will be trained on")
     console.print(account_table(prepared))
     for note in account_notes(prepared):
-        console.print(note, markup=False)
-    console.print(
-        f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}", markup=False
-    )
+        console.print(note)
+    console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")
     for example in prepared.train.examples[:2]:
-        console.print(f"\n{example.location}; supervised tokens are marked:", markup=False)
+        console.print(f"\n{example.location}; supervised tokens are marked:")
         console.print(highlighted(example, tokenizer))
     console.rule("work")
     console.print(steps_table(recipe, len(prepared.train.examples), prepared.train.examples))
@@ -109,7 +108,7 @@ def forecast(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -
 
 def _forecast_table(forecasts: Mapping[str, Forecast]) -> Table:
     table = Table("machine", "peak memory", "of", "", "tokens at once", "per epoch")
-    marks = {None: "", True: "fits", False: "[bold red]does not fit[/]"}
+    marks: dict[bool | None, str | Text] = {None: "", True: "fits", False: Text("does not fit", "bold red")}
     for name, found in forecasts.items():
         memory = "?" if found.memory is None else f"{found.memory / 1e9:.1f} GB"
         peak, time = f"{found.needed.peak / 1e9:.2f} GB", duration(found.seconds)

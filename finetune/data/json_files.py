@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import PurePath
@@ -26,8 +27,9 @@ class _Twice(ValueError):
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(f"the key {next(name for name in names if names.count(name) > 1)} stands twice; keep one of them")
+        counted = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counted.items() if count > 1)
+        raise _Twice(f"the key {shorten(twice, 80)} stands twice; keep one of them")
     return fields
 
 

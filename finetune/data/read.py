@@ -12,12 +12,15 @@ from finetune.data.class_names import class_notes, named, names_in_schema, names
 from finetune.data.encoding import decode, unusual, without_marks
 from finetune.data.json_files import parse_json
 from finetune.data.problems import BadSource
-from finetune.data.rows import Row, Rows
+from finetune.data.rows import Problem, Row, Rows
 from finetune.data.sources import ENDINGS, PACKINGS, TABLES, SplitName, ending_of, files_of, shown
 from finetune.data.tables import parse_table
 from finetune.data.unpack import HEAD, PARQUET, refuse_foreign, unpack
 from finetune.errors import EnvironmentProblem
 from finetune.recipe.names import BUILTIN, hub_id_in, is_address
+from finetune.text import shorten
+
+MOST_ROW = 16 * 10**6  # characters; a tokenizer takes some 30 bytes of memory for each
 
 
 def read(source: str, base: Path | None, split: SplitName = "train") -> Rows:
@@ -92,7 +95,33 @@ def _parse(raw: bytes, source: str) -> Rows:
     else:
         rows, bad, told = parse_json(text, source)
     notes += [*marks, *told]
-    return Rows(rows, bad, _noted(source, notes))
+    return _bounded(Rows(rows, bad, _noted(source, notes)), len(text))
+
+
+def _bounded(found: Rows, size: int) -> Rows:
+    """Without rows of more than `MOST_ROW` characters, which are bad ones. size: characters of them all, at least."""
+    if size <= MOST_ROW:
+        return found
+    sizes = [_size(row.fields) for row in found.rows]
+    reason = f"characters in one row, and {MOST_ROW:,} are the most; write it as several rows"
+    long = [
+        (row.location, f"{count:,} {reason}") for row, count in zip(found.rows, sizes, strict=True) if count > MOST_ROW
+    ]
+    rows = [row for row, count in zip(found.rows, sizes, strict=True) if count <= MOST_ROW]
+    return Rows(rows, [*found.bad, *long], found.notes)
+
+
+def _size(value: Any) -> int:
+    """Characters of all texts in it, and one for every other value."""
+    count, left = 0, [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left += (*value, *value.values())
+        elif isinstance(value, list):
+            left += value
+        count += len(value) if isinstance(value, str) else 1
+    return count
 
 
 def _endings() -> str:
@@ -109,15 +138,34 @@ def _parquet(raw: bytes, source: str, notes: list[str]) -> Rows:
 
     try:
         table = read_table(BufferReader(raw))
-        records = table.to_pylist()
+        records, bad = _records(table, source)
     except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise BadSource(f"{source}:1", f"not a Parquet file that can be read ({error}); write it anew") from None
     names = names_in_schema(table.schema.metadata)
-    return Rows(_numbered(named(records, names), source), [], _noted(source, [*notes, *class_notes(names)]))
+    rows = _numbered(named(list(records.values()), names), source, records)
+    return _bounded(Rows(rows, bad, _noted(source, [*notes, *class_notes(names)])), table.nbytes)
 
 
-def _numbered(records: Iterable[Mapping[str, Any]], source: str) -> list[Row]:
-    return [Row(_without_padding(record), source, number) for number, record in enumerate(records, 1)]
+def _records(table: Any, source: str) -> tuple[dict[int, dict[str, Any]], list[Problem]]:
+    """An Arrow table's rows by number, and those that hold a date, time or duration which Python does not have."""
+    try:
+        return dict(enumerate(table.to_pylist(), 1)), []
+    except (ValueError, OverflowError):
+        records: dict[int, dict[str, Any]] = {}
+        bad: list[Problem] = []
+    for number in range(1, table.num_rows + 1):
+        try:
+            records[number] = table.slice(number - 1, 1).to_pylist()[0]
+        except (ValueError, OverflowError) as error:
+            reason = f"a date, time or duration out of range ({shorten(str(error), 80)}); correct it, or write text"
+            bad.append((f"{source}:{number}", reason))
+    return records, bad
+
+
+def _numbered(records: Iterable[Mapping[str, Any]], source: str, numbers: Iterable[int] | None = None) -> list[Row]:
+    """numbers: of the rows, where some are left out."""
+    counted = enumerate(records, 1) if numbers is None else zip(numbers, records, strict=True)
+    return [Row(_without_padding(record), source, number) for number, record in counted]
 
 
 def _without_padding(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -150,7 +151,7 @@ def _named(header: Sequence[str]) -> int:
 
 def _columns(table: Table, file: str) -> tuple[list[str], list[int]]:
     """The names of the columns that are kept, and which they are. Raises BadSource where names do not serve."""
-    twice = sorted({name for name in table.header if name and table.header.count(name) > 1})
+    twice = sorted(name for name, count in Counter(table.header).items() if name and count > 1)
     if twice:
         reason = f"columns {harmless(', '.join(twice))} occur twice; the first line must name every column once"
         raise BadSource(f"{file}:{table.line}", reason)

@@ -181,5 +181,10 @@ def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
             listed = read_object(path).get("eos_token_id")
         except (OSError, ValueError) as error:
             raise EnvironmentProblem(f"{path}: cannot be read ({error}); remove it, or download it again") from None
-        tokens.update(token for token in (listed if isinstance(listed, list) else [listed]) if isinstance(token, int))
+        numbers = [one for one in (listed if isinstance(listed, list) else [listed]) if isinstance(one, int)]
+        if not all(0 <= number < 2**31 for number in numbers):
+            raise EnvironmentProblem(
+                f"{path}: eos_token_id holds a number that no token has; fix it, or remove the file"
+            )
+        tokens.update(numbers)
     return frozenset(token for token in tokens if token is not None)

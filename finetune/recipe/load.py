@@ -31,6 +31,8 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError naming the file, the line and the remedy for every mistake at once.
     """
     try:
+        if file.exists() and not file.is_file():  # a pipe would keep us waiting
+            raise RecipeError(f"{file}: not an ordinary file; write the recipe into one")
         if file.stat().st_size > MAX_BYTES:
             raise RecipeError(f"{file}: too large for a recipe ({file.stat().st_size:,} bytes)")
         text = file.read_text(encoding="utf-8-sig")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=10**9)]  # far beyond any use, and near enough to be computed with
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Groups = str | dict[str, list[str]]
 MICRO_TOKENS = 4096  # more make a step hardly any faster
@@ -71,8 +71,8 @@ class Prompt(Section):
 
 
 class Lora(Section):
-    rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0.0)] = 16.0
+    rank: Annotated[int, Field(gt=0, le=2**16)] = 8
+    alpha: Annotated[float, Field(gt=0.0, le=1e6)] = 16.0
     """The adapter's weight is alpha / rank, on every backend."""
     dropout: Share = 0.0
     targets: list[str] | Literal["all"] = "all"
@@ -93,13 +93,14 @@ class Train(Section):
     micro_tokens: Positive | Literal["auto"] = MICRO_TOKENS
     """Tokens, padding counted, that are in memory at once: fewer where they would not fit; auto: as many as fit.
     A matter of memory alone, never of the result."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
+    # With the largest rate and decay their product still fits float32.
+    learning_rate: Annotated[float, Field(gt=0.0, le=1e37)] = 2e-4
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: Share = 0.05
     """The share of all steps over which the rate rises from zero."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
-    max_length: Annotated[int, Field(ge=8)] = 1024
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0.0, le=1e37)] | None = 1.0
+    max_length: Annotated[int, Field(ge=8, le=10**9)] = 1024
     """Tokens in an example; longer ones meet the truncation policy."""
     truncation: Literal["prompt", "end", "drop", "error"] = "prompt"
     """prompt: shorten the prompt, keep the answer whole; end: cut the end; drop the row; or stop."""
@@ -109,7 +110,7 @@ class Train(Section):
     """Stop after so many evaluations without a better validation loss."""
     checkpoint_every: Positive | None = None
     """Steps between checkpoints; without it at the end of every epoch."""
-    checkpoint_minutes: Annotated[float, Field(gt=0.0)] | Literal["none"] = 10.0
+    checkpoint_minutes: Annotated[float, Field(gt=0.0, le=1e9)] | Literal["none"] = 10.0
     """A checkpoint too once so many minutes have passed since the last one, or none. Changes nothing but what a crash
     can cost."""
 

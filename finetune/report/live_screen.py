@@ -5,19 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from rich.columns import Columns
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from finetune.console import Console
 from finetune.events import Event, Progress, Result, RunStarted, StepDone, Work
 from finetune.report.plot import sparkline
 from finetune.report.screen import PlainScreen, Status, sentence
 from finetune.report.tables import epoch_table
+from finetune.streams import guard
 from finetune.text import amount, duration
 
 REFRESH = 0.1  # seconds between two frames
@@ -30,7 +32,7 @@ class Curve:
     def __init__(self, losses: list[float]) -> None:
         self._losses = losses
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Any, options: ConsoleOptions) -> RenderResult:
         if self._losses and not options.ascii_only:
             yield Text(sparkline(self._losses, min(options.max_width, 80)), "cyan", no_wrap=True, overflow="crop")
 
@@ -56,6 +58,7 @@ class LiveScreen:
 
     def __enter__(self) -> LiveScreen:
         self._live.start(refresh=False)
+        guard()  # what is printed meanwhile goes through rich, which would read its colours
         return self
 
     def __exit__(

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
 
-from rich.console import Console
-
+from finetune.console import Console
 from finetune.events import (
     CheckpointSaved,
     Event,
@@ -93,7 +92,7 @@ class PlainScreen:
         text = self._line(event)
         if text is not None:
             stamp = datetime.now().isoformat(sep=" ", timespec="seconds")
-            self._console.print(f"{stamp}  {text}", markup=False, highlight=False, soft_wrap=True)
+            self._console.print(f"{stamp}  {text}", highlight=False, soft_wrap=True)
 
     def _line(self, event: Event) -> str | None:
         if isinstance(event, StepDone):

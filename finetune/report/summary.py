@@ -6,8 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from finetune.console import Console, plain_page
 from finetune.data.rows import Prepared
 from finetune.disk.atomic import write_file
 from finetune.disk.metrics import read
@@ -25,7 +24,6 @@ from finetune.report.tables import (
     epoch_table,
     per_class_table,
 )
-from finetune.text import plain_page
 
 if TYPE_CHECKING:
     from finetune.training.job import Job
@@ -34,10 +32,10 @@ if TYPE_CHECKING:
 def print_account(job: Job, run: RunFolder) -> None:
     """Before training: the run's folder, what it runs on, and what became of the rows."""
     console = Console(stderr=True)
-    console.print(f"run {run.path} on {job.backend}, base {job.recipe.model.path}", markup=False, soft_wrap=True)
+    console.print(f"run {run.path} on {job.backend}, base {job.recipe.model.path}", soft_wrap=True)
     console.print(account_table(job.prepared))
     for note in account_notes(job.prepared):
-        console.print(note, markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
 
 
 def print_report(report: Report) -> None:
@@ -52,19 +50,18 @@ def as_text(report: Report) -> str:
 
 def _render(console: Console, report: Report) -> None:
     console.print(epoch_table(report.validations))
-    console.print(report.overfitting.message, markup=False)
+    console.print(report.overfitting.message)
     if report.divergence:
-        console.print(report.divergence, style="bold red", markup=False)
+        console.print(report.divergence, style="bold red")
     if report.base and report.comparison:
         print_comparison(console, report.base, report.tuned, report.comparison, report.held_out)
     else:
         console.print(comparison_table({}, report.tuned.summary(), title=report.held_out))
-    console.print(f"data: {report.check} (check.txt)", markup=False)
+    console.print(f"data: {report.check} (check.txt)")
     console.print(
         f"base weights: {report.scheme}; {report.backend} on {report.device}\n"
         f"adapter: {report.adapter} ({_adapter_step(report.best_step)}; PEFT and mlx-lm load it as it is)\n"
         f"everything else: {report.run} (report.json, rows.jsonl, loss.png, metrics.jsonl)",
-        markup=False,
         soft_wrap=True,
     )
 
@@ -81,7 +78,7 @@ def print_comparison(console: Console, base: Evaluation, tuned: Evaluation, comp
         console.print(confusion_table(tuned.confusion, tuned.labels))
     if comparison.fixed or comparison.broken:
         console.print(changed_rows_table(comparison.fixed, comparison.broken))
-    console.print(comparison.verdict, style="bold", markup=False)
+    console.print(comparison.verdict, style="bold")
 
 
 def account_of(prepared: Prepared) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from finetune.data.problems import refuse
 from finetune.data.rows import Prepared
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
 from finetune.disk.identity import check_model, clock_of
-from finetune.errors import Incompatible
+from finetune.errors import Incompatible, RecipeError
 from finetune.events import Progress
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
@@ -98,6 +98,7 @@ def making_ready(recipe: Recipe, backend: str | None = None, run: Path | None = 
     prepared = yield from prepare(recipe, setup.tokenizer, base=None, clock=clock)
     refuse(prepared, recipe)
     _check_vocabulary(setup, prepared)
+    _check_positions(setup, prepared)
     data = recipe.data.model_copy(update={"format": prepared.format})
     recipe = recipe.model_copy(update={"data": data, "task": prepared.task})
     return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
@@ -116,3 +117,25 @@ def _check_vocabulary(setup: Setup, prepared: Prepared) -> None:
                 f"{known}. A vocabulary is never enlarged here: give the model its own tokenizer, or enlarge it "
                 "first (resize_token_embeddings of transformers)"
             )
+
+
+def _check_positions(setup: Setup, prepared: Prepared) -> None:
+    """Raises RecipeError for rows longer than the positions that the model has learned: it fails beyond them."""
+    known = setup.folder.positions if setup.folder.weights else None
+    if known is None:
+        return
+    for example in (example for split in prepared.splits for example in split.examples):
+        if len(example) > known:
+            raise RecipeError(
+                f"{example.location}: {len(example):,} tokens, and the model in {setup.folder.path} has {known:,} "
+                f"positions; set train.max_length: {known}"
+            )
+    asked = setup.recipe.evaluate
+    if prepared.task != "generation" or not asked.generate:
+        return
+    longest = max((len(example.prompt_tokens) for example in prepared.held_out.examples), default=0)
+    if longest + asked.max_tokens > known:
+        raise RecipeError(
+            f"evaluate.max_tokens: {asked.max_tokens}, after a prompt of {longest:,} tokens, and the model in "
+            f"{setup.folder.path} has {known:,} positions; lower it, or set evaluate.generate: false"
+        )

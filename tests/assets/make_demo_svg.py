@@ -20,8 +20,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
+
+from finetune.console import Console
 
 HERE = Path(__file__).resolve().parent
 WIDTH = 100  # columns

@@ -33,9 +33,10 @@ from pathlib import Path
 from typing import IO
 
 from cases import CASES, Case, Settings
-from rich.console import Console
 from rich.table import Table
 from ruamel.yaml import YAML
+
+from finetune.console import Console
 
 WARNING = ("warning", "deprecat", "traceback", "error")  # in a line on stderr
 

@@ -24,6 +24,7 @@ LATE = {
     ("finetune/cli.py", "finetune.commands.plan"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.train"): _LIGHT,
     ("finetune/cli.py", "finetune.connections"): _LIGHT,
+    ("finetune/cli.py", "finetune.console"): f"{_LIGHT}; a console on a terminal",
     ("finetune/cli.py", "finetune.disk.run_folder"): f"{_LIGHT}; it is needed before a command is loaded",
     ("finetune/cli.py", "finetune.recipe.load"): f"{_LIGHT}; it is needed before a command is loaded",
     ("finetune/cli.py", "finetune.recipe.locate"): f"{_LIGHT}; it is needed before a command is loaded",
@@ -102,6 +103,7 @@ def test_the_root_holds_the_run_and_what_everyone_needs(house: House) -> None:
         "text",
         "connections",
         "streams",
+        "console",
     }
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from backends import rate, registry
 from backends.interface import LoraSpec
 from backends.model_folder import ModelFolder
 from finetune.commands.plan import forecast as table
+from finetune.console import Console
 from finetune.data.collate import micro_batches, step_indices
 from finetune.data.rows import Example
 from finetune.events import Work

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
-from rich.console import Console
 
+from finetune.console import Console
 from finetune.disk.metrics import MetricsFile, read
 from finetune.errors import Incompatible
 from finetune.events import (

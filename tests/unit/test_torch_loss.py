@@ -98,3 +98,12 @@ def test_a_head_that_does_more_is_left_to_the_model(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(type(model), "forward", shifted)
     assert find_head(model, MANY).linear is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_head_with_a_row_that_is_not_finite_is_left_to_the_model(tmp_path: Path, value: float) -> None:
+    model = AutoModelForCausalLM.from_pretrained(family("llama", tmp_path)).eval()
+    weight = model.lm_head.weight.detach().clone()
+    weight[5] = value
+    model.lm_head.weight = torch.nn.Parameter(weight)
+    assert find_head(model, MANY).linear is None

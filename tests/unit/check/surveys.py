@@ -6,11 +6,10 @@ import io
 import json
 from pathlib import Path
 
-from rich.console import Console
-
 from backends.model_folder import ModelFolder
 from finetune.check.show import show
 from finetune.check.survey import Findings, survey
+from finetune.console import Console
 from finetune.data.prepare import prepare
 from finetune.recipe.locate import builtin
 from finetune.recipe.schema import Recipe

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,3 +78,35 @@ def test_luhn_notices_every_single_wrong_digit(start, wrong):
 def test_any_text_can_be_looked_at(text):
     for _, value in personal_data(text):
         assert len(masked(value)) < 25
+
+
+HOSTILE = {
+    "letters": "a" * 100_000 + " @",
+    "letters and an at": "a" * 100_000 + "@",
+    "dots": "a." * 50_000 + "@" + "a-" * 50_000,
+    "dotted domain": "b@" + "a." * 50_000 + "1",
+    "many ats": "a@" * 50_000,
+    "tokens": "eyJ-" * 25_000,
+    "token of a web page": "eyJ" + "a" * 100_000,
+    "keys": "sk-" * 33_000,
+    "keys and letters": "sk-" + "a-" * 50_000,
+    "digits": "1" * 100_000,
+    "groups of digits": "12-" * 33_000,
+    "addresses": "a://b:" * 16_000 + "@",
+    "passwords": "password" + " " * 100_000,
+    "many passwords": "token = " * 12_000,
+    "private keys": "-----BEGIN " * 9_000,
+    "words of a private key": "-----BEGIN " + "A " * 50_000,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_long_run_takes_linear_time(kind: str) -> None:
+    began = time.process_time()
+    list(personal_data(HOSTILE[kind]))
+    assert time.process_time() - began < 2.0
+
+
+def test_neighbours_in_a_run_are_all_found() -> None:
+    found = [value for _, value in personal_data("a@b.com-d@e.fr, x@y@z.org; " + "l" * 80 + "@m.net")]
+    assert found == ["a@b.com", "-d@e.fr", "y@z.org", "l" * 64 + "@m.net"]
