@@ -9,7 +9,7 @@ from rich.console import Console
 from backends import registry
 from backends.interface import Session, TrainState
 from finetune.data.renderers import question_tokens
-from finetune.data.tokenizer import stop_tokens
+from finetune.data.tokenizer import answer_text, stop_tokens
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.identity import clock_of
 from finetune.disk.run_folder import RunFolder
@@ -36,7 +36,7 @@ class Speaker:
 
     def answer(self, prompt: list[int], max_tokens: int, temperature: float, seed: int) -> str:
         written = self.session.generate([prompt], max_tokens, self.stop, temperature, seed)[0]
-        return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
+        return answer_text(self.tokenizer, written, self.stop)
 
 
 def run(

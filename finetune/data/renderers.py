@@ -9,12 +9,13 @@ from finetune.data.chat_template import PLAIN_CHAT, ChatRenderer
 from finetune.data.column_template import ALPACA, PLAIN, TemplateRenderer, answer_form, placeholders
 from finetune.data.formats import OPTIONAL, QUESTION, REQUIRED, Format
 from finetune.data.rows import Record, Renderer
-from finetune.data.tokenizer import Tokenizer, encode_prompt
+from finetune.data.tokenizer import Tokenizer, encode_prompt, special_texts
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Prompt, Recipe
 from finetune.text import harmless
 
 CONVERSATIONS = ("chat", "sharegpt")
+_WORDS = "zyxwvut"  # in place of an answer, to see what a template writes after it
 
 
 def make_renderer(
@@ -93,10 +94,27 @@ def question_tokens(
         raise ValueError("the recipe does not name its data's format; that of a run does")
     renderer = make_renderer(recipe.prompt, layout, placeholders(recipe.prompt.template), tokenizer, clock)
     if layout in CONVERSATIONS:
-        record = Record("question", messages=tuple(messages))
+        text = _as_said(renderer, messages, special_texts(tokenizer))
     else:
-        record = Record("question", values={_asked(renderer, layout): messages[-1]["content"]})
-    return encode_prompt(tokenizer, renderer.question(record))
+        text = renderer.question(Record("question", values={_asked(renderer, layout): messages[-1]["content"]}))
+    return encode_prompt(tokenizer, text)
+
+
+def _as_said(renderer: Renderer, messages: Sequence[Mapping[str, str]], marks: Collection[str]) -> str:
+    """The prompt of a conversation in which the model's own answers stand as it wrote them.
+
+    A template writes the marks of an answer around its words (a channel, a call) and refuses or doubles those that
+    stand in them. So an answer that holds marks is put after the prompt that it answered.
+    """
+    marked = [i for i, m in enumerate(messages) if m["role"] == "assistant" and any(x in m["content"] for x in marks)]
+    if marked:
+        at = marked[-1]
+        words = {**messages[at], "content": _WORDS}
+        whole = renderer.question(Record("question", messages=(*messages[:at], words, *messages[at + 1 :])))
+        _, found, after = whole.rpartition(_WORDS)
+        if found:
+            return _as_said(renderer, messages[:at], marks) + messages[at]["content"] + after
+    return renderer.question(Record("question", messages=tuple(messages)))
 
 
 def _asked(renderer: Renderer, layout: str) -> str:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from backends.interface import Session, TrainState
 from finetune.data.rows import Prepared, Split
-from finetune.data.tokenizer import Tokenizer
+from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.errors import Diverged
 from finetune.evaluation.intervals import confusion_matrix, macro_f1, per_class, wilson_interval
 from finetune.evaluation.scoring import RowLosses, choose_labels, row_losses, write_answers
@@ -90,6 +90,7 @@ def evaluate(
     examples = split.examples
     losses = yield from row_losses(session, examples, micro_tokens, f"{name}: loss")
     predicted: list[str | None] = [None] * len(examples)
+    expected = [example.answer or "" for example in examples]
     if prepared.task == "classification":
         chosen = yield from choose_labels(
             session, examples, prepared.label_tokens, micro_tokens, losses.first, f"{name}: labels"
@@ -99,13 +100,15 @@ def evaluate(
         stop = prepared.stop_tokens
         answers = yield from write_answers(session, examples, stop, max_tokens, decode, f"{name}: answers")
         predicted = [*answers]
+        # Read as the written ones are; of an answer that lost its end, the tokens do not tell the whole.
+        expected = [e.answer or "" if e.cut else decode(e.answer_tokens.tolist()) for e in examples]
     results = tuple(
         RowResult(
             location=example.location,
             prompt=example.prompt,
             expected=example.answer,
             predicted=answer,
-            correct=None if answer is None else answer.strip() == (example.answer or "").strip(),
+            correct=None if answer is None else answer.strip() == expected[i].strip(),
             loss=float(losses.loss[i] / losses.tokens[i]),
             tokens=int(losses.tokens[i]),
         )
@@ -158,7 +161,7 @@ def evaluate_held_out(
         name=name,
         micro_tokens=recipe.train.tokens_at_once,
         max_tokens=recipe.evaluate.max_tokens if recipe.evaluate.generate else 0,
-        decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
+        decode=lambda tokens: answer_text(tokenizer, tokens, prepared.stop_tokens),
     )
     if not math.isfinite(evaluation.loss):
         remedy = f"check the weights of {recipe.model.path}"
