@@ -14,6 +14,7 @@ from finetune.disk.atomic import write_file
 from finetune.disk.identity import check_held_out
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
+from finetune.evaluation.yardstick import bag_of_words
 from finetune.events import Progress
 from finetune.recipe.names import local
 from finetune.recipe.schema import Recipe
@@ -36,7 +37,7 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
     session = job.open()
     session.set_state(TrainState(0, adapter.tensors, {}))
     base, tuned = with_progress(_evaluate_both(job, session))
-    comparison = compare(base, tuned)
+    comparison = compare(base, tuned, bag_of_words(job.prepared))
     print_comparison(Console(), base, tuned, comparison, f"{job.prepared.held_out.rows} rows of {data or opened.path}")
     values = {"data": data, "base": base.summary(), "tuned": tuned.summary(), "verdict": comparison.verdict}
     write_file(opened.path / "eval.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")

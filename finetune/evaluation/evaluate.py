@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -19,8 +19,9 @@ from backends.interface import Session, TrainState
 from finetune.data.rows import Prepared, Split
 from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.errors import Diverged
-from finetune.evaluation.intervals import confusion_matrix, macro_f1, per_class, wilson_interval
+from finetune.evaluation.intervals import confusion_matrix, macro_f1, macro_f1_interval, per_class, wilson_interval
 from finetune.evaluation.scoring import RowLosses, choose_labels, row_losses, write_answers
+from finetune.evaluation.yardstick import label_numbers
 from finetune.events import Progress
 from finetune.recipe.schema import Recipe
 
@@ -57,6 +58,7 @@ class Evaluation:
     labels: tuple[str, ...]
     confusion: list[list[int]] | None  # [true][predicted]
     results: tuple[RowResult, ...]
+    macro_f1_interval: tuple[float, float] | None = None  # 95 %; runs of 0.1.0 have none
 
     @property
     def classes(self) -> list[dict[str, Any]]:
@@ -166,7 +168,10 @@ def evaluate_held_out(
     if not math.isfinite(evaluation.loss):
         remedy = f"check the weights of {recipe.model.path}"
         raise Diverged(f"{name}: its loss on the held-out rows is {evaluation.loss}; {remedy}")
-    return evaluation
+    if evaluation.macro_f1 is None:
+        return evaluation
+    truth, chosen = label_numbers(evaluation)
+    return replace(evaluation, macro_f1_interval=macro_f1_interval(truth, chosen, len(evaluation.labels)))
 
 
 @contextmanager

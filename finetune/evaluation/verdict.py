@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from finetune.evaluation.intervals import weighted_mean_interval
+from finetune.evaluation.intervals import macro_f1_change, weighted_mean_interval
+from finetune.evaluation.yardstick import label_numbers, shortcomings, too_weak
 from finetune.events import Event, StepDone, Validated
 
 if TYPE_CHECKING:
@@ -80,12 +81,17 @@ def _epoch(validated: Validated) -> str:
     return f"epoch {round(validated.epoch, 2):g}"
 
 
-def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | None) -> str:
-    """Better, worse, or no clear difference, and why, in one sentence.
+def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | None, words: float | None = None) -> str:
+    """Better, worse, or no clear difference, and why; and what models that know nothing would have.
 
     `p_value` of McNemar's test decides where answers are right or wrong; elsewhere the 95 % interval of the change
-    of the loss on the same rows does.
+    of the loss on the same rows does. A gain is "Not good yet" where a constant answer does as well, and "Mixed" where
+    macro F1 clearly falls. words: the accuracy of `bag_of_words`.
     """
+    return " ".join((_compared(base, tuned, p_value), *shortcomings(base, tuned, words)))
+
+
+def _compared(base: Evaluation, tuned: Evaluation, p_value: float | None) -> str:
     if base.accuracy is None or tuned.accuracy is None or p_value is None:
         return _by_loss(base, tuned)
     same = all(before.correct == after.correct for before, after in zip(base.results, tuned.results, strict=True))
@@ -94,6 +100,8 @@ def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | Non
     measure = "accuracy" if tuned.labels else "exact match"
     change = tuned.accuracy - base.accuracy
     verdict = _better_or_worse(change) if p_value < SIGNIFICANT else "No clear difference"
+    if verdict == "Better":
+        verdict = "Not good yet" if too_weak(tuned) else "Mixed" if _macro_f1_falls(base, tuned) else verdict
     p = "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
     return (
         f"{verdict}: {measure} {base.accuracy:.3f}{_in_brackets(base.interval)} before, {tuned.accuracy:.3f}"
@@ -101,14 +109,23 @@ def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | Non
     )
 
 
+def _macro_f1_falls(base: Evaluation, tuned: Evaluation) -> bool:
+    """Whether the whole 95 % interval of its change is below 0."""
+    if base.macro_f1 is None or tuned.macro_f1 is None or tuned.macro_f1 >= base.macro_f1:
+        return False
+    truth, after = label_numbers(tuned)
+    return macro_f1_change(truth, label_numbers(base)[1], after, len(tuned.labels))[1] < 0
+
+
 def _by_loss(base: Evaluation, tuned: Evaluation) -> str:
     differences = [after.loss - before.loss for before, after in zip(base.results, tuned.results, strict=True)]
     tokens = [row.tokens for row in tuned.results]
     low, high = weighted_mean_interval(differences, tokens)
     verdict = _better_or_worse(-low) if low > 0 or high < 0 else "No clear difference"
+    none = "; exact match is 0 before and after" if base.accuracy == tuned.accuracy == 0 else ""
     return (
         f"{verdict}: loss {base.loss:.4f} before, {tuned.loss:.4f} after, on the same {tuned.rows} rows "
-        f"(95 % interval of the change: {low:+.4f} to {high:+.4f})."
+        f"(95 % interval of the change: {low:+.4f} to {high:+.4f}){none}."
     )
 
 
