@@ -116,7 +116,7 @@ class Run:
     def train(self, begun: Begun) -> Iterator[Event]:
         """All steps that are left; metrics.jsonl records them. Raises Interrupted, Diverged, MemoryExhausted."""
         trainer, step, repeatable = begun.trainer, begun.resumed_after, True
-        watch = Watch(self.job.folder.vocabulary, trainer.plan.warmup)
+        watch = Watch(self.job.folder.vocabulary, trainer.plan.warmup, trainer.state.history())
         with MetricsFile(self.folder.metrics) as metrics:
             metrics.truncate_after(-1 if step is None else step)
             if step is not None and (lost := metrics.missing(step)):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 RISE = 0.01  # of the lowest validation loss; a smaller rise counts as noise
 SIGNIFICANT = 0.05  # p-values below this
 
+CLEAR = 0.1  # of the loss at the start; a smaller rise may come from the rows of a batch
 IN_A_ROW = 3  # steps with a high loss; fewer may come from a few strange rows
 
 
@@ -138,37 +139,81 @@ def _in_brackets(interval: tuple[float, float] | None) -> str:
 
 
 class Watch:
-    """Notices, once, a loss above ln(vocabulary): the loss of a model to which all tokens are equally likely."""
+    """Notices a loss above ln(vocabulary): the loss of a model to which all tokens are equally likely.
 
-    def __init__(self, vocabulary: int | None, warmup: int) -> None:
+    Whether the run diverges is told from its own curve: a loss that has been as high from the start, or falls, is no
+    reason to lower the learning rate.
+    """
+
+    def __init__(self, vocabulary: int | None, warmup: int, before: Iterable[Event] = ()) -> None:
         """vocabulary: the model's tokens; None: not known, and nothing is noticed.
 
-        warmup: steps in which the learning rate still rises, and a high loss is no sign of divergence.
+        warmup: steps in which the learning rate still rises, and a high loss is no sign of divergence. before: what
+        happened before a run was resumed; its notices were given then.
         """
         self._guessing = math.log(vocabulary) if vocabulary else math.inf
         self._warmup = warmup
-        self._above = 0  # the last so many steps
-        self._noticed = False
+        self._first: dict[type, float] = {}  # loss of the first validation and of the first step, by the event's type
+        self._above: list[float] = []  # the losses of the last steps in a row that are high
+        self._last: Validated | None = None
+        self._said_high = self._said_diverging = False
+        for event in before:
+            self.look(event)
 
     def look(self, event: Event) -> str | None:
         """The notice, at the event that gives reason for it; else None."""
-        if self._noticed or event.step <= self._warmup or not isinstance(event, StepDone | Validated):
+        if not isinstance(event, StepDone | Validated):
             return None
-        high = event.loss > self._guessing
+        self._first.setdefault(type(event), event.loss)
+        if self._said_diverging or event.step <= self._warmup:
+            return None
+        loss = event.loss
         if isinstance(event, StepDone):
-            self._above = self._above + 1 if high else 0
-            high = self._above >= IN_A_ROW
-        if not high:
+            self._above = [*self._above, loss][-IN_A_ROW:] if loss > self._guessing else []
+            if len(self._above) < IN_A_ROW:
+                return None
+            loss = sum(self._above) / IN_A_ROW
+        else:
+            self._last = event
+        if loss <= self._guessing:
             return None
-        self._noticed = True
+        start = self._start()
+        if loss > start * (1 + CLEAR):
+            self._said_diverging = True
+            return f"Diverging? {self._high(event)} Lower train.learning_rate, or check the rows."
+        if self._said_high or loss < start * (1 - RISE):  # it falls; whether far enough is seen at the end
+            return None
+        self._said_high = True
+        as_before = f"It was as high at the start ({start:.2f}), so the learning rate is not"
+        return f"High loss: {self._high(event)} {as_before} {_TOO_LOW}"
+
+    def at_the_end(self) -> str | None:
+        """The notice of a run that ends above guessing, although its loss fell."""
+        last, start = self._last, self._start()
+        if last is None or self._said_high or self._said_diverging or last.loss <= self._guessing:
+            return None
+        return f"High loss: {self._high(last)} It fell from {start:.2f}, so the learning rate is not {_TOO_LOW}"
+
+    def _start(self) -> float:
+        """The mean of the first validation and the first step, both of the model before training."""
+        return sum(self._first.values()) / max(len(self._first), 1)
+
+    def _high(self, event: StepDone | Validated) -> str:
         what = "training" if isinstance(event, StepDone) else "validation"
         return (
-            f"Diverging? After step {event.step} the {what} loss is {event.loss:.2f}; random guessing would have "
-            f"{self._guessing:.2f}, the logarithm of the vocabulary size. Lower train.learning_rate, or check the rows."
+            f"After step {event.step} the {what} loss is {event.loss:.2f}; random guessing would have "
+            f"{self._guessing:.2f}, the logarithm of the vocabulary size."
         )
 
 
+_TOO_LOW = (
+    "too high: raise train.learning_rate or train longer, and check that the rows are in a language and form that "
+    "the model knows."
+)
+
+
 def divergence(events: Iterable[Event], vocabulary: int | None, warmup: int) -> str | None:
-    """The notice of a whole run, or None."""
+    """The last notice of a whole run, or None."""
     watch = Watch(vocabulary, warmup)
-    return next((notice for event in events if (notice := watch.look(event))), None)
+    notices = [notice for event in events if (notice := watch.look(event))]
+    return notices[-1] if notices else watch.at_the_end()
