@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from finetune.data.beside import always_filled
 from finetune.data.rows import Prepared
 from finetune.disk.atomic import write_file
 from finetune.disk.metrics import read
@@ -92,6 +93,7 @@ def account_of(prepared: Prepared) -> dict[str, Any]:
         "format": prepared.format,
         "template": prepared.template,
         "labels": list(prepared.labels),
+        "always": always_filled(prepared.renderer, prepared.format, prepared.train.records),
         **{name: split and split.account for name, split in splits.items()},
     }
 
