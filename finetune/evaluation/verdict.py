@@ -153,9 +153,7 @@ class Watch:
         """
         self._guessing = math.log(vocabulary) if vocabulary else math.inf
         self._warmup = warmup
-        self._first: dict[
-            type[object], float
-        ] = {}  # loss of the first validation and of the first step, by the event's type
+        self._first: dict[type[object], float] = {}  # loss of the first event of each type
         self._above: list[float] = []  # the losses of the last steps in a row that are high
         self._last: Validated | None = None
         self._said_high = self._said_diverging = False
