@@ -26,11 +26,13 @@ from finetune.training.job import Job, making_ready
 
 def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
     """Prints both models side by side and writes eval.json."""
+    labels = None
     if data is not None:
+        labels = opened.labels()  # the training rows are not needed for them
         source = str(local(data, Path.cwd()) or data)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})
     adapter = read_adapter(opened.adapter)
-    job = with_progress(making_ready(recipe, backend, opened.path))
+    job = with_progress(making_ready(recipe, backend, opened.path, labels))
     check_base(opened.adapter, job.folder)
     if data is None:
         check_held_out(opened.path, job.prepared)

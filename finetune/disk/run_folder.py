@@ -25,6 +25,7 @@ _LIBRARIES = ("numpy", "transformers", "safetensors", "tokenizers")  # beside th
 class _Account:
     """What is read again of data.json."""
 
+    labels: list[str]
     always: dict[str, str | None] | None = None  # runs of 0.1.0 have none
 
 
@@ -65,8 +66,16 @@ class RunFolder:
 
         Raises Incompatible for what no run writes; DiskError.
         """
-        told = read_json(self.path / "data.json", _Account, "resume the run, which writes it anew", "ignore")
-        return told.always if told else None
+        account = self._account()
+        return account.always if account else None
+
+    def labels(self) -> tuple[str, ...] | None:
+        """The labels that the run was trained on, in order; None where it has recorded nothing. Raises as `always`."""
+        account = self._account()
+        return tuple(account.labels) if account else None
+
+    def _account(self) -> _Account | None:
+        return read_json(self.path / "data.json", _Account, "resume the run, which writes it anew", "ignore")
 
     def write_json(self, name: str, values: Any) -> None:
         write_file(self.path / name, json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n")

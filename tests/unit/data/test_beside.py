@@ -168,7 +168,7 @@ def test_a_run_records_it_and_an_earlier_run_asks_for_the_columns_of_its_own_tem
     del earlier["always"]
     run.write_json("data.json", earlier)
     assert run.always() is None
-    run.write_json("data.json", {"always": [1]})
+    run.write_json("data.json", {"labels": [], "always": [1]})
     with pytest.raises(Incompatible, match=r"data\.json: not what a run writes"):
         run.always()
 
