@@ -10,24 +10,23 @@ from typing import Annotated
 import typer
 
 from finetune.errors import DataError, explain
+from finetune.options import (
+    Alone,
+    Backend,
+    Columns,
+    MaxTokens,
+    Overrides,
+    RecipeFile,
+    RunPath,
+    System,
+    Temperature,
+    Tools,
+)
 from finetune.streams import guard, outlive_readers
 
 START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
 
 app = typer.Typer(name="finetune", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
-
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Keys to change, such as lora.rank=16.", show_default=False),
-]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
-Backend = Annotated[
-    str | None, typer.Option("--backend", metavar="NAME", help="One that `finetune doctor` lists; not the recipe's.")
-]
-Alone = Annotated[bool, typer.Option("--no-supervisor", help="Run training in this process (for debuggers).")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the most probable token.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="The most tokens in an answer.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -159,6 +158,9 @@ def evaluate(
 def generate(
     folder: RunPath,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The input text; - reads it from standard input.")],
+    columns: Columns = None,
+    system: System = None,
+    tools: Tools = None,
     base: Annotated[bool, typer.Option("--base", help="Ask the base model instead of the tuned model.")] = False,
     temperature: Temperature = 0.0,
     max_tokens: MaxTokens = 256,
@@ -172,14 +174,17 @@ def generate(
 
     opened, recipe = open_existing(folder)
     _begin()
-    from finetune.commands.chat import run
+    from finetune.commands.chat import beside, run
 
-    run(opened, recipe, question, base, temperature, max_tokens, backend)
+    run(opened, recipe, question, beside(columns or [], system, tools), base, temperature, max_tokens, backend)
 
 
 @app.command(rich_help_panel=USE)
 def chat(
     folder: RunPath,
+    columns: Columns = None,
+    system: System = None,
+    tools: Tools = None,
     base: Annotated[bool, typer.Option("--base", help="Talk to the base model instead of the tuned model.")] = False,
     temperature: Temperature = 0.7,
     max_tokens: MaxTokens = 512,
@@ -190,9 +195,9 @@ def chat(
 
     opened, recipe = open_existing(folder)
     _begin()
-    from finetune.commands.chat import run
+    from finetune.commands.chat import beside, run
 
-    run(opened, recipe, None, base, temperature, max_tokens, backend)
+    run(opened, recipe, None, beside(columns or [], system, tools), base, temperature, max_tokens, backend)
 
 
 @app.command(rich_help_panel=TOOLS)

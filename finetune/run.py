@@ -23,6 +23,7 @@ from finetune.disk.metrics import MetricsFile, read
 from finetune.disk.run_folder import RunFolder, environment
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
 from finetune.evaluation.verdict import Watch, divergence, overfitting_verdict
+from finetune.evaluation.yardstick import bag_of_words
 from finetune.events import Event, Note, checked, result_of, stoppable
 from finetune.recipe.specs import lora_spec
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
@@ -115,7 +116,7 @@ class Run:
     def train(self, begun: Begun) -> Iterator[Event]:
         """All steps that are left; metrics.jsonl records them. Raises Interrupted, Diverged, MemoryExhausted."""
         trainer, step, repeatable = begun.trainer, begun.resumed_after, True
-        watch = Watch(self.job.folder.vocabulary, trainer.plan.warmup)
+        watch = Watch(self.job.folder.vocabulary, trainer.plan.warmup, trainer.state.history())
         with MetricsFile(self.folder.metrics) as metrics:
             metrics.truncate_after(-1 if step is None else step)
             if step is not None and (lost := metrics.missing(step)):
@@ -163,7 +164,7 @@ class Run:
             held_out=f"{len(job.prepared.held_out.examples)} {kind} rows",
             base=begun.base,
             tuned=tuned,
-            comparison=compare(begun.base, tuned) if begun.base else None,
+            comparison=compare(begun.base, tuned, bag_of_words(job.prepared)) if begun.base else None,
             overfitting=overfitting_verdict(validations),
             divergence=divergence(read(self.folder.metrics), job.folder.vocabulary, trainer.plan.warmup),
             validations=validations,

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
 from backends import registry
 from backends.interface import Session, TrainState
 from finetune.console import Console
-from finetune.data.renderers import question_tokens
-from finetune.data.tokenizer import stop_tokens
+from finetune.data.beside import Beside, completed, parse_columns, with_both_names
+from finetune.data.calls import read_tools
+from finetune.data.renderers import needed, question_tokens
+from finetune.data.tokenizer import answer_text, stop_tokens
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.identity import clock_of
 from finetune.disk.run_folder import RunFolder
+from finetune.errors import DataError
 from finetune.recipe.schema import Recipe
+from finetune.text import harmless
 from finetune.training.job import set_up
 
 
 class Speaker:
     """A run's model, its tokenizer, and the way its prompts are written."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, base: bool, backend: str | None) -> None:
+    def __init__(self, run: RunFolder, recipe: Recipe, given: Beside, base: bool, backend: str | None) -> None:
+        """given: what goes with every question. Raises DataError where training always had more."""
         self.recipe, self.clock = recipe, clock_of(run.path)
+        always = run.always()
+        given = replace(given, columns=with_both_names(given.columns, recipe.data.columns))
+        self.beside, shared = completed(given, needed(recipe) if always is None else always)
+        if shared:
+            print(f"{harmless(', '.join(shared))}: as in all training rows", file=sys.stderr)
         adapter = read_adapter(run.adapter)
         setup = set_up(recipe, run.path)
         check_base(run.adapter, setup.folder)
@@ -33,45 +47,52 @@ class Speaker:
 
     def question(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation that ends with the user, as the run has written its prompts."""
-        return question_tokens(self.recipe, self.tokenizer, messages, self.clock)
+        return question_tokens(self.recipe, self.tokenizer, messages, self.clock, self.beside)
 
     def answer(self, prompt: list[int], max_tokens: int, temperature: float, seed: int) -> str:
         written = self.session.generate([prompt], max_tokens, self.stop, temperature, seed)[0]
-        return str(self.tokenizer.decode(written, skip_special_tokens=True)).strip()
+        return answer_text(self.tokenizer, written, self.stop)
 
 
 def run(
     opened: RunFolder,
     recipe: Recipe,
     prompt: str | None,
+    given: Beside,
     base: bool,
     temperature: float,
     max_tokens: int,
     backend: str | None,
 ) -> None:
-    """Answer `prompt`, or talk where it is None."""
+    """Answer `prompt`, or talk where it is None. given: what goes with every question."""
+    speaker = Speaker(opened, recipe, given, base, backend)
     if prompt is None:
-        _talk(opened, recipe, base, temperature, max_tokens, backend)
+        _talk(speaker, f"{opened.path.name}: {'base' if base else 'tuned'} model", temperature, max_tokens)
     else:
-        _answer(opened, recipe, prompt, base, temperature, max_tokens, backend)
+        tokens = speaker.question([{"role": "user", "content": prompt}])
+        print(speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed))
 
 
-def _answer(
-    opened: RunFolder, recipe: Recipe, prompt: str, base: bool, temperature: float, max_tokens: int, backend: str | None
-) -> None:
-    speaker = Speaker(opened, recipe, base, backend)
-    tokens = speaker.question([{"role": "user", "content": prompt}])
-    print(speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed))
+def beside(columns: Sequence[str], system: str | None, tools: Path | None) -> Beside:
+    """What the command line gives with a question. Raises RecipeError, DataError."""
+    return Beside(parse_columns(columns), system, _tools(tools) if tools else ())
 
 
-def _talk(
-    opened: RunFolder, recipe: Recipe, base: bool, temperature: float, max_tokens: int, backend: str | None
-) -> None:
+def _tools(file: Path) -> tuple[Any, ...]:
+    try:
+        tools = read_tools({"tools": file.read_text(encoding="utf-8-sig")}, {})
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: {getattr(error, 'strerror', None) or error}") from None
+    if not tools or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"{file}: holds no list of tools; write a JSON list of objects, each with a function")
+    return tools
+
+
+def _talk(speaker: Speaker, title: str, temperature: float, max_tokens: int) -> None:
     """Several turns where the recipe trains conversations; otherwise each line is a question of its own."""
-    speaker = Speaker(opened, recipe, base, backend)
     console, turns = Console(), 0
     messages: list[dict[str, str]] = []
-    console.print(f"{opened.path.name}: {'base' if base else 'tuned'} model. An empty line ends.")
+    console.print(f"{title}. An empty line ends.")
     while text := _ask(console):
         messages.append({"role": "user", "content": text})
         tokens = speaker.question(messages)

@@ -13,6 +13,7 @@ from finetune.disk.atomic import write_file
 from finetune.disk.identity import check_held_out
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
+from finetune.evaluation.yardstick import bag_of_words
 from finetune.events import Progress
 from finetune.recipe.names import local
 from finetune.recipe.schema import Recipe
@@ -24,18 +25,20 @@ from finetune.training.job import Job, making_ready
 
 def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
     """Prints both models side by side and writes eval.json."""
+    labels = None
     if data is not None:
+        labels = opened.labels()  # the training rows are not needed for them
         source = str(local(data, Path.cwd()) or data)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})
     adapter = read_adapter(opened.adapter)
-    job = with_progress(making_ready(recipe, backend, opened.path))
+    job = with_progress(making_ready(recipe, backend, opened.path, labels))
     check_base(opened.adapter, job.folder)
     if data is None:
         check_held_out(opened.path, job.prepared)
     session = job.open()
     session.set_state(TrainState(0, adapter.tensors, {}))
     base, tuned = with_progress(_evaluate_both(job, session))
-    comparison = compare(base, tuned)
+    comparison = compare(base, tuned, bag_of_words(job.prepared))
     print_comparison(Console(), base, tuned, comparison, f"{job.prepared.held_out.rows} rows of {data or opened.path}")
     values = {"data": data, "base": base.summary(), "tuned": tuned.summary(), "verdict": comparison.verdict}
     write_file(opened.path / "eval.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")

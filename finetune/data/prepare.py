@@ -29,16 +29,21 @@ Broken = list[tuple[str, Problem]]  # (split, why it is not as the recipe asks)
 
 
 def prepare(
-    recipe: Recipe, tokenizer: Tokenizer, base: Path | None, clock: datetime | None = None
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    base: Path | None,
+    clock: datetime | None = None,
+    labels: Labels | None = None,
 ) -> Generator[Progress, None, Prepared]:
     """Read, check, render, tokenise and fit all rows of a recipe. `problems.refuse` says whether they are sound.
 
     base: the folder that relative paths start from; None where all are absolute. clock: the time of the run, for chat
-    templates that write it; without one they ask the machine. Raises DataError only where the training file as a whole
-    cannot be understood, and RecipeError for settings that do not fit the rows.
+    templates that write it; without one they ask the machine. labels: those of a run, empty where it has none; then
+    only the rows of data.test are read, to be measured. Raises DataError only where the training file as a whole cannot
+    be understood, and RecipeError for settings that do not fit the rows.
     """
     yield Progress(0, "data: reading", 0, 1)
-    records = _gather(recipe, tokenizer, base, clock)
+    records = _gather(recipe, tokenizer, base, clock, labels)
     yield Progress(0, "data: reading", 1, 1)
     writer = Writer(recipe, tokenizer, records)
     train = yield from writer.write(records.train)
@@ -48,10 +53,12 @@ def prepare(
     return replace(records, train=train, valid=valid, test=test, label_tokens=tokens, stop_tokens=stop)
 
 
-def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path | None, clock: datetime | None) -> Prepared:
+def _gather(
+    recipe: Recipe, tokenizer: Tokenizer, base: Path | None, clock: datetime | None, known: Labels | None
+) -> Prepared:
     """The rows of every split as records, without an example yet, and how they will be written."""
     data = recipe.data
-    source = read(data.train, base)
+    source = read(data.train, base) if known is None else read(data.test or data.train, base, "test")
     if not source.rows:
         refuse_rows(source.bad)
     layout = recognise(source.rows, data.format, data.columns, source.bad)
@@ -62,8 +69,20 @@ def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path | None, clock: date
     renderer = make_renderer(recipe.prompt, layout.name, columns, tokenizer, clock)
     reads = {*renderer.reads, *([data.groups] if isinstance(data.groups, str) else [])}
     spellings = (
-        Spellings(labels_in(source.rows, layout.columns["label"]), data.labels) if task == "classification" else None
+        Spellings(labels_in(source.rows, layout.columns["label"]), known or data.labels)
+        if task == "classification"
+        else None
     )
+    records = Prepared(
+        task=task,
+        format=layout.name,
+        template=renderer.name,
+        renderer=renderer,
+        train=Split("train", 0),
+        valid=Split("valid", 0),
+    )
+    if known is not None:
+        return replace(records, labels=known, test=_split("test", source, layout, recipe, reads, spellings, known))
     train = _split("train", source, layout, recipe, reads, spellings)
     broken: Broken = []
     labels = _labels(train, recipe, broken) if task == "classification" else ()
@@ -75,17 +94,8 @@ def _gather(recipe: Recipe, tokenizer: Tokenizer, base: Path | None, clock: date
             broken.append((name, error.problem))
     if "valid" not in held_out:
         train, held_out["valid"] = _set_apart(train, recipe, labels, broken)
-    return Prepared(
-        task=task,
-        format=layout.name,
-        template=renderer.name,
-        renderer=renderer,
-        labels=labels,
-        train=train,
-        valid=held_out["valid"],
-        test=held_out.get("test"),
-        broken=tuple(broken),
-    )
+    valid, test = held_out["valid"], held_out.get("test")
+    return replace(records, labels=labels, train=train, valid=valid, test=test, broken=tuple(broken))
 
 
 def _task(recipe: Recipe, layout: Layout) -> Task:

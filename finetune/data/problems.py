@@ -37,7 +37,8 @@ def refuse_rows(bad: Sequence[Problem], skipping: str = "") -> None:
 
 def refuse(prepared: Prepared, recipe: Recipe) -> None:
     """Raises DataError for the first of the problems that stop training, if there is one."""
-    splits = [split for split in (prepared.train, prepared.valid, prepared.test) if split]
+    all_splits = (prepared.train, prepared.valid, prepared.test) if prepared.train.rows else (prepared.test,)
+    splits = [split for split in all_splits if split]
     skips = recipe.data.on_error == "skip"
     for split in splits:
         if not skips:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
+from finetune.data.beside import NOTHING, Beside, asked_part, refuse_unknown, with_both_names
 from finetune.data.chat_template import PLAIN_CHAT, ChatRenderer
-from finetune.data.column_template import ALPACA, PLAIN, TemplateRenderer, answer_form, placeholders
+from finetune.data.column_template import ALPACA, PLAIN, TemplateRenderer, answer_form, parse_template, placeholders
 from finetune.data.formats import OPTIONAL, QUESTION, REQUIRED, Format
 from finetune.data.rows import Record, Renderer
-from finetune.data.tokenizer import Tokenizer, encode_prompt
+from finetune.data.tokenizer import Tokenizer, encode_prompt, special_texts
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Prompt, Recipe
 from finetune.text import harmless
 
 CONVERSATIONS = ("chat", "sharegpt")
+_WORDS = "zyxwvut"  # in place of an answer, to see what a template writes after it
 
 
 def make_renderer(
@@ -81,25 +84,60 @@ def _need_chat_template(tokenizer: Tokenizer) -> None:
 
 
 def question_tokens(
-    recipe: Recipe, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], clock: datetime | None = None
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, str]],
+    clock: datetime | None = None,
+    beside: Beside = NOTHING,
 ) -> list[int]:
     """The tokens of a new question, as training writes its prompts.
 
     recipe: that of a run, which names its format. messages: a conversation that ends with the user; templates
-    over columns take the last message alone. clock: the run's.
+    over columns take the last message alone. clock: the run's. beside: what goes with the question. Raises RecipeError
+    where the run's prompts have no room for that.
     """
     layout = recipe.data.format
     if layout == "auto":
         raise ValueError("the recipe does not name its data's format; that of a run does")
     renderer = make_renderer(recipe.prompt, layout, placeholders(recipe.prompt.template), tokenizer, clock)
+    refuse_unknown(beside, renderer, layout, recipe.data.columns)
     if layout in CONVERSATIONS:
-        record = Record("question", messages=tuple(messages))
+        system = [{"role": "system", "content": beside.system}] if beside.system else []
+        text = _as_said(renderer, (*system, *messages), beside.tools, special_texts(tokenizer))
     else:
-        record = Record("question", values={_asked(renderer, layout): messages[-1]["content"]})
-    return encode_prompt(tokenizer, renderer.question(record))
+        values = with_both_names(beside.columns, recipe.data.columns)
+        values |= {asked_part(renderer, layout): messages[-1]["content"], "system": beside.system or ""}
+        text = renderer.question(Record("question", values=values, system=beside.system or ""))
+    return encode_prompt(tokenizer, text)
 
 
-def _asked(renderer: Renderer, layout: str) -> str:
-    """The placeholder that takes the question: the format's own, or the first of the recipe's template."""
-    names = [name for _, name in renderer.pieces if name] if isinstance(renderer, TemplateRenderer) else []
-    return QUESTION[layout] if QUESTION[layout] in names or not names else names[0]
+def _as_said(
+    renderer: Renderer, messages: Sequence[Mapping[str, str]], tools: tuple[Any, ...], marks: Collection[str]
+) -> str:
+    """The prompt of a conversation in which the model's own answers stand as it wrote them.
+
+    A template writes the marks of an answer around its words (a channel, a call) and refuses or doubles those that
+    stand in them. So an answer that holds marks is put after the prompt that it answered.
+    """
+    marked = [i for i, m in enumerate(messages) if m["role"] == "assistant" and any(x in m["content"] for x in marks)]
+    if marked:
+        at = marked[-1]
+        words = {**messages[at], "content": _WORDS}
+        whole = renderer.question(
+            Record("question", messages=(*messages[:at], words, *messages[at + 1 :]), tools=tools)
+        )
+        _, found, after = whole.rpartition(_WORDS)
+        if found:
+            return _as_said(renderer, messages[:at], tools, marks) + messages[at]["content"] + after
+    return renderer.question(Record("question", messages=tuple(messages), tools=tools))
+
+
+def needed(recipe: Recipe) -> dict[str, str | None]:
+    """What a question needs beside its text where no run has recorded it: the columns of the recipe's own template."""
+    template, layout = recipe.prompt.template, recipe.data.format
+    if template in ("auto", "chat", "plain", "alpaca"):
+        return {}
+    names = [name for _, name in parse_template(template, placeholders(template)) if name]
+    part = QUESTION.get(layout, "")
+    asked = part if part in names else names[0]
+    return dict.fromkeys(name for name in names if name != asked)

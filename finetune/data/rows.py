@@ -126,6 +126,11 @@ class Example:
             end -= 1
         return self.tokens[:end]
 
+    @property
+    def answer_tokens(self) -> IntArray:
+        """The tokens of the last answer; its end token too where `answer_end` does not say where that stands. [a]"""
+        return self.tokens[len(self.prompt_tokens) : self.answer_end]
+
 
 @dataclass(frozen=True)
 class Rows:

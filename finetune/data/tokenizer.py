@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,15 @@ def special_texts(tokenizer: Tokenizer) -> frozenset[str]:
     """How the special tokens are written."""
     added = tokenizer.added_tokens_decoder.values()
     return frozenset(str(token) for token in added if token.special) | frozenset(tokenizer.all_special_tokens)
+
+
+def answer_text(tokenizer: Tokenizer, tokens: Sequence[int], stop: Collection[int]) -> str:
+    """An answer as text, with all its marks but those that end it: stop tokens and padding. The one way to read both
+    what a row expects and what a model has written.
+    """
+    ends = {*stop, tokenizer.pad_token_id}
+    kept = [int(token) for token in tokens if int(token) not in ends]
+    return str(tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)).strip()
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:

@@ -13,11 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from finetune.disk.atomic import disk_errors, make_folder, sync_directory, write_file
+from finetune.disk.run_files import read_json
 from finetune.errors import Incompatible, RecipeError
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
 
 _LIBRARIES = ("numpy", "transformers", "safetensors", "tokenizers")  # beside the backend's own
+
+
+@dataclass(frozen=True)
+class _Account:
+    """What is read again of data.json."""
+
+    labels: list[str]
+    always: dict[str, str | None] | None = None  # runs of 0.1.0 have none
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,22 @@ class RunFolder:
 
     def evaluation(self, which: str) -> Path:
         return self.path / f"evaluation-{which}.json"
+
+    def always(self) -> dict[str, str | None] | None:
+        """What every training row had beside its question (`data.beside.Always`); None where the run has recorded none.
+
+        Raises Incompatible for what no run writes; DiskError.
+        """
+        account = self._account()
+        return account.always if account else None
+
+    def labels(self) -> tuple[str, ...] | None:
+        """The labels that the run was trained on, in order; None where it has recorded nothing. Raises as `always`."""
+        account = self._account()
+        return tuple(account.labels) if account else None
+
+    def _account(self) -> _Account | None:
+        return read_json(self.path / "data.json", _Account, "resume the run, which writes it anew", "ignore")
 
     def write_json(self, name: str, values: Any) -> None:
         write_file(self.path / name, json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -17,10 +17,11 @@ from pydantic import Field
 
 from backends.interface import Session, TrainState
 from finetune.data.rows import Prepared, Split
-from finetune.data.tokenizer import Tokenizer
+from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.errors import Diverged
-from finetune.evaluation.intervals import confusion_matrix, macro_f1, per_class, wilson_interval
+from finetune.evaluation.intervals import confusion_matrix, macro_f1, macro_f1_interval, per_class, wilson_interval
 from finetune.evaluation.scoring import RowLosses, choose_labels, row_losses, write_answers
+from finetune.evaluation.yardstick import label_numbers
 from finetune.events import Progress
 from finetune.recipe.schema import Recipe
 
@@ -57,6 +58,7 @@ class Evaluation:
     labels: tuple[str, ...]
     confusion: list[list[int]] | None  # [true][predicted]
     results: tuple[RowResult, ...]
+    macro_f1_interval: tuple[float, float] | None = None  # 95 %; runs of 0.1.0 have none
 
     @property
     def classes(self) -> list[dict[str, Any]]:
@@ -90,6 +92,7 @@ def evaluate(
     examples = split.examples
     losses = yield from row_losses(session, examples, micro_tokens, f"{name}: loss")
     predicted: list[str | None] = [None] * len(examples)
+    expected = [example.answer or "" for example in examples]
     if prepared.task == "classification":
         chosen = yield from choose_labels(
             session, examples, prepared.label_tokens, micro_tokens, losses.first, f"{name}: labels"
@@ -99,13 +102,15 @@ def evaluate(
         stop = prepared.stop_tokens
         answers = yield from write_answers(session, examples, stop, max_tokens, decode, f"{name}: answers")
         predicted = [*answers]
+        # Read as the written ones are; of an answer that lost its end, the tokens do not tell the whole.
+        expected = [e.answer or "" if e.cut else decode(e.answer_tokens.tolist()) for e in examples]
     results = tuple(
         RowResult(
             location=example.location,
             prompt=example.prompt,
             expected=example.answer,
             predicted=answer,
-            correct=None if answer is None else answer.strip() == (example.answer or "").strip(),
+            correct=None if answer is None else answer.strip() == expected[i].strip(),
             loss=float(losses.loss[i] / losses.tokens[i]),
             tokens=int(losses.tokens[i]),
         )
@@ -158,12 +163,15 @@ def evaluate_held_out(
         name=name,
         micro_tokens=recipe.train.tokens_at_once,
         max_tokens=recipe.evaluate.max_tokens if recipe.evaluate.generate else 0,
-        decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
+        decode=lambda tokens: answer_text(tokenizer, tokens, prepared.stop_tokens),
     )
     if not math.isfinite(evaluation.loss):
         remedy = f"check the weights of {recipe.model.path}"
         raise Diverged(f"{name}: its loss on the held-out rows is {evaluation.loss}; {remedy}")
-    return evaluation
+    if evaluation.macro_f1 is None:
+        return evaluation
+    truth, chosen = label_numbers(evaluation)
+    return replace(evaluation, macro_f1_interval=macro_f1_interval(truth, chosen, len(evaluation.labels)))
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from finetune.evaluation.intervals import weighted_mean_interval
+from finetune.evaluation.intervals import macro_f1_change, weighted_mean_interval
+from finetune.evaluation.yardstick import label_numbers, shortcomings, too_weak
 from finetune.events import Event, StepDone, Validated
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 RISE = 0.01  # of the lowest validation loss; a smaller rise counts as noise
 SIGNIFICANT = 0.05  # p-values below this
 
+CLEAR = 0.1  # of the loss at the start; a smaller rise may come from the rows of a batch
 IN_A_ROW = 3  # steps with a high loss; fewer may come from a few strange rows
 
 
@@ -80,12 +82,17 @@ def _epoch(validated: Validated) -> str:
     return f"epoch {round(validated.epoch, 2):g}"
 
 
-def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | None) -> str:
-    """Better, worse, or no clear difference, and why, in one sentence.
+def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | None, words: float | None = None) -> str:
+    """Better, worse, or no clear difference, and why; and what models that know nothing would have.
 
     `p_value` of McNemar's test decides where answers are right or wrong; elsewhere the 95 % interval of the change
-    of the loss on the same rows does.
+    of the loss on the same rows does. A gain is "Not good yet" where a constant answer does as well, and "Mixed" where
+    macro F1 clearly falls. words: the accuracy of `bag_of_words`.
     """
+    return " ".join((_compared(base, tuned, p_value), *shortcomings(base, tuned, words)))
+
+
+def _compared(base: Evaluation, tuned: Evaluation, p_value: float | None) -> str:
     if base.accuracy is None or tuned.accuracy is None or p_value is None:
         return _by_loss(base, tuned)
     same = all(before.correct == after.correct for before, after in zip(base.results, tuned.results, strict=True))
@@ -94,6 +101,8 @@ def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | Non
     measure = "accuracy" if tuned.labels else "exact match"
     change = tuned.accuracy - base.accuracy
     verdict = _better_or_worse(change) if p_value < SIGNIFICANT else "No clear difference"
+    if verdict == "Better":
+        verdict = "Not good yet" if too_weak(tuned) else "Mixed" if _macro_f1_falls(base, tuned) else verdict
     p = "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
     return (
         f"{verdict}: {measure} {base.accuracy:.3f}{_in_brackets(base.interval)} before, {tuned.accuracy:.3f}"
@@ -101,14 +110,23 @@ def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | Non
     )
 
 
+def _macro_f1_falls(base: Evaluation, tuned: Evaluation) -> bool:
+    """Whether the whole 95 % interval of its change is below 0."""
+    if base.macro_f1 is None or tuned.macro_f1 is None or tuned.macro_f1 >= base.macro_f1:
+        return False
+    truth, after = label_numbers(tuned)
+    return macro_f1_change(truth, label_numbers(base)[1], after, len(tuned.labels))[1] < 0
+
+
 def _by_loss(base: Evaluation, tuned: Evaluation) -> str:
     differences = [after.loss - before.loss for before, after in zip(base.results, tuned.results, strict=True)]
     tokens = [row.tokens for row in tuned.results]
     low, high = weighted_mean_interval(differences, tokens)
     verdict = _better_or_worse(-low) if low > 0 or high < 0 else "No clear difference"
+    none = "; exact match is 0 before and after" if base.accuracy == tuned.accuracy == 0 else ""
     return (
         f"{verdict}: loss {base.loss:.4f} before, {tuned.loss:.4f} after, on the same {tuned.rows} rows "
-        f"(95 % interval of the change: {low:+.4f} to {high:+.4f})."
+        f"(95 % interval of the change: {low:+.4f} to {high:+.4f}){none}."
     )
 
 
@@ -121,37 +139,81 @@ def _in_brackets(interval: tuple[float, float] | None) -> str:
 
 
 class Watch:
-    """Notices, once, a loss above ln(vocabulary): the loss of a model to which all tokens are equally likely."""
+    """Notices a loss above ln(vocabulary): the loss of a model to which all tokens are equally likely.
 
-    def __init__(self, vocabulary: int | None, warmup: int) -> None:
+    Whether the run diverges is told from its own curve: a loss that has been as high from the start, or falls, is no
+    reason to lower the learning rate.
+    """
+
+    def __init__(self, vocabulary: int | None, warmup: int, before: Iterable[Event] = ()) -> None:
         """vocabulary: the model's tokens; None: not known, and nothing is noticed.
 
-        warmup: steps in which the learning rate still rises, and a high loss is no sign of divergence.
+        warmup: steps in which the learning rate still rises, and a high loss is no sign of divergence. before: what
+        happened before a run was resumed; its notices were given then.
         """
         self._guessing = math.log(vocabulary) if vocabulary else math.inf
         self._warmup = warmup
-        self._above = 0  # the last so many steps
-        self._noticed = False
+        self._first: dict[type[object], float] = {}  # loss of the first event of each type
+        self._above: list[float] = []  # the losses of the last steps in a row that are high
+        self._last: Validated | None = None
+        self._said_high = self._said_diverging = False
+        for event in before:
+            self.look(event)
 
     def look(self, event: Event) -> str | None:
         """The notice, at the event that gives reason for it; else None."""
-        if self._noticed or event.step <= self._warmup or not isinstance(event, StepDone | Validated):
+        if not isinstance(event, StepDone | Validated):
             return None
-        high = event.loss > self._guessing
+        self._first.setdefault(type(event), event.loss)
+        if self._said_diverging or event.step <= self._warmup:
+            return None
+        loss = event.loss
         if isinstance(event, StepDone):
-            self._above = self._above + 1 if high else 0
-            high = self._above >= IN_A_ROW
-        if not high:
+            self._above = [*self._above, loss][-IN_A_ROW:] if loss > self._guessing else []
+            if len(self._above) < IN_A_ROW:
+                return None
+            loss = sum(self._above) / IN_A_ROW
+        else:
+            self._last = event
+        if loss <= self._guessing:
             return None
-        self._noticed = True
+        start = self._start()
+        if loss > start * (1 + CLEAR):
+            self._said_diverging = True
+            return f"Diverging? {self._high(event)} Lower train.learning_rate, or check the rows."
+        if self._said_high or loss < start * (1 - RISE):  # it falls; whether far enough is seen at the end
+            return None
+        self._said_high = True
+        as_before = f"It was as high at the start ({start:.2f}), so the learning rate is not"
+        return f"High loss: {self._high(event)} {as_before} {_TOO_LOW}"
+
+    def at_the_end(self) -> str | None:
+        """The notice of a run that ends above guessing, although its loss fell."""
+        last, start = self._last, self._start()
+        if last is None or self._said_high or self._said_diverging or last.loss <= self._guessing:
+            return None
+        return f"High loss: {self._high(last)} It fell from {start:.2f}, so the learning rate is not {_TOO_LOW}"
+
+    def _start(self) -> float:
+        """The mean of the first validation and the first step, both of the model before training."""
+        return sum(self._first.values()) / max(len(self._first), 1)
+
+    def _high(self, event: StepDone | Validated) -> str:
         what = "training" if isinstance(event, StepDone) else "validation"
         return (
-            f"Diverging? After step {event.step} the {what} loss is {event.loss:.2f}; random guessing would have "
-            f"{self._guessing:.2f}, the logarithm of the vocabulary size. Lower train.learning_rate, or check the rows."
+            f"After step {event.step} the {what} loss is {event.loss:.2f}; random guessing would have "
+            f"{self._guessing:.2f}, the logarithm of the vocabulary size."
         )
 
 
+_TOO_LOW = (
+    "too high: raise train.learning_rate or train longer, and check that the rows are in a language and form that "
+    "the model knows."
+)
+
+
 def divergence(events: Iterable[Event], vocabulary: int | None, warmup: int) -> str | None:
-    """The notice of a whole run, or None."""
+    """The last notice of a whole run, or None."""
     watch = Watch(vocabulary, warmup)
-    return next((notice for event in events if (notice := watch.look(event))), None)
+    notices = [notice for event in events if (notice := watch.look(event))]
+    return notices[-1] if notices else watch.at_the_end()

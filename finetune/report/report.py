@@ -28,6 +28,7 @@ class Comparison:
     broken: tuple[tuple[RowResult, RowResult], ...]  # right before, wrong now
     p_value: float | None  # McNemar's exact test, two-sided; None where answers are not right or wrong
     verdict: str
+    bag_of_words: float | None = None  # the accuracy of naive Bayes on the words, where there are labels
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Report:
             "fixed": len(self.comparison.fixed),
             "broken": len(self.comparison.broken),
             "p_value": self.comparison.p_value,
+            "bag_of_words": self.comparison.bag_of_words,
         }
         return {
             "run": self.run,
@@ -76,13 +78,13 @@ class Report:
         }
 
 
-def compare(base: Evaluation, tuned: Evaluation) -> Comparison:
-    """The rows that changed, and whether the change is more than chance."""
+def compare(base: Evaluation, tuned: Evaluation, words: float | None = None) -> Comparison:
+    """The rows that changed, and whether the change is more than chance. words: the accuracy of `bag_of_words`."""
     pairs = list(zip(base.results, tuned.results, strict=True))
     fixed = tuple(pair for pair in pairs if pair[0].correct is False and pair[1].correct)
     broken = tuple(pair for pair in pairs if pair[0].correct and pair[1].correct is False)
     p_value = mcnemar_exact(len(fixed), len(broken)) if tuned.accuracy is not None else None
-    return Comparison(fixed, broken, p_value, comparison_verdict(base, tuned, p_value))
+    return Comparison(fixed, broken, p_value, comparison_verdict(base, tuned, p_value, words), words)
 
 
 def save_evaluation(path: Path, evaluation: Evaluation) -> None:

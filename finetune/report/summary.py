@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import Console, plain_page
+from finetune.data.beside import always_filled
 from finetune.data.rows import Prepared
 from finetune.disk.atomic import write_file
 from finetune.disk.metrics import read
@@ -89,6 +90,7 @@ def account_of(prepared: Prepared) -> dict[str, Any]:
         "format": prepared.format,
         "template": prepared.template,
         "labels": list(prepared.labels),
+        "always": always_filled(prepared.renderer, prepared.format, prepared.train.records),
         **{name: split and split.account for name, split in splits.items()},
     }
 

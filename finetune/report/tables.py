@@ -117,10 +117,10 @@ def comparison_table(base: Mapping[str, Any], tuned: Mapping[str, Any], title: s
             if base:
                 cells = [_measured(key, before), *cells, _change(key, before, after, more)]
             table.add_row(name, *cells)
-        if key == "accuracy" and (base.get("interval") or tuned.get("interval")):
-            table.add_row(
-                "95 % interval, %", *(_interval(values.get("interval")) for values in (base, tuned) if values)
-            )
+        shares = key == "accuracy"
+        bounds = [values.get("interval" if shares else f"{key}_interval") for values in (base, tuned) if values]
+        if any(bounds):
+            table.add_row("95 % interval" + ", %" * shares, *(_interval(ends, shares) for ends in bounds))
     return table
 
 
@@ -193,8 +193,8 @@ def _measured(key: str, value: float | None) -> str:
     return _perplexity(value) if key == "perplexity" else f"{value:.4f}"
 
 
-def _interval(bounds: Sequence[float] | None) -> str:
-    return "-" if bounds is None else f"{100 * bounds[0]:.1f}-{100 * bounds[1]:.1f}"
+def _interval(bounds: Sequence[float] | None, shares: bool) -> str:
+    return "-" if bounds is None else "-".join(f"{100 * end:.1f}" if shares else f"{end:.3f}" for end in bounds)
 
 
 def _perplexity(value: float) -> str:

@@ -12,6 +12,7 @@ from backends import registry
 from backends.interface import BackendError, Session
 from backends.model_folder import ModelFolder
 from finetune.data.clock import now
+from finetune.data.label_names import Labels
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
 from finetune.data.rows import Prepared
@@ -85,17 +86,20 @@ def refuse_unused_accelerator(recipe: Recipe) -> None:
         raise BackendError(f"{backend}: {unused}; or train on the processor all the same: device=cpu")
 
 
-def making_ready(recipe: Recipe, backend: str | None = None, run: Path | None = None) -> Generator[Progress, None, Job]:
+def making_ready(
+    recipe: Recipe, backend: str | None = None, run: Path | None = None, labels: Labels | None = None
+) -> Generator[Progress, None, Job]:
     """Check the backend, find the model, read and prepare the data. No model is loaded.
 
     run: one that exists; chat templates write its time, and not today's. The job's recipe names the format and the task
-    that were recognised, so that later commands need not look again.
+    that were recognised, so that later commands need not look again. labels: that run's, to measure rows of data.test
+    alone.
     Raises DataError for rows that stop training, Incompatible for tokens that the model lacks or as `set_up` does.
     """
     chosen = registry.choose(backend or recipe.backend)
     setup = set_up(recipe, run)
     clock = now() if run is None else clock_of(run)
-    prepared = yield from prepare(recipe, setup.tokenizer, base=None, clock=clock)
+    prepared = yield from prepare(recipe, setup.tokenizer, base=None, clock=clock, labels=labels)
     refuse(prepared, recipe)
     _check_vocabulary(setup, prepared)
     _check_positions(setup, prepared)

@@ -71,7 +71,8 @@ MISTAKES = {
 }
 BEGIN = [
     ["init", "train.jsonl", "--output", "new{}.yaml", "--model", "model"],
-    ["init", "twice.json", "--output", "other.yaml"], ["check", "one.jsonl"], ["check", "recipe.yaml"], ["plan", "recipe.yaml"], ["train", "recipe.yaml"],
+    ["init", "twice.json", "--output", "other.yaml"], ["check", "one.jsonl"], ["check", "recipe.yaml"],
+    ["plan", "recipe.yaml"], ["train", "recipe.yaml"],
     *(["plan", f"{name}.yaml"] for name in MISTAKES), ["check", "target.yaml"], ["check", "column.yaml"],
     ["plan", f"no{ESC}.yaml"], ["plan", "recipe.yaml", f"--a{ESC}"], ["plan", "recipe.yaml", f"a{ESC}=1"],
     ["eval", f"no{ESC}"], ["resume", f"no{ESC}"],

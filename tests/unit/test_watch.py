@@ -49,6 +49,32 @@ def test_when_it_is_said(events: list[Event], said_at: int | None) -> None:
     assert all(f"After step {said_at} " in text and "guessing would have 6.91" in text for _, text in said)
 
 
+def curve(*losses: float) -> list[Event]:
+    """A validation before training, a step for each loss, and a validation at the end."""
+    steps = [step(n, loss) for n, loss in enumerate(losses, 1)]
+    return [validated(0, losses[0]), *steps, validated(len(losses), losses[-1])]
+
+
+@pytest.mark.parametrize(
+    ("losses", "words", "remedy"),
+    [
+        ([2.0, 5.0, 9.0, 12.0, 12.0, 12.0], "Diverging?", "Lower train.learning_rate"),
+        ([8.0, 9.5, 11.0, 12.0, 13.0, 14.0], "Diverging?", "Lower train.learning_rate"),  # high before, and rises
+        ([9.0, 8.99, 9.05, 8.98, 8.97, 8.96], "High loss", "raise train.learning_rate"),  # hardly moves
+        ([12.0, 11.0, 10.0, 9.5, 9.2, 9.0], "High loss", "It fell from 12.00"),  # falls, not far enough
+        ([9.0, 9.0, 9.0, 9.0, 14.0, 15.0, 16.0], "Diverging?", "Lower train.learning_rate"),  # after the other notice
+        ([12.0, 10.0, 9.0, 8.0, 6.0, 4.0], None, ""),
+    ],
+)
+def test_a_loss_that_rises_is_told_from_one_that_falls_too_slowly(
+    losses: list[float], words: str | None, remedy: str
+) -> None:
+    said = divergence(curve(*losses), VOCABULARY, 0)
+    assert (said is None) == (words is None)
+    assert said is None or (said.startswith(str(words)) and remedy in said)
+    assert said is None or ("Lower train.learning_rate" in said) == (words == "Diverging?")
+
+
 def test_without_a_vocabulary_nothing_is_said() -> None:
     assert divergence([step(n, 1e9) for n in range(9)], None, 0) is None
 

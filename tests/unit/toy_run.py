@@ -51,7 +51,7 @@ def dataset(name: str, rows: int, seed: int) -> Split:
         tokens = np.array([*prompt, *LABEL_TOKENS[label], *STOP], np.int32)
         weights = (np.arange(len(tokens)) >= len(prompt)).astype(np.float32)
         location, text = f"{name}.jsonl:{row + 1}", f"question {row}"
-        examples.append(Example(tokens, weights, location, LABELS[label], text, len(prompt)))
+        examples.append(Example(tokens, weights, location, LABELS[label], text, len(prompt), len(tokens) - 1))
     return Split(name=name, rows=rows, examples=tuple(examples))
 
 

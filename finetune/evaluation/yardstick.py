@@ -1,0 +1,129 @@
+"""What a model must beat to be of use: the most frequent answer, chance, the words alone; and what its answers lack."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from finetune.data.rows import Example, Prepared
+from finetune.text import harmless, shorten
+
+if TYPE_CHECKING:
+    from finetune.evaluation.evaluate import Evaluation
+
+TRAINED_ON = 5_000  # rows, drawn at random; more take longer than they help
+_CELLS = 2**23  # words times labels in the table
+_NAMED = 5  # labels
+
+
+def bag_of_words(prepared: Prepared) -> float | None:
+    """The accuracy on the held-out rows of naive Bayes on the words of the training rows.
+
+    None where there are no labels, or no training rows. At most 5,000 training rows are used: about a second.
+    """
+    train, held_out = prepared.train.examples, prepared.held_out.examples
+    if len(prepared.labels) < 2 or not train or not held_out:
+        return None
+    drawn = np.random.default_rng(0).permutation(len(train))[:TRAINED_ON]
+    chosen = guess_by_words([train[row] for row in drawn], held_out, prepared.labels)
+    return sum(guess == row.answer for guess, row in zip(chosen, held_out, strict=True)) / len(held_out)
+
+
+def guess_by_words(train: Sequence[Example], asked: Sequence[Example], labels: Sequence[str]) -> list[str]:
+    """Naive Bayes, add-one smoothed, on which words a prompt has. Words of every row (the template's) tell nothing."""
+    number = {label: i for i, label in enumerate(labels)}
+    truth = np.array([number[str(row.answer)] for row in train])  # [n]
+    rows = [set(_words(row.prompt)) for row in train]
+    frequent = Counter(word for row in rows for word in row).most_common()
+    telling = [word for word, count in frequent if count < len(rows)][: _CELLS // len(labels)]
+    column = {word: i for i, word in enumerate(telling)}
+    k, words = len(labels), len(column)
+    cells = [
+        column[word] * k + t for row, t in zip(rows, truth.tolist(), strict=True) for word in row if word in column
+    ]
+    counts = np.bincount(np.array(cells, np.int64), minlength=words * k).reshape(words, k)
+    table = np.log((counts + 1) / (counts.sum(axis=0) + words + 1))  # [words, k] log p(word | label)
+    prior = np.log((np.bincount(truth, minlength=k) + 1) / (len(truth) + k))  # [k]
+    seen = [[column[word] for word in {*_words(row.prompt)} if word in column] for row in asked]
+    return [labels[int((prior + table[sorted(row)].sum(axis=0)).argmax())] for row in seen]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def label_numbers(evaluation: Evaluation) -> tuple[list[int], list[int]]:
+    """The true and the predicted label of each row, as indices of `labels`. [n] each"""
+    number = {label: i for i, label in enumerate(evaluation.labels)}
+    rows = evaluation.results
+    return [number[str(row.expected)] for row in rows], [number[str(row.predicted)] for row in rows]
+
+
+def majority(evaluation: Evaluation) -> tuple[str, float] | None:
+    """The most frequent expected answer of the rows, and the share right of a model that always gives it."""
+    expected = Counter(row.expected for row in evaluation.results if row.correct is not None)
+    expected.pop(None, None)
+    if not expected:
+        return None
+    answer, count = expected.most_common(1)[0]
+    return str(answer), count / sum(expected.values())
+
+
+def always_same(evaluation: Evaluation) -> str | None:
+    """The one answer that a model gives to all rows, although not all expect the same."""
+    judged = [row for row in evaluation.results if row.correct is not None]
+    given = {row.predicted for row in judged}
+    return given.pop() if len(given) == 1 and len({row.expected for row in judged}) > 1 else None
+
+
+def never_predicted(evaluation: Evaluation) -> list[str]:
+    """Labels that rows have and that the model never chose."""
+    chosen = {row.predicted for row in evaluation.results}
+    expected = {row.expected for row in evaluation.results}
+    return [label for label in evaluation.labels if label in expected and label not in chosen]
+
+
+def too_weak(tuned: Evaluation) -> bool:
+    """Whether a constant answer would do as well: all answers are alike, or the whole interval is below the most
+    frequent answer's share.
+    """
+    best = majority(tuned)
+    if tuned.interval is None or best is None:
+        return False
+    return always_same(tuned) is not None or tuned.interval[1] < best[1]
+
+
+def shortcomings(base: Evaluation, tuned: Evaluation, words: float | None) -> list[str]:
+    """Sentences: the figures of models that know nothing, and what of the tuned model's answers falls short.
+
+    words: the accuracy of `bag_of_words`, where it was measured.
+    """
+    best = majority(tuned)
+    if tuned.accuracy is None or best is None:
+        return []
+    sentences = []
+    if tuned.labels:
+        others = [f"always {_quoted(best[0])} would have {best[1]:.3f}", f"chance {1 / len(tuned.labels):.3f}"]
+        others += [] if words is None else [f"naive Bayes on the words {words:.3f}"]
+        sentences.append(f"For comparison: {', '.join(others)}.")
+    same = always_same(tuned)
+    if same is not None:
+        sentences.append(f"The tuned model gives the same answer to all rows: {_quoted(same)}.")
+    elif tuned.accuracy <= best[1] and len(tuned.results) * best[1] > 1:  # else every answer is expected once
+        sentences.append(f"The tuned model is no more often right than always answering {_quoted(best[0])}.")
+    if words is not None and tuned.interval is not None and tuned.interval[1] < words:
+        sentences.append("The tuned model is below naive Bayes on the words: check the rows and the recipe.")
+    if (missing := never_predicted(tuned)) and same is None:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        sentences.append(f"Never predicted: {', '.join(map(_quoted, missing[:_NAMED]))}{more}.")
+    if tuned.macro_f1 is not None and base.macro_f1 is not None and tuned.macro_f1 < base.macro_f1:
+        sentences.append(f"Macro F1 falls from {base.macro_f1:.3f} to {tuned.macro_f1:.3f}: see the single labels.")
+    return sentences
+
+
+def _quoted(answer: str) -> str:
+    return f'"{harmless(shorten(answer, 40))}"'

@@ -1,0 +1,29 @@
+"""The arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Keys to change, such as lora.rank=16.", show_default=False),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
+Backend = Annotated[
+    str | None, typer.Option("--backend", metavar="NAME", help="One that `finetune doctor` lists; not the recipe's.")
+]
+Alone = Annotated[bool, typer.Option("--no-supervisor", help="Run training in this process (for debuggers).")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the most probable token.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="The most tokens in an answer.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="NAME=TEXT", help="Another column of the prompt, such as input=...; repeatable."),
+]
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system text.")]
+Tools = Annotated[
+    Path | None, typer.Option("--tools", metavar="FILE", help="The tools that the model may call: a JSON list.")
+]
