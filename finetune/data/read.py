@@ -98,17 +98,19 @@ def _parse(raw: bytes, source: str) -> Rows:
     return _bounded(Rows(rows, bad, _noted(source, notes)), len(text))
 
 
-def _bounded(found: Rows, size: int) -> Rows:
+def _bounded(everything: Rows, size: int) -> Rows:
     """Without rows of more than `MOST_ROW` characters, which are bad ones. size: characters of them all, at least."""
     if size <= MOST_ROW:
-        return found
-    sizes = [_size(row.fields) for row in found.rows]
+        return everything
+    sizes = [_size(row.fields) for row in everything.rows]
     reason = f"characters in one row, and {MOST_ROW:,} are the most; write it as several rows"
     long = [
-        (row.location, f"{count:,} {reason}") for row, count in zip(found.rows, sizes, strict=True) if count > MOST_ROW
+        (row.location, f"{count:,} {reason}")
+        for row, count in zip(everything.rows, sizes, strict=True)
+        if count > MOST_ROW
     ]
-    rows = [row for row, count in zip(found.rows, sizes, strict=True) if count <= MOST_ROW]
-    return Rows(rows, [*found.bad, *long], found.notes)
+    rows = [row for row, count in zip(everything.rows, sizes, strict=True) if count <= MOST_ROW]
+    return Rows(rows, [*everything.bad, *long], everything.notes)
 
 
 def _size(value: Any) -> int:
