@@ -60,7 +60,7 @@ def majority(evaluation: Evaluation) -> tuple[str, float] | None:
     """The most frequent expected answer of the rows, and the share right of a model that always gives it."""
     expected = Counter(row.expected for row in evaluation.results if row.correct is not None)
     expected.pop(None, None)
-    if not expected:
+    if len(expected) < 2:  # where all expect the same, a constant answer is no yardstick
         return None
     answer, count = expected.most_common(1)[0]
     return str(answer), count / sum(expected.values())
