@@ -174,9 +174,9 @@ def generate(
 
     opened, recipe = open_existing(folder)
     _begin()
-    from finetune.commands.chat import beside, run
+    from finetune.commands.chat import run
 
-    run(opened, recipe, question, beside(columns or [], system, tools), base, temperature, max_tokens, backend)
+    run(opened, recipe, question, columns or [], system, tools, base, temperature, max_tokens, backend)
 
 
 @app.command(rich_help_panel=USE)
@@ -195,9 +195,9 @@ def chat(
 
     opened, recipe = open_existing(folder)
     _begin()
-    from finetune.commands.chat import beside, run
+    from finetune.commands.chat import run
 
-    run(opened, recipe, None, beside(columns or [], system, tools), base, temperature, max_tokens, backend)
+    run(opened, recipe, None, columns or [], system, tools, base, temperature, max_tokens, backend)
 
 
 @app.command(rich_help_panel=TOOLS)

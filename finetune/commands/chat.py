@@ -58,14 +58,16 @@ def run(
     opened: RunFolder,
     recipe: Recipe,
     prompt: str | None,
-    given: Beside,
+    columns: Sequence[str],
+    system: str | None,
+    tools: Path | None,
     base: bool,
     temperature: float,
     max_tokens: int,
     backend: str | None,
 ) -> None:
-    """Answer `prompt`, or talk where it is None. given: what goes with every question."""
-    speaker = Speaker(opened, recipe, given, base, backend)
+    """Answer `prompt`, or talk where it is None. columns, system and tools go with every question."""
+    speaker = Speaker(opened, recipe, beside(columns, system, tools), base, backend)
     if prompt is None:
         _talk(speaker, f"{opened.path.name}: {'base' if base else 'tuned'} model", temperature, max_tokens)
     else:

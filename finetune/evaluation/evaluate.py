@@ -21,7 +21,6 @@ from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.errors import Diverged
 from finetune.evaluation.intervals import confusion_matrix, macro_f1, macro_f1_interval, per_class, wilson_interval
 from finetune.evaluation.scoring import RowLosses, choose_labels, row_losses, write_answers
-from finetune.evaluation.yardstick import label_numbers
 from finetune.events import Progress
 from finetune.recipe.schema import Recipe
 
@@ -64,6 +63,12 @@ class Evaluation:
     def classes(self) -> list[dict[str, Any]]:
         """Precision, recall, F1 and support of each label."""
         return per_class(np.array(self.confusion), self.labels) if self.confusion else []
+
+    def label_numbers(self) -> tuple[list[int], list[int]]:
+        """The true and the predicted label of each row, as indices of `labels`. [n] each"""
+        number = {label: i for i, label in enumerate(self.labels)}
+        rows = self.results
+        return [number[str(row.expected)] for row in rows], [number[str(row.predicted)] for row in rows]
 
     def summary(self) -> dict[str, Any]:
         """Everything but the rows, for JSON."""
@@ -170,7 +175,7 @@ def evaluate_held_out(
         raise Diverged(f"{name}: its loss on the held-out rows is {evaluation.loss}; {remedy}")
     if evaluation.macro_f1 is None:
         return evaluation
-    truth, chosen = label_numbers(evaluation)
+    truth, chosen = evaluation.label_numbers()
     return replace(evaluation, macro_f1_interval=macro_f1_interval(truth, chosen, len(evaluation.labels)))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from finetune.evaluation.intervals import macro_f1_change, weighted_mean_interval
-from finetune.evaluation.yardstick import label_numbers, shortcomings, too_weak
+from finetune.evaluation.yardstick import shortcomings, too_weak
 from finetune.events import Event, StepDone, Validated
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def _macro_f1_falls(base: Evaluation, tuned: Evaluation) -> bool:
     """Whether the whole 95 % interval of its change is below 0."""
     if base.macro_f1 is None or tuned.macro_f1 is None or tuned.macro_f1 >= base.macro_f1:
         return False
-    truth, after = label_numbers(tuned)
-    return macro_f1_change(truth, label_numbers(base)[1], after, len(tuned.labels))[1] < 0
+    truth, after = tuned.label_numbers()
+    return macro_f1_change(truth, base.label_numbers()[1], after, len(tuned.labels))[1] < 0
 
 
 def _by_loss(base: Evaluation, tuned: Evaluation) -> str:

@@ -56,18 +56,11 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-def label_numbers(evaluation: Evaluation) -> tuple[list[int], list[int]]:
-    """The true and the predicted label of each row, as indices of `labels`. [n] each"""
-    number = {label: i for i, label in enumerate(evaluation.labels)}
-    rows = evaluation.results
-    return [number[str(row.expected)] for row in rows], [number[str(row.predicted)] for row in rows]
-
-
 def majority(evaluation: Evaluation) -> tuple[str, float] | None:
     """The most frequent expected answer of the rows, and the share right of a model that always gives it."""
     expected = Counter(row.expected for row in evaluation.results if row.correct is not None)
     expected.pop(None, None)
-    if not expected:
+    if len(expected) < 2:  # where all expect the same, a constant answer is no yardstick
         return None
     answer, count = expected.most_common(1)[0]
     return str(answer), count / sum(expected.values())

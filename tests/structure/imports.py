@@ -16,7 +16,7 @@ PACKAGES = ("backends", "finetune")
 # From left to right, floor by floor: a room imports only rooms of floors to the left of its own, or of its own room.
 # `disk` stands right of `data`, not beside it: the identity of a run is a digest of its prepared rows.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("text", "backends"),
+    ("text", "options", "backends"),
     ("errors", "streams"),
     ("console", "connections"),
     ("recipe", "events"),

@@ -100,6 +100,7 @@ def test_the_root_holds_the_run_and_what_everyone_needs(house: House) -> None:
         "supervisor",
         "errors",
         "events",
+        "options",
         "text",
         "connections",
         "streams",
