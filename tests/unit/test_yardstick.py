@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from finetune.console import plain_page
 from finetune.data.rows import Example, Prepared, Split
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import (
@@ -18,7 +19,6 @@ from finetune.evaluation.intervals import (
 from finetune.evaluation.verdict import comparison_verdict
 from finetune.evaluation.yardstick import bag_of_words, majority, never_predicted
 from finetune.report.tables import comparison_table
-from finetune.text import plain_page
 
 
 def evaluation(expected: str, predicted: str, labels: str = "abc") -> Evaluation:
