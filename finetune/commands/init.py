@@ -14,6 +14,7 @@ from typing import NamedTuple
 from finetune.data.formats import REQUIRED, recognise
 from finetune.data.guess import by_content, headerless
 from finetune.data.label_names import Spellings, find_labels, labels_in, respelt
+from finetune.data.preferences import refuse_preferences
 from finetune.data.problems import BadSource, refuse_rows
 from finetune.data.read import read
 from finetune.data.records import read_records
@@ -96,6 +97,8 @@ def _look(source: Rows, given: Mapping[str, str]) -> Look:
     try:
         layout = recognise(source.rows, "auto", given)
     except BadSource:
+        names = list(dict.fromkeys(column for row in source.rows for column in row.fields))
+        refuse_preferences(source.rows, names, "auto", given, source.bad)
         guessed = {} if given or headerless(source.rows) else by_content(source.rows)
         if given or headerless(source.rows):
             raise

@@ -128,8 +128,8 @@ def test_a_log_on_a_full_disk_is_still_an_error(work: Work) -> None:
 RENDERS = """
 import os, sys, threading
 from types import SimpleNamespace
-from finetune.data import template_sandbox as sandbox
-sandbox.SECONDS = 600.0
+from finetune.data import conversation, template_sandbox as sandbox
+conversation.SECONDS = 600.0
 tokenizer = SimpleNamespace(name_or_path="toy", special_tokens_map={}, get_chat_template=lambda *_: sys.argv[1])
 def start():
     real = sandbox._Child.__init__

@@ -71,5 +71,5 @@ def test_the_better_answer_can_be_named() -> None:
 def test_init_writes_no_recipe_for_them(tmp_path: Path, row: dict[str, Any]) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     with pytest.raises(DataError, match="takes them"):
-        init.run(tmp_path / "rows.jsonl", tmp_path / "recipe.yaml", "m")
+        init.run(str(tmp_path / "rows.jsonl"), tmp_path / "recipe.yaml", "m", {})
     assert not (tmp_path / "recipe.yaml").exists()
