@@ -187,7 +187,7 @@ def test_one_row_of_each_label_and_a_small_validation_set_are_enough(work: Work)
 
 
 def test_stopped_while_the_base_is_measured_it_goes_on(work: Work) -> None:
-    work.lines("test.jsonl", reviews(0, 1000))
+    work.lines("test.jsonl", reviews(0, 400))
     making = newest(work, 0)
     process = work.start("train", work.recipe(QUICK), "data.test=test.jsonl", "train.micro_tokens=32")
     # After the check of the data the model is opened and measured.
@@ -199,7 +199,7 @@ def test_stopped_while_the_base_is_measured_it_goes_on(work: Work) -> None:
     (run,) = work.runs()
     assert not (run / "evaluation-base.json").exists()
     work.finetune("resume", str(run)).good()
-    assert json.loads((run / "report.json").read_text())["base"]["rows"] == 1000
+    assert json.loads((run / "report.json").read_text())["base"]["rows"] == 400
 
 
 def _read_until(process: subprocess.Popen[str], words: str) -> None:

@@ -37,6 +37,10 @@ ADAPTER = {
     "tokenizer_config.json", "chat_template.jinja",
 }  # fmt: skip
 Trained = tuple[Work, str, Path]
+# The quick form has one backend where the work is the shared code's: the conformance tests hold what a backend adds.
+ONE_BACKEND = pytest.mark.parametrize(
+    "backend", ["mlx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torch", "reference"))], indirect=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +103,14 @@ def test_the_run_can_be_measured_and_asked(trained: Trained) -> None:
     assert chat.good().out.startswith(f"{run.name}: tuned model.")
 
 
+@ONE_BACKEND
 def test_the_saved_recipe_runs_again_to_the_same_losses(trained: Trained) -> None:
     work, _, run = trained
     work.finetune("train", str(run / "recipe.yaml")).good()
     same(work.runs()[-1], run)
 
 
+@ONE_BACKEND
 def test_interrupted_terminated_and_killed_it_goes_on_to_the_same_bytes(trained: Trained) -> None:
     work, backend, run = trained
     making = newest(work, len(work.runs()))
@@ -137,7 +143,7 @@ def test_four_bit_training_leaves_the_same_files(work: Work, name: str) -> None:
     assert json.loads((run / "report.json").read_text())["scheme"] != "none"
 
 
-@pytest.mark.parametrize(("first", "second"), [("torch", "mlx"), ("mlx", "torch")])
+@pytest.mark.parametrize(("first", "second"), [("torch", "mlx"), pytest.param("mlx", "torch", marks=pytest.mark.slow)])
 def test_a_run_begun_on_one_backend_goes_on_on_the_other(work: Work, first: str, second: str) -> None:
     for name in (first, second):
         if reason := registry.probe(name):
