@@ -15,7 +15,7 @@ from functools import lru_cache
 
 _WITH_ZERO = ("GB", "DE", "FR", "IT", "NL", "CH", "AT", "BE", "SE", "AU", "IN", "JP", "CN", "KR", "ZA", "TR", "IE")
 _OTHERS = (
-    "US", "ES", "PL", "PT", "BR", "CN", "IN", "IT", "MX", "DK", "NO", "RU", "CZ", "GR", "SG", "HK", "FR", "GB", "DE",
+    "US", "ES", "PL", "PT", "BR", "CN", "IN", "IT", "MX", "DK", "NO", "RU", "CZ", "GR", "SG", "HK",
 )  # fmt: skip
 _BETWEEN = r"(?:[ .\-/\u00a0\u2010\u2011]|\)[ .\-/]?| ?\()?"
 # Every step reads one digit, so that the time grows with the text. E.164 allows 15; 00 and (0) stand before some.
@@ -24,6 +24,7 @@ _CANDIDATE = re.compile(
     rf"\+?\(?\+?\d(?:{_BETWEEN}\d){{6,17}}(?!\d|[.,:/%*=-]\d|[^\W\d_]{{1,2}}\b)"
 )
 _AMERICAN = re.compile(r"(?:\+?1[ .-])?(?:\([2-9]\d\d\) ?\d{3}[ .-]\d{4}|[2-9]\d\d([.-])\d{3}\1\d{4})")
+_EXAMPLE = re.compile(r"1?555[2-9]\d{6}")  # of a city that films and examples have
 _DATE = re.compile(r"(?:\d{1,2}([ ./-])\d{1,2}\1(?:19|20)\d\d|(?:19|20)\d\d([ ./-])\d{1,2}\2\d{1,2})(?!\d)")
 _NONE = (_DATE, re.compile(r"\d{1,3}(?:\.\d{1,3}){3}$"), re.compile(r"\+?\d+\.\d+$"))  # an address, a decimal
 _DIGITS, _GROUP = re.compile(r"\d+"), re.compile(r"\S+")
@@ -31,12 +32,20 @@ _GROUPED = ((3, 3, 4), (3, 4, 4), (3, 2, 2, 2))  # how many digits stand togethe
 _KINDS = (
     "fixed_line", "mobile", "toll_free", "premium_rate", "shared_cost", "personal_number", "voip", "pager", "uan",
 )  # fmt: skip
+# Words that speak of a call: as whole words, by their beginning, and of languages without spaces or with endings.
+_WORDS = (
+    "call", "calls", "called", "calling", "phone", "phones", "telephone", "cellphone", "smartphone", "tel", "teléfono",
+    "téléphone", "mobile", "mob", "cell", "handy", "fax", "whatsapp", "signal", "sms", "text", "texts", "txt", "ring",
+    "dial", "contact", "hotline", "helpline", "reach", "ligue", "ruf", "rufen", "móvil", "celular", "cellulare",
+    "portable",
+)  # fmt: skip
+_BEGINNINGS = ("telefon", "llam", "appel", "anruf")
+_SIGNS = ("тел", "звон", "电话", "電話", "手机", "전화", "फ़ोन", "☎", "☏", "✆", "📞", "📱")
 _CALL = re.compile(
-    r"(?i)\b(?:call(?:s|ed|ing)?|(?:tele|cell|smart)?phones?|tel|telefon\w*|teléfono|téléphone|mobile|mob|cell|handy|"
-    r"fax|whatsapp|signal|sms|texts?|txt|ring|dial|contact|(?:hot|help)line|reach|ligue|llam\w+|appel\w*|anruf\w*|"
-    r"rufen?|móvil|celular|cellulare|portable|(?:my|our|your|his|her|their) (?:\w+ )?(?:number|no|nr))\b"
-    r"|тел|звон|电话|電話|手机|전화|फ़?ोन|[☎☏✆📞📱]"
+    rf"\b(?:{'|'.join(_WORDS)}|(?:{'|'.join(_BEGINNINGS)})\w*|(?:my|our|your|his|her|their) (?:\w+ )?number)\b"
+    f"|{'|'.join(_SIGNS)}"
 )
+_ANY_CALL = (*_WORDS, *_BEGINNINGS, *_SIGNS, "number")  # without one of them `_CALL` is not looked for
 _OTHER = re.compile(
     r"(?i)\b(?:isbn|issn|ean|upc|id|uid|order|ref|sku|invoice|account|serial|ticket|version|part|item|model|"
     r"batch|tracking|transaction|bestell\w*|commande|pedido)\b[\s\w.:#-]{0,16}$"
@@ -49,7 +58,9 @@ def phone_numbers(text: str) -> Iterator[str]:
     calls: list[int] | None = None  # where a call is spoken of
     for match in _CANDIDATE.finditer(text):
         if calls is None:
-            calls = [call.end() for call in _CALL.finditer(text)]
+            lowered = text.lower()
+            spoken = any(word in lowered for word in _ANY_CALL)
+            calls = [call.end() for call in _CALL.finditer(lowered)] if spoken else []
         before = bisect_left(calls, match.start() - _BEFORE)
         spoken_of = before < len(calls) and calls[before] <= match.end() + _AFTER
         if spoken_of or not _OTHER.search(text, max(match.start() - _BEFORE, 0), match.start()):
@@ -86,7 +97,13 @@ def _is_number(text: str, spoken_of: bool, whole: bool) -> bool:
         long = sum(sizes) > (7 if spoken_of else 8) and sizes[-1] > 1 and (sizes[0] > 1 or text.startswith("(0)"))
         return long and (spoken_of or len(sizes) > 1 or not _isbn(digits)) and _national(_WITH_ZERO, digits)
     telling = spoken_of or text.startswith("(") or (whole and tuple(sizes) in _GROUPED)
-    return telling and _national(_OTHERS, digits)
+    price = sizes[0] < 3 and set(sizes[1:]) == {3}  # 12 500 000
+    return (
+        telling
+        and not price
+        and len(digits) > 7
+        and (_national(_OTHERS, digits) or _EXAMPLE.fullmatch(digits) is not None)
+    )
 
 
 def _international(text: str, told: bool) -> bool:

@@ -55,6 +55,7 @@ def test_no_word_need_stand_beside_a_number_that_tells_itself(text: str) -> None
 def test_two_numbers_side_by_side_are_two() -> None:
     assert list(phone_numbers("07700900123 07700900456")) == ["07700900123", "07700900456"]
     assert list(phone_numbers("Call 13123456789 or 2125550123 please")) == ["13123456789", "2125550123"]
+    assert list(phone_numbers("text 5552341234 or (555) 010-9999")) == ["5552341234", "(555) 010-9999"]
 
 
 OTHERS: dict[str, Callable[[random.Random], str]] = {
@@ -64,6 +65,7 @@ OTHERS: dict[str, Callable[[random.Random], str]] = {
     "ISBN": lambda r: f"ISBN 978-0-{r.randrange(100, 999)}-{r.randrange(10**4, 10**5)}-3, 0-306-40615-2",
     "books": lambda r: r.choice(["0306406152", "0131103628", "0201633612", "0140328726", "0385472579"]),
     "prices": lambda r: f"$ {r.randrange(10**9):,} or {r.randrange(1, 9)} {r.randrange(100, 999)} 000 EUR",
+    "prices of phones": lambda r: f"a mobile phone costs {r.randrange(1, 99)} {r.randrange(100, 999)} 000 won",
     "ids": lambda r: f"order {r.randrange(10**10)}, id {r.randrange(10**11):011d} and {r.randrange(10**9, 10**10)}",
     "versions": lambda r: f"version {r.randrange(20)}.{r.randrange(100)}.{r.randrange(10**4)}.{r.randrange(10**4)}",
     "coordinates": lambda r: f"{r.uniform(-90, 90):+.6f}, {r.uniform(-180, 180):.8f} and +49.{r.randrange(10**8):08}",
