@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -222,12 +222,12 @@ def _personal(personal: Personal) -> list[RenderableType]:
     return [Text("\n".join(lines), "yellow")]
 
 
-def _left_out(values: dict[str, Any], field: str) -> int:
+def _left_out(values: Mapping[str, Any], field: str) -> int:
     """Rows of all splits. A check.json of an earlier version has none."""
     return sum(split.get("left_out_fields", {}).get(field, 0) for split in values["splits"].values())
 
 
-def headline(values: dict[str, Any]) -> str:
+def headline(values: Mapping[str, Any]) -> str:
     """One line of what `as_json` gave, for the end of a run."""
     pairs, specials = values["duplicates"], values["special_tokens"]
     counts = {

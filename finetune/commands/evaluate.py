@@ -38,7 +38,7 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
     session = job.open()
     session.set_state(TrainState(0, adapter.tensors, {}))
     base, tuned = with_progress(_evaluate_both(job, session))
-    comparison = compare(base, tuned, bag_of_words(job.prepared))
+    comparison = compare(base, tuned, bag_of_words(job.prepared, opened.words))
     print_comparison(Console(), base, tuned, comparison, f"{job.prepared.held_out.rows} rows of {data or opened.path}")
     values = {"data": data, "base": base.summary(), "tuned": tuned.summary(), "verdict": comparison.verdict}
     write_file(opened.path / "eval.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -61,6 +61,11 @@ class RunFolder:
     def evaluation(self, which: str) -> Path:
         return self.path / f"evaluation-{which}.json"
 
+    @property
+    def words(self) -> Path:
+        """How good the words alone are, which is measured once."""
+        return self.path / "words.json"
+
     def always(self) -> dict[str, str | None] | None:
         """What every training row had beside its question (`data.beside.Always`); None where the run has recorded none.
 

@@ -50,6 +50,8 @@ def as_text(report: Report) -> str:
 
 
 def _render(console: Console, report: Report) -> None:
+    for line in report.facts.lines():
+        console.print(line, soft_wrap=True)
     console.print(epoch_table(report.validations))
     console.print(report.overfitting.message)
     if report.divergence:
@@ -58,6 +60,8 @@ def _render(console: Console, report: Report) -> None:
         print_comparison(console, report.base, report.tuned, report.comparison, report.held_out)
     else:
         console.print(comparison_table({}, report.tuned.summary(), title=report.held_out))
+    if report.leaked:
+        console.print(report.leaked.message, style="bold red")
     console.print(f"data: {report.check} (check.txt)")
     console.print(
         f"base weights: {report.scheme}; {report.backend} on {report.device}\n"

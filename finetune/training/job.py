@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,11 @@ from finetune.data.label_names import Labels
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
 from finetune.data.rows import Prepared
+from finetune.data.sides import WORDS
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
-from finetune.disk.identity import check_model, clock_of
+from finetune.disk.identity import check_model, clock_of, parting_of
 from finetune.errors import Incompatible, RecipeError
+from finetune.evaluation.evaluate import Evaluation
 from finetune.events import Progress
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
@@ -99,7 +101,8 @@ def making_ready(
     chosen = registry.choose(backend or recipe.backend)
     setup = set_up(recipe, run)
     clock = now() if run is None else clock_of(run)
-    prepared = yield from prepare(recipe, setup.tokenizer, base=None, clock=clock, labels=labels)
+    parting = WORDS if run is None else parting_of(run)
+    prepared = yield from prepare(recipe, setup.tokenizer, None, clock, labels, parting)
     refuse(prepared, recipe)
     _check_vocabulary(setup, prepared)
     _check_positions(setup, prepared)
@@ -143,3 +146,13 @@ def _check_positions(setup: Setup, prepared: Prepared) -> None:
             f"evaluate.max_tokens: {asked.max_tokens}, after a prompt of {longest:,} tokens, and the model in "
             f"{setup.folder.path} has {known:,} positions; lower it, or set evaluate.generate: false"
         )
+
+
+def known_validation(job: Job, base: Evaluation | None) -> Evaluation | None:
+    """The validation before the first step, where the base's evaluation is of the same model and the same rows.
+
+    A resumed run reads the same figures from evaluation-base.json. A validation writes no answers.
+    """
+    if base is None or job.prepared.held_out is not job.prepared.valid or job.recipe.lora.start_from:
+        return None
+    return base if job.prepared.task == "classification" else replace(base, accuracy=None)
