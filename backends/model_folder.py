@@ -26,7 +26,7 @@ from backends.untrusted import (
 __all__ = ["ModelFolder", "folder_of", "legacy_rope", "read_object", "validate"]
 
 _IN_BLOCK = re.compile(r"\blayers\.(\d+)\.(.+)\.weight$")
-_POSITIONS = re.compile(r"\b(wpe|embed_positions|position_embeddings)\.weight$")
+_POSITIONS = re.compile(r"\b(wpe|embed_positions|position_embeddings|positions_embed)\.weight$")
 _NOT_ADAPTED = re.compile(r"\bexperts\b|\brouter\b|(^|\.)gate$|norm")  # experts are chosen by token, not by layer
 
 

@@ -18,11 +18,12 @@ from finetune.data.problems import refuse
 from finetune.data.rows import Prepared
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
 from finetune.disk.identity import check_model, clock_of
-from finetune.errors import Incompatible, RecipeError
+from finetune.errors import DataError, Incompatible, RecipeError
 from finetune.events import Progress
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec
+from finetune.supervisor import reading
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Setup:
         """The live session; heavy from here on. Raises Incompatible where the model's files changed meanwhile."""
         model, lora, optim = model_spec(self.recipe, self.folder), lora_spec(self.recipe), optim_spec(self.recipe)
         try:
-            return registry.open_session(backend, model, lora, optim, self.recipe.seed)
+            with reading(str(self.folder.path)):
+                return registry.open_session(backend, model, lora, optim, self.recipe.seed)
         except Exception:
             self.check_model()
             raise
@@ -76,7 +78,8 @@ def set_up(recipe: Recipe, run: Path | None = None) -> Setup:
     folder = find_folder(recipe)
     if run is not None:
         check_model(run, folder)
-    return Setup(recipe, folder, load_tokenizer(folder))
+    with reading(str(folder.path / "tokenizer.json")):
+        return Setup(recipe, folder, load_tokenizer(folder))
 
 
 def refuse_unused_accelerator(recipe: Recipe) -> None:
@@ -99,13 +102,35 @@ def making_ready(
     chosen = registry.choose(backend or recipe.backend)
     setup = set_up(recipe, run)
     clock = now() if run is None else clock_of(run)
-    prepared = yield from prepare(recipe, setup.tokenizer, base=None, clock=clock, labels=labels)
+    with reading(f"{recipe.data.train} with {setup.folder.path / 'tokenizer.json'}"):
+        prepared = yield from prepare(recipe, setup.tokenizer, base=None, clock=clock, labels=labels)
     refuse(prepared, recipe)
-    _check_vocabulary(setup, prepared)
-    _check_positions(setup, prepared)
+    refuse_unfit(setup, prepared)
     data = recipe.data.model_copy(update={"format": prepared.format})
     recipe = recipe.model_copy(update={"data": data, "task": prepared.task})
     return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
+
+
+def refuse_unfit(setup: Setup, prepared: Prepared) -> None:
+    """Raises Incompatible for tokens that the model lacks, RecipeError for rows or answers longer than it can take."""
+    _check_vocabulary(setup, prepared)
+    _check_positions(setup, prepared)
+
+
+def room_for_answer(setup: Setup, prompt: int, most: int) -> int:
+    """Tokens that an answer after `prompt` tokens may have: `most`, or what the model's positions leave of them.
+
+    Raises DataError for a prompt that leaves none.
+    """
+    known = setup.folder.positions if setup.folder.weights else None
+    if known is None:
+        return most
+    if prompt >= known:
+        where = setup.folder.path
+        raise DataError(
+            f"the prompt has {prompt:,} tokens, and the model in {where} has {known:,} positions; shorten it"
+        )
+    return min(most, known - prompt)
 
 
 def _check_vocabulary(setup: Setup, prepared: Prepared) -> None:
