@@ -61,7 +61,7 @@ def check_recipe(values: Mapping[str, Any], locate: Callable[[Sequence[str]], st
     except ValidationError as error:
         locate = locate or (lambda keys: "recipe")
         lines = [_explain(problem, values, locate) for problem in error.errors()]
-        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+        raise RecipeError(*dict.fromkeys(lines)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

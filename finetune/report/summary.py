@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import Console, plain_page
+from finetune.console import Console, Sentence, plain_page
 from finetune.data.beside import always_filled
 from finetune.data.rows import Prepared
 from finetune.disk.atomic import write_file
@@ -51,20 +51,21 @@ def as_text(report: Report) -> str:
 
 def _render(console: Console, report: Report) -> None:
     console.print(epoch_table(report.validations))
-    console.print(report.overfitting.message)
+    console.print(Sentence(report.overfitting.message))
     if report.divergence:
-        console.print(report.divergence, style="bold red")
+        console.print(Sentence(report.divergence, "bold red"))
     if report.base and report.comparison:
         print_comparison(console, report.base, report.tuned, report.comparison, report.held_out)
     else:
         console.print(comparison_table({}, report.tuned.summary(), title=report.held_out))
-    console.print(f"data: {report.check} (check.txt)")
-    console.print(
-        f"base weights: {report.scheme}; {report.backend} on {report.device}\n"
-        f"adapter: {report.adapter} ({_adapter_step(report.best_step)}; PEFT and mlx-lm load it as it is)\n"
+    console.print(Sentence(f"data: {report.check} (check.txt)"))
+    facts = (
+        f"base weights: {report.scheme}; {report.backend} on {report.device}",
+        f"adapter: {report.adapter} ({_adapter_step(report.best_step)}; PEFT and mlx-lm load it as it is)",
         f"everything else: {report.run} (report.json, rows.jsonl, loss.png, metrics.jsonl)",
-        soft_wrap=True,
     )
+    for fact in facts:
+        console.print(fact, soft_wrap=True)
 
 
 def _adapter_step(best_step: int) -> str:
@@ -79,7 +80,7 @@ def print_comparison(console: Console, base: Evaluation, tuned: Evaluation, comp
         console.print(confusion_table(tuned.confusion, tuned.labels))
     if comparison.fixed or comparison.broken:
         console.print(changed_rows_table(comparison.fixed, comparison.broken))
-    console.print(comparison.verdict, style="bold")
+    console.print(Sentence(comparison.verdict, "bold"))
 
 
 def account_of(prepared: Prepared) -> dict[str, Any]:
