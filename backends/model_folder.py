@@ -92,6 +92,20 @@ class ModelFolder:
         stated = (self.text_config.get(key) for key in ("max_position_embeddings", "n_positions"))
         return min([*learned, *(count for count in stated if type(count) is int)]) if learned else None
 
+    @cached_property
+    def context(self) -> int | None:
+        """Tokens of the longest text that the model was made for, by its config; None where that does not say."""
+        stated = self.text_config.get("max_position_embeddings")
+        rope = self.text_config.get("rope_scaling")
+        scaling = rope if isinstance(rope, dict) else {}
+        factor, before = scaling.get("factor"), scaling.get("original_max_position_embeddings")
+        if type(stated) is not int or stated < 1:
+            return None
+        if not isinstance(factor, int | float) or not 1 <= factor < 1e6:
+            return stated
+        # Where the context before the scaling is not said, `stated` is that; else it may be either.
+        return max(stated, int(factor * (before if type(before) is int else stated)))
+
     @property
     def blocks(self) -> int:
         """How many transformer blocks the model has."""

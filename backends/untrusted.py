@@ -40,6 +40,12 @@ _SWITCHES = {
     "output_attentions": False, "output_hidden_states": False, "torchscript": False, "return_dict": True,
     "use_return_dict": True,
 }  # fmt: skip
+_OBJECT, _LIST, _INTEGER = (dict, "an object"), (list, "a list"), (int, "an integer")
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("text_config", "quantization", "quantization_config", "rope_scaling", "rope_parameters"), _OBJECT),
+    **dict.fromkeys(("layer_types", "architectures"), _LIST),
+    **dict.fromkeys(("sliding_window", "max_position_embeddings", "n_positions"), _INTEGER),
+}
 _PACKED = 32  # values that one word of a quantised tensor may hold
 
 
@@ -92,7 +98,7 @@ def check_files(folder: Path) -> dict[Path, Shapes]:
     inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     shapes: dict[Path, Shapes] = {}
     for file in _entries(folder):
-        target = file.resolve()
+        target = _target(file)
         if not any(allowed in target.parents for allowed in inside):
             raise BackendError(f"{file}: a link out of the model's folder; put the file itself there")
         _check_file(file)
@@ -103,6 +109,14 @@ def check_files(folder: Path) -> dict[Path, Shapes]:
         raise BackendError(f"{folder}: an adapter's folder (adapter_config.json), and a base model is needed")
     _check_index(folder)
     return shapes
+
+
+def _target(file: Path) -> Path:
+    """Where a link leads. Raises BackendError where it leads to itself."""
+    try:
+        return file.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: Python before 3.13
+        raise BackendError(f"{file}: a link that leads back to itself; put the file itself there") from None
 
 
 def _check_names(folder: Path, shapes: Mapping[Path, Shapes]) -> None:
@@ -154,8 +168,13 @@ def check_code(folder: Path, config: Mapping[str, Any], remote_code: bool) -> No
 
 
 def check_switches(folder: Path, parts: Iterable[Mapping[str, Any]]) -> None:
-    """Raises BackendError where a config changes what the model's forward pass gives. parts: as of `check_claims`."""
+    """Raises BackendError where a config changes what the model's forward pass gives, or holds a value of a kind that
+    no library writes. parts: as of `check_claims`.
+    """
     for part in parts:
+        for key, (kind, named) in _KINDS.items():
+            if (value := part.get(key)) is not None and not isinstance(value, kind):
+                raise BackendError(f"{folder}: config.json says {key}: {_short(value)}, which is not {named}")
         for key, usual in _SWITCHES.items():
             if (value := part.get(key)) is not None and bool(value) != usual:
                 raise BackendError(

@@ -31,7 +31,7 @@ from finetune.report.row_tokens import highlighted
 from finetune.report.tables import account_notes, account_table
 from finetune.text import duration
 from finetune.training.budget import Forecast, forecast_here, forecast_on, workload
-from finetune.training.job import refuse_unfit, set_up
+from finetune.training.job import beyond_context, refuse_unfit, set_up
 
 
 def run(recipe: Recipe, compare: bool) -> None:
@@ -48,6 +48,8 @@ def run(recipe: Recipe, compare: bool) -> None:
     console.print(account_table(prepared))
     for note in account_notes(prepared):
         console.print(note, soft_wrap=True)
+    if beyond := beyond_context(folder, prepared):
+        console.print(beyond, soft_wrap=True)
     console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")
     for example in prepared.train.examples[:2]:
         console.print()

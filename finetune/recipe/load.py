@@ -39,7 +39,8 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     except FileNotFoundError:
         raise RecipeError(f"{file}: no such recipe; `finetune init DATA` writes one") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: cannot be read ({error}); a recipe is UTF-8 text") from None
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{file}: cannot be read ({reason}); a recipe is UTF-8 text") from None
     return parse_recipe(text, file, overrides)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune.console import Console, Sentence, plain_page
 from finetune.data.beside import always_filled
@@ -25,9 +25,7 @@ from finetune.report.tables import (
     epoch_table,
     per_class_table,
 )
-
-if TYPE_CHECKING:
-    from finetune.training.job import Job
+from finetune.training.job import Job, beyond_context
 
 
 def print_account(job: Job, run: RunFolder) -> None:
@@ -36,6 +34,8 @@ def print_account(job: Job, run: RunFolder) -> None:
     console.print(f"run {run.path} on {job.backend}, base {job.recipe.model.path}", soft_wrap=True)
     console.print(account_table(job.prepared))
     for note in account_notes(job.prepared):
+        console.print(note, soft_wrap=True)
+    if note := beyond_context(job.folder, job.prepared):
         console.print(note, soft_wrap=True)
 
 

@@ -117,6 +117,22 @@ def refuse_unfit(setup: Setup, prepared: Prepared) -> None:
     _check_positions(setup, prepared)
 
 
+def beyond_context(folder: ModelFolder, prepared: Prepared) -> str | None:
+    """What a person should know of rows longer than the context that the model was trained with; None: there are none.
+
+    Computed positions have no end, and so such rows can be trained on.
+    """
+    context = folder.context if folder.weights else None
+    lengths = [len(example) for split in prepared.splits for example in split.examples]
+    long = sum(length > context for length in lengths) if context else 0
+    if not long:
+        return None
+    return (
+        f"{long:,} row{'s' * (long > 1)} longer than the {context:,} tokens of the model's context: "
+        f"what lies beyond is new to it; to stay within what config.json says, set train.max_length: {context}"
+    )
+
+
 def room_for_answer(setup: Setup, prompt: int, most: int) -> int:
     """Tokens that an answer after `prompt` tokens may have: `most`, or what the model's positions leave of them.
 

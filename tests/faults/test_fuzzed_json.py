@@ -37,7 +37,7 @@ MADE = {
     },
 }  # fmt: skip
 STOPPED = ("identity.json", "check.json", "evaluation-base.json", "data.json", "environment.json", "metrics.jsonl",
-           "loop.json", "checkpoint: identity.json", "manifest.json", "lock.json")  # fmt: skip
+           "loop.json", "checkpoint: identity.json", "manifest.json")  # fmt: skip
 DONE = ("identity.json", "data.json", "adapter_config.json", "report.json", "environment.json", "evaluation-tuned.json")
 quick_and_slow = pytest.mark.parametrize("times", [1, pytest.param(50, marks=pytest.mark.slow)])
 

@@ -89,6 +89,40 @@ def test_computed_positions_have_no_end(tmp_path: Path) -> None:
     _check(ModelFolder.open(model(tmp_path / "model")), [100_000], "generation")
 
 
+SCALED = {
+    "yarn over its own context": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+    "linear": ({"rope_type": "linear", "factor": 2.0}, 32),
+    "scaled before it was written": (
+        {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 4}, 16,
+    ),
+    "a factor that is none": ({"rope_type": "linear", "factor": "two"}, 16),
+    "a factor without end": ({"rope_type": "linear", "factor": 1e300}, 16),
+    "none": (None, 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_rows_beyond_the_context_are_told(tmp_path: Path, kind: str) -> None:
+    scaling, context = SCALED[kind]
+    settings = {"max_position_embeddings": 16, "rope_scaling": scaling}
+    folder = ModelFolder.open(model(tmp_path / "model", {**CONFIG, "rope_parameters": None, **settings}))
+    assert folder.context == context
+    told = [job.beyond_context(folder, _rows([context, context + n])) or "" for n in (0, 1)]
+    assert told[0] == ""
+    assert told[1].startswith(f"1 row longer than the {context} tokens of the model's context")
+
+
+@pytest.mark.parametrize("stated", [None, 0, -3])
+def test_a_context_that_nothing_says_is_no_bound(tmp_path: Path, stated: Any) -> None:
+    folder = ModelFolder.open(model(tmp_path / "model", CONFIG | {"max_position_embeddings": stated}))
+    assert folder.context is None
+    assert job.beyond_context(folder, _rows([10**6])) is None
+
+
+def _rows(lengths: list[int]) -> Any:
+    return SimpleNamespace(splits=[SimpleNamespace(examples=[range(length) for length in lengths])])
+
+
 @pytest.mark.parametrize("rank", [9, 100, 2**16, 10**7])
 def test_a_rank_is_no_greater_than_the_layers(tmp_path: Path, rank: int) -> None:
     folder = ModelFolder.open(model(tmp_path / "model"))
