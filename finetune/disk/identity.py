@@ -128,8 +128,9 @@ def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
     ]
     if differences:
         raise Incompatible(
-            f"the checkpoint belongs to another run:\n  {listed(differences)}\n"
-            "Resume with the same recipe, data and model, or start a new run."
+            "the checkpoint belongs to another run:",
+            *listed(differences),
+            "Resume with the same recipe, data and model, or start a new run.",
         )
 
 
@@ -153,8 +154,9 @@ def check_model(run: Path, folder: ModelFolder) -> None:
     if lines := base_differences(saved["base_model"], now):
         what = "other base weights" if saved["base_model"].get("weights") != now["weights"] else "another model"
         raise Incompatible(
-            f"{run} was trained on {what} than what is in {folder.path} now:\n  {listed(lines)}\n"
-            "Put the model's files back as they were, or train a new run on the model as it is."
+            f"{run} was trained on {what} than what is in {folder.path} now:",
+            *listed(lines),
+            "Put the model's files back as they were, or train a new run on the model as it is.",
         )
 
 
@@ -165,7 +167,7 @@ def check_held_out(run: Path, prepared: Prepared) -> None:
         lines = row_differences(saved, {"rows": rows_of(prepared)}, only=prepared.held_out.name)
         if lines:
             raise Incompatible(
-                f"{run}:\n  {listed(lines)}\nPut the rows back as they were, or name other rows with --data."
+                f"{run}:", *listed(lines), "Put the rows back as they were, or name other rows with --data."
             )
 
 

@@ -89,6 +89,10 @@ class RunFolder:
 def create(recipe: Recipe, name: str) -> RunFolder:
     """A new folder `output/name-date-time`; never one that exists. Raises DiskError."""
     output = Path(recipe.output).expanduser()  # `load_recipe` has seen that this can be a path
+    try:
+        str(output.absolute()).encode()
+    except UnicodeEncodeError:
+        raise RecipeError(f"output: {output.absolute()} is not UTF-8, and no tokenizer can be written there") from None
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     make_folder(output)
     for attempt in range(1000):
