@@ -29,7 +29,7 @@ from finetune.recipe.specs import lora_spec, model_spec, optim_spec
 from finetune.report.live_screen import with_progress
 from finetune.report.row_tokens import highlighted
 from finetune.report.tables import account_notes, account_table
-from finetune.text import duration
+from finetune.text import duration, from_here
 from finetune.training.budget import Forecast, forecast_here, forecast_on, workload
 from finetune.training.job import beyond_context, refuse_unfit, set_up
 
@@ -53,7 +53,7 @@ def run(recipe: Recipe, compare: bool) -> None:
     console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")
     for example in prepared.train.examples[:2]:
         console.print()
-        console.print(f"{example.location}; supervised tokens are marked:", soft_wrap=True)
+        console.print(f"{from_here(example.location)}; supervised tokens are marked:", soft_wrap=True)
         console.print(highlighted(example, tokenizer))
     console.rule("work")
     console.print(steps_table(recipe, len(prepared.train.examples), prepared.train.examples))

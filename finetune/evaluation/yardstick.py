@@ -39,6 +39,10 @@ class Words:
     seconds: float
     rows: str  # a digest of the training rows and the held-out ones
 
+    @property
+    def cost(self) -> str:
+        return f"naive Bayes on the words: {self.measured:,} rows in {self.seconds:.1f} s (words.json)"
+
 
 def bag_of_words(prepared: Prepared, file: Path | None = None) -> Words | None:
     """None where there are no labels, or no training rows. At most 5,000 rows of each side, and of each 10,000
@@ -142,11 +146,7 @@ def shortcomings(base: Evaluation, tuned: Evaluation, words: Words | None) -> li
     sentences = []
     if tuned.labels:
         others = [f"always {_quoted(best[0])} would have {best[1]:.3f}", f"chance {1 / len(tuned.labels):.3f}"]
-        others += (
-            []
-            if words is None
-            else [f"naive Bayes on the words {words.accuracy:.3f} ({words.measured:,} rows, {words.seconds:.1f} s)"]
-        )
+        others += [] if words is None else [f"naive Bayes on the words {words.accuracy:.3f}"]
         sentences.append(f"For comparison: {', '.join(others)}.")
     same = always_same(tuned)
     if same is not None:

@@ -60,6 +60,8 @@ def _render(console: Console, report: Report) -> None:
         print_comparison(console, report.base, report.tuned, report.comparison, report.held_out)
     else:
         console.print(comparison_table({}, report.tuned.summary(), title=report.held_out))
+    if report.comparison and report.comparison.words:
+        console.print(report.comparison.words.cost)
     if report.leaked:
         console.print(Sentence(report.leaked.message, "bold red"))
     console.print(Sentence(f"data: {report.check} (check.txt)"))
