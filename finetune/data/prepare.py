@@ -108,10 +108,10 @@ def _gather(
 
 def _spellings(source: Rows, layout: Layout, given: Sequence[str] | None) -> Spellings:
     """Of the labels of some rows. Raises BadSource where there are too many, and the recipe names none."""
-    labels = labels_in(source.rows, layout.columns["label"])
+    column = layout.columns["label"]
     if given is None:
-        refuse_many(labels, source.rows[0].location)
-    return Spellings(labels, given)
+        refuse_many(source.rows, column)
+    return Spellings(labels_in(source.rows, column), given)
 
 
 def _task(recipe: Recipe, layout: Layout) -> Task:
