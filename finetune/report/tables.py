@@ -63,8 +63,8 @@ def account_notes(prepared: Prepared) -> list[str]:
             said.append(f"{split.name}, shortened: {', '.join(split.shortened[:ROWS_NAMED])}{more}")
         if split.left_out:
             named = [f"  {location}: {reason}" for location, reason in split.left_out[:ROWS_NAMED]]
-            more = [f"  and {len(split.left_out) - ROWS_NAMED:,} more"] * (len(split.left_out) > ROWS_NAMED)
-            said += [f"{split.name}, left out:", *named, *more]
+            last = [f"  and {len(split.left_out) - ROWS_NAMED:,} more"] * (len(split.left_out) > ROWS_NAMED)
+            said += [f"{split.name}, left out:", *named, *last]
     return [one_line(from_here(note)) for note in said]
 
 
