@@ -70,8 +70,11 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "a pattern -> much": {"normalizer": replace("[a-z]", "a" * 5000, "Regex")},
     "no type": {"normalizer": {"pattern": {"String": "a"}, "content": "a" * 5000}},
     "prepend": {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
+    "added tokens that are normalized": {"normalizer": replace("<", "<" * 99)} | {
+        "added_tokens": [SPECIAL | {"id": 5 + i, "content": "<" * 40 + f"{i}>"} for i in range(3000)]
+    },
     "prepend a little, then replace": chain(
-        "normalizer", {"type": "Prepend", "prepend": "x" * 1000}, replace("x", "x" * 50)
+        "normalizer", {"type": "Prepend", "prepend": "x" * 20}, replace("x", "x" * 50)
     ),
     "a table that replaces by much": charsmap(b"\4\0\0\0" + b"\0" * 4 + b"x" * 5000 + b"\0"),
     "nothing -> something": {"normalizer": replace("", "abc")},
@@ -101,6 +104,9 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "nothing for a table": charsmap(b"\0" * 200),
     "half a table": charsmap(b"\0"),
     "pieces of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "a list for a type": {"pre_tokenizer": {"type": ["NFC"]}},
+    "a list for a pattern": {"normalizer": {"type": "Replace", "pattern": {"String": ["a"]}, "content": "b"}},
+    "text for a vocabulary": model(vocab="many"),
     "a pattern that backtracks": split("(a+)+$") | {"normalizer": replace("abc", "a" * 60 + "!")},
 }  # fmt: skip
 HOSTILE_CONFIG: dict[str, dict[str, Any]] = {
