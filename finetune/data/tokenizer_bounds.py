@@ -71,12 +71,24 @@ def _check_config(config: Mapping[str, Any]) -> None:
         count = config.get(key)
         if isinstance(count, int) and not 0 <= count <= NAMED:
             raise _Beyond(f"{key}: {_number(count)}, and {NAMED:,} are the most")
+    if len(config) > ADDED:  # added_tokens.json: a number for each token
+        raise _Beyond(f"it has {len(config):,} entries, and {ADDED:,} are the most")
     for key, value in config.items():
         most = ADDED if key == "added_tokens_decoder" else NAMED
         if isinstance(value, list | dict) and len(value) > most:
             raise _Beyond(f"{key} has {len(value):,} entries, and {most:,} are the most")
-        if key != "chat_template" and isinstance(value, str) and len(value) > LONGEST:
-            raise _Beyond(f"{key} has {len(value):,} characters, and {LONGEST:,} are the most")
+        longest = max((len(text) for text in _texts(value)), default=0)
+        if longest > LONGEST and (isinstance(value, list | dict) or key.endswith("_token")) and key != "chat_template":
+            raise _Beyond(f"{key} holds {longest:,} characters, and {LONGEST:,} are the most for a token")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts of a value: its own, those of a list, and the contents of tokens."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    for one in values:
+        text = one.get("content") if isinstance(one, dict) else one
+        if isinstance(text, str):
+            yield text
 
 
 def _check_whole(whole: Mapping[str, Any]) -> bool:
