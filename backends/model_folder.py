@@ -51,7 +51,7 @@ class ModelFolder:
         weights = {file: checked[file] for file in sorted(path.glob(WEIGHTS))}
         stamps = {file: _stamp(file) for file in (path / "config.json", *weights)}
         folder = cls(path, remote_code, config, weights, written, stamps)
-        check_switches(path, (config, folder.text_config))
+        check_switches(path, (written, config, folder.text_config))
         if folder.weights:
             check_claims(path, (config, folder.text_config), folder.shapes)
         return folder

@@ -25,6 +25,7 @@ from finetune.options import (
 )
 from finetune.streams import guard, outlive_readers
 
+MOST = 16_000_000  # characters of a prompt
 START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
 
 app = typer.Typer(name="finetune", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -168,9 +169,11 @@ def generate(
     backend: Backend = None,
 ) -> None:
     """Answer one prompt with the model of a run."""
-    question = sys.stdin.read() if prompt == "-" else prompt
-    if not question.strip():
-        raise DataError("the prompt is empty")
+    question = sys.stdin.read(MOST + 1) if prompt == "-" else prompt
+    if not question.strip() or len(question) > MOST:
+        raise DataError(
+            "the prompt is empty" if not question.strip() else f"the prompt is longer than {MOST:,} characters"
+        )
     from finetune.disk.run_folder import open_existing
 
     opened, recipe = open_existing(folder)
