@@ -17,6 +17,7 @@ from finetune.disk.adapter import check_base, start_from, write_adapter
 from finetune.disk.atomic import new_folder, write_file
 from finetune.disk.base_model import base_model, fingerprint
 from finetune.disk.checkpoint import Checkpoint, Checkpoints, load_newest
+from finetune.disk.held_out import write_held_out
 from finetune.disk.identity import check_identity, identity_of, read_identity
 from finetune.disk.lock import Lock
 from finetune.disk.metrics import MetricsFile, read
@@ -93,6 +94,7 @@ class Run:
             check_base(start, job.folder, job.recipe.model.path)
         folder.write_identity(identity)
         self._write_environment()
+        write_held_out(folder, job.prepared)
         folder.write_json("data.json", account_of(job.prepared))
         check = yield from self._check_data()
         job.prepared.forget_records()

@@ -144,15 +144,13 @@ def check_model(run: Path, folder: ModelFolder) -> None:
         )
 
 
-def check_held_out(run: Path, prepared: Prepared) -> None:
+def check_held_out(run: Path, prepared: Prepared, remedy: str) -> None:
     """Raises Incompatible where the rows that a run held out are others now; an identity of 0.1.0 does not say."""
     saved = read_identity(run)
     if saved is not None and "rows" in saved:
         lines = row_differences(saved, {"rows": rows_of(prepared)}, only=prepared.held_out.name)
         if lines:
-            raise Incompatible(
-                f"{run}:\n  {listed(lines)}\nPut the rows back as they were, or name other rows with --data."
-            )
+            raise Incompatible(f"{run}:\n  {listed(lines)}\n{remedy}, or name other rows with --data.")
 
 
 def _value(identity: Mapping[str, Any], key: str) -> str:

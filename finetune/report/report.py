@@ -11,6 +11,7 @@ from typing import Any
 from finetune import connections
 from finetune.disk.atomic import write_file
 from finetune.disk.run_files import read_json
+from finetune.disk.run_folder import RunFolder
 from finetune.errors import Incompatible
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import mcnemar_exact
@@ -78,6 +79,18 @@ class Report:
         }
 
 
+@dataclass(frozen=True)
+class _Compared:
+    bag_of_words: float | None = None
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What is read again of report.json."""
+
+    comparison: _Compared | None = None
+
+
 def compare(base: Evaluation, tuned: Evaluation, words: float | None = None) -> Comparison:
     """The rows that changed, and whether the change is more than chance. words: the accuracy of `bag_of_words`."""
     pairs = list(zip(base.results, tuned.results, strict=True))
@@ -90,6 +103,12 @@ def compare(base: Evaluation, tuned: Evaluation, words: float | None = None) -> 
 def save_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Everything, rows included, so that a resumed run need not evaluate again. Raises DiskError."""
     write_file(path, json.dumps(evaluation.to_json(), ensure_ascii=False) + "\n")
+
+
+def bag_of_words_of(run: RunFolder) -> float | None:
+    """The accuracy of `bag_of_words` as a finished run has measured it. Raises Incompatible for what no run writes."""
+    saved = read_json(run.report, _Finished, "delete it and resume the run, which writes it anew", "ignore")
+    return saved.comparison.bag_of_words if saved and saved.comparison else None
 
 
 def load_evaluation(path: Path, expected: Sequence[str | None] | None = None) -> Evaluation | None:

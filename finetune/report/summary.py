@@ -10,6 +10,7 @@ from finetune.console import Console, plain_page
 from finetune.data.beside import always_filled
 from finetune.data.rows import Prepared
 from finetune.disk.atomic import write_file
+from finetune.disk.held_out import described
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, RowResult
@@ -90,6 +91,7 @@ def account_of(prepared: Prepared) -> dict[str, Any]:
         "format": prepared.format,
         "template": prepared.template,
         "labels": list(prepared.labels),
+        "held_out": described(prepared),
         "always": always_filled(prepared.renderer, prepared.format, prepared.train.records),
         **{name: split and split.account for name, split in splits.items()},
     }

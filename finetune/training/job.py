@@ -15,9 +15,11 @@ from finetune.data.clock import now
 from finetune.data.label_names import Labels
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
-from finetune.data.rows import Prepared
-from finetune.data.tokenizer import Tokenizer, load_tokenizer
-from finetune.disk.identity import check_model, clock_of
+from finetune.data.rows import Prepared, Split
+from finetune.data.tokenizer import Tokenizer, load_tokenizer, stop_tokens
+from finetune.disk.held_out import REMEDY, read_held_out
+from finetune.disk.identity import check_held_out, check_model, clock_of
+from finetune.disk.run_folder import RunFolder
 from finetune.errors import Incompatible, RecipeError
 from finetune.events import Progress
 from finetune.recipe.locate import model_folder
@@ -105,6 +107,35 @@ def making_ready(
     _check_positions(setup, prepared)
     data = recipe.data.model_copy(update={"format": prepared.format})
     recipe = recipe.model_copy(update={"data": data, "task": prepared.task})
+    return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
+
+
+def measured_again(recipe: Recipe, backend: str | None, run: RunFolder) -> Job | None:
+    """The rows that a run measured, as it has recorded them: no file of rows is read. None where it has recorded none.
+
+    Raises Incompatible where they are not what the run wrote, and as `set_up` does.
+    """
+    recorded = read_held_out(run)
+    if recorded is None:
+        return None
+    chosen = registry.choose(backend or recipe.backend)
+    setup = set_up(recipe, run.path)
+    split = recorded.split
+    if recipe.task == "auto" or recipe.data.format == "auto":
+        raise ValueError("the recipe of a run names its task and its format")
+    prepared = Prepared(
+        task=recipe.task,
+        format=recipe.data.format,
+        template=recipe.prompt.template,
+        train=Split("train", 0),
+        valid=split if split.name == "valid" else Split("valid", 0),
+        test=split if split.name == "test" else None,
+        labels=recorded.labels,
+        label_tokens=recorded.label_tokens,
+        stop_tokens=stop_tokens(setup.tokenizer),
+    )
+    check_held_out(run.path, prepared, f"{run.held_out.name} was changed: {REMEDY}")
+    _check_vocabulary(setup, prepared)
     return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
 
 
