@@ -14,9 +14,10 @@ from backends.model_folder import ModelFolder
 from finetune.data.clock import now
 from finetune.data.label_names import Labels
 from finetune.data.prepare import prepare
-from finetune.data.problems import refuse
-from finetune.data.rows import Prepared, Split
+from finetune.data.problems import refuse, refuse_rows
+from finetune.data.rows import Prepared, Row, Rows, Split
 from finetune.data.tokenizer import Tokenizer, load_tokenizer, stop_tokens
+from finetune.data.unanswered import unanswered
 from finetune.disk.held_out import REMEDY, read_held_out
 from finetune.disk.identity import check_held_out, check_model, clock_of
 from finetune.disk.run_folder import RunFolder
@@ -108,6 +109,27 @@ def making_ready(
     data = recipe.data.model_copy(update={"format": prepared.format})
     recipe = recipe.model_copy(update={"data": data, "task": prepared.task})
     return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
+
+
+def ready_to_answer(
+    recipe: Recipe, backend: str | None, run: RunFolder, source: Rows
+) -> Generator[Progress, None, tuple[Job, list[Row]]]:
+    """Rows as a run's model is asked them, in `test`, and the row of each. Raises as `making_ready` does.
+
+    Every row that cannot be asked is a bad one, which `data.on_error` leaves out.
+    """
+    chosen = registry.choose(backend or recipe.backend)
+    setup = set_up(recipe, run.path)
+    account = run.account()
+    labels, always = (tuple(account.labels), account.always) if account else ((), None)
+    clock = clock_of(run.path)
+    prepared, rows = yield from unanswered(recipe, setup.tokenizer, source, labels, always, clock)
+    left_out = [*prepared.held_out.left_out, *prepared.held_out.too_long]
+    if recipe.data.on_error == "stop" or not rows:
+        refuse_rows(left_out)
+    _check_vocabulary(setup, prepared)
+    _check_positions(setup, prepared)
+    return Job(recipe, setup.folder, setup.tokenizer, chosen, prepared), rows
 
 
 def measured_again(recipe: Recipe, backend: str | None, run: RunFolder) -> Job | None:
