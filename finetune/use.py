@@ -1,4 +1,4 @@
-"""The commands that use a run, as the command line has them: `eval`, `predict`, `generate`, `chat`."""
+"""The commands that use a run, as the command line has them: `eval`, `predict`, `generate`, `chat`, `runs`."""
 
 from __future__ import annotations
 
@@ -95,3 +95,13 @@ def chat(
     from finetune.commands.chat import run
 
     run(opened, recipe, None, columns or [], system, tools, base, temperature, max_tokens, backend)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that the runs are in.")] = Path("runs"),
+) -> None:
+    """List the runs in a folder: state, model, data, gain."""
+    begin()
+    from finetune.commands.runs import run
+
+    run(folder)
