@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from finetune import connections
 from finetune.check.show import as_text, headline
 from finetune.check.survey import as_json, survey
 from finetune.check.told import read_told
+from finetune.data.limit import limit_notes
 from finetune.disk.adapter import check_base, start_from, write_adapter
 from finetune.disk.atomic import new_folder, write_file
 from finetune.disk.base_model import base_model, fingerprint
@@ -30,7 +31,7 @@ from finetune.recipe.specs import lora_spec
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
 from finetune.training.budget import starting_tokens
-from finetune.training.job import Job
+from finetune.training.job import Job, known_validation
 from finetune.training.loop import Trainer
 
 NOT_REPEATABLE = (
@@ -171,6 +172,7 @@ class Run:
             divergence=divergence(read(self.folder.metrics), job.folder.vocabulary, trainer.plan.warmup),
             validations=validations,
             best_step=trainer.state.best_step,
+            limited=limit_notes(job.prepared),
         )
 
     def _write_environment(self, session: Session | None = None) -> None:
@@ -224,7 +226,8 @@ class Run:
         if not self.job.recipe.evaluate.base:
             return None
         expected = [example.answer for example in self.job.prepared.held_out.examples]
-        if saved := load_evaluation(self.folder.evaluation("base"), expected):
+        saved = load_evaluation(self.folder.evaluation("base"), expected)
+        if saved and (saved.compared == self.job.recipe.evaluate.answer or self.job.prepared.task != "generation"):
             return saved
         with base_weights(session):
             base = yield from self._evaluate(session, "base model")
@@ -235,16 +238,6 @@ class Run:
         job = self.job
         evaluation = evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, name)
         return (yield from stoppable(evaluation, self, f"evaluating the {name}"))
-
-
-def known_validation(job: Job, base: Evaluation | None) -> Evaluation | None:
-    """The validation before the first step, where the base's evaluation is of the same model and the same rows.
-
-    A resumed run reads the same figures from evaluation-base.json. A validation writes no answers.
-    """
-    if base is None or job.prepared.held_out is not job.prepared.valid or job.recipe.lora.start_from:
-        return None
-    return base if job.prepared.task == "classification" else replace(base, accuracy=None)
 
 
 def save_adapter(job: Job, run: RunFolder, tensors: Mapping[str, FloatArray], scheme: str, step: int) -> None:

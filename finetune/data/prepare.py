@@ -12,6 +12,7 @@ from pathlib import Path
 
 from finetune.data.formats import Layout, recognise
 from finetune.data.label_names import Labels, Spellings, find_labels, labels_in, respelt, unknown_labels
+from finetune.data.limit import limited
 from finetune.data.problems import BadSource, refuse_rows
 from finetune.data.read import read
 from finetune.data.records import read_records
@@ -94,8 +95,10 @@ def _gather(
             broken.append((name, error.problem))
     if "valid" not in held_out:
         train, held_out["valid"] = _set_apart(train, recipe, labels, broken)
-    valid, test = held_out["valid"], held_out.get("test")
-    return replace(records, labels=labels, train=train, valid=valid, test=test, broken=tuple(broken))
+    fewer = {split.name: limited(split, data.limit, recipe.seed) for split in (train, *held_out.values())}
+    return replace(
+        records, labels=labels, train=fewer["train"], valid=fewer["valid"], test=fewer.get("test"), broken=tuple(broken)
+    )
 
 
 def _task(recipe: Recipe, layout: Layout) -> Task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from finetune.disk.held_out import REMEDY, read_held_out
 from finetune.disk.identity import check_held_out, check_model, clock_of
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import Incompatible, RecipeError
+from finetune.evaluation.evaluate import Evaluation
 from finetune.events import Progress
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
@@ -159,6 +160,16 @@ def measured_again(recipe: Recipe, backend: str | None, run: RunFolder) -> Job |
     check_held_out(run.path, prepared, f"{run.held_out.name} was changed: {REMEDY}")
     _check_vocabulary(setup, prepared)
     return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
+
+
+def known_validation(job: Job, base: Evaluation | None) -> Evaluation | None:
+    """The validation before the first step, where the base's evaluation is of the same model and the same rows.
+
+    A resumed run reads the same figures from evaluation-base.json. A validation writes no answers.
+    """
+    if base is None or job.prepared.held_out is not job.prepared.valid or job.recipe.lora.start_from:
+        return None
+    return base if job.prepared.task == "classification" else replace(base, accuracy=None)
 
 
 def _check_vocabulary(setup: Setup, prepared: Prepared) -> None:
