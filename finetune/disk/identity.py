@@ -25,8 +25,9 @@ KIND = 2  # of identity. The first, of 0.1.0, has no "kind", samples of the weig
 # Keys that change where or how fast a run goes, or whose effect the digests of rows and files already hold.
 _NOT_IDENTITY = {
     "output", "backend", "device", "model.path", "model.revision", "model.dtype", "data.train", "data.valid",
-    "data.test", "data.max_dropped", "data.long_rows", "train.micro_tokens", "train.gradient_checkpointing",
-    "train.checkpoint_minutes", "evaluate.generate", "evaluate.max_tokens", "evaluate.base",
+    "data.test", "data.limit", "data.max_dropped", "data.long_rows", "train.micro_tokens",
+    "train.gradient_checkpointing", "train.checkpoint_minutes", "evaluate.generate", "evaluate.max_tokens",
+    "evaluate.answer", "evaluate.base",
 }  # fmt: skip
 
 

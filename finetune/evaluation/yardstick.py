@@ -58,7 +58,7 @@ def _words(text: str) -> list[str]:
 
 def majority(evaluation: Evaluation) -> tuple[str, float] | None:
     """The most frequent expected answer of the rows, and the share right of a model that always gives it."""
-    expected = Counter(row.expected for row in evaluation.results if row.correct is not None)
+    expected = Counter(row.judged[0] for row in evaluation.results if row.correct is not None)
     expected.pop(None, None)
     if len(expected) < 2:  # where all expect the same, a constant answer is no yardstick
         return None
@@ -69,8 +69,8 @@ def majority(evaluation: Evaluation) -> tuple[str, float] | None:
 def always_same(evaluation: Evaluation) -> str | None:
     """The one answer that a model gives to all rows, although not all expect the same."""
     judged = [row for row in evaluation.results if row.correct is not None]
-    given = {row.predicted for row in judged}
-    return given.pop() if len(given) == 1 and len({row.expected for row in judged}) > 1 else None
+    given = {row.judged[1] for row in judged}
+    return given.pop() if len(given) == 1 and len({row.judged[0] for row in judged}) > 1 else None
 
 
 def never_predicted(evaluation: Evaluation) -> list[str]:

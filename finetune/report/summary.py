@@ -60,6 +60,8 @@ def _render(console: Console, report: Report) -> None:
     else:
         console.print(comparison_table({}, report.tuned.summary(), title=report.held_out))
     console.print(f"data: {report.check} (check.txt)")
+    for note in report.limited:
+        console.print(note)
     console.print(
         f"base weights: {report.scheme}; {report.backend} on {report.device}\n"
         f"adapter: {report.adapter} ({_adapter_step(report.best_step)}; PEFT and mlx-lm load it as it is)\n"
@@ -117,5 +119,8 @@ def _rows(report: Report) -> str:
         for name, row in (("base", base), ("tuned", tuned)):
             if row is not None:
                 line[name] = {"predicted": row.predicted, "correct": row.correct, "loss": row.loss}
+                if row.compared is not None:  # the parts of both answers
+                    line |= {"compared": row.compared[0]}
+                    line[name] |= {"compared": row.compared[1]}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)

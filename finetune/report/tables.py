@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.data.rows import Example, Prepared
+from finetune.evaluation.answers import MEASURES
 from finetune.evaluation.intervals import worst_confusions
 from finetune.events import Validated
 from finetune.text import harmless, shorten
@@ -109,7 +110,7 @@ _MEASURES = (
 def comparison_table(base: Mapping[str, Any], tuned: Mapping[str, Any], title: str | None = None) -> Table:
     """Base and tuned side by side, without the measures that neither has. An empty `base`: the tuned model alone."""
     table = _table("", *(["base"] if base else []), "tuned", *(["change"] if base else []), title=title)
-    accuracy = "accuracy" if tuned.get("labels") else "exact match"
+    accuracy = "accuracy" if tuned.get("labels") else MEASURES[tuned.get("compared", "all")]
     for key, name, more in (("accuracy", accuracy, True), *_MEASURES):
         before, after = base.get(key), tuned.get(key)
         if before is not None or after is not None:
