@@ -26,7 +26,7 @@ from backends.untrusted import (
 __all__ = ["ModelFolder", "folder_of", "legacy_rope", "read_object", "validate"]
 
 _IN_BLOCK = re.compile(r"\blayers\.(\d+)\.(.+)\.weight$")
-_POSITIONS = re.compile(r"\b(wpe|embed_positions|position_embeddings)\.weight$")
+_POSITIONS = re.compile(r"\b(wpe|embed_positions|position_embeddings|positions_embed)\.weight$")
 _NOT_ADAPTED = re.compile(r"\bexperts\b|\brouter\b|(^|\.)gate$|norm")  # experts are chosen by token, not by layer
 
 
@@ -91,6 +91,20 @@ class ModelFolder:
         learned = [shape[0] for name, shape in self.shapes.items() if _POSITIONS.search(name) and len(shape) == 2]
         stated = (self.text_config.get(key) for key in ("max_position_embeddings", "n_positions"))
         return min([*learned, *(count for count in stated if type(count) is int)]) if learned else None
+
+    @cached_property
+    def context(self) -> int | None:
+        """Tokens of the longest text that the model was made for, by its config; None where that does not say."""
+        stated = self.text_config.get("max_position_embeddings")
+        rope = self.text_config.get("rope_scaling")
+        scaling = rope if isinstance(rope, dict) else {}
+        factor, before = scaling.get("factor"), scaling.get("original_max_position_embeddings")
+        if type(stated) is not int or stated < 1:
+            return None
+        if not isinstance(factor, int | float) or not 1 <= factor < 1e6:
+            return stated
+        # Where the context before the scaling is not said, `stated` is that; else it may be either.
+        return max(stated, int(factor * (before if type(before) is int else stated)))
 
     @property
     def blocks(self) -> int:

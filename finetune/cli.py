@@ -175,7 +175,7 @@ def main() -> None:
         colour_help()
     try:
         app(prog_name="finetune")
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
         end = explain(error)
         if end is None:
             raise

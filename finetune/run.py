@@ -12,7 +12,7 @@ from backends.interface import FloatArray, Session, TrainState
 from finetune import connections
 from finetune.check.show import as_text, headline
 from finetune.check.survey import as_json, survey
-from finetune.check.told import read_told
+from finetune.check.told import leaked_into, read_told
 from finetune.data.limit import limit_notes
 from finetune.disk.adapter import check_base, start_from, write_adapter
 from finetune.disk.atomic import new_folder, write_file
@@ -24,10 +24,12 @@ from finetune.disk.lock import Lock
 from finetune.disk.metrics import MetricsFile, read
 from finetune.disk.run_folder import RunFolder, environment
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
+from finetune.evaluation.leaked import leaked_rows
 from finetune.evaluation.verdict import Watch, divergence, overfitting_verdict
-from finetune.evaluation.yardstick import bag_of_words
+from finetune.evaluation.yardstick import Words, bag_of_words
 from finetune.events import Event, Note, checked, result_of, stoppable
 from finetune.recipe.specs import lora_spec
+from finetune.report.facts import facts_of
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
 from finetune.training.budget import starting_tokens
@@ -47,7 +49,8 @@ class Begun:
     trainer: Trainer
     resumed_after: int | None  # the step of the checkpoint; None: the run has done nothing yet
     base: Evaluation | None  # None where the recipe asks for none
-    check: str  # what `finetune check` found in the data, in a line
+    told: Mapping[str, Any]  # what `finetune check` found in the data
+    words: Words | None  # how good the words alone are
 
 
 class Run:
@@ -97,11 +100,12 @@ class Run:
         self._write_environment()
         write_held_out(folder, job.prepared)
         folder.write_json("data.json", account_of(job.prepared))
-        check = yield from self._check_data()
+        told = yield from self._check_data()
         job.prepared.forget_records()
         session = job.open()
         self._write_environment(session)
         base = yield from self._evaluate_base(session)
+        words = bag_of_words(job.prepared, folder.words) if base else None
         trainer = Trainer(
             session=session,
             prepared=job.prepared,
@@ -114,7 +118,7 @@ class Run:
             trainer.limit_micro_batches((yield from starting_tokens(job, session)))
             if start:
                 start_from(session, start, lora_spec(job.recipe))
-        return Begun(trainer, None if saved is None else saved.state.step, base, check)
+        return Begun(trainer, None if saved is None else saved.state.step, base, told, words)
 
     def train(self, begun: Begun) -> Iterator[Event]:
         """All steps that are left; metrics.jsonl records them. Raises Interrupted, Diverged, MemoryExhausted."""
@@ -157,19 +161,22 @@ class Run:
         job, trainer = self.job, begun.trainer
         validations = tuple(trainer.state.history())
         kind = "test" if job.prepared.test else "validation"
+        events = read(self.folder.metrics)
         return Report(
             run=str(self.folder.path),
+            facts=facts_of(job.recipe, job.prepared, events),
             adapter=str(self.folder.adapter),
             backend=job.backend,
             device=trainer.session.device,
             scheme=trainer.session.scheme,
-            check=begun.check,
+            check=headline(begun.told),
             held_out=f"{len(job.prepared.held_out.examples)} {kind} rows",
             base=begun.base,
             tuned=tuned,
-            comparison=compare(begun.base, tuned, bag_of_words(job.prepared)) if begun.base else None,
+            comparison=compare(begun.base, tuned, begun.words) if begun.base else None,
+            leaked=leaked_rows(begun.base, tuned, leaked_into(begun.told, job.prepared.held_out.name)),
             overfitting=overfitting_verdict(validations),
-            divergence=divergence(read(self.folder.metrics), job.folder.vocabulary, trainer.plan.warmup),
+            divergence=divergence(events, job.folder.vocabulary, trainer.plan.warmup),
             validations=validations,
             best_step=trainer.state.best_step,
             limited=limit_notes(job.prepared),
@@ -209,17 +216,17 @@ class Run:
             check_identity(known, identity)
         return identity
 
-    def _check_data(self) -> Generator[Event, None, str]:
-        """`finetune check` of the run's data, in check.txt and check.json; its headline. A resumed run finds them."""
+    def _check_data(self) -> Generator[Event, None, Mapping[str, Any]]:
+        """`finetune check` of the run's data, in check.txt and check.json, which a resumed run finds."""
         job, folder = self.job, self.folder
         if told := read_told(folder.path / "check.json"):
-            return headline(told)
+            return told
         survey_of_rows = survey(job.recipe, job.prepared, job.folder, job.tokenizer)
         findings = yield from stoppable(survey_of_rows, self, "checking the data")
         write_file(folder.path / "check.txt", as_text(findings, job.tokenizer))
         values = as_json(findings, job.tokenizer)
         folder.write_json("check.json", values)  # last: it says that both are there
-        return headline(values)
+        return values
 
     def _evaluate_base(self, session: Session) -> Generator[Event, None, Evaluation | None]:
         """The base model on the held-out rows: evaluated once per run, and kept for a resumed one."""

@@ -35,6 +35,11 @@ def harmless(text: str) -> str:
     return text if text.isprintable() else COMMANDS.sub(_written_out, text)
 
 
+def one_line(text: str) -> str:
+    """As `harmless`, and line breaks written out too: a value from elsewhere begins no line of its own."""
+    return harmless(text).replace("\n", "\\n")
+
+
 def _written_out(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 

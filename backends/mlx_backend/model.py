@@ -42,9 +42,11 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
         with contextlib.redirect_stdout(printed):  # mlx-lm prints what it leaves out of a config
             model, loaded = load_model(spec.path, lazy=True, model_config=legacy_rope(config), **trust)
     except Exception as error:  # whatever a model's own code makes of a config or weights it was not written for
-        raise BackendError(f"{spec.path}: mlx-lm cannot load this model ({type(error).__name__}: {error})") from error
+        raise BackendError(
+            f"{spec.path}: mlx-lm cannot load this model ({type(error).__name__}: {error!s:.300})"
+        ) from error
     if printed.getvalue():
-        raise BackendError(f"{spec.path}: mlx-lm cannot run this model as it is ({printed.getvalue().strip()})")
+        raise BackendError(f"{spec.path}: mlx-lm cannot run this model as it is ({printed.getvalue().strip():.300})")
     quantise = spec.quantize == "4bit" and "quantization" not in loaded
     for module in _outside_blocks(model):  # the widest first: they are cast while little else is held
         _cast(module, dtype)

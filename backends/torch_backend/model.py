@@ -31,7 +31,8 @@ def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
         model, info = _loaded(spec, device)
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if missing:  # transformers would fill them with random numbers
-        raise BackendError(f"{spec.path}: weights are missing or misshapen: {', '.join(sorted(missing))}")
+        more = f" and {len(missing) - 10:,} more" if len(missing) > 10 else ""
+        raise BackendError(f"{spec.path}: weights are missing or misshapen: {', '.join(sorted(missing)[:10])}{more}")
     if spec.checkpointing:
         _recompute_activations(model)
     for module in model.modules():
@@ -65,7 +66,7 @@ def _loaded(spec: ModelSpec, device: torch.device) -> tuple[Any, dict[str, Any]]
         if "trust_remote_code" in str(error):
             raise folder_of(spec).needs_code("auto_map in config.json") from None
         kind = type(error).__name__
-        raise BackendError(f"{spec.path}: transformers cannot load this model ({kind}: {error})") from error
+        raise BackendError(f"{spec.path}: transformers cannot load this model ({kind}: {error!s:.300})") from error
     return model, info
 
 

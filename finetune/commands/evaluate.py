@@ -18,9 +18,10 @@ from finetune.events import Progress
 from finetune.recipe.names import local
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
-from finetune.report.report import bag_of_words_of, compare
+from finetune.report.report import compare
 from finetune.report.summary import print_comparison
-from finetune.training.job import Job, making_ready, measured_again
+from finetune.training.again import measured_again
+from finetune.training.job import Job, making_ready
 
 
 def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
@@ -32,7 +33,7 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
     session = job.open()
     session.set_state(TrainState(0, adapter.tensors, {}))
     base, tuned = with_progress(_evaluate_both(job, session))
-    comparison = compare(base, tuned, bag_of_words_of(opened) if recorded else bag_of_words(job.prepared))
+    comparison = compare(base, tuned, bag_of_words(job.prepared, opened.words))
     print_comparison(Console(), base, tuned, comparison, f"{tuned.rows} rows of {data or opened.path}")
     values = {"data": data, "base": base.summary(), "tuned": tuned.summary(), "verdict": comparison.verdict}
     write_file(opened.path / "eval.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")

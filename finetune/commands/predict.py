@@ -22,7 +22,7 @@ from finetune.evaluation.predict import Prediction, predict
 from finetune.recipe.names import local
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
-from finetune.training.job import ready_to_answer
+from finetune.training.again import ready_to_answer
 
 PREDICTED, PROBABILITY = "predicted", "probability"  # the columns that are added
 _ENDINGS = (".jsonl", ".csv")
@@ -41,7 +41,7 @@ def run(
     path = local(data, Path.cwd())
     _check_output(output, force, path)
     adapter = read_adapter(opened.adapter)
-    source = read(str(path or data), Path.cwd(), "test")
+    source = read(str(path or data), Path.cwd(), "test", recipe.data.encoding)
     _check_columns(source.rows)
     job, rows = with_progress(ready_to_answer(recipe, backend, opened, source))
     check_base(opened.adapter, job.folder)

@@ -74,6 +74,11 @@ class RunFolder:
     def evaluation(self, which: str) -> Path:
         return self.path / f"evaluation-{which}.json"
 
+    @property
+    def words(self) -> Path:
+        """How good the words alone are, which is measured once."""
+        return self.path / "words.json"
+
     def always(self) -> dict[str, str | None] | None:
         """What every training row had beside its question (`data.beside.Always`); None where the run has recorded none.
 
@@ -98,6 +103,10 @@ class RunFolder:
 def create(recipe: Recipe, name: str) -> RunFolder:
     """A new folder `output/name-date-time`; never one that exists. Raises DiskError."""
     output = Path(recipe.output).expanduser()  # `load_recipe` has seen that this can be a path
+    try:
+        str(output.absolute()).encode()
+    except UnicodeEncodeError:
+        raise RecipeError(f"output: {output.absolute()} is not UTF-8, and no tokenizer can be written there") from None
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     make_folder(output)
     for attempt in range(1000):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from finetune.evaluation.answers import MEASURES
 from finetune.evaluation.intervals import macro_f1_change, weighted_mean_interval
-from finetune.evaluation.yardstick import shortcomings, too_weak
+from finetune.evaluation.yardstick import Words, shortcomings, too_weak
 from finetune.events import Event, StepDone, Validated
 
 if TYPE_CHECKING:
@@ -83,12 +83,12 @@ def _epoch(validated: Validated) -> str:
     return f"epoch {round(validated.epoch, 2):g}"
 
 
-def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | None, words: float | None = None) -> str:
+def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | None, words: Words | None = None) -> str:
     """Better, worse, or no clear difference, and why; and what models that know nothing would have.
 
     `p_value` of McNemar's test decides where answers are right or wrong; elsewhere the 95 % interval of the change
     of the loss on the same rows does. A gain is "Not good yet" where a constant answer does as well, and "Mixed" where
-    macro F1 clearly falls. words: the accuracy of `bag_of_words`.
+    macro F1 clearly falls. words: of `bag_of_words`.
     """
     return " ".join((_compared(base, tuned, p_value), *_unread(base, tuned), *shortcomings(base, tuned, words)))
 

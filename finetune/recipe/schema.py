@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0, le=10**9)]  # far beyond any use, and near enough to be computed with
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -41,6 +41,8 @@ class Data(Section):
     """Rows for the final figures; without it those of train's folder, or the validation rows serve."""
     format: Literal["auto", "classification", "prompt", "alpaca", "chat", "sharegpt", "text"] = "auto"
     """What a row is; auto looks at the column names."""
+    encoding: str | None = None
+    """How text files are encoded (cp1252, utf-16); without it UTF-8."""
     columns: dict[str, str] = {}
     """Which column holds what, as standard name: your name (text: review)."""
     labels: list[str] | None = None
@@ -58,6 +60,15 @@ class Data(Section):
     """Plain text beyond train.max_length: cut off there, or split into rows of that length that overlap."""
     groups: Groups | None = None
     """Who the rows are about, for `finetune check`: a column's name, or words for each group (women: [she, her])."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        try:
+            b"ab".decode("utf-8" if name is None else name, "ignore")
+        except (LookupError, ValueError):
+            raise ValueError(f"{name!r} is no encoding of text; write its name, such as cp1252") from None
+        return name
 
 
 class Prompt(Section):

@@ -11,12 +11,14 @@ from typing import Any
 from finetune import connections
 from finetune.disk.atomic import write_file
 from finetune.disk.run_files import read_json
-from finetune.disk.run_folder import RunFolder
 from finetune.errors import Incompatible
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import mcnemar_exact
+from finetune.evaluation.leaked import Leaked
 from finetune.evaluation.verdict import Overfitting, comparison_verdict
+from finetune.evaluation.yardstick import Words
 from finetune.events import Validated
+from finetune.report.facts import Facts
 
 _REMEDY = "delete it, and the model is evaluated again"
 
@@ -29,7 +31,7 @@ class Comparison:
     broken: tuple[tuple[RowResult, RowResult], ...]  # right before, wrong now
     p_value: float | None  # McNemar's exact test, two-sided; None where answers are not right or wrong
     verdict: str
-    bag_of_words: float | None = None  # the accuracy of naive Bayes on the words, where there are labels
+    words: Words | None = None  # naive Bayes on the words, where there are labels
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Report:
     """What the terminal shows and report.json holds."""
 
     run: str
+    facts: Facts
     adapter: str | None
     backend: str
     device: str
@@ -46,6 +49,7 @@ class Report:
     base: Evaluation | None
     tuned: Evaluation
     comparison: Comparison | None
+    leaked: Leaked | None  # None where no held-out row stands in the training rows
     overfitting: Overfitting
     divergence: str | None  # a notice that the loss was above that of random guessing
     validations: tuple[Validated, ...]
@@ -59,10 +63,12 @@ class Report:
             "fixed": len(self.comparison.fixed),
             "broken": len(self.comparison.broken),
             "p_value": self.comparison.p_value,
-            "bag_of_words": self.comparison.bag_of_words,
+            "bag_of_words": self.comparison.words and self.comparison.words.accuracy,
+            "bag_of_words_seconds": self.comparison.words and self.comparison.words.seconds,
         }
         return {
             "run": self.run,
+            "facts": asdict(self.facts),
             "adapter": self.adapter,
             "backend": self.backend,
             "device": self.device,
@@ -72,6 +78,7 @@ class Report:
             "base": self.base and self.base.summary(),
             "tuned": self.tuned.summary(),
             "comparison": comparison,
+            "leaked": self.leaked and self.leaked.to_json(),
             "overfitting": asdict(self.overfitting),
             "divergence": self.divergence,
             "best_step": self.best_step,
@@ -81,20 +88,8 @@ class Report:
         }
 
 
-@dataclass(frozen=True)
-class _Compared:
-    bag_of_words: float | None = None
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """What is read again of report.json."""
-
-    comparison: _Compared | None = None
-
-
-def compare(base: Evaluation, tuned: Evaluation, words: float | None = None) -> Comparison:
-    """The rows that changed, and whether the change is more than chance. words: the accuracy of `bag_of_words`."""
+def compare(base: Evaluation, tuned: Evaluation, words: Words | None = None) -> Comparison:
+    """The rows that changed, and whether the change is more than chance. words: of `bag_of_words`."""
     pairs = list(zip(base.results, tuned.results, strict=True))
     fixed = tuple(pair for pair in pairs if pair[0].correct is False and pair[1].correct)
     broken = tuple(pair for pair in pairs if pair[0].correct and pair[1].correct is False)
@@ -105,12 +100,6 @@ def compare(base: Evaluation, tuned: Evaluation, words: float | None = None) -> 
 def save_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Everything, rows included, so that a resumed run need not evaluate again. Raises DiskError."""
     write_file(path, json.dumps(evaluation.to_json(), ensure_ascii=False) + "\n")
-
-
-def bag_of_words_of(run: RunFolder) -> float | None:
-    """The accuracy of `bag_of_words` as a finished run has measured it. Raises Incompatible for what no run writes."""
-    saved = read_json(run.report, _Finished, "delete it and resume the run, which writes it anew", "ignore")
-    return saved.comparison.bag_of_words if saved and saved.comparison else None
 
 
 def load_evaluation(path: Path, expected: Sequence[str | None] | None = None) -> Evaluation | None:

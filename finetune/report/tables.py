@@ -1,30 +1,29 @@
-"""Tables for the terminal, of figures computed elsewhere; and a row's tokens, marked for people to read."""
+"""Tables for the terminal, of figures computed elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import PurePath
 from typing import Any, Protocol
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from finetune.data.rows import Example, Prepared
+from finetune.console import lines
+from finetune.data.rows import Prepared
 from finetune.evaluation.answers import MEASURES
 from finetune.evaluation.intervals import worst_confusions
 from finetune.events import Validated
-from finetune.text import harmless, shorten
+from finetune.text import one_line, shorten
 
 MOST_LABELS = 12  # in a whole confusion matrix; of a larger one only the most frequent confusions are shown
 WORST = 10  # of those
 ROWS_SHOWN = 5  # fixed rows, and as many broken rows
 TEXT_SHOWN = 160  # characters of a row's text
 LOCATIONS_SHOWN = 5  # of rows that were shortened or left out; data.json has them all
-
-SHOWN_TOKENS = 160  # of a row; the middle of a longer row is left out
-_LONGEST = 8  # tokens that make up a single character
 
 
 class Answered(Protocol):
@@ -60,7 +59,7 @@ def account_notes(prepared: Prepared) -> list[str]:
     distinct = dict.fromkeys(note for split in notes.values() for note in split)
     first = {note: next(name for name, split in notes.items() if note in split) for note in distinct}
     return [
-        harmless(note if all(note in split for split in notes.values()) else f"{first[note]}: {note}")
+        one_line(note if all(note in split for split in notes.values()) else f"{first[note]}: {note}")
         for note in distinct
     ]
 
@@ -70,10 +69,8 @@ def _name(location: str) -> str:
 
 
 def _counted(locations: Sequence[str]) -> Text:
-    if not locations:
-        return Text("0")
-    shown = "\n".join(map(harmless, locations[:LOCATIONS_SHOWN]))
-    return Text(f"{len(locations):,}\n{shown}" + ("\n..." if len(locations) > LOCATIONS_SHOWN else ""))
+    more = ["..."] if len(locations) > LOCATIONS_SHOWN else []
+    return lines(f"{len(locations):,}", *locations[:LOCATIONS_SHOWN], *more)
 
 
 def epoch_table(validations: Sequence[Validated], newest: int | None = None) -> Table:
@@ -81,7 +78,8 @@ def epoch_table(validations: Sequence[Validated], newest: int | None = None) -> 
     best = max((i for i, validated in enumerate(validations) if validated.best), default=None)
     shown = [i for i in range(len(validations)) if newest is None or i >= len(validations) - newest or i == best]
     labelled = any(validated.accuracy is not None for validated in validations)
-    headings = ("epoch", "train\nloss", "valid.\nloss", "perpl.", "token\nacc.", *["label\nacc."] * labelled)
+    pairs = [("epoch",), ("train", "loss"), ("valid.", "loss"), ("perpl.",), ("token", "acc."), ("label", "acc.")]
+    headings = [lines(*pair) for pair in pairs[: 5 + labelled]]
     table = _table(*headings, texts=0)
     for i in shown:
         validated = validations[i]
@@ -155,7 +153,7 @@ def changed_rows_table(fixed: Sequence[Pair], broken: Sequence[Pair]) -> Table:
     for (kind, style, (base, tuned)), text in zip(shown, texts, strict=True):
         shown_answers = {"expected": base.expected, "base": base.predicted, "tuned": tuned.predicted}
         answers = ", ".join(f"{name}: {shorten(answer or '', 60)}" for name, answer in shown_answers.items())
-        row = Text.assemble((f"{base.location}\n", "dim"), shorten(text, TEXT_SHOWN), "\n", (answers, "italic"))
+        row = Group(lines(base.location, style="dim"), lines(shorten(text, TEXT_SHOWN)), lines(answers, style="italic"))
         table.add_row(Text(kind, style), row)
     table.caption_justify = "left"
     more = len(fixed) + len(broken) - len(shown)
@@ -163,10 +161,10 @@ def changed_rows_table(fixed: Sequence[Pair], broken: Sequence[Pair]) -> Table:
     return table
 
 
-def _table(*headings: str, texts: int = 1, title: str | None = None) -> Table:
+def _table(*headings: str | Text, texts: int = 1, title: str | None = None) -> Table:
     """The first `texts` columns hold words, the others figures."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, title_justify="left")
-    table.title = None if title is None else Text(title, "bold")
+    table.title = None if title is None else lines(title, style="bold")
     table.caption_justify = "left"
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i < texts else "right", no_wrap=i >= texts)
@@ -175,7 +173,7 @@ def _table(*headings: str, texts: int = 1, title: str | None = None) -> Table:
 
 def _cell(text: str, length: int) -> Text:
     """The text of a cell: cut, not wrapped, where the column is narrow."""
-    return Text(shorten(text, length), no_wrap=True, overflow="ellipsis")
+    return lines(shorten(text, length), no_wrap=True, overflow="ellipsis")
 
 
 def _worst_confusions(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> Table:
@@ -228,35 +226,3 @@ def _common(texts: Sequence[str]) -> int:
     """How many characters all texts begin with, up to and including the last space among them."""
     shared = [chars[0] for chars in takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False))]
     return max((i + 1 for i, char in enumerate(shared) if char.isspace()), default=0)
-
-
-def highlighted(example: Example, tokenizer: Any) -> Text:
-    """The row's tokens, the supervised ones marked and in brackets."""
-    half = SHOWN_TOKENS // 2
-    text = Text()
-    pieces = list(_pieces(example, tokenizer))
-    long = len(pieces) > SHOWN_TOKENS
-    for number, (piece, supervised) in enumerate(pieces):
-        if long and half <= number < len(pieces) - half:
-            if number == half:
-                text.append(" ... ", style="dim")
-            continue
-        piece = piece.replace("\n", "\\n")
-        text.append(f"[{piece}]" if supervised else piece, style="bold green" if supervised else "dim")
-    return text
-
-
-def _pieces(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """(text, supervised) of each token; tokens that are parts of one character are joined."""
-    tokens: Sequence[int] = example.tokens.tolist()
-    start = 0
-    while start < len(tokens):
-        supervised = bool(example.weights[start])
-        for end in range(start + 1, min(start + _LONGEST, len(tokens)) + 1):
-            piece = tokenizer.decode(tokens[start:end])
-            if not piece.endswith("\ufffd") or bool(example.weights[end - 1]) != supervised:
-                break
-        else:
-            end, piece = start + 1, tokenizer.decode(tokens[start : start + 1])
-        yield piece, supervised
-        start = end

@@ -14,19 +14,18 @@ from backends.model_folder import ModelFolder
 from finetune.data.clock import now
 from finetune.data.label_names import Labels
 from finetune.data.prepare import prepare
-from finetune.data.problems import refuse, refuse_rows
-from finetune.data.rows import Prepared, Row, Rows, Split
-from finetune.data.tokenizer import Tokenizer, load_tokenizer, stop_tokens
-from finetune.data.unanswered import unanswered
-from finetune.disk.held_out import REMEDY, read_held_out
-from finetune.disk.identity import check_held_out, check_model, clock_of
-from finetune.disk.run_folder import RunFolder
-from finetune.errors import Incompatible, RecipeError
+from finetune.data.problems import refuse
+from finetune.data.rows import Prepared
+from finetune.data.sides import WORDS
+from finetune.data.tokenizer import Tokenizer, load_tokenizer
+from finetune.disk.identity import check_model, clock_of, parting_of
+from finetune.errors import DataError, Incompatible, RecipeError
 from finetune.evaluation.evaluate import Evaluation
 from finetune.events import Progress
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec
+from finetune.supervisor import reading
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class Setup:
         """The live session; heavy from here on. Raises Incompatible where the model's files changed meanwhile."""
         model, lora, optim = model_spec(self.recipe, self.folder), lora_spec(self.recipe), optim_spec(self.recipe)
         try:
-            return registry.open_session(backend, model, lora, optim, self.recipe.seed)
+            with reading(str(self.folder.path)):
+                return registry.open_session(backend, model, lora, optim, self.recipe.seed)
         except Exception:
             self.check_model()
             raise
@@ -80,7 +80,8 @@ def set_up(recipe: Recipe, run: Path | None = None) -> Setup:
     folder = find_folder(recipe)
     if run is not None:
         check_model(run, folder)
-    return Setup(recipe, folder, load_tokenizer(folder))
+    with reading(str(folder.path / "tokenizer.json")):
+        return Setup(recipe, folder, load_tokenizer(folder))
 
 
 def refuse_unused_accelerator(recipe: Recipe) -> None:
@@ -103,73 +104,52 @@ def making_ready(
     chosen = registry.choose(backend or recipe.backend)
     setup = set_up(recipe, run)
     clock = now() if run is None else clock_of(run)
-    prepared = yield from prepare(recipe, setup.tokenizer, base=None, clock=clock, labels=labels)
+    parting = WORDS if run is None else parting_of(run)
+    with reading(f"{recipe.data.train} with {setup.folder.path / 'tokenizer.json'}"):
+        prepared = yield from prepare(recipe, setup.tokenizer, None, clock, labels, parting)
     refuse(prepared, recipe)
-    _check_vocabulary(setup, prepared)
-    _check_positions(setup, prepared)
+    refuse_unfit(setup, prepared)
     data = recipe.data.model_copy(update={"format": prepared.format})
     recipe = recipe.model_copy(update={"data": data, "task": prepared.task})
     return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
 
 
-def ready_to_answer(
-    recipe: Recipe, backend: str | None, run: RunFolder, source: Rows
-) -> Generator[Progress, None, tuple[Job, list[Row]]]:
-    """Rows as a run's model is asked them, in `test`, and the row of each. Raises as `making_ready` does.
-
-    Every row that cannot be asked is a bad one, which `data.on_error` leaves out.
-    """
-    chosen = registry.choose(backend or recipe.backend)
-    setup = set_up(recipe, run.path)
-    account = run.account()
-    labels, always = (tuple(account.labels), account.always) if account else ((), None)
-    clock = clock_of(run.path)
-    prepared, rows = yield from unanswered(recipe, setup.tokenizer, source, labels, always, clock)
-    left_out = [*prepared.held_out.left_out, *prepared.held_out.too_long]
-    if recipe.data.on_error == "stop" or not rows:
-        refuse_rows(left_out)
+def refuse_unfit(setup: Setup, prepared: Prepared) -> None:
+    """Raises Incompatible for tokens that the model lacks, RecipeError for rows or answers longer than it can take."""
     _check_vocabulary(setup, prepared)
     _check_positions(setup, prepared)
-    return Job(recipe, setup.folder, setup.tokenizer, chosen, prepared), rows
 
 
-def measured_again(recipe: Recipe, backend: str | None, run: RunFolder) -> Job | None:
-    """The rows that a run measured, as it has recorded them: no file of rows is read. None where it has recorded none.
+def beyond_context(folder: ModelFolder, prepared: Prepared) -> str | None:
+    """What a person should know of rows longer than the context that the model was trained with; None: there are none.
 
-    Raises Incompatible where they are not what the run wrote, and as `set_up` does.
+    Computed positions have no end, and so such rows can be trained on.
     """
-    recorded = read_held_out(run)
-    if recorded is None:
+    context = folder.context if folder.weights else None
+    lengths = [len(example) for split in prepared.splits for example in split.examples]
+    long = sum(length > context for length in lengths) if context else 0
+    if not long:
         return None
-    chosen = registry.choose(backend or recipe.backend)
-    setup = set_up(recipe, run.path)
-    split = recorded.split
-    if recipe.task == "auto" or recipe.data.format == "auto":
-        raise ValueError("the recipe of a run names its task and its format")
-    prepared = Prepared(
-        task=recipe.task,
-        format=recipe.data.format,
-        template=recipe.prompt.template,
-        train=Split("train", 0),
-        valid=split if split.name == "valid" else Split("valid", 0),
-        test=split if split.name == "test" else None,
-        labels=recorded.labels,
-        label_tokens=recorded.label_tokens,
-        stop_tokens=stop_tokens(setup.tokenizer),
+    return (
+        f"{long:,} row{'s' * (long > 1)} longer than the {context:,} tokens of the model's context: "
+        f"what lies beyond is new to it; to stay within what config.json says, set train.max_length: {context}"
     )
-    check_held_out(run.path, prepared, f"{run.held_out.name} was changed: {REMEDY}")
-    _check_vocabulary(setup, prepared)
-    return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
 
 
-def known_validation(job: Job, base: Evaluation | None) -> Evaluation | None:
-    """The validation before the first step, where the base's evaluation is of the same model and the same rows.
+def room_for_answer(setup: Setup, prompt: int, most: int) -> int:
+    """Tokens that an answer after `prompt` tokens may have: `most`, or what the model's positions leave of them.
 
-    A resumed run reads the same figures from evaluation-base.json. A validation writes no answers.
+    Raises DataError for a prompt that leaves none.
     """
-    if base is None or job.prepared.held_out is not job.prepared.valid or job.recipe.lora.start_from:
-        return None
-    return base if job.prepared.task == "classification" else replace(base, accuracy=None)
+    known = setup.folder.positions if setup.folder.weights else None
+    if known is None:
+        return most
+    if prompt >= known:
+        where = setup.folder.path
+        raise DataError(
+            f"the prompt has {prompt:,} tokens, and the model in {where} has {known:,} positions; shorten it"
+        )
+    return min(most, known - prompt)
 
 
 def _check_vocabulary(setup: Setup, prepared: Prepared) -> None:
@@ -207,3 +187,13 @@ def _check_positions(setup: Setup, prepared: Prepared) -> None:
             f"evaluate.max_tokens: {asked.max_tokens}, after a prompt of {longest:,} tokens, and the model in "
             f"{setup.folder.path} has {known:,} positions; lower it, or set evaluate.generate: false"
         )
+
+
+def known_validation(job: Job, base: Evaluation | None) -> Evaluation | None:
+    """The validation before the first step, where the base's evaluation is of the same model and the same rows.
+
+    A resumed run reads the same figures from evaluation-base.json. A validation writes no answers.
+    """
+    if base is None or job.prepared.held_out is not job.prepared.valid or job.recipe.lora.start_from:
+        return None
+    return base if job.prepared.task == "classification" else replace(base, accuracy=None)

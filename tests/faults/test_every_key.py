@@ -42,6 +42,8 @@ class World:
         self.write("more", [*rows, rows[0] | {"text": "one film more"}])
         self.write("long", [*rows, rows[0] | {"text": "a fine film and " * 30}])
         self.write("less", rows[:8])
+        accents = (folder / "rows.jsonl").read_text().replace("film", "filmé")
+        (folder / "accents.jsonl").write_text(accents, "utf-8")
         self.write("broken", [*rows, {"text": "no label"}])
         talks = []
         for i in range(8):
@@ -227,6 +229,7 @@ CASES = {
     "data.valid": Case(examples, "rows"),
     "data.test": Case(examples, "rows"),
     "data.format": Case(examples, "text"),
+    "data.encoding": Case(examples, "cp1252", {"data.train": "accents"}),
     "data.columns": Case(examples, {"text": "other"}),
     "data.labels": Case(examples, ["good", "bad"]),
     "data.valid_fraction": Case(examples, 0.4, {"data.valid": None}),

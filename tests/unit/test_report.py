@@ -129,12 +129,27 @@ def test_an_evaluation_that_no_run_writes_is_refused(tmp_path: Path, text: str) 
 # The files of a run
 
 
+def assert_facts(told: dict[str, Any], recipe: Recipe, page: str) -> None:
+    """What the run was made of, in report.json and at the head of report.txt."""
+    data = {"train": recipe.data.train, "valid": f"set apart of {recipe.data.train}", "test": recipe.data.test}
+    assert (told["model"], told["data"], told["rows"]) == (
+        recipe.model.path,
+        data,
+        {"train": 16, "valid": 2, "test": 9},
+    )
+    assert told["steps"] == 8 and told["seconds"] > 0 and told["tokens_per_second"] > 0 and told["peak_bytes"] >= 0
+    model, rows, training, *_ = page.splitlines()
+    assert model == f"model: {recipe.model.path}" and rows.startswith(f"data: train {recipe.data.train} (16 rows); ")
+    assert training.startswith("training: 8 steps in ") and " tokens/s, memory " in training
+
+
 def test_a_run_leaves_its_report(recipe: Recipe) -> None:
     run, report, events = run_of(recipe)
     told = json.loads(run.report.read_text())
     assert told == json.loads(json.dumps(report.to_json()))
     assert told["base"]["rows"] == told["tuned"]["rows"] == 9
     assert told["held_out"] == "9 test rows"
+    assert_facts(told["facts"], recipe, (run.path / "report.txt").read_text())
     lines = [json.loads(line) for line in (run.path / "rows.jsonl").read_text().splitlines()]
     assert [line["place"].rsplit(":", 1)[1] for line in lines] == [str(i) for i in range(1, 10)]
     fixed = sum(line["tuned"]["correct"] and not line["base"]["correct"] for line in lines)
