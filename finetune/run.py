@@ -13,10 +13,12 @@ from finetune import connections
 from finetune.check.show import as_text, headline
 from finetune.check.survey import as_json, survey
 from finetune.check.told import leaked_into, read_told
+from finetune.data.limit import limit_notes
 from finetune.disk.adapter import check_base, start_from, write_adapter
 from finetune.disk.atomic import new_folder, write_file
 from finetune.disk.base_model import base_model, fingerprint
 from finetune.disk.checkpoint import Checkpoint, Checkpoints, load_newest
+from finetune.disk.held_out import write_held_out
 from finetune.disk.identity import check_identity, identity_of, read_identity
 from finetune.disk.lock import Lock
 from finetune.disk.metrics import MetricsFile, read
@@ -96,6 +98,7 @@ class Run:
             check_base(start, job.folder, job.recipe.model.path)
         folder.write_identity(identity)
         self._write_environment()
+        write_held_out(folder, job.prepared)
         folder.write_json("data.json", account_of(job.prepared))
         told = yield from self._check_data()
         job.prepared.forget_records()
@@ -176,6 +179,7 @@ class Run:
             divergence=divergence(events, job.folder.vocabulary, trainer.plan.warmup),
             validations=validations,
             best_step=trainer.state.best_step,
+            limited=limit_notes(job.prepared),
         )
 
     def _write_environment(self, session: Session | None = None) -> None:
@@ -229,7 +233,8 @@ class Run:
         if not self.job.recipe.evaluate.base:
             return None
         expected = [example.answer for example in self.job.prepared.held_out.examples]
-        if saved := load_evaluation(self.folder.evaluation("base"), expected):
+        saved = load_evaluation(self.folder.evaluation("base"), expected)
+        if saved and (saved.compared == self.job.recipe.evaluate.answer or self.job.prepared.task != "generation"):
             return saved
         with base_weights(session):
             base = yield from self._evaluate(session, "base model")

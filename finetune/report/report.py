@@ -54,6 +54,7 @@ class Report:
     divergence: str | None  # a notice that the loss was above that of random guessing
     validations: tuple[Validated, ...]
     best_step: int
+    limited: tuple[str, ...] = ()  # what data.limit left of each split
 
     def to_json(self) -> dict[str, Any]:
         """What report.json holds: everything but the single rows."""
@@ -81,6 +82,7 @@ class Report:
             "overfitting": asdict(self.overfitting),
             "divergence": self.divergence,
             "best_step": self.best_step,
+            "limited": list(self.limited),
             "validations": [asdict(validated) for validated in self.validations],
             **connections.account(),
         }

@@ -10,6 +10,7 @@ from finetune.console import Console, Sentence, plain_page
 from finetune.data.beside import always_filled
 from finetune.data.rows import Prepared
 from finetune.disk.atomic import write_file
+from finetune.disk.held_out import described
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, RowResult
@@ -65,6 +66,8 @@ def _render(console: Console, report: Report) -> None:
     if report.leaked:
         console.print(Sentence(report.leaked.message, "bold red"))
     console.print(Sentence(f"data: {report.check} (check.txt)"))
+    for note in report.limited:
+        console.print(Sentence(note))
     facts = (
         f"base weights: {report.scheme}; {report.backend} on {report.device}",
         f"adapter: {report.adapter} ({_adapter_step(report.best_step)}; PEFT and mlx-lm load it as it is)",
@@ -97,6 +100,7 @@ def account_of(prepared: Prepared) -> dict[str, Any]:
         "format": prepared.format,
         "template": prepared.template,
         "labels": list(prepared.labels),
+        "held_out": described(prepared),
         "always": always_filled(prepared.renderer, prepared.format, prepared.train.records),
         **{name: split and split.account for name, split in splits.items()},
     }
@@ -122,5 +126,8 @@ def _rows(report: Report) -> str:
         for name, row in (("base", base), ("tuned", tuned)):
             if row is not None:
                 line[name] = {"predicted": row.predicted, "correct": row.correct, "loss": row.loss}
+                if row.compared is not None:  # the parts of both answers
+                    line |= {"compared": row.compared[0]}
+                    line[name] |= {"compared": row.compared[1]}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)

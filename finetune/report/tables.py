@@ -13,6 +13,7 @@ from rich.text import Text
 
 from finetune.console import lines
 from finetune.data.rows import Prepared
+from finetune.evaluation.answers import MEASURES
 from finetune.evaluation.intervals import worst_confusions
 from finetune.events import Validated
 from finetune.text import from_here, one_line, shorten
@@ -103,7 +104,7 @@ _MEASURES = (
 def comparison_table(base: Mapping[str, Any], tuned: Mapping[str, Any], title: str | None = None) -> Table:
     """Base and tuned side by side, without the measures that neither has. An empty `base`: the tuned model alone."""
     table = _table("", *(["base"] if base else []), "tuned", *(["change"] if base else []), title=title)
-    accuracy = "accuracy" if tuned.get("labels") else "exact match"
+    accuracy = "accuracy" if tuned.get("labels") else MEASURES[tuned.get("compared", "all")]
     for key, name, more in (("accuracy", accuracy, True), *_MEASURES):
         before, after = base.get(key), tuned.get(key)
         if before is not None or after is not None:

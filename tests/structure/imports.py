@@ -23,11 +23,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("disk",),
     ("evaluation", "supervisor"),
-    ("training",),
+    ("training", "begin"),
     ("report",),
     ("check",),
     ("run",),
     ("commands",),
+    ("use",),
     ("cli",),
     ("__main__",),
 )
