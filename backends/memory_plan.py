@@ -80,7 +80,7 @@ def read_architecture(folder: ModelFolder) -> Architecture:
     hidden = _number(text, "hidden_size", embedding[1])
     head = _number(text, "head_dim", hidden // heads)
     stored = sum(file.stat().st_size for file in folder.weights)
-    quantised = any(name.endswith(".scales") for name in shapes)
+    quantised = any(name.endswith((".scales", ".weight.absmax")) for name in shapes)
     return Architecture(
         blocks=_number(text, "num_hidden_layers", 1),
         hidden=hidden,
