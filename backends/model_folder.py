@@ -13,7 +13,7 @@ from typing import Any
 from backends.config_keys import completed, rope_of
 from backends.formats import TRAINED, bitsandbytes_shapes, quantised_by, refuse_format
 from backends.interface import BackendError, CheckedFolder, LoraSpec, ModelSpec
-from backends.text_blocks import ending, layers_of, no_layers, parts_beside, stack_of
+from backends.text_blocks import ending, layers_of, no_layers, parts_beside, stack_of, text_only
 from backends.untrusted import (
     WEIGHTS,
     Shapes,
@@ -56,7 +56,7 @@ class ModelFolder:
         check_code(path, config, remote_code)
         stamps = {file: _stamp(file) for file in (path / "config.json", *weights)}
         folder = cls(path, remote_code, config, weights, written, stamps)
-        check_switches(path, (config, folder.text_config))
+        check_switches(path, (written, config, folder.text_config))
         if folder.weights:
             check_claims(path, (config, folder.text_config), folder.shapes)
         return folder
@@ -80,6 +80,11 @@ class ModelFolder:
         if not self.weights:
             raise BackendError(f"{self.path}: no {WEIGHTS}; other weight formats are not read")
         return {name: shape for shapes in self.weights.values() for name, shape in shapes.items()}
+
+    @cached_property
+    def text_shapes(self) -> Shapes:
+        """The shapes of the language model's tensors: all, but for towers and heads beside it."""
+        return text_only(self.shapes, self.stack)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:

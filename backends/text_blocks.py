@@ -57,11 +57,16 @@ def layers_of(shapes: Shapes, stack: str, text: Mapping[str, Any]) -> dict[str, 
     return layers
 
 
+def text_only(shapes: Shapes, stack: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of the part of the model that has the blocks, and of its head."""
+    model = stack.removesuffix("layers.")
+    return {n: shape for n, shape in shapes.items() if n.startswith(model) or "lm_head" in n or n.count(".") < 2}
+
+
 def parts_beside(shapes: Shapes, stack: str) -> list[str]:
     """The parts of a checkpoint that are not of its language model: "vision_tower", "mtp"."""
-    model = stack.removesuffix("layers.")
-    beside = (name.removeprefix("model.") for name in shapes if not name.startswith(model) and "lm_head" not in name)
-    return sorted({name.split(".")[0] for name in beside if name.count(".") > 1})
+    beside = (name.removeprefix("model.") for name in {*shapes} - {*text_only(shapes, stack)})
+    return sorted({name.split(".")[0] for name in beside})
 
 
 def no_layers(shapes: Shapes) -> str:

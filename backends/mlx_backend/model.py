@@ -78,7 +78,7 @@ def _reading(folder: CheckedFolder) -> dict[str, Any]:
         def sanitize(self: Any, _: Any) -> Any:
             weights: dict[str, Any] = {}
             for file in folder.weights:
-                weights |= mx.load(str(file))  # type: ignore[operator]
+                weights |= mx.load(str(file))  # type: ignore[arg-type]
             return base.sanitize(self, weights) if hasattr(base, "sanitize") else weights
 
         return type(base.__name__, (base,), {"sanitize": sanitize}), settings

@@ -36,8 +36,8 @@ def print_account(job: Job, run: RunFolder) -> None:
     console.print(account_table(job.prepared))
     for note in (*job.folder.notes, *account_notes(job.prepared)):
         console.print(note, soft_wrap=True)
-    if note := beyond_context(job.folder, job.prepared):
-        console.print(note, soft_wrap=True)
+    if beyond := beyond_context(job.folder, job.prepared):
+        console.print(beyond, soft_wrap=True)
 
 
 def print_report(report: Report) -> None:
