@@ -41,12 +41,18 @@ def run(recipe: Recipe, compare: bool) -> None:
     console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
     setup = set_up(recipe)
     folder, tokenizer = setup.folder, setup.tokenizer
+    try:
+        backend = registry.choose(recipe.backend)
+    except BackendError:  # the table of backends says why
+        pass
+    else:
+        setup.check_backend(backend)
     prepared = with_progress(prepare(recipe, tokenizer, base=None, clock=now()))
     refuse(prepared, recipe)
     refuse_unfit(setup, prepared)
     console.rule("data, as they will be trained on")
     console.print(account_table(prepared))
-    for note in account_notes(prepared):
+    for note in (*folder.notes, *account_notes(prepared)):
         console.print(note, soft_wrap=True)
     if beyond := beyond_context(folder, prepared):
         console.print(beyond, soft_wrap=True)

@@ -9,6 +9,7 @@ from typing import Any
 from finetune.console import Console, Sentence, plain_page
 from finetune.data.beside import always_filled
 from finetune.data.rows import Prepared
+from finetune.disk.adapter_check import in_words
 from finetune.disk.atomic import write_file
 from finetune.disk.held_out import described
 from finetune.disk.metrics import read
@@ -34,7 +35,7 @@ def print_account(job: Job, run: RunFolder) -> None:
     console = Console(stderr=True)
     console.print(f"run {run.path} on {job.backend}, base {job.recipe.model.path}", soft_wrap=True)
     console.print(account_table(job.prepared))
-    for note in account_notes(job.prepared):
+    for note in (*job.folder.notes, *account_notes(job.prepared)):
         console.print(note, soft_wrap=True)
     if beyond := beyond_context(job.folder, job.prepared):
         console.print(beyond, soft_wrap=True)
@@ -70,7 +71,8 @@ def _render(console: Console, report: Report) -> None:
         console.print(Sentence(note))
     facts = (
         f"base weights: {report.scheme}; {report.backend} on {report.device}",
-        f"adapter: {report.adapter} ({_adapter_step(report.best_step)}; PEFT and mlx-lm load it as it is)",
+        f"adapter: {report.adapter} ({'; '.join([_adapter_step(report.best_step), *in_words(report.loads)])})",
+        f"load it as it was measured: {report.adapter}/README.md",
         f"everything else: {report.run} (report.json, rows.jsonl, loss.png, metrics.jsonl)",
     )
     for fact in facts:

@@ -34,7 +34,7 @@ FILES = {
 }  # fmt: skip
 ADAPTER = {
     "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja",
+    "tokenizer_config.json", "chat_template.jinja", "README.md",
 }  # fmt: skip
 Trained = tuple[Work, str, Path]
 # The quick form has one backend where the work is the shared code's: the conformance tests hold what a backend adds.
