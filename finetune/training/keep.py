@@ -28,19 +28,19 @@ def save_adapter(job: Job, run: RunFolder, tensors: Mapping[str, FloatArray], se
     with new_folder(run.adapter) as folder:
         write_adapter(folder, tensors, lora_spec(job.recipe), base, job.folder.blocks, facts, job.folder)
         job.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(_how_to_load(job, run, session, base), encoding="utf-8")
+        (folder / "README.md").write_text(_how_to_load(job, session, base), encoding="utf-8")
 
 
-def _how_to_load(job: Job, run: RunFolder, session: Session, base: str) -> str:
+def _how_to_load(job: Job, session: Session, base: str) -> str:
     """The adapter's README: how to load what was measured, and what differs where it is loaded otherwise."""
     half = registry.describe(job.backend, job.recipe.device)["half"]
     spec = model_spec(job.recipe, job.folder)
-    lines = registry.loading_lines(job.backend, spec, base, str(run.adapter), session.device, half)
+    lines = registry.loading_lines(job.backend, spec, base, ".", session.device, half)
     if lines is None:
         return f"# Adapter for {base}\n\nMade by the backend {job.backend}.\n"
     return (
         f"# Adapter for {base}\n\nThe report's figures are of these base weights: {session.scheme}. "
-        f"This loads the same ({job.backend}, {session.device}):\n\n```python\n{lines}```\n\n"
+        f"Run in this folder, this loads the same ({job.backend}, {session.device}):\n\n```python\n{lines}```\n\n"
         "Another library, another type of number or other quantisation of the base gives other figures, usually by "
         "little: measure again before you rely on them.\n"
     )
