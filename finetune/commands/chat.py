@@ -12,6 +12,7 @@ from rich.text import Text
 
 from backends import registry
 from backends.interface import Session, TrainState
+from finetune.commands.typed_lines import TypedLines
 from finetune.console import Console
 from finetune.data.beside import Beside, completed, parse_columns, with_both_names
 from finetune.data.calls import read_tools
@@ -99,10 +100,10 @@ def _tools(file: Path) -> tuple[Any, ...]:
 
 def _talk(speaker: Speaker, title: str, temperature: float, max_tokens: int) -> None:
     """Several turns where the recipe trains conversations; otherwise each line is a question of its own."""
-    console, turns = Console(), 0
+    console, typed, turns = Console(), TypedLines(), 0
     messages: list[dict[str, str]] = []
-    console.print(f"{title}. An empty line ends.")
-    while text := _ask(console):
+    console.print(f"{title}. An empty line or Ctrl-D ends.")
+    while text := typed.ask():
         messages.append({"role": "user", "content": text})
         tokens = speaker.question(messages)
         answer = speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed + turns)
@@ -115,10 +116,3 @@ def _talk(speaker: Speaker, title: str, temperature: float, max_tokens: int) -> 
 
 def _keeps_turns(recipe: Recipe) -> bool:
     return recipe.data.format in ("chat", "sharegpt") or recipe.prompt.template == "chat"
-
-
-def _ask(console: Console) -> str:
-    try:
-        return console.input(Text("> ", "bold")).strip()
-    except EOFError:
-        return ""
