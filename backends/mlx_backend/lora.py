@@ -7,10 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
 from backends import dropout
-from backends.interface import BackendError, LoraSpec, Modules
+from backends.interface import BackendError, FloatArray, LoraSpec, Modules
 
 
 class Dropout:
@@ -121,6 +122,24 @@ def attach(
         setattr(named[parent], leaf, adapter)
         adapters[name] = adapter
     return adapters
+
+
+def dense(layer: nn.Module) -> mx.array:
+    """The frozen weight of a layer [out, in], dequantised."""
+    if "scales" not in layer:
+        return layer.weight
+    packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    weight: mx.array = mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **packing)
+    return weight
+
+
+def base_weight(model: nn.Module, module: str) -> FloatArray:
+    """`Session.base_weight`: of a layer by the name that the checkpoint has for it."""
+    layer = dict(model.named_modules()).get(module)
+    layer = getattr(layer, "linear", layer)
+    if layer is None or "weight" not in layer:
+        raise BackendError(f"mlx-lm's model has no layer named {module}")
+    return np.array(dense(layer).astype(mx.float32))
 
 
 def _rows_of(x: mx.array) -> mx.array:

@@ -43,7 +43,7 @@ from backends.mlx_backend.device import (
 )
 from backends.mlx_backend.forward import Forward
 from backends.mlx_backend.generate import generate
-from backends.mlx_backend.lora import Dropout, attach
+from backends.mlx_backend.lora import Dropout, attach, base_weight
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import Tensors, adamw
 from backends.model_folder import folder_of
@@ -161,6 +161,10 @@ class MlxSession:
         check_window(max(map(len, prompts), default=0) + max_tokens, self._forward.window)
         with self._running():
             return generate(self._forward.model, self._forward.head, prompts, max_tokens, stop, temperature, seed)
+
+    def base_weight(self, module: str) -> FloatArray:
+        with memory_guard(), mx.stream(self._mlx_device):
+            return base_weight(self._forward.model, module)
 
     def get_state(self) -> TrainState:
         return TrainState(self._state.step, _to_numpy(self._state.adapter), _to_numpy(self._state.moments))

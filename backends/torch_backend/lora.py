@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from backends import dropout
-from backends.interface import BackendError, LoraSpec, Modules
+from backends.interface import BackendError, FloatArray, LoraSpec, Modules
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -194,6 +194,15 @@ def dense(linear: torch.nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype)
 
 
+def base_weight(model: Any, module: str) -> FloatArray:
+    """`Session.base_weight`: of a layer by the name that the checkpoint has for it."""
+    names = [name.removesuffix(".base") for name, layer in model.named_modules() if hasattr(layer, "weight")]
+    layer = model.get_submodule(_live_name(sorted(set(names)), module))
+    weight = dense(getattr(layer, "base", layer), torch.float32)
+    numbers: FloatArray = weight.to("cpu", torch.float32).numpy().copy()
+    return numbers
+
+
 def add_adapter(model: Any, modules: Modules, lora: LoraSpec, masks: Dropout) -> Parameters:
     """LoRA on exactly `modules`; the float32 tensors by canonical name, in the order of `modules`.
 
@@ -220,7 +229,7 @@ def _live_name(names: list[str], module: str) -> str:
     """The name in the live model of a module as the checkpoint names it; wrappers may have changed its beginning."""
     if module in names:
         return module
-    ending = module[module.index("layers.") :]
+    ending = module[max(module.find("layers."), 0) :]
     matches = [name for name in names if name == ending or name.endswith(f".{ending}")]
     if len(matches) != 1:
         raise BackendError(f"{module} is in the checkpoint but not in the model that transformers makes of it")
