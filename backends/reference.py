@@ -185,7 +185,8 @@ class ReferenceSession:
     def base_weight(self, module: str) -> FloatArray:
         if module not in self._frozen:
             raise BackendError(f"{module} is not a layer of this model")
-        return self._frozen[module].copy()
+        weight: FloatArray = self._frozen[module].copy()
+        return weight
 
     def get_state(self) -> TrainState:
         copies = [{name: value.copy() for name, value in held.items()} for held in (self._adapter, self._moments)]

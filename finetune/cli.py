@@ -10,19 +10,8 @@ from typing import Annotated
 
 import typer
 
+from finetune import options
 from finetune.errors import DataError, explain
-from finetune.options import (
-    Alone,
-    Backend,
-    Columns,
-    MaxTokens,
-    Overrides,
-    RecipeFile,
-    RunPath,
-    System,
-    Temperature,
-    Tools,
-)
 from finetune.streams import guard, outlive_readers
 
 START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
@@ -56,10 +45,10 @@ def common(
 
 @app.command(rich_help_panel=START)
 def demo(
-    overrides: Overrides = None,
-    backend: Backend = None,
+    overrides: options.Overrides = None,
+    backend: options.Backend = None,
     output: Annotated[str, typer.Option(help="The run's folder is made in this folder.")] = "runs",
-    alone: Alone = False,
+    alone: options.Alone = False,
 ) -> None:
     """Measure, fine-tune and measure again, with a built-in model and data, offline."""
     from finetune.recipe.locate import demo_recipe
@@ -88,10 +77,8 @@ def init(
 @app.command(rich_help_panel=START)
 def check(
     target: Annotated[str, typer.Argument(metavar="DATA|RECIPE", help="A data file, or a recipe.", show_default=False)],
-    overrides: Overrides = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the findings to this file too.")
-    ] = None,
+    overrides: options.Overrides = None,
+    json_file: options.JsonFile = None,
 ) -> None:
     """Report bad rows, lengths, duplicates, leaks, balance and personal data."""
     from finetune.recipe.load import recipe_of
@@ -105,8 +92,8 @@ def check(
 
 @app.command(rich_help_panel=START)
 def plan(
-    file: RecipeFile,
-    overrides: Overrides = None,
+    file: options.RecipeFile,
+    overrides: options.Overrides = None,
     compare: Annotated[bool, typer.Option("--compare", help="Compare the backends' log-probabilities.")] = False,
 ) -> None:
     """Show the recipe, the rows, the steps, memory and time. Trains nothing."""
@@ -120,13 +107,18 @@ def plan(
 
 
 @app.command(rich_help_panel=TRAIN)
-def train(file: RecipeFile, overrides: Overrides = None, backend: Backend = None, alone: Alone = False) -> None:
+def train(
+    file: options.RecipeFile,
+    overrides: options.Overrides = None,
+    backend: options.Backend = None,
+    alone: options.Alone = False,
+) -> None:
     """Measure the base model, fine-tune it, measure again, save the adapter."""
     _train(file, overrides or [], backend, alone)
 
 
 @app.command(rich_help_panel=TRAIN)
-def resume(folder: RunPath, backend: Backend = None, alone: Alone = False) -> None:
+def resume(folder: options.RunPath, backend: options.Backend = None, alone: options.Alone = False) -> None:
     """Resume a stopped run from its last intact checkpoint, on any backend."""
     from finetune.disk.run_folder import open_existing
 
@@ -139,11 +131,9 @@ def resume(folder: RunPath, backend: Backend = None, alone: Alone = False) -> No
 
 @app.command("eval", rich_help_panel=USE)
 def evaluate(
-    folder: RunPath,
-    data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Other rows to measure on, in the same format.")
-    ] = None,
-    backend: Backend = None,
+    folder: options.RunPath,
+    data: options.OtherRows = None,
+    backend: options.Backend = None,
 ) -> None:
     """Measure both models of a run again, on its held-out rows or on others."""
     from finetune.disk.run_folder import open_existing
@@ -157,15 +147,15 @@ def evaluate(
 
 @app.command(rich_help_panel=USE)
 def generate(
-    folder: RunPath,
+    folder: options.RunPath,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The input text; - reads it from standard input.")],
-    columns: Columns = None,
-    system: System = None,
-    tools: Tools = None,
-    base: Annotated[bool, typer.Option("--base", help="Ask the base model instead of the tuned model.")] = False,
-    temperature: Temperature = 0.0,
-    max_tokens: MaxTokens = 256,
-    backend: Backend = None,
+    columns: options.Columns = None,
+    system: options.System = None,
+    tools: options.Tools = None,
+    base: options.BaseAsked = False,
+    temperature: options.Temperature = 0.0,
+    max_tokens: options.MaxTokens = 256,
+    backend: options.Backend = None,
 ) -> None:
     """Answer one prompt with the model of a run."""
     question = sys.stdin.read() if prompt == "-" else prompt
@@ -182,14 +172,14 @@ def generate(
 
 @app.command(rich_help_panel=USE)
 def chat(
-    folder: RunPath,
-    columns: Columns = None,
-    system: System = None,
-    tools: Tools = None,
-    base: Annotated[bool, typer.Option("--base", help="Talk to the base model instead of the tuned model.")] = False,
-    temperature: Temperature = 0.7,
-    max_tokens: MaxTokens = 512,
-    backend: Backend = None,
+    folder: options.RunPath,
+    columns: options.Columns = None,
+    system: options.System = None,
+    tools: options.Tools = None,
+    base: options.BaseAsked = False,
+    temperature: options.Temperature = 0.7,
+    max_tokens: options.MaxTokens = 512,
+    backend: options.Backend = None,
 ) -> None:
     """Talk to the model of a run. An empty line ends the chat."""
     from finetune.disk.run_folder import open_existing
@@ -199,6 +189,26 @@ def chat(
     from finetune.commands.chat import run
 
     run(opened, recipe, None, columns or [], system, tools, base, temperature, max_tokens, backend)
+
+
+@app.command(rich_help_panel=USE)
+def export(
+    folder: options.RunPath,
+    to: options.ExportTo,
+    kind: options.NumberType = None,
+    bits: options.Bits = None,
+    output: options.ExportFolder = None,
+    rows: options.VerifiedRows = 50,
+    backend: options.Backend = None,
+) -> None:
+    """Write the model of a run for other programs, and verify that it does what the run's model does."""
+    from finetune.disk.run_folder import open_existing
+
+    opened, recipe = open_existing(folder)
+    _begin()
+    from finetune.commands.export import run
+
+    run(opened, recipe, to, kind, bits, output, rows, backend)
 
 
 @app.command(rich_help_panel=TOOLS)

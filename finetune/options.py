@@ -1,4 +1,4 @@
-"""The arguments and options that several commands share."""
+"""The arguments and options of the commands."""
 
 from __future__ import annotations
 
@@ -27,3 +27,13 @@ System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="Th
 Tools = Annotated[
     Path | None, typer.Option("--tools", metavar="FILE", help="The tools that the model may call: a JSON list.")
 ]
+BaseAsked = Annotated[bool, typer.Option("--base", help="Ask the base model instead of the tuned model.")]
+OtherRows = Annotated[str | None, typer.Option(metavar="FILE", help="Other rows to measure on, in the same format.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings to this file too.")]
+ExportTo = Annotated[str, typer.Option("--to", metavar="merged|mlx", help="What will load it.", show_default=False)]
+NumberType = Annotated[str | None, typer.Option("--type", metavar="TYPE", help="f32, f16 or bf16; else the base's.")]
+Bits = Annotated[int | None, typer.Option("--bits", help="Quantise an MLX folder: 4, 6 or 8.")]
+ExportFolder = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Instead of a folder in the run's exports/.")
+]
+VerifiedRows = Annotated[int, typer.Option("--rows", min=2, help="Held-out rows that it is verified on.")]

@@ -126,10 +126,10 @@ def attach(
 
 def dense(layer: nn.Module) -> mx.array:
     """The frozen weight of a layer [out, in], dequantised."""
-    if "scales" not in layer:
-        return layer.weight
-    packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-    weight: mx.array = mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **packing)
+    weight: mx.array = layer.weight
+    if "scales" in layer:
+        packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+        weight = mx.dequantize(weight, layer.scales, layer.get("biases"), **packing)
     return weight
 
 

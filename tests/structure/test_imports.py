@@ -20,6 +20,7 @@ LATE = {
     ("finetune/cli.py", "finetune.commands.check"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.doctor"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.evaluate"): _LIGHT,
+    ("finetune/cli.py", "finetune.commands.export"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.init"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.plan"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.train"): _LIGHT,
@@ -135,8 +136,8 @@ def test_a_planted_import_on_the_same_floor_is_found(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_floor_is_found(tmp_path: Path) -> None:
-    house = planted(tmp_path, finetune__run="from finetune.export import gguf\n", finetune__export__gguf="")
-    assert [one.target for one in house.upward()] == ["finetune.export.gguf"]
+    house = planted(tmp_path, finetune__run="from finetune.exports import gguf\n", finetune__exports__gguf="")
+    assert [one.target for one in house.upward()] == ["finetune.exports.gguf"]
 
 
 def test_planted_circles_are_found(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""A run that was trained for a few steps on a tiny model, and its exports."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from finetune.commands import export
+from finetune.data.collate import micro_batches
+from finetune.disk.run_folder import RunFolder, create, open_existing
+from finetune.recipe.schema import Recipe
+from finetune.run import save_adapter
+from tests.end_to_end.command import Work, reviews
+from tests.unit.toy_run import load_job
+
+STEPS = 25
+
+
+def trained_run(folder: Path, model: Path, backend: str, **sections: Any) -> RunFolder:
+    """A run's folder with its adapter, without the records of training."""
+    work = Work(folder, model)
+    train, test = (
+        str(work.lines(*rows)) for rows in (("train.jsonl", reviews(0, 26)), ("test.jsonl", reviews(100, 12)))
+    )
+    values: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": train, "test": test, "format": "classification"},
+        "output": str(folder / "runs"),
+        "backend": backend,
+        "device": "cpu",
+    }
+    recipe = Recipe.model_validate(values | sections)
+    run, job = create(recipe, "toy"), load_job(recipe)
+    session = job.open()
+    batches = micro_batches(job.prepared.train.examples, 4096)
+    for _ in range(STEPS):
+        session.step(batches, 1e-2)
+    adapter = session.get_state().adapter
+    save_adapter(job, run, adapter, session.scheme, STEPS)
+    run.write_json("data.json", {"labels": list(job.prepared.labels), "always": {}})
+    (run.path / "report.txt").write_text("figures\n")
+    return run
+
+
+def made(run: RunFolder, to: str, kind: str | None = None, bits: int | None = None, **more: Any) -> Path:
+    """The folder of an export."""
+    opened, recipe = open_existing(run.path)
+    before = set(_exports(run))
+    options = {"output": None, "rows": 12, "backend": None} | more
+    export.run(opened, copy.deepcopy(recipe), to, kind, bits, **options)
+    return (set(_exports(run)) - before or before).pop()
+
+
+def _exports(run: RunFolder) -> list[Path]:
+    folder = run.path / "exports"
+    return sorted(folder.iterdir()) if folder.exists() else []
