@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("report",),
     ("check",),
+    ("export",),
     ("run",),
     ("commands",),
     ("cli",),

@@ -1,0 +1,1 @@
+"""Models for other programs, and the proof that they do what the adapter does."""
