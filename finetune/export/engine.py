@@ -71,6 +71,8 @@ class Engine:
         seed: int = 0,
     ) -> list[list[int]]:
         """A completion for each prompt, ended where the file ends it, or by a token of `stop`: see `overrun`."""
+        if not max_tokens:
+            return [[] for _ in prompts]
         answers = []
         for number, prompt in enumerate(prompts):
             body = {"prompt": [int(token) for token in prompt], "n_predict": max_tokens, "return_tokens": True}

@@ -80,7 +80,8 @@ def packed(tensor: FloatArray, kind: str, name: str) -> NDArray[Any]:
     number = gguf.GGMLQuantizationType[kind]
     if kind.endswith("_K"):
         return _packed_by_threads(tensor, int(number))
-    numbers: NDArray[Any] = gguf.quants.quantize(tensor, number)
+    with np.errstate(over="ignore"):  # refused below
+        numbers: NDArray[Any] = gguf.quants.quantize(tensor, number)
     if kind == "F16" and not np.isfinite(numbers).all():
         raise EnvironmentProblem(f"{name} holds numbers beyond those of float16; use --type bf16 or q8_0")
     return numbers

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backends.model_folder import ModelFolder
-from finetune.data.tokenizer import Tokenizer, begin_tokens, end_of_turn, load_tokenizer
+from finetune.data.conversation import Conversation
+from finetune.data.template_sandbox import render
+from finetune.data.tokenizer import Tokenizer, begin_tokens, end_of_turn, load_tokenizer, special_texts
 from finetune.errors import EnvironmentProblem
 from finetune.export.rotary import Keys, Refused
 
@@ -37,9 +39,12 @@ _PATTERNS = {
 def vocabulary(folder: ModelFolder, template: str) -> Keys:
     """GGUF keys of the tokenizer with this chat template. Raises EnvironmentProblem for one that differs there."""
     tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = template or None
+    given, tokenizer.chat_template = tokenizer.chat_template, template or None
+    chat = isinstance(given, str) and given in template  # else prompts are plain texts
     try:
-        return _vocabulary(tokenizer, folder.vocabulary) | ({"tokenizer.chat_template": template} if template else {})
+        return _vocabulary(tokenizer, folder.vocabulary, chat and _begins_special(tokenizer)) | (
+            {"tokenizer.chat_template": template} if template else {}
+        )
     except Refused as refused:
         raise EnvironmentProblem(
             f"{folder.path}: {refused}, and llama.cpp would read texts otherwise. Write it with --to merged, and use "
@@ -47,7 +52,16 @@ def vocabulary(folder: ModelFolder, template: str) -> Keys:
         ) from None
 
 
-def _vocabulary(tokenizer: Tokenizer, size: int | None) -> Keys:
+def _begins_special(tokenizer: Tokenizer) -> bool:
+    """Whether every prompt of the chat template begins with a special token."""
+    try:
+        text = render(tokenizer, Conversation([{"role": "user", "content": "a"}], [(1, True)]))[0]
+    except ValueError:  # a template may refuse anything
+        return False
+    return text.startswith(tuple(special_texts(tokenizer)))
+
+
+def _vocabulary(tokenizer: Tokenizer, size: int | None, begins_special: bool) -> Keys:
     state = json.loads(tokenizer.backend_tokenizer.to_str())  # what our own texts are read by
     model, added = state["model"], state["added_tokens"]
     if model["type"] != "BPE":
@@ -64,7 +78,9 @@ def _vocabulary(tokenizer: Tokenizer, size: int | None) -> Keys:
     for token in added:
         types[token["id"]] = _CONTROL if token["special"] else _USER
     pieces = model.get("byte_fallback") or (model.get("unk_token") and not _cuts(state))
-    keys = _sentencepiece(state, words, merges, texts, types) if pieces else _bytes(state, merges)
+    prefix = pieces and _space_prefix(state, begins_special)
+    keys = _sentencepiece(state["model"], words, merges, texts, types) if pieces else _bytes(state, merges)
+    keys |= {"tokenizer.ggml.add_space_prefix": prefix} if pieces else {}
     if len(set(texts)) < count:
         raise Refused("two of its tokens are written the same")
     keys |= {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types}
@@ -110,7 +126,7 @@ def _pre_tokenizer(cuts: Sequence[Mapping[str, Any]], whole_words: bool) -> str 
 
 
 def _sentencepiece(
-    state: Mapping[str, Any],
+    model: Mapping[str, Any],
     words: Mapping[str, int],
     merges: Sequence[Sequence[str]],
     texts: list[str],
@@ -121,7 +137,6 @@ def _sentencepiece(
     llama.cpp merges by the score of the result, and any two pieces that make a token: so the scores are the ranks of
     the merges, and a tokenizer whose merges leave out such a pair is refused.
     """
-    model, prefix = state["model"], _space_prefix(state)
     if not model.get("byte_fallback") or any(f"<0x{byte:02X}>" not in words for byte in range(256)):
         raise Refused("its tokenizer has no bytes for letters that it does not know")
     scores = [-1e9] * len(texts)
@@ -149,22 +164,29 @@ def _sentencepiece(
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.add_space_prefix": prefix,
     }
 
 
-def _space_prefix(state: Mapping[str, Any]) -> bool:
-    """Whether a space is put before each text, and after each special token."""
+def _space_prefix(state: Mapping[str, Any], begins_special: bool) -> bool:
+    """Whether a space is put before each text, and after each special token, as llama.cpp does it or does not.
+
+    begins_special: the prompts do, so that a space before the first text alone is put nowhere.
+    """
     whole = state["normalizer"] or {}
-    steps = [(step["type"], step.get("prepend"), step.get("content")) for step in whole.get("normalizers", [whole])]
+    steps = [(step.get("type"), step.get("prepend"), step.get("content")) for step in whole.get("normalizers", [whole])]
     space = ("Replace", None, _SPACE)
     cuts = [cut for cut in _cuts(state) if cut["type"] != "Split" or cut.get("pattern") != {"String": " "}]
     if steps in ([space], [("Prepend", _SPACE, None), space]) and not cuts:
         return len(steps) == 2
-    never = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "never", "split": False}
-    if not whole and cuts == [never]:
-        return False
-    raise Refused("it puts spaces before texts otherwise than llama.cpp does")
+    if (
+        whole
+        or [cut["type"] for cut in cuts] != ["Metaspace"]
+        or cuts[0].get("split")
+        or cuts[0]["replacement"] != _SPACE
+    ):
+        raise Refused("it puts spaces before texts otherwise than llama.cpp does")
+    scheme = cuts[0].get("prepend_scheme", "always")  # which spares a text that begins with a space: rows are compared
+    return bool(scheme == "always" or (scheme == "first" and not begins_special))
 
 
 def _special(tokenizer: Tokenizer, count: int) -> Keys:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from backends.model_folder import ModelFolder
-from finetune.data.tokenizer import begin_tokens, encode_prompt, load_tokenizer
+from finetune.data.tokenizer import begin_tokens, encode, load_tokenizer
 from finetune.errors import EnvironmentProblem
 from finetune.export.vocabulary import vocabulary
 from tests.tiny_models import TEXT, tiny_llama
@@ -24,10 +24,11 @@ from tests.unit.export.gguf_models import engine, write
 
 BUILT_IN = Path(__file__).parents[3] / "finetune/assets"
 HARD = [
-    "a", " a", "a ", "  two  spaces  ", "\n\n\nlines\r\n\r\n and\ttabs\t\t", "don't WON'T i'LL we'd 'tis '", "12345 1,234.5 ٣٤٥ ²",
-    "naïve café Ångström", "日本語と中文 mixed with English", "🙂👩‍👩‍👧 flags 🇫🇷", "a\u00a0b\u2003c\u200bd", "ﬁne ﬀ K", "▁ underscore ▁▁",
-    "<s> </s> <unk> <|im_end|> <|eos|> <pad>", "x<|eot_id|>y<|user|> z", "def f(x):\n    return x**2  # ok\n", "مرحبا بالعالم", "हिन्दी में",
-    "!!!??? ... --- ___ ###", "A" * 70, "\x00\x01\x7f", "e\u0301 combining", "𝒜 astral 𐍈", "https://a.b/c?d=e&f=%20#g",
+    "a", " a", "a ", "  two  spaces  ", "\n\n\nlines\r\n\r\n and\ttabs\t\t", "don't WON'T i'LL we'd 'tis '",
+    "12345 1,234.5 ٣٤٥ ²", "naïve café Ångström", "日本語と中文 mixed with English", "🙂👩\u200d👩\u200d👧 flags 🇫🇷",
+    "a\u00a0b\u2003c\u200bd", "\ufb01ne \ufb00 K", "▁ underscore ▁▁", "<s> </s> <unk> <|im_end|> <|eos|> <pad>",
+    "x<|eot_id|>y<|user|> z", "def f(x):\n    return x**2  # ok\n", "مرحبا بالعالم", "हिन्दी में",
+    "!!!??? ... --- ___ ###", "A" * 70, "\x00\x01\x7f", "e\u0301 combining", "\U0001d49c astral 𐍈", "https://a.b/c?d=e&f=%20#g",
 ]  # fmt: skip
 
 
@@ -37,11 +38,14 @@ def kept(tokenizer: PreTrainedTokenizerFast, folder: Path, size: int | None = No
     return tiny_llama(folder, vocab_size=size or len(tokenizer))
 
 
-def differing(folder: Path, file: Path, texts: list[str]) -> list[str]:
+def differing(folder: Path, file: Path, texts: list[str], template: str = "") -> list[str]:
     """The texts that llama.cpp reads otherwise."""
-    write(folder, file)
+    write(folder, file, template=template)
     reader, tokenizer = engine(file), load_tokenizer(ModelFolder.open(folder))
-    return [text for text in texts if reader.tokenise(text) != encode_prompt(tokenizer, text)]
+    begin = begin_tokens(tokenizer)
+    assert reader.tokenise("<s>") == begin + reader.tokenise("<s>", special=False)
+    own = (encoded.tokens for encoded in encode(tokenizer, texts))
+    return [text for text, tokens in zip(texts, own, strict=True) if reader.tokenise(text, special=False) != tokens]
 
 
 def test_the_built_in_model_reads_its_reviews_and_hard_texts_alike(tmp_path: Path) -> None:
@@ -56,7 +60,7 @@ def test_the_built_in_model_reads_its_reviews_and_hard_texts_alike(tmp_path: Pat
 def test_chat_families_are_read_alike_or_refused(name: str, tmp_path: Path) -> None:
     folder = kept(tokenizer_of(name), tmp_path / "model")
     marks = "".join([FAMILIES[name].end, *FAMILIES[name].marks, " a ", FAMILIES[name].eos])
-    if FAMILIES[name].sentencepiece:  # merges of a trainer, which are not those of SentencePiece
+    if FAMILIES[name].swallows:  # special tokens that take white space with them, but not all that Phi-3's do
         with pytest.raises(EnvironmentProblem, match="--to merged"):
             write(folder, tmp_path / "model.gguf")
     else:
@@ -139,18 +143,21 @@ def test_what_llama_cpp_would_cut_otherwise_is_refused(name: str, tmp_path: Path
         vocabulary(folder, "")
 
 
-def pieces(spaced: bool, count: int = 60) -> PreTrainedTokenizerFast:
+def pieces(spaced: bool, scheme: str | None = None) -> PreTrainedTokenizerFast:
     """A tokenizer as SentencePiece's: letters, spaces as ▁, all bytes, and every merge that reaches a token."""
     words: dict[str, int] = {}
     for token in ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *sorted(set(TEXT) - {" "})]:
         words.setdefault(token, len(words))
     parts = ["th", "▁t", "is", "▁a", "at", "▁th", "▁f", "in", "▁g", "oo", "▁is", "▁goo", "▁thi", "▁this", "▁▁", "▁good"]
-    for token in parts[:count]:
+    for token in parts:
         words.setdefault(token, len(words))
     merges = [(t[:c], t[c:]) for t in parts for c in range(1, len(t)) if t[:c] in words and t[c:] in words]
     raw = Tokenizer(models.BPE(words, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     space = normalizers.Replace(" ", "▁")
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space]) if spaced else space
+    if scheme:
+        raw.normalizer = None
+        raw.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
     raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -159,8 +166,40 @@ def pieces(spaced: bool, count: int = 60) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("spaced", [True, False], ids=["as Llama 2", "as Gemma"])
 def test_sentencepiece_is_read_alike(spaced: bool, tmp_path: Path) -> None:
     folder = kept(pieces(spaced), tmp_path / "model")
-    texts = [text for text in HARD if "▁" not in text]
-    assert differing(folder, tmp_path / "model.gguf", [TEXT, "this is good  at</s>this", *texts]) == []
+    assert differing(folder, tmp_path / "model.gguf", [TEXT, "this is good  at</s>this", *HARD]) == []
+
+
+INST = "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endfor %}"
+TALK = ["<s>[INST] this is good [/INST]", "<s>[INST]  at [/INST] good</s>[INST] is [/INST]", "<s> a", "<s>a"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "own", "template", "texts"),
+    [
+        ("never", None, "", [*HARD, *TALK]),
+        ("first", INST, INST, TALK),  # a conversation begins with a special token, and so no text is the first
+        ("first", INST, f"{{# of a run #}}{INST}", TALK),
+        ("first", INST, "{{ messages[0].content }}", ["this is good", "a", "two  spaces"]),  # of plain prompts
+        ("first", None, "", ["this is good", "a", "two  spaces"]),
+        ("always", INST, INST, [TEXT, "a", "this</s>is", "two  spaces"]),
+    ],
+)
+def test_spaces_are_put_where_the_runs_prompts_have_them(
+    scheme: str, own: str | None, template: str, texts: list[str], tmp_path: Path
+) -> None:
+    tokenizer = pieces(False, scheme)
+    tokenizer.chat_template = own
+    folder = kept(tokenizer, tmp_path / "model")
+    assert differing(folder, tmp_path / "model.gguf", texts, template) == []
+
+
+def test_merges_that_sentencepiece_would_not_take_are_refused(tmp_path: Path) -> None:
+    whole = pieces(True)
+    state = json.loads(whole.backend_tokenizer.to_str())
+    state["model"]["merges"].remove(["▁t", "h"])  # "▁th" can be made of "▁" and "th" alone
+    whole._tokenizer = Tokenizer.from_str(json.dumps(state))
+    with pytest.raises(EnvironmentProblem, match="SentencePiece"):
+        vocabulary(ModelFolder.open(kept(whole, tmp_path)), "")
 
 
 def test_types_special_tokens_and_padding_are_said(tmp_path: Path) -> None:
