@@ -136,8 +136,8 @@ def test_a_planted_import_on_the_same_floor_is_found(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_floor_is_found(tmp_path: Path) -> None:
-    house = planted(tmp_path, finetune__run="from finetune.exports import gguf\n", finetune__exports__gguf="")
-    assert [one.target for one in house.upward()] == ["finetune.exports.gguf"]
+    house = planted(tmp_path, finetune__run="from finetune.cellar import wine\n", finetune__cellar__wine="")
+    assert [one.target for one in house.upward()] == ["finetune.cellar.wine"]
 
 
 def test_planted_circles_are_found(tmp_path: Path) -> None:
