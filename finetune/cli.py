@@ -197,18 +197,19 @@ def export(
     to: options.ExportTo,
     kind: options.NumberType = None,
     bits: options.Bits = None,
+    adapter: options.AdapterAlone = False,
     output: options.ExportFolder = None,
     rows: options.VerifiedRows = 50,
     backend: options.Backend = None,
 ) -> None:
-    """Write the model of a run for other programs, and verify that it does what the run's model does."""
+    """Write the model for other programs, and verify that it does the same."""
     from finetune.disk.run_folder import open_existing
 
     opened, recipe = open_existing(folder)
     _begin()
     from finetune.commands.export import run
 
-    run(opened, recipe, to, kind, bits, output, rows, backend)
+    run(opened, recipe, to, kind, bits, adapter, output, rows, backend)
 
 
 @app.command(rich_help_panel=TOOLS)

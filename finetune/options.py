@@ -30,8 +30,13 @@ Tools = Annotated[
 BaseAsked = Annotated[bool, typer.Option("--base", help="Ask the base model instead of the tuned model.")]
 OtherRows = Annotated[str | None, typer.Option(metavar="FILE", help="Other rows to measure on, in the same format.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings to this file too.")]
-ExportTo = Annotated[str, typer.Option("--to", metavar="merged|mlx", help="What will load it.", show_default=False)]
-NumberType = Annotated[str | None, typer.Option("--type", metavar="TYPE", help="f32, f16 or bf16; else the base's.")]
+ExportTo = Annotated[
+    str, typer.Option("--to", metavar="FORMAT", help="merged, mlx, gguf or ollama.", show_default=False)
+]
+NumberType = Annotated[
+    str | None, typer.Option("--type", metavar="TYPE", help="f32, f16, bf16; GGUF: also q8_0, q6_k, q5_k_m, q4_k_m.")
+]
+AdapterAlone = Annotated[bool, typer.Option("--adapter", help="The adapter alone, for a GGUF of the base.")]
 Bits = Annotated[int | None, typer.Option("--bits", help="Quantise an MLX folder: 4, 6 or 8.")]
 ExportFolder = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Instead of a folder in the run's exports/.")

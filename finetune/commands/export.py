@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from backends import registry
 from backends.interface import TrainState
 from finetune.console import Console
 from finetune.data.rows import Split
@@ -20,21 +19,15 @@ from finetune.disk.identity import check_held_out
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import ExportFailed, Incompatible, RecipeError
 from finetune.evaluation.evaluate import Evaluation, base_weights
-from finetune.export.folders import MergedFolder, QuantisedFolder
+from finetune.export.choose import check_options, precision, target_of
 from finetune.export.making import Making, Target
 from finetune.export.measure import Measured, chosen, evaluated, measured
-from finetune.export.mlx_folder import BITS
 from finetune.export.prompt import travelling_template
 from finetune.export.record import Made, remember
 from finetune.export.verify import Check, checks_table, model_checks, probe_check, prompt_check, sentence, token_check
-from finetune.export.weights import KINDS, base_kind
 from finetune.recipe.schema import Recipe
-from finetune.recipe.specs import model_spec
 from finetune.report.live_screen import with_progress
-from finetune.text import harmless
 from finetune.training.job import Job, making_ready
-
-_FOLDER_TYPES = tuple(kind for kind, _ in KINDS.values())
 
 
 def run(
@@ -43,6 +36,7 @@ def run(
     to: str,
     kind: str | None,
     bits: int | None,
+    adapter_alone: bool,
     output: Path | None,
     rows: int,
     backend: str | None,
@@ -51,7 +45,7 @@ def run(
 
     Raises ExportFailed where it does something else; the folder NAME.failed then holds what was written.
     """
-    check_options(to, kind, bits)
+    check_options(to, kind, bits, adapter_alone)
     adapter = read_adapter(opened.adapter)
     job = with_progress(making_ready(recipe, backend, opened.path))
     check_base(opened.adapter, job.folder)
@@ -59,18 +53,19 @@ def run(
     rows_measured = chosen(job.prepared.held_out, rows)
     if len(rows_measured.examples) < 2:
         raise Incompatible(f"{opened.path}: no held-out rows, so an export cannot be verified; set data.test")
-    target = target_of(to, kind, bits, job)
+    target = target_of(to, kind, bits, adapter_alone, job)
     path = output or opened.path / "exports" / target.name
     _check_output(path)
     making = _made_ready(opened, job, adapter)
     base, tuned = _run_measured(making, rows_measured)
-    precision = coarser(target.kind, job, making.session.device)
+    nearest = precision(target, job, making.session)
     with new_folder(path) as hidden:
         checks = target.write(hidden, making)
         job, always, notes = making.job, making.always, list(making.travels.notes)
         del making  # one model in memory at a time
         gc.collect()
-        checks += verified(target, hidden, job, always, (base, tuned), rows_measured, precision)
+        checks += verified(target, hidden, job, always, (base, tuned), rows_measured, nearest)
+        target.tidy(hidden)
         wrong = sentence(checks, f"{to} {target.kind}", target.finer)
         values = _as_json(opened, target, checks, notes, (base, tuned.evaluation))
         (hidden / "export.json").write_text(values, encoding="utf-8")
@@ -79,32 +74,6 @@ def run(
         if wrong:
             raise ExportFailed(f"{wrong}. What was written is in {_set_aside(hidden, path)}")
     _finish(console, opened, target, path, checks, notes)
-
-
-def check_options(to: str, kind: str | None, bits: int | None) -> None:
-    """Raises RecipeError for options that do not go together."""
-    if to not in ("merged", "mlx"):
-        raise RecipeError(f"--to {harmless(to)}: there are merged and mlx")
-    if bits is not None and (to != "mlx" or bits not in BITS):
-        raise RecipeError(f"--bits {bits}: belongs to --to mlx, and is {', '.join(map(str, BITS))}")
-    if kind is not None and (bits is not None or kind not in _FOLDER_TYPES):
-        raise RecipeError(f"--type {harmless(kind)}: of a folder without --bits it is {', '.join(_FOLDER_TYPES)}")
-
-
-def target_of(to: str, kind: str | None, bits: int | None, job: Job) -> Target:
-    """What the options ask for."""
-    numbers: Any = kind or base_kind(job.folder.weights)
-    if bits is not None:
-        return QuantisedFolder(bits, numbers)
-    return MergedFolder(numbers, to if to == "mlx" else None)
-
-
-def coarser(kind: str, job: Job, device: str) -> str:
-    """The type that bounds how near the models can be: of the file, or of what the device computes with."""
-    half = registry.describe(job.backend, job.recipe.device)["half"]
-    number = model_spec(job.recipe, job.folder).number_type(registry.device_kind(device), half)
-    computed = next(short for short, name in KINDS.values() if name == number)
-    return computed if kind == "f32" else kind
 
 
 def _made_ready(opened: RunFolder, job: Job, adapter: Any) -> Making:
@@ -132,14 +101,14 @@ def verified(
     always: Any,
     run: tuple[Evaluation, Measured],
     rows: Split,
-    precision: str,
+    nearest: str,
 ) -> list[Check]:
     """The checks of what is in `path`. run: base and tuned model on the rows."""
     export = target.open(path, job)
     checks = [token_check(export, job), prompt_check(export, job, always), probe_check(export, job)]
     base, tuned = run
     found = with_progress(measured(export.session, job, rows, "export", export.stops))
-    return [*checks, *model_checks(base, tuned, found, precision)]
+    return [*checks, *model_checks(base, tuned, found, nearest)]
 
 
 def _check_output(path: Path) -> None:

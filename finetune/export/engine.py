@@ -94,9 +94,10 @@ class Engine:
         answer = self._ask("/tokenize", {"content": text, "add_special": special, "parse_special": True})
         return [int(token) for token in answer["tokens"]]
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> str:
         """The prompt that the file's chat template writes for an answer to these messages."""
-        return str(self._ask("/apply-template", {"messages": list(messages)})["prompt"])
+        body = {"messages": list(messages)} | ({"tools": list(tools)} if tools else {})
+        return str(self._ask("/apply-template", body)["prompt"])
 
     def chat(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> tuple[str, bool]:
         """The greedy answer as other programs ask for it, and whether a token of the file ended it."""

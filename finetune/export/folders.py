@@ -67,6 +67,9 @@ class MergedFolder:
     def open(self, path: Path, job: Job) -> LoadedFolder:
         return LoadedFolder(path, job, self.reader or job.backend)
 
+    def tidy(self, path: Path) -> None:
+        """There is nothing but the export."""
+
     def commands(self, path: Path) -> list[str]:
         served = command_line("vllm", "serve", str(path))
         return [served, command_line("mlx_lm.server", "--model", str(path))]
@@ -108,6 +111,9 @@ class QuantisedFolder:
 
     def open(self, path: Path, job: Job) -> LoadedFolder:
         return LoadedFolder(path, job, _READER)
+
+    def tidy(self, path: Path) -> None:
+        """There is nothing but the export."""
 
     def commands(self, path: Path) -> list[str]:
         return [command_line("mlx_lm.server", "--model", str(path))]

@@ -47,5 +47,8 @@ class Target(Protocol):
     def open(self, path: Path, job: Job) -> Exported:
         """The export as a program loads it. Raises FinetuneError."""
 
+    def tidy(self, path: Path) -> None:
+        """Takes away what only the verification needed."""
+
     def commands(self, path: Path) -> list[str]:
         """What serves it."""

@@ -105,7 +105,7 @@ def measured(
     logprobs, greedy = yield from _tokens(remembering, job, split.examples, f"{name}: tokens")
     evaluation = yield from evaluated(remembering, job, split, name, stops)
     answers = yield from _answers(session, job, split.examples[:ANSWERED], f"{name}: answers", stops)
-    most = _longest_answer(job)
+    most = longest_answer(job)
     written = tuple(tuple(answer) for answer in answers)
     return Measured(evaluation, logprobs, greedy, written, tuple(len(answer) < most for answer in written))
 
@@ -126,7 +126,8 @@ def _tokens(
     return tuple(logprobs), tuple(greedy)
 
 
-def _longest_answer(job: Job) -> int:
+def longest_answer(job: Job) -> int:
+    """How many tokens an answer may have."""
     if job.prepared.task == "classification":
         return max(map(len, job.prepared.label_tokens)) + LABEL_TOKENS
     return job.recipe.evaluate.max_tokens
@@ -141,7 +142,7 @@ def _answers(
         return answers
     for start in range(0, len(examples), PROMPTS_TOGETHER):
         prompts = [example.prompt_tokens.tolist() for example in examples[start : start + PROMPTS_TOGETHER]]
-        answers += session.generate(prompts, _longest_answer(job), stops)
+        answers += session.generate(prompts, longest_answer(job), stops)
         yield Progress(0, what, len(answers), len(examples))
     return answers
 

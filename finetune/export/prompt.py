@@ -185,12 +185,11 @@ def asked_rows(
         if isinstance(renderer, ChatRenderer):
             whole = renderer.as_messages(record).messages
             last = max(i for i, message in enumerate(whole) if message["role"] == "assistant")
-            yield (
-                record.location,
-                [dict(message) for message in renderer.told(whole[:last])],
-                record.tools,
-                as_the_run_asks(renderer, layout, whole[:last], record.tools),
-            )
+            try:
+                text = as_the_run_asks(renderer, layout, whole[:last], record.tools)
+            except ValueError:  # the template refuses it: no such row was trained on
+                continue
+            yield record.location, [dict(message) for message in renderer.told(whole[:last])], record.tools, text
         elif isinstance(renderer, TemplateRenderer) and QUESTION.get(layout) and layout != "text":
             yield record.location, _as_conversation(renderer, layout, record, always), (), renderer.question(record)
 

@@ -9,7 +9,7 @@ from finetune.disk.atomic import write_file
 from finetune.disk.run_files import read_json
 from finetune.disk.run_folder import RunFolder
 
-FILE, COMMANDS = "exports.json", "exports.txt"
+FILE, COMMANDS = "exports/exports.json", "exports.txt"
 _MARK = "\nexports, each verified against the run's model:\n"
 
 

@@ -132,8 +132,8 @@ def _logprobs(tuned: Measured, export: Measured, bounds: Limits) -> Check:
         np.abs(ours - theirs) for ours, theirs in zip(tuned.logprobs, export.logprobs, strict=True)
     ]
     flat = np.concatenate(errors).astype(np.float64)
-    worst, mean = float(flat.max()), float(flat.mean())
-    row = max(range(len(errors)), key=lambda at: float(errors[at].max(initial=0.0)))
+    worst, mean = float(np.max(flat)), float(np.mean(flat))
+    row = max(range(len(errors)), key=lambda at: float(np.max(errors[at], initial=0.0)))
     finite = np.isfinite(flat).all()
     holds = finite and worst <= (bounds.worst or np.inf) and mean <= (bounds.mean or np.inf)
     result = f"error {worst:.1e} at most, {mean:.1e} on average"

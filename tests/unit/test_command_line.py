@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "finetune"
 PANELS = {
     "Start": ["demo", "init", "check", "plan"],
     "Train": ["train", "resume"],
-    "Use": ["eval", "generate", "chat"],
+    "Use": ["eval", "generate", "chat", "export"],
     "Tools": ["doctor", "schema"],
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.end_to_end.command import Work, reviews
 from tests.unit.toy_run import load_job
 
 STEPS = 25
+Runs = Callable[..., RunFolder]  # (backend, quantize)
 
 
 def trained_run(folder: Path, model: Path, backend: str, **sections: Any) -> RunFolder:
@@ -43,15 +45,16 @@ def trained_run(folder: Path, model: Path, backend: str, **sections: Any) -> Run
     return run
 
 
-def made(run: RunFolder, to: str, kind: str | None = None, bits: int | None = None, **more: Any) -> Path:
+def made(
+    run: RunFolder, to: str, kind: str | None = None, bits: int | None = None, adapter: bool = False, **more: Any
+) -> Path:
     """The folder of an export."""
     opened, recipe = open_existing(run.path)
-    before = set(_exports(run))
     options = {"output": None, "rows": 12, "backend": None} | more
-    export.run(opened, copy.deepcopy(recipe), to, kind, bits, **options)
-    return (set(_exports(run)) - before or before).pop()
+    export.run(opened, copy.deepcopy(recipe), to, kind, bits, adapter, **options)
+    return max(_exports(run), key=lambda path: path.stat().st_mtime_ns)
 
 
 def _exports(run: RunFolder) -> list[Path]:
     folder = run.path / "exports"
-    return sorted(folder.iterdir()) if folder.exists() else []
+    return sorted(one for one in folder.iterdir() if one.is_dir()) if folder.exists() else []

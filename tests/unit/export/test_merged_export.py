@@ -9,41 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec, TrainState
 from backends.model_folder import ModelFolder
-from finetune.commands import export as command
 from finetune.data.collate import evaluation_batches
+from finetune.data.tokenizer import encode_prompt
 from finetune.disk.adapter import Adapter, read_adapter
-from finetune.disk.run_folder import RunFolder
 from finetune.errors import EnvironmentProblem, ExitCode, ExportFailed, RecipeError
 from finetune.export import folders, merge
+from finetune.export.choose import check_options
+from finetune.export.prompt import asked_rows
 from finetune.export.weights import cast, read_tensor, write_weights
 from finetune.recipe.load import load_recipe
 from tests.conformance.toy import toy_batch
-from tests.tiny_models import family, model_with_tokenizer
-from tests.unit.export.exported_run import made, trained_run
+from tests.tiny_models import family
+from tests.unit.export.exported_run import Runs, made
 from tests.unit.toy_run import load_job
 
 KINDS = [("torch", "none"), ("torch", "4bit"), ("mlx", "4bit")]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_with_tokenizer(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], RunFolder]:
-    made_runs = {}
-    for backend, quantize in KINDS:
-        if reason := registry.probe(backend):
-            pytest.skip(reason)
-        made_runs[backend, quantize] = trained_run(
-            tmp_path_factory.mktemp("run") / "work", model, backend, quantize=quantize
-        )
-    return made_runs
 
 
 def scores(session: Any, rows: Any) -> np.ndarray:
@@ -52,10 +37,8 @@ def scores(session: Any, rows: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
-def test_the_merged_float32_folder_scores_as_the_session_in_every_backend(
-    runs: dict[tuple[str, str], RunFolder], kind: tuple[str, str]
-) -> None:
-    run = runs[kind]
+def test_the_merged_float32_folder_scores_as_the_session_in_every_backend(runs: Runs, kind: tuple[str, str]) -> None:
+    run = runs(*kind)
     path = made(run, "merged", "f32")
     told = json.loads((path / "export.json").read_text())
     assert told["holds"] and {check["holds"] for check in told["checks"]} == {"yes"}
@@ -68,6 +51,13 @@ def test_the_merged_float32_folder_scores_as_the_session_in_every_backend(
         assert np.abs(scores(loaded.session, job.prepared.held_out.examples) - wanted).max() < 2e-5
     assert "exports, each verified" in (run.path / "report.txt").read_text()
     assert f"mlx_lm.server --model {path}" in (run.path / "exports.txt").read_text()
+    assert job.prepared.renderer is not None
+    reader = AutoTokenizer.from_pretrained(path)
+    for _, messages, _, text in asked_rows(
+        job.prepared.renderer, job.prepared.format, job.prepared.held_out.records, {}
+    ):
+        tokens = reader.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert tokens == encode_prompt(job.tokenizer, text)
     config = json.loads((path / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     settings = json.loads((path / "tokenizer_config.json").read_text())
@@ -75,18 +65,18 @@ def test_the_merged_float32_folder_scores_as_the_session_in_every_backend(
 
 
 def test_the_original_weights_are_not_what_a_quantised_run_was_trained_on(
-    runs: dict[tuple[str, str], RunFolder], monkeypatch: pytest.MonkeyPatch
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merge, "tensors", lambda *given: original(*given[:3], True))
     with pytest.raises(ExportFailed, match="log-probabilities"):
-        made(runs["torch", "4bit"], "merged", "f32")
+        made(runs("torch", "4bit"), "merged", "f32")
 
 
 original = merge.tensors
 
 
-def test_a_folder_quantised_for_mlx_keeps_the_tuning(runs: dict[tuple[str, str], RunFolder]) -> None:
-    path = made(runs["mlx", "4bit"], "mlx", None, 8)
+def test_a_folder_quantised_for_mlx_keeps_the_tuning(runs: Runs) -> None:
+    path = made(runs("mlx", "4bit"), "mlx", None, 8)
     told = json.loads((path / "export.json").read_text())
     assert told["holds"] and told["name"] == "mlx-8bit"
     assert json.loads((path / "config.json").read_text())["quantization"]["bits"] == 8
@@ -153,11 +143,9 @@ FAULTS: dict[str, tuple[Any, str, Any, str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_refused_by_name(
-    runs: dict[tuple[str, str], RunFolder], fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_planted_fault_is_refused_by_name(runs: Runs, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     place, name, wrong, caught_by = FAULTS[fault]
-    run = runs["torch", "none"]
+    run = runs("torch", "none")
     monkeypatch.setattr(place, name, wrong)
     with pytest.raises(ExportFailed, match=caught_by) as refusal:
         made(run, "merged", "f16")
@@ -169,9 +157,7 @@ def test_a_planted_fault_is_refused_by_name(
     monkeypatch.undo()
 
 
-def test_bytes_that_change_on_the_disk_are_refused(
-    runs: dict[tuple[str, str], RunFolder], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_that_change_on_the_disk_are_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(to: Path, *given: Any, **named: Any) -> Any:
         written = _write_merged(to, *given, **named)
         with (to / "model.safetensors").open("r+b") as file:
@@ -181,11 +167,11 @@ def test_bytes_that_change_on_the_disk_are_refused(
 
     monkeypatch.setattr(folders, "write_merged", write)
     with pytest.raises(ExportFailed, match="file: 1 differ"):
-        made(runs["torch", "none"], "merged", "bf16")
+        made(runs("torch", "none"), "merged", "bf16")
 
 
-def test_a_success_takes_away_what_failed_before(runs: dict[tuple[str, str], RunFolder]) -> None:
-    run = runs["torch", "none"]
+def test_a_success_takes_away_what_failed_before(runs: Runs) -> None:
+    run = runs("torch", "none")
     failed = run.path / "exports" / "merged-bf16.failed"
     failed.mkdir(parents=True, exist_ok=True)
     (failed / "export.json").write_text("{}")
@@ -193,10 +179,10 @@ def test_a_success_takes_away_what_failed_before(runs: dict[tuple[str, str], Run
     assert not failed.exists() and (run.path / "exports" / "merged-bf16" / "model.safetensors").exists()
 
 
-def test_another_folder_is_not_overwritten(runs: dict[tuple[str, str], RunFolder], tmp_path: Path) -> None:
+def test_another_folder_is_not_overwritten(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(RecipeError, match="is no export"):
-        made(runs["torch", "none"], "merged", output=tmp_path)
+        made(runs("torch", "none"), "merged", output=tmp_path)
     assert (tmp_path / "mine").read_text() == "mine"
 
 
@@ -211,7 +197,7 @@ def test_another_folder_is_not_overwritten(runs: dict[tuple[str, str], RunFolder
 )
 def test_options_that_do_not_go_together_are_refused(to: str, kind: str | None, bits: int | None, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        command.check_options(to, kind, bits)
+        check_options(to, kind, bits, False)
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "phi3", "qwen3"])
