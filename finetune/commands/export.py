@@ -149,9 +149,9 @@ def _finish(
         remove(failed)
     result = {check.name: check for check in checks}
     kept, errors = result["tuning that is kept"], result["log-probabilities"]
-    line = f"{errors.result} on {errors.on}; keeps {kept.result} of the tuning"
-    commands = target.commands(path)
-    remember(opened, Made(str(path), target.kind, line, commands, notes))
+    line = f"log-probabilities: {errors.result}, on {errors.on}; tuning that is kept: {kept.result}"
+    commands = target.commands(path.resolve())
+    remember(opened, Made(str(path.resolve()), target.kind, line, commands, notes))
     warned = [check for check in checks if check.holds == "warning"]
     for note in (*notes, *(f"{check.name}: {check.result} {check.where}".strip() for check in warned)):
         console.print(f"note: {note}", soft_wrap=True)

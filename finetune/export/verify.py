@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from finetune.training.job import Job
 Verdict = Literal["yes", "warning", "no"]
 KEPT_WELL, KEPT_AT_ALL = 0.9, 0.5  # of the tuning; below the first a warning, below the second a failure
 _SHOWN = 3  # rows or probes that are named
+_FOLDERS = re.compile(r"[^\s,]*/(?=[^/\s,]+:\d+)")  # before the name of a file with a line
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,6 @@ def checks_table(checks: Iterable[Check], title: str) -> Table:
     table = Table("compared", "on", "result", "holds", "where", title=title, title_justify="left")
     styles: Mapping[str, str | None] = {"yes": None, "warning": "yellow", "no": "bold red"}
     for check in checks:
-        places = ", ".join(PurePath(place).name for place in check.where.split(", "))
+        places = _FOLDERS.sub("", check.where)
         table.add_row(check.name, check.on, check.result, check.holds, places, style=styles[check.holds])
     return table

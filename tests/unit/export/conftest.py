@@ -25,9 +25,10 @@ def exportable_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def runs(exportable_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     @cache
-    def run(backend: str, quantize: str = "none") -> RunFolder:
+    def run(backend: str, quantize: str = "none", kind: str = "classification") -> RunFolder:
         if reason := registry.probe(backend):
             pytest.skip(reason)
-        return trained_run(tmp_path_factory.mktemp("run") / "work", exportable_model, backend, quantize=quantize)
+        folder = tmp_path_factory.mktemp("run") / "work"
+        return trained_run(folder, exportable_model, backend, kind, quantize=quantize)
 
     return run

@@ -16,21 +16,34 @@ from tests.end_to_end.command import Work, reviews
 from tests.unit.toy_run import load_job
 
 STEPS = 25
-Runs = Callable[..., RunFolder]  # (backend, quantize)
+Runs = Callable[..., RunFolder]  # (backend, quantize, kind)
 
 
-def trained_run(folder: Path, model: Path, backend: str, **sections: Any) -> RunFolder:
-    """A run's folder with its adapter, without the records of training."""
+def rows_of(kind: str, first: int, count: int) -> list[dict[str, Any]]:
+    """Rows of a format, each asked for the film's label."""
+    rows = reviews(first, count)
+    if kind == "chat":
+        return [
+            {"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["label"]}]}
+            for row in rows
+        ]
+    if kind == "alpaca":
+        return [{"instruction": "what is this", "input": row["text"], "output": row["label"]} for row in rows]
+    return rows
+
+
+def trained_run(folder: Path, model: Path, backend: str, kind: str = "classification", **sections: Any) -> RunFolder:
+    """A run's folder with its adapter, without the records of training. kind: of its rows."""
     work = Work(folder, model)
-    train, test = (
-        str(work.lines(*rows)) for rows in (("train.jsonl", reviews(0, 26)), ("test.jsonl", reviews(100, 12)))
-    )
+    train = str(work.lines("train.jsonl", rows_of(kind, 0, 26)))
+    test = str(work.lines("test.jsonl", rows_of(kind, 100, 12)))
     values: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "float32"},
-        "data": {"train": train, "test": test, "format": "classification"},
+        "data": {"train": train, "test": test, "format": kind},
         "output": str(folder / "runs"),
         "backend": backend,
         "device": "cpu",
+        "evaluate": {"max_tokens": 12},
     }
     recipe = Recipe.model_validate(values | sections)
     run, job = create(recipe, "toy"), load_job(recipe)

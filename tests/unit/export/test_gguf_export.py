@@ -50,23 +50,26 @@ def test_the_adapter_alone_does_the_same_on_its_base(runs: Runs) -> None:
     assert told(path)["holds"]
 
 
-def test_answers_of_the_chat_endpoint_are_the_answers_of_the_run(runs: Runs) -> None:
-    run = runs("torch")
+@pytest.mark.parametrize("rows", ["classification", "alpaca", "chat"])
+def test_answers_of_the_chat_endpoint_are_the_answers_of_the_run(runs: Runs, rows: str) -> None:
+    run = runs("torch", "none", rows)
     path = run.path / "exports" / "gguf-f16"
     path = path if path.exists() else made(run, "gguf", "f16")
+    assert told(path)["holds"]
     job = load_job(load_recipe(run.recipe))
     session = job.open()
     session.set_state(TrainState(0, read_adapter(run.adapter).tensors, {}))
     engine = GgufFile("f16").open(path, job).session
     stop, tokenizer = job.prepared.stop_tokens, job.tokenizer
     assert job.prepared.renderer is not None
-    rows = list(asked_rows(job.prepared.renderer, job.prepared.format, job.prepared.held_out.records, {}))
-    assert rows
+    asked = list(asked_rows(job.prepared.renderer, job.prepared.format, job.prepared.held_out.records, {}))
     prompts = [example.prompt_tokens.tolist() for example in job.prepared.held_out.examples]
-    written = session.generate(prompts, 12, stop)
-    for (_, messages, *_), tokens in zip(rows, written, strict=True):
+    answers = []
+    for (_, messages, *_), tokens in zip(asked, session.generate(prompts, 12, stop), strict=True):
         text, ended = engine.chat(messages, 12)
-        assert text.strip() == answer_text(tokenizer, tokens, stop) and ended == (len(tokens) < 12)
+        answers.append(answer_text(tokenizer, tokens, stop))
+        assert text.strip() == answers[-1] and ended == (len(tokens) < 12)
+    assert {"positive", "negative"} <= set(answers)
 
 
 _converted, _special, _merged, _family = (

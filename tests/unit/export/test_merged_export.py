@@ -19,7 +19,6 @@ from finetune.data.tokenizer import encode_prompt
 from finetune.disk.adapter import Adapter, read_adapter
 from finetune.errors import EnvironmentProblem, ExitCode, ExportFailed, RecipeError
 from finetune.export import folders, merge
-from finetune.export.choose import check_options
 from finetune.export.prompt import asked_rows
 from finetune.export.weights import cast, read_tensor, write_weights
 from finetune.recipe.load import load_recipe
@@ -184,20 +183,6 @@ def test_another_folder_is_not_overwritten(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is no export"):
         made(runs("torch", "none"), "merged", output=tmp_path)
     assert (tmp_path / "mine").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("to", "kind", "bits", "words"),
-    [
-        ("onnx", None, None, "--to onnx"),
-        ("merged", None, 4, "--bits 4"),
-        ("mlx", None, 5, "--bits 5"),
-        ("merged", "q9", None, "--type q9"),
-    ],
-)
-def test_options_that_do_not_go_together_are_refused(to: str, kind: str | None, bits: int | None, words: str) -> None:
-    with pytest.raises(RecipeError, match=words):
-        check_options(to, kind, bits, False)
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "phi3", "qwen3"])
