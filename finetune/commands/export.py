@@ -17,7 +17,7 @@ from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import new_folder, remove
 from finetune.disk.identity import check_held_out
 from finetune.disk.run_folder import RunFolder
-from finetune.errors import ExportFailed, Incompatible, RecipeError
+from finetune.errors import EnvironmentProblem, ExportFailed, Incompatible, RecipeError
 from finetune.evaluation.evaluate import Evaluation, base_weights
 from finetune.export.choose import check_options, precision, target_of
 from finetune.export.making import Making, Target
@@ -57,21 +57,17 @@ def run(
     path = output or opened.path / "exports" / target.name
     _check_output(path)
     making = _made_ready(opened, job, adapter)
-    base, tuned = _run_measured(making, rows_measured)
-    nearest = precision(target, job, making.session)
+    measures, notes = _run_measured(making, rows_measured), list(making.travels.notes)
+    nearest, always = precision(target, job, making.session), making.always
+    console = Console()
     with new_folder(path) as hidden:
         checks = target.write(hidden, making)
-        job, always, notes = making.job, making.always, list(making.travels.notes)
         del making  # one model in memory at a time
         gc.collect()
-        checks += verified(target, hidden, job, always, (base, tuned), rows_measured, nearest)
-        target.tidy(hidden)
-        wrong = sentence(checks, f"{to} {target.kind}", target.finer)
-        values = _as_json(opened, target, checks, notes, (base, tuned.evaluation))
-        (hidden / "export.json").write_text(values, encoding="utf-8")
-        console = Console()
+        checks += verified(target, hidden, job, always, measures, rows_measured, nearest)
+        (hidden / "export.json").write_text(_as_json(opened, target, checks, notes, measures), encoding="utf-8")
         console.print(checks_table(checks, f"{path}, against the run's model"))
-        if wrong:
+        if wrong := sentence(checks, f"{to} {target.kind}", target.finer):
             raise ExportFailed(f"{wrong}. What was written is in {_set_aside(hidden, path)}")
     _finish(console, opened, target, path, checks, notes)
 
@@ -103,11 +99,18 @@ def verified(
     rows: Split,
     nearest: str,
 ) -> list[Check]:
-    """The checks of what is in `path`. run: base and tuned model on the rows."""
-    export = target.open(path, job)
-    checks = [token_check(export, job), prompt_check(export, job, always), probe_check(export, job)]
+    """The checks of what is in `path`. run: base and tuned model on the rows.
+
+    Raises EnvironmentProblem where it cannot be loaded again.
+    """
     base, tuned = run
-    found = with_progress(measured(export.session, job, rows, "export", export.stops))
+    try:
+        export = target.open(path, job)
+        checks = [token_check(export, job), prompt_check(export, job, always), probe_check(export, job)]
+        found = with_progress(measured(export.session, job, rows, "export", export.stops))
+    except OSError as error:  # of a library or its server: the disk was written to before
+        raise EnvironmentProblem(f"{target.name}: what was written cannot be loaded ({error})") from error
+    target.tidy(path)
     return [*checks, *model_checks(base, tuned, found, nearest)]
 
 
@@ -126,7 +129,7 @@ def _set_aside(hidden: Path, path: Path) -> Path:
 
 
 def _as_json(
-    opened: RunFolder, target: Target, checks: Sequence[Check], notes: Sequence[str], run: tuple[Evaluation, Evaluation]
+    opened: RunFolder, target: Target, checks: Sequence[Check], notes: Sequence[str], run: tuple[Evaluation, Measured]
 ) -> str:
     values = {
         "run": str(opened.path),
@@ -136,7 +139,7 @@ def _as_json(
         "checks": [asdict(check) for check in checks],
         "notes": list(notes),
         "base": run[0].summary(),
-        "tuned": run[1].summary(),
+        "tuned": run[1].evaluation.summary(),
     }
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 

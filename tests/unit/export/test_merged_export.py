@@ -19,11 +19,12 @@ from finetune.data.tokenizer import encode_prompt
 from finetune.disk.adapter import Adapter, read_adapter
 from finetune.errors import EnvironmentProblem, ExitCode, ExportFailed, RecipeError
 from finetune.export import folders, merge
+from finetune.export.mlx_folder import quantise
 from finetune.export.prompt import asked_rows
 from finetune.export.weights import cast, read_tensor, write_weights
 from finetune.recipe.load import load_recipe
 from tests.conformance.toy import toy_batch
-from tests.tiny_models import family
+from tests.tiny_models import family, model_with_tokenizer
 from tests.unit.export.exported_run import Runs, made
 from tests.unit.toy_run import load_job
 
@@ -202,8 +203,28 @@ def test_other_families_merge_to_the_same_model(tmp_path: Path, name: str) -> No
     assert np.abs(again.score(batch).logprob - session.score(batch).logprob).max() < 2e-5
 
 
-def _session(folder: ModelFolder, lora: LoraSpec) -> Any:
-    return registry.open_session("torch", ModelSpec(folder.path, dtype="float32", folder=folder), lora, OptimSpec(), 0)
+def test_a_base_that_mlx_lm_has_quantised_merges_to_numbers(tmp_path: Path) -> None:
+    """Embeddings and output layer are packed too; nothing of the packing is left."""
+    if reason := registry.probe("mlx"):
+        pytest.skip(reason)
+    folder = model_with_tokenizer(tmp_path / "base")
+    quantise(folder, tmp_path / "packed", 4, False)
+    base = ModelFolder.open(tmp_path / "packed")
+    session = _session(base, LoraSpec(2, 4.0), "mlx")
+    rng = np.random.default_rng(0)
+    state = {n: rng.standard_normal(v.shape).astype(np.float32) * 0.1 for n, v in session.get_state().adapter.items()}
+    session.set_state(TrainState(0, state, {}))
+    (to := tmp_path / "merged").mkdir()
+    _write_merged(to, session, base, Adapter(state, 2, 2.0), "f32")
+    assert "quantization" not in json.loads((to / "config.json").read_text())
+    batch = toy_batch()
+    for backend in ("mlx", "torch"):
+        again = _session(ModelFolder.open(to), LoraSpec(1, 1.0), backend)
+        assert np.abs(again.score(batch).logprob - session.score(batch).logprob).max() < 2e-5
+
+
+def _session(folder: ModelFolder, lora: LoraSpec, backend: str = "torch") -> Any:
+    return registry.open_session(backend, ModelSpec(folder.path, dtype="float32", folder=folder), lora, OptimSpec(), 0)
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
