@@ -27,6 +27,10 @@ def rows_of(kind: str, first: int, count: int) -> list[dict[str, Any]]:
             {"messages": [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["label"]}]}
             for row in rows
         ]
+    if kind == "text":
+        return [{"text": f"{row['text']}: {row['label']}"} for row in rows]
+    if kind == "prompt":
+        return [{"prompt": row["text"], "completion": row["label"]} for row in rows]
     if kind == "alpaca":
         return [{"instruction": "what is this", "input": row["text"], "output": row["label"]} for row in rows]
     return rows

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from backends.interface import TrainState
-from finetune.data.tokenizer import answer_text
+from backends.model_folder import ModelFolder
+from finetune.data.tokenizer import answer_text, encode_prompt, load_tokenizer
 from finetune.disk.adapter import Adapter, read_adapter
 from finetune.errors import EnvironmentProblem, ExportFailed
 from finetune.export import families, gguf_export, gguf_file, merge, packages, vocabulary
@@ -19,6 +20,8 @@ from finetune.export.gguf_export import GgufFile
 from finetune.export.prompt import asked_rows
 from finetune.recipe.load import load_recipe
 from tests.unit.export.exported_run import Runs, made
+from tests.unit.export.gguf_models import engine, write
+from tests.unit.export.test_travelling_prompt import KINDS, prepared, travelling
 from tests.unit.toy_run import load_job
 
 for package in ("gguf", "xllamacpp"):
@@ -70,6 +73,20 @@ def test_answers_of_the_chat_endpoint_are_the_answers_of_the_run(runs: Runs, row
         answers.append(answer_text(tokenizer, tokens, stop))
         assert text.strip() == answers[-1] and ended == (len(tokens) < 12)
     assert {"positive", "negative"} <= set(answers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_writes_the_prompts_of_the_run(exportable_model: Path, kind: str, tmp_path: Path) -> None:
+    """Its own engine of templates, on every way in which a recipe writes prompts."""
+    rows, prompt, _ = KINDS[kind]
+    tokenizer = load_tokenizer(ModelFolder.open(exportable_model))
+    found = prepared(tmp_path, rows, prompt, tokenizer)
+    always = {"about": "Rome"} if "always" in kind else {}
+    write(exportable_model, tmp_path / "model.gguf", "f16", travelling(found, tokenizer, always).template)
+    reader = engine(tmp_path / "model.gguf")
+    assert found.renderer is not None
+    for _, messages, tools, text in asked_rows(found.renderer, found.format, found.train.records, always):
+        assert reader.tokenise(reader.render(messages, tools)) == encode_prompt(tokenizer, text), messages
 
 
 _converted, _special, _merged, _family = (

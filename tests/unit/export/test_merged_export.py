@@ -75,6 +75,14 @@ def test_the_original_weights_are_not_what_a_quantised_run_was_trained_on(
 original = merge.tensors
 
 
+@pytest.mark.parametrize("rows", ["text", "prompt", "chat"])
+def test_rows_of_every_task_verify_an_export(runs: Runs, rows: str) -> None:
+    path = made(runs("torch", "none", rows), "merged", "bf16")
+    told = json.loads((path / "export.json").read_text())
+    names = [check["name"] for check in told["checks"]]
+    assert told["holds"] and ("answers" in names) == ("exact match" in names) == (rows != "text")
+
+
 def test_a_folder_quantised_for_mlx_keeps_the_tuning(runs: Runs) -> None:
     path = made(runs("mlx", "4bit"), "mlx", None, 8)
     told = json.loads((path / "export.json").read_text())
