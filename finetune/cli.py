@@ -202,7 +202,7 @@ def export(
     rows: options.VerifiedRows = 50,
     backend: options.Backend = None,
 ) -> None:
-    """Write the model for other programs, and verify that it does the same."""
+    """Write the model for other programs, and verify it."""
     from finetune.disk.run_folder import open_existing
 
     opened, recipe = open_existing(folder)
