@@ -13,6 +13,7 @@ from backends.dropout import Places, places
 from backends.interface import Batch, IntArray, Scores
 
 Rows = NDArray[np.int64]
+_NARROW = 256  # tokens
 
 
 def check_tokens(batches: Sequence[Batch], vocabulary: int) -> None:
@@ -79,6 +80,16 @@ def parts(batch: Batch, tokens: int) -> Iterator[tuple[Rows, Batch]]:
         )
         inputs, targets = batch.inputs[rows, :width], batch.targets[rows, :width]
         yield rows, Batch(inputs, targets, batch.weights[rows, :width], batch.prefixes, prefix_of, numbers, rowless)
+
+
+def widened(batch: Batch, step: int) -> Batch:
+    """The same rows; if they have more than 256 tokens, padded on the right to a multiple of `step`."""
+    width = batch.inputs.shape[1]
+    if width <= _NARROW or not width % step:
+        return batch
+    more = ((0, 0), (0, -width % step))
+    padded: dict[str, Any] = {name: np.pad(getattr(batch, name), more) for name in ("inputs", "targets", "weights")}
+    return replace(batch, **padded)
 
 
 def joined(batch: Batch) -> Batch:

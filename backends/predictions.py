@@ -62,6 +62,7 @@ class Costs:
     held: float = 1.1  # bytes that the allocator holds per byte in use
     update: float = 20.0  # per number of the adapter: an update makes weights, moments and their quotient anew
     tokens_at_once: int | None = None  # computed at a time; None: the whole micro-batch
+    width_step: int = 1  # rows of more than 256 tokens are padded to a multiple of so many
     logits_at_once: int | None = None  # numbers computed at a time; None: those of all supervised positions
     recomputed_blocks: float = 1.0  # whose saved results exist at once where activations are recomputed
     four_bit: str | None = None  # the scheme in words; None: it has none

@@ -25,8 +25,10 @@ from safetensors import SafetensorError, safe_open
 from backends.interface import BackendError
 
 Shapes = Mapping[str, tuple[int, ...]]
+TENSORS = 200_000  # of one file; the largest published models have 90,000 in 160 files
 HEADER = 32 * 2**20  # bytes of a safetensors header; the largest published models have some 10 MB
 _MOST = {".json": 16 * 2**20, ".jinja": 2**20, ".txt": 64 * 2**20, ".model": 64 * 2**20, ".safetensors": 2**50}
+_VALUES = {b"{": 500_000, b"[": 3_000_000, b",": 6_000_000}  # of JSON; the largest tokenizers have half a million lists
 _TOKENIZER = 64 * 2**20  # of tokenizer.json; the largest vocabularies take 35 MB
 WEIGHTS, _SHARD = "model*.safetensors", re.compile(r"model[\w.-]*\.safetensors")
 _INDEX = "model.safetensors.index.json"
@@ -38,17 +40,26 @@ _SWITCHES = {
     "output_attentions": False, "output_hidden_states": False, "torchscript": False, "return_dict": True,
     "use_return_dict": True,
 }  # fmt: skip
+_OBJECT, _LIST, _INTEGER = (dict, "an object"), (list, "a list"), (int, "an integer")
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("text_config", "quantization", "quantization_config", "rope_scaling", "rope_parameters"), _OBJECT),
+    **dict.fromkeys(("layer_types", "architectures"), _LIST),
+    **dict.fromkeys(("sliding_window", "max_position_embeddings", "n_positions"), _INTEGER),
+}
 _PACKED = 32  # values that one word of a quantised tensor may hold
 
 
 def read_object(file: Path, most: int = _MOST[".json"]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError (not JSON, no object, too large or too deep) or OSError."""
+    """A JSON object. Raises ValueError (not JSON, no object, too large, too deep or too full) or OSError."""
     if not stat.S_ISREG(file.stat().st_mode):
         raise ValueError("not a regular file")
     if file.stat().st_size > most:
         raise ValueError(f"{file.stat().st_size:,} bytes, and {most:,} are the most")
+    data = file.read_bytes()
+    if any(data.count(mark) > count for mark, count in _VALUES.items()):
+        raise ValueError("millions of values in it")
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(data.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deep") from None
     if not isinstance(value, dict):
@@ -65,7 +76,10 @@ def validate(file: Path) -> dict[str, tuple[int, ...]]:
             size = int.from_bytes(opened.read(8), "little")
             if size > HEADER:
                 raise BackendError(f"{file}: its header claims {size:,} bytes, and {HEADER:,} are the most")
-            json.loads(opened.read(size), object_pairs_hook=_unique)  # of two, readers take one or the other
+            header = opened.read(size)
+        if (count := header.count(b"data_offsets")) > TENSORS:
+            raise BackendError(f"{file}: its header claims {count:,} tensors, and {TENSORS:,} are the most")
+        json.loads(header, object_pairs_hook=_unique)  # of two, readers take one or the other
         with safe_open(file, framework="numpy") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -84,7 +98,7 @@ def check_files(folder: Path) -> dict[Path, Shapes]:
     inside = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     shapes: dict[Path, Shapes] = {}
     for file in _entries(folder):
-        target = file.resolve()
+        target = _target(file)
         if not any(allowed in target.parents for allowed in inside):
             raise BackendError(f"{file}: a link out of the model's folder; put the file itself there")
         _check_file(file)
@@ -94,6 +108,37 @@ def check_files(folder: Path) -> dict[Path, Shapes]:
         raise BackendError(f"{folder}: an adapter's folder (adapter_config.json), and a base model is needed")
     _check_index(folder)
     return shapes
+
+
+def _target(file: Path) -> Path:
+    """Where a link leads. Raises BackendError where it leads to itself."""
+    try:
+        return file.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: Python before 3.13
+        raise BackendError(f"{file}: a link that leads back to itself; put the file itself there") from None
+
+
+def check_names(weights: Mapping[Path, Shapes]) -> None:
+    """Each tensor stands in one file of the model: of two, libraries take one or the other. Raises BackendError."""
+    files: dict[str, Path] = {}
+    for file, shapes in weights.items():
+        if twice := next((name for name in shapes if name in files), None):
+            raise BackendError(f"{file}: {twice} stands in {files[twice].name} too; remove one of the files")
+        files |= dict.fromkeys(shapes, file)
+
+
+def used_files(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """The weight files that are the model, of all that lie in a checked folder, as transformers chooses them.
+
+    One that the config names, model.safetensors, or those that the index names; without these three, all.
+    """
+    named = config.get("transformers_weights")
+    for single in (str(named), "model.safetensors"):
+        if (folder / single).is_file():
+            return [single]
+    if (folder / _INDEX).exists():
+        return sorted(set(_object(folder / _INDEX)["weight_map"].values()))
+    return sorted(file.name for file in folder.glob(WEIGHTS))
 
 
 def needs_code(folder: Path, why: object) -> BackendError:
@@ -136,8 +181,13 @@ def check_code(folder: Path, config: Mapping[str, Any], remote_code: bool) -> No
 
 
 def check_switches(folder: Path, parts: Iterable[Mapping[str, Any]]) -> None:
-    """Raises BackendError where a config changes what the model's forward pass gives. parts: as of `check_claims`."""
+    """Raises BackendError where a config changes what the model's forward pass gives, or holds a value of a kind that
+    no library writes. parts: as of `check_claims`.
+    """
     for part in parts:
+        for key, (kind, named) in _KINDS.items():
+            if (value := part.get(key)) is not None and not isinstance(value, kind):
+                raise BackendError(f"{folder}: config.json says {key}: {_short(value)}, which is not {named}")
         for key, usual in _SWITCHES.items():
             if (value := part.get(key)) is not None and bool(value) != usual:
                 raise BackendError(

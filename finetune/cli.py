@@ -10,20 +10,11 @@ from typing import Annotated
 
 import typer
 
-from finetune.errors import DataError, explain
-from finetune.options import (
-    Alone,
-    Backend,
-    Columns,
-    MaxTokens,
-    Overrides,
-    RecipeFile,
-    RunPath,
-    System,
-    Temperature,
-    Tools,
-)
+from finetune.begin import begin
+from finetune.errors import explain
+from finetune.options import Alone, Backend, Overrides, RecipeFile, RunPath
 from finetune.streams import guard, outlive_readers
+from finetune.use import chat, evaluate, generate, predict, runs
 
 START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
 
@@ -78,7 +69,7 @@ def init(
     completion: Annotated[str | None, typer.Option(help="The column of the answers.")] = None,
 ) -> None:
     """Look at a data file and write a commented recipe for it."""
-    _begin()
+    begin()
     from finetune.commands.init import run
 
     columns = {"text": text, "label": label, "prompt": prompt, "completion": completion}
@@ -97,7 +88,7 @@ def check(
     from finetune.recipe.load import recipe_of
 
     recipe = recipe_of(target, overrides or [])  # first: a mistake in it needs none of the libraries below
-    _begin()
+    begin()
     from finetune.commands.check import run
 
     run(recipe, json_file)
@@ -113,7 +104,7 @@ def plan(
     from finetune.recipe.load import load_recipe
 
     recipe = load_recipe(file, overrides or [])  # first: a mistake in it needs none of the libraries below
-    _begin()
+    begin()
     from finetune.commands.plan import run
 
     run(recipe, compare)
@@ -131,80 +122,23 @@ def resume(folder: RunPath, backend: Backend = None, alone: Alone = False) -> No
     from finetune.disk.run_folder import open_existing
 
     stopped, recipe = open_existing(folder)
-    _begin(alone)
+    begin(alone)
     from finetune.commands.train import run
 
     run(recipe.model_copy(update={"backend": backend}) if backend else recipe, folder.name, stopped)
 
 
-@app.command("eval", rich_help_panel=USE)
-def evaluate(
-    folder: RunPath,
-    data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Other rows to measure on, in the same format.")
-    ] = None,
-    backend: Backend = None,
-) -> None:
-    """Measure both models of a run again, on its held-out rows or on others."""
-    from finetune.disk.run_folder import open_existing
-
-    opened, recipe = open_existing(folder)
-    _begin()
-    from finetune.commands.evaluate import run
-
-    run(opened, recipe, data, backend)
-
-
-@app.command(rich_help_panel=USE)
-def generate(
-    folder: RunPath,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The input text; - reads it from standard input.")],
-    columns: Columns = None,
-    system: System = None,
-    tools: Tools = None,
-    base: Annotated[bool, typer.Option("--base", help="Ask the base model instead of the tuned model.")] = False,
-    temperature: Temperature = 0.0,
-    max_tokens: MaxTokens = 256,
-    backend: Backend = None,
-) -> None:
-    """Answer one prompt with the model of a run."""
-    question = sys.stdin.read() if prompt == "-" else prompt
-    if not question.strip():
-        raise DataError("the prompt is empty")
-    from finetune.disk.run_folder import open_existing
-
-    opened, recipe = open_existing(folder)
-    _begin()
-    from finetune.commands.chat import run
-
-    run(opened, recipe, question, columns or [], system, tools, base, temperature, max_tokens, backend)
-
-
-@app.command(rich_help_panel=USE)
-def chat(
-    folder: RunPath,
-    columns: Columns = None,
-    system: System = None,
-    tools: Tools = None,
-    base: Annotated[bool, typer.Option("--base", help="Talk to the base model instead of the tuned model.")] = False,
-    temperature: Temperature = 0.7,
-    max_tokens: MaxTokens = 512,
-    backend: Backend = None,
-) -> None:
-    """Talk to the model of a run. An empty line ends the chat."""
-    from finetune.disk.run_folder import open_existing
-
-    opened, recipe = open_existing(folder)
-    _begin()
-    from finetune.commands.chat import run
-
-    run(opened, recipe, None, columns or [], system, tools, base, temperature, max_tokens, backend)
+app.command("eval", rich_help_panel=USE)(evaluate)
+app.command(rich_help_panel=USE)(predict)
+app.command(rich_help_panel=USE)(generate)
+app.command(rich_help_panel=USE)(chat)
+app.command(rich_help_panel=USE)(runs)
 
 
 @app.command(rich_help_panel=TOOLS)
 def doctor() -> None:
     """Show which backends work here, and why others do not."""
-    _begin()
+    begin()
     from finetune.commands.doctor import run
 
     run()
@@ -224,23 +158,10 @@ def _train(file: Path, overrides: list[str], backend: str | None, alone: bool) -
     from finetune.recipe.load import load_recipe
 
     recipe = load_recipe(file, [*overrides, *([f"backend={backend}"] if backend else [])])
-    _begin(alone)  # a mistake in the recipe is reported before a second process is started for it
+    begin(alone)  # a mistake in the recipe is reported before a second process is started for it
     from finetune.commands.train import run
 
     run(recipe, file.stem)
-
-
-def _begin(alone: bool = True) -> None:
-    """Before a command loads its libraries: from here on nothing is reached but what the recipe names. Unless `alone`,
-    or on Windows, which has no signals to pass on, in a child process.
-    """
-    if not alone and os.name == "posix":
-        from finetune.supervisor import supervise
-
-        supervise()
-    from finetune.connections import watch
-
-    watch()
 
 
 def main() -> None:
@@ -254,7 +175,7 @@ def main() -> None:
         colour_help()
     try:
         app(prog_name="finetune")
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
         end = explain(error)
         if end is None:
             raise

@@ -14,17 +14,19 @@ from rich.text import Span, Text
 from typer import rich_utils
 
 from finetune.streams import unguarded
-from finetune.text import COMMANDS, harmless
+from finetune.text import COMMANDS, harmless, one_line
 
 
 class Console(RichConsole):
     """Colours and moves of the cursor are rich's own and reach the terminal; those in a text are written out.
 
-    So its file is the stream beneath `streams.Guarded`, which would write out both.
+    A str is one line, whatever values it holds: a line break in it is written out. What has several lines is made by
+    `lines`. The console's file is the stream beneath `streams.Guarded`, which would write out what is rich's own too.
     """
 
     def __init__(self, *, markup: bool = False, emoji: bool = False, **options: Any) -> None:
         super().__init__(markup=markup, emoji=emoji, **options)
+        self._written = harmless if markup else one_line  # markup: texts of ours and of typer's
 
     @property
     def file(self) -> IO[str]:
@@ -35,13 +37,33 @@ class Console(RichConsole):
         self._file = file
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(harmless(text), **options)
+        return super().render_str(self._written(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         if isinstance(renderable, Text):
             renderable = _harmless_text(renderable)
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(harmless(segment.text), segment.style)
+
+
+def lines(*parts: str, style: str = "", **options: Any) -> Text:
+    """Each part on a line of its own, and no more lines than parts."""
+    return Text("\n".join(map(one_line, parts)), style, **options)
+
+
+class Sentence:
+    """A text that begins one line at the left: where it is too long for one, the next are set in, so that no value in
+    it begins a line there.
+    """
+
+    def __init__(self, text: str, style: str = "") -> None:
+        self._text = lines(text, style=style)
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterable[Text]:
+        wrapped = self._text.wrap(console, max(options.max_width - 2, 20))
+        for line in wrapped:
+            line.rstrip()
+        yield Text("\n  ").join(wrapped)
 
 
 def _harmless_text(text: Text) -> Text:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from enum import IntEnum
 
-from finetune.text import harmless
+from finetune.text import one_line
 
 
 class ExitCode(IntEnum):
@@ -44,6 +44,10 @@ class FinetuneError(Exception):
     """Something that the user can fix; the message says where it is and what to do."""
 
     exit_code = ExitCode.BUG
+
+    def __init__(self, *lines: str) -> None:
+        """The message, a line each: a line break within one came with a value, and is written out."""
+        super().__init__("\n".join(map(one_line, lines)))
 
 
 class RecipeError(FinetuneError):
@@ -93,19 +97,25 @@ class Interrupted(Exception):
 
 
 def explain(error: BaseException) -> tuple[str, ExitCode] | None:
-    """What a command says of an error, and its exit code; None: a bug in finetune, shown with its traceback."""
+    """What a command says of an error, and its exit code; None: SystemExit, or a bug in finetune, shown with its
+    traceback.
+    """
     if isinstance(error, FinetuneError):
         return str(error), error.exit_code
+    if isinstance(error, SystemExit):
+        return None
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", ExitCode.INTERRUPTED
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller model, quantize: 4bit, or a lower train.max_length", ExitCode.MEMORY
     if isinstance(error, OSError):
-        named = harmless(str(error.filename or "output"))
+        named = one_line(str(error.filename or "output"))
         return None if error.errno is None else (f"{named}: {error.strerror}", ExitCode.DISK)
+    if type(error).__name__ == "PanicException":  # of a library in Rust, and no Exception
+        return one_line(f"the tokenizer fails ({error!s:.200}); look at the model's tokenizer.json"), ExitCode.BACKEND
     from backends.interface import BackendError, IncompatibleState, OutOfMemory
 
     codes = {
         BackendError: ExitCode.BACKEND, IncompatibleState: ExitCode.INCOMPATIBLE, OutOfMemory: ExitCode.MEMORY,
     }  # fmt: skip
-    return next(((str(error), code) for kind, code in codes.items() if isinstance(error, kind)), None)
+    return next(((one_line(str(error)), code) for kind, code in codes.items() if isinstance(error, kind)), None)

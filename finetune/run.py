@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from backends import registry
-from backends.interface import FloatArray, Session, TrainState
+from backends.interface import Session, TrainState
 from finetune import connections
 from finetune.check.show import as_text, headline
 from finetune.check.survey import as_json, survey
-from finetune.check.told import read_told
-from finetune.disk.adapter import check_base, start_from, write_adapter
-from finetune.disk.atomic import new_folder, write_file
-from finetune.disk.base_model import base_model, fingerprint
+from finetune.check.told import leaked_into, read_told
+from finetune.data.limit import limit_notes
+from finetune.disk.adapter import check_base, check_start, start_from
+from finetune.disk.adapter_check import loadings
+from finetune.disk.atomic import write_file
 from finetune.disk.checkpoint import Checkpoint, Checkpoints, load_newest
+from finetune.disk.held_out import write_held_out
 from finetune.disk.identity import check_identity, identity_of, read_identity
 from finetune.disk.lock import Lock
 from finetune.disk.metrics import MetricsFile, read
 from finetune.disk.run_folder import RunFolder, environment
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
+from finetune.evaluation.leaked import leaked_rows
 from finetune.evaluation.verdict import Watch, divergence, overfitting_verdict
-from finetune.evaluation.yardstick import bag_of_words
-from finetune.events import Event, Note, checked, result_of, stoppable
+from finetune.evaluation.yardstick import Words, bag_of_words
+from finetune.events import Event, Note, checked, stoppable
 from finetune.recipe.specs import lora_spec
+from finetune.report.facts import facts_of
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
 from finetune.training.budget import starting_tokens
-from finetune.training.job import Job
+from finetune.training.job import Job, known_validation
+from finetune.training.keep import save_adapter
 from finetune.training.loop import Trainer
 
 NOT_REPEATABLE = (
@@ -45,7 +50,8 @@ class Begun:
     trainer: Trainer
     resumed_after: int | None  # the step of the checkpoint; None: the run has done nothing yet
     base: Evaluation | None  # None where the recipe asks for none
-    check: str  # what `finetune check` found in the data, in a line
+    told: Mapping[str, Any]  # what `finetune check` found in the data
+    words: Words | None  # how good the words alone are
 
 
 class Run:
@@ -91,14 +97,17 @@ class Run:
         start = Path(job.recipe.lora.start_from) if job.recipe.lora.start_from else None
         if start:
             check_base(start, job.folder, job.recipe.model.path)
+            check_start(start, job.folder, lora_spec(job.recipe))
         folder.write_identity(identity)
         self._write_environment()
+        write_held_out(folder, job.prepared)
         folder.write_json("data.json", account_of(job.prepared))
-        check = yield from self._check_data()
+        told = yield from self._check_data()
         job.prepared.forget_records()
         session = job.open()
         self._write_environment(session)
         base = yield from self._evaluate_base(session)
+        words = bag_of_words(job.prepared, folder.words) if base else None
         trainer = Trainer(
             session=session,
             prepared=job.prepared,
@@ -111,7 +120,7 @@ class Run:
             trainer.limit_micro_batches((yield from starting_tokens(job, session)))
             if start:
                 start_from(session, start, lora_spec(job.recipe))
-        return Begun(trainer, None if saved is None else saved.state.step, base, check)
+        return Begun(trainer, None if saved is None else saved.state.step, base, told, words)
 
     def train(self, begun: Begun) -> Iterator[Event]:
         """All steps that are left; metrics.jsonl records them. Raises Interrupted, Diverged, MemoryExhausted."""
@@ -139,7 +148,7 @@ class Run:
         assert trainer.best is not None  # the validation before the first step is always a best one
         step = trainer.state.best_step
         trainer.session.set_state(TrainState(step, trainer.best, {}))
-        save_adapter(self.job, self.folder, trainer.best, trainer.session.scheme, step)
+        save_adapter(self.job, self.folder, trainer.best, trainer.session, step)
 
     def report(self, begun: Begun) -> Generator[Event, None, Report]:
         """The tuned model evaluated, and the report written. Raises Interrupted, Diverged."""
@@ -154,21 +163,26 @@ class Run:
         job, trainer = self.job, begun.trainer
         validations = tuple(trainer.state.history())
         kind = "test" if job.prepared.test else "validation"
+        events = read(self.folder.metrics)
         return Report(
             run=str(self.folder.path),
+            facts=facts_of(job.recipe, job.prepared, events),
             adapter=str(self.folder.adapter),
+            loads=loadings(self.folder.adapter, job.folder),
             backend=job.backend,
             device=trainer.session.device,
             scheme=trainer.session.scheme,
-            check=begun.check,
+            check=headline(begun.told),
             held_out=f"{len(job.prepared.held_out.examples)} {kind} rows",
             base=begun.base,
             tuned=tuned,
-            comparison=compare(begun.base, tuned, bag_of_words(job.prepared)) if begun.base else None,
+            comparison=compare(begun.base, tuned, begun.words) if begun.base else None,
+            leaked=leaked_rows(begun.base, tuned, leaked_into(begun.told, job.prepared.held_out.name)),
             overfitting=overfitting_verdict(validations),
-            divergence=divergence(read(self.folder.metrics), job.folder.vocabulary, trainer.plan.warmup),
+            divergence=divergence(events, job.folder.vocabulary, trainer.plan.warmup),
             validations=validations,
             best_step=trainer.state.best_step,
+            limited=limit_notes(job.prepared),
         )
 
     def _write_environment(self, session: Session | None = None) -> None:
@@ -205,24 +219,25 @@ class Run:
             check_identity(known, identity)
         return identity
 
-    def _check_data(self) -> Generator[Event, None, str]:
-        """`finetune check` of the run's data, in check.txt and check.json; its headline. A resumed run finds them."""
+    def _check_data(self) -> Generator[Event, None, Mapping[str, Any]]:
+        """`finetune check` of the run's data, in check.txt and check.json, which a resumed run finds."""
         job, folder = self.job, self.folder
         if told := read_told(folder.path / "check.json"):
-            return headline(told)
+            return told
         survey_of_rows = survey(job.recipe, job.prepared, job.folder, job.tokenizer)
         findings = yield from stoppable(survey_of_rows, self, "checking the data")
         write_file(folder.path / "check.txt", as_text(findings, job.tokenizer))
         values = as_json(findings, job.tokenizer)
         folder.write_json("check.json", values)  # last: it says that both are there
-        return headline(values)
+        return values
 
     def _evaluate_base(self, session: Session) -> Generator[Event, None, Evaluation | None]:
         """The base model on the held-out rows: evaluated once per run, and kept for a resumed one."""
         if not self.job.recipe.evaluate.base:
             return None
         expected = [example.answer for example in self.job.prepared.held_out.examples]
-        if saved := load_evaluation(self.folder.evaluation("base"), expected):
+        saved = load_evaluation(self.folder.evaluation("base"), expected)
+        if saved and (saved.compared == self.job.recipe.evaluate.answer or self.job.prepared.task != "generation"):
             return saved
         with base_weights(session):
             base = yield from self._evaluate(session, "base model")
@@ -233,28 +248,3 @@ class Run:
         job = self.job
         evaluation = evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, name)
         return (yield from stoppable(evaluation, self, f"evaluating the {name}"))
-
-
-def known_validation(job: Job, base: Evaluation | None) -> Evaluation | None:
-    """The validation before the first step, where the base's evaluation is of the same model and the same rows.
-
-    A resumed run reads the same figures from evaluation-base.json. A validation writes no answers.
-    """
-    if base is None or job.prepared.held_out is not job.prepared.valid or job.recipe.lora.start_from:
-        return None
-    return base if job.prepared.task == "classification" else replace(base, accuracy=None)
-
-
-def save_adapter(job: Job, run: RunFolder, tensors: Mapping[str, FloatArray], scheme: str, step: int) -> None:
-    """The adapter folder, whole or absent, with the tokenizer and template that it was trained with."""
-    base = job.recipe.model.path if not job.recipe.model.path.startswith("builtin:") else str(job.folder.path)
-    facts = {
-        "base_fingerprint": fingerprint(result_of(base_model(job.folder))),
-        "scheme": scheme,
-        "step": step,
-        "template": job.prepared.template,
-        "prompt": job.recipe.prompt.model_dump(mode="json"),
-    }
-    with new_folder(run.adapter) as folder:
-        write_adapter(folder, tensors, lora_spec(job.recipe), base, job.folder.blocks, facts)
-        job.tokenizer.save_pretrained(folder)

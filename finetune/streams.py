@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import re
 import stat
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, TextIO, cast
@@ -96,8 +98,29 @@ def showing_bars() -> Iterator[None]:
         sys.stderr = before
 
 
+class _Record(logging.LogRecord):
+    """What a library says may hold a value from a stranger's file: only its first line begins at the left."""
+
+    def getMessage(self) -> str:
+        return _set_in(super().getMessage())
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"{_set_in(f'{category.__name__}: {message}')} ({filename}:{lineno})\n"
+
+
+def _set_in(text: str) -> str:
+    return text.replace("\n", "\n  ")
+
+
 def guard() -> None:
-    """From now on what is written to `sys.stdout` and `sys.stderr` cannot command a terminal."""
+    """From now on what is written to `sys.stdout` and `sys.stderr` cannot command a terminal, and what libraries log or
+    warn of begins one line.
+    """
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = _warning
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Guarded):

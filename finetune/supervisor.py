@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,7 @@ from finetune.disk.manifest import newest_good
 from finetune.disk.weights import cut_short
 from finetune.errors import ExitCode, stopped_by
 from finetune.streams import unguarded
-from finetune.text import command_line
+from finetune.text import command_line, one_line
 
 STOPS = tuple(  # signals that ask a run to stop after its step
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -62,10 +62,20 @@ def announce_model(path: Path) -> None:
     _announce(b"model", path)
 
 
-def _announce(kind: bytes, path: Path) -> None:
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """In the child: libraries of native code read `what` now, a file that came from elsewhere."""
+    _announce(b"reading", what)
+    try:
+        yield
+    finally:
+        _announce(b"reading", "")
+
+
+def _announce(kind: bytes, what: Path | str) -> None:
     if _channel is not None:
         with suppress(OSError):
-            _channel.sendall(kind + b" " + os.fsencode(path.absolute()) + b"\0")
+            _channel.sendall(kind + b" " + os.fsencode(what if isinstance(what, str) else what.absolute()) + b"\0")
 
 
 def process_id() -> int:
@@ -83,14 +93,14 @@ def run(command: Sequence[str]) -> int:
         theirs.close()
         with _Signals(child) as asked, _awake(child.pid):
             child.wait()
-            folders = _announced(ours)
-            path, model = folders.get("run"), folders.get("model")
-            code, reason = _explain_end(child.returncode, asked.number, _oom_kills() > killed_before, model)
+            said = _announced(ours)
+            path = Path(said["run"]) if "run" in said else None
+            code, reason = _explain_end(child.returncode, asked.number, _oom_kills() > killed_before, said)
             if child.returncode < 0 and sys.stderr.isatty():
                 print("\x1b[?25h", file=unguarded(sys.stderr))  # the live screen had hidden the cursor
             if reason or code in _EXPLAINED:
                 first = f"finetune: {reason}" if reason else f"exit code {code}: {ExitCode(code).meaning}."
-                print("\n".join([first, *_what_is_left(path, code)]), file=sys.stderr)
+                print("\n".join(map(one_line, [first, *_what_is_left(path, code)])), file=sys.stderr)
     return code
 
 
@@ -157,22 +167,22 @@ def _end_when_alone(end: socket.socket) -> None:
     os._exit(1)
 
 
-def _announced(ours: socket.socket) -> dict[str, Path]:
-    """The last folder of each kind that the child named."""
+def _announced(ours: socket.socket) -> dict[str, str]:
+    """The last of each kind that the child named: "run", "model" and "reading"."""
     ours.setblocking(False)  # a process that the child left behind may hold its end open
-    folders = {}
+    said = {}
     with suppress(OSError):
         for message in ours.recv(1 << 16).split(b"\0")[:-1]:
-            kind, path = message.split(b" ", 1)
-            folders[kind.decode()] = Path(os.fsdecode(path))
-    return folders
+            kind, what = message.split(b" ", 1)
+            said[kind.decode()] = os.fsdecode(what)
+    return said
 
 
-def _explain_end(code: int, asked: int, oom_killer: bool, model: Path | None) -> tuple[int, str | None]:
+def _explain_end(code: int, asked: int, oom_killer: bool, said: Mapping[str, str]) -> tuple[int, str | None]:
     """Our exit code for the child's; and a sentence when a signal ended the child, so that it could say nothing.
 
     asked: number of the signal that the user sent, or 0. oom_killer: whether Linux killed a process for memory.
-    model: the folder whose files the child had mapped, if it said so.
+    said: what the child had announced, the folder whose files it had mapped and what it was reading among it.
     """
     if code >= 0:
         return code, None
@@ -182,7 +192,7 @@ def _explain_end(code: int, asked: int, oom_killer: bool, model: Path | None) ->
         return stopped_by(asked), f"ended at once by {name}, as you asked."
     if number in STOPS:
         return stopped_by(number), f"the training process was ended by {name}."
-    if number == signal.SIGBUS and model and (short := cut_short(model)):
+    if number == signal.SIGBUS and "model" in said and (short := cut_short(Path(said["model"]))):
         files = ", ".join(map(str, short))
         return ExitCode.INCOMPATIBLE, (
             f"a mapped file was cut short while in use: {files} (SIGBUS); exit code 8. Put the whole file back, or "
@@ -193,6 +203,9 @@ def _explain_end(code: int, asked: int, oom_killer: bool, model: Path | None) ->
         return ExitCode.DISK, f"a file grew beyond what `ulimit -f` allows (SIGXFSZ); exit code 6. {remedy}"
     if number != signal.SIGKILL:
         description = f"{name}, {signal.strsignal(number)}"
+        if file := said.get("reading"):
+            crashed = f"the training process crashed in native code ({description}) while it read {file}; exit code 8."
+            return ExitCode.INCOMPATIBLE, f"{crashed} Download the file again, or use another."
         return ExitCode.BUG, f"the training process crashed in native code ({description}); exit code 1."
     if reason := "by the system's out-of-memory killer" if oom_killer else _memory_short():
         remedy = "Close other programs, set quantize: 4bit, or lower train.micro_tokens or train.max_length."

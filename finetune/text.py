@@ -35,6 +35,11 @@ def harmless(text: str) -> str:
     return text if text.isprintable() else COMMANDS.sub(_written_out, text)
 
 
+def one_line(text: str) -> str:
+    """As `harmless`, and line breaks written out too: a value from elsewhere begins no line of its own."""
+    return harmless(text).replace("\n", "\\n")
+
+
 def _written_out(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 
@@ -48,6 +53,12 @@ def shorten(text: str, length: int) -> str:
         return line
     head = (length - 4) // 2
     return f"{line[:head]} ... {line[len(line) - (length - 5 - head) :]}"
+
+
+def from_here(text: str) -> str:
+    """The text with the paths in it as they are named from this folder: of many, its own name says nothing."""
+    here = os.getcwd().rstrip(os.sep)  # noqa: PTH109
+    return text.replace(f"{here}{os.sep}", "") if here else text
 
 
 def command_line(*words: str) -> str:

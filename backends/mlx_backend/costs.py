@@ -58,6 +58,7 @@ _GPU = replace(
     reached=0.35,  # assumed
     held=1.1,
     tokens_at_once=None,
+    width_step=64,  # MLX gives a freed buffer only to an array of nearly its size: few sizes leave less unused
     logits_at_once=2**24,  # MLX's GPUs are slow where they read the head for few positions
 )
 COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": _GPU}

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from backends.interface import Batch, Scores
-from backends.micro_batches import Rows, joined, parts, places_of, prefix_places
+from backends.micro_batches import Rows, joined, parts, places_of, prefix_places, widened
 from backends.mlx_backend.attention import TiledAttention
 from backends.mlx_backend.costs import COSTS
 from backends.mlx_backend.frozen import FrozenBlocks, frozen_blocks
@@ -43,6 +43,7 @@ class Forward:
         """`window`: the tokens that a row may have, if there is a limit."""
         costs = COSTS["cpu" if on_cpu else "gpu"]
         self.model, self.window, self._masks = model, window, masks
+        self._width_step = costs.width_step
         self._tokens_at_once = costs.tokens_at_once or sys.maxsize
         self.head = Head(model, costs.logits_at_once or sys.maxsize)
         self._attention = TiledAttention(model)
@@ -74,7 +75,7 @@ class Forward:
         tokens = sys.maxsize if longest else self._tokens_at_once  # each part would compute the prefixes again
         for rows, part in parts(batch, tokens):
             check_window(longest + part.inputs.shape[1], self.window)
-            yield rows, part
+            yield rows, widened(part, self._width_step)
 
     def entering(self, part: Batch) -> mx.array | None:
         """What the frozen blocks make of the part's rows [B, T, D]; None where all blocks are run.

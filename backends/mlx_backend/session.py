@@ -46,6 +46,7 @@ from backends.mlx_backend.generate import generate
 from backends.mlx_backend.lora import Dropout, attach
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import Tensors, adamw
+from backends.mlx_backend.tree import check_format, parts_of
 from backends.model_folder import folder_of
 from backends.sampling import check_prompts
 
@@ -74,6 +75,13 @@ def describe(device: Wanted = "auto") -> dict[str, Any]:
 
 def free_bytes(device: Wanted = "auto") -> int | None:
     return free_of(pick_device(device))
+
+
+def check(model: ModelSpec, lora: LoraSpec) -> None:
+    """Raises BackendError for a folder or targets that cannot be used, as far as config and shapes tell."""
+    folder = folder_of(model)
+    check_format(folder)
+    parts_of(folder, folder.lora_modules(lora))
 
 
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSession:
@@ -105,13 +113,13 @@ class MlxSession:
         self._optim, self._mlx_device, self._on_cpu = optim, device, on_cpu
         model, self.scheme = load(spec, dtype)
         masks = Dropout(lora.dropout, seed, self.lora_shapes)
-        self._layers = attach(model, self.lora_shapes, lora, masks)
+        self._attached = attach(model, parts_of(folder, self.lora_shapes), lora, masks)
         bridged = blas_bridge.serves(device, dtype, spec.checkpointing)
         if bridged:
             blas_bridge.connect(model)
         if spec.checkpointing:
             checkpoint_blocks(model)
-        self._forward = Forward(model, masks, on_cpu, spec.checkpointing, ignored_window(model, folder.config))
+        self._forward = Forward(model, masks, on_cpu, spec.checkpointing, ignored_window(model, folder.text_config))
         self.shares_prefixes = self._forward.shares_prefixes
         self._vocabulary = folder.vocabulary or sys.maxsize
         self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
@@ -213,8 +221,8 @@ class MlxSession:
         return self._forward.loss(self._state.step, part, entering, total)
 
     def _put_in(self, adapter: Tensors) -> None:
-        for module, layer in self._layers.items():
-            layer.lora_a, layer.lora_b = adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"]
+        for module, attached in self._attached.items():
+            attached.put(adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"])
 
 
 def _to_numpy(tensors: Tensors) -> dict[str, FloatArray]:

@@ -7,9 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from finetune.check.texts import content, everything, words
+from finetune.check.texts import everything
 from finetune.data.label_names import look_alikes
 from finetune.data.rows import Record, Split
+from finetune.data.same import content, words
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Groups
 
@@ -73,11 +74,11 @@ def telling_words(records: Sequence[Record], labels: Sequence[str]) -> dict[str,
         counts[record.answer or ""].update(set(words(content(record, labelled=True))))
     whole: Counter[str] = sum(counts.values(), Counter())
     total = whole.total()
-    common = [word for word, count in whole.items() if count >= FEWEST]
+    common = {word for word, count in whole.items() if count >= FEWEST}
     telling = {}
     for label, inside in counts.items():
         size = inside.total()
-        scored = ((_z(inside[word], size, whole[word], total), word) for word in common if inside[word])
+        scored = ((_z(inside[word], size, whole[word], total), word) for word in inside if word in common)
         best = sorted((pair for pair in scored if pair[0] >= TELLING), key=lambda pair: (-pair[0], pair[1]))
         telling[label] = [_telling(word, z, inside, whole, rows[label]) for z, word in best[:WORDS_SHOWN]]
     return telling

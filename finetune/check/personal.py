@@ -8,15 +8,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from finetune.check.phones import phone_numbers
 from finetune.text import secrets_in
 
 SHOWN = 1000  # findings kept of each kind; the count is of all
 # The lengths are bounded (64 before the @, RFC 5321), so that a long run of letters is not looked at anew from each.
 _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")
-_PHONE = re.compile(
-    r"(?<![\w.])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\)[ .-]?)?\d{2,4}(?:[ .-]\d{2,4}){1,4}(?![\w-]|\.\d)|\+\d{9,14}\b"
-)
-_DATE = re.compile(r"\d{1,4}[ .-]\d{1,2}[ .-]\d{1,4}")
 _CARD = re.compile(r"(?<![\w.+-])\d(?:[ -]?\d){12,18}(?![\w-])")
 _ASSIGNED = re.compile(r"""(?i)(?:password|passwd|secret|token|api[_-]?key)["']?\s*[:=]\s*["']?([^\s"',;]{12,})""")
 _NAMES = ("password", "passwd", "secret", "token", "api")  # of which `_ASSIGNED` needs one
@@ -57,7 +54,7 @@ def personal_data(text: str) -> Iterator[tuple[str, str]]:
     if _DIGITS.search(text):
         cards = [match for match in _CARD.finditer(text) if luhn(match[0])]
         yield from (("card number", match[0]) for match in cards)
-        yield from (("phone number", number) for number in _phones(_without(text, cards)))
+        yield from (("phone number", number) for number in phone_numbers(_without(text, cards)))
     yield from (("key or token", secret) for secret in secrets_in(text))
     lowered = text.casefold()
     if any(name in lowered for name in _NAMES):
@@ -74,14 +71,6 @@ def _without(text: str, matches: list[re.Match[str]]) -> str:
     for match in reversed(matches):
         text = text[: match.start()] + " " + text[match.end() :]
     return text
-
-
-def _phones(text: str) -> Iterator[str]:
-    """Groups of 8 to 15 digits (E.164 allows 15) that are not a date."""
-    for match in _PHONE.finditer(text):
-        digits = sum(map(str.isdigit, match[0]))
-        if 8 <= digits <= 15 and not _DATE.fullmatch(match[0]):
-            yield match[0]
 
 
 def luhn(number: str) -> bool:

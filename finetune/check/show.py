@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -16,16 +16,18 @@ from finetune.check.lengths import Lengths
 from finetune.check.personal import Personal
 from finetune.check.survey import Findings
 from finetune.check.tokens import REMEDIES, Specials, TokenCheck
-from finetune.console import Console, plain_page
+from finetune.console import Console, lines, plain_page
 from finetune.data.left_out import THINKING, TOOLS
 from finetune.data.problems import listed
 from finetune.data.tokenizer import Tokenizer
-from finetune.report.tables import account_notes, account_table, highlighted
-from finetune.text import shorten
+from finetune.report.row_tokens import highlighted
+from finetune.report.tables import account_notes, account_table
+from finetune.text import from_here, shorten
 
 SHOWN = 10  # rows of a list
 LABELS_SHOWN = 20
 BAR = 40  # characters
+WIDTH = 70  # of a line of rows
 
 
 def show(console: Console, findings: Findings, tokenizer: Tokenizer) -> None:
@@ -47,7 +49,7 @@ def sections(findings: Findings, tokenizer: Tokenizer) -> Iterator[tuple[str, Se
     yield "duplicates and leaks", _duplicates(findings.duplicates)
     if findings.balance.labels or findings.balance.groups:
         yield "balance", _balance(findings.balance, findings.label_lengths)
-    yield "enough data?", [Text(f"{findings.enough.level}: " + "\n".join(findings.enough.reasons))]
+    yield "enough data?", [lines(*_told(findings.enough.level, findings.enough.reasons))]
     yield "personal data and secrets", _personal(findings.personal)
 
 
@@ -61,17 +63,17 @@ def _table(*headings: str) -> Table:
 def _rows(findings: Findings) -> list[RenderableType]:
     prepared = findings.prepared
     parts: list[RenderableType] = [
-        Text(f"read as {prepared.format}, task {prepared.task}, template {prepared.template!r}"),
+        lines(f"read as {prepared.format}, task {prepared.task}, template {prepared.template!r}"),
         account_table(prepared),
-        *map(Text, account_notes(prepared)),
+        *map(lines, account_notes(prepared)),
     ]
     if findings.bad:
         count = len(findings.bad)
         verdict = "left out, as data.on_error says" if findings.skipped else "to be fixed"
         parts.append(Text(f"{count:,} bad row{'s' * (count > 1)}, {verdict}:", "bold red"))
-        parts.append(Text(listed(findings.bad)))
+        parts.append(lines(*listed(findings.bad)))
     if findings.broken:
-        parts.append(Text(f"to be fixed before training:\n{listed(findings.broken)}", "bold red"))
+        parts.append(lines("to be fixed before training:", *listed(findings.broken), style="bold red"))
     return parts
 
 
@@ -79,8 +81,8 @@ def _training(findings: Findings, tokenizer: Tokenizer) -> list[RenderableType]:
     parts: list[RenderableType] = []
     for sample in findings.samples:
         last = sample.tokens[sample.weights > 0][-1:].tolist()
-        title = f"{sample.location}; supervised tokens in brackets, the last is {tokenizer.decode(last)!r}"
-        parts += [Text(title, "bold"), highlighted(sample, tokenizer)]
+        title = f"{from_here(sample.location)}; supervised tokens in brackets, the last is {tokenizer.decode(last)!r}"
+        parts += [lines(title, style="bold"), highlighted(sample, tokenizer)]
     return [*parts, _verdict(findings.tokens), *_specials(findings.specials)]
 
 
@@ -92,11 +94,10 @@ def _verdict(checked: TokenCheck) -> Text:
         rows = _counted(checked.rows)
         text = f"checked {rows}: every row has a supervised answer, {end}, one begin token, and its prompt matches"
         return Text(text + apart, "green")
-    lines = [
-        f"{len(locations):,} of {checked.rows:,} rows: {kind}; {REMEDIES[kind]}\n{_first(locations)}"
-        for kind, locations in faults.items()
-    ]
-    return Text("\n".join(lines), "bold red")
+    texts: list[str] = []
+    for kind, locations in faults.items():
+        texts += [f"{len(locations):,} of {checked.rows:,} rows: {kind}; {REMEDIES[kind]}", *_first(locations)]
+    return lines(*texts, style="bold red")
 
 
 def _specials(specials: Specials) -> list[RenderableType]:
@@ -107,8 +108,8 @@ def _specials(specials: Specials) -> list[RenderableType]:
     rows, where = _counted(len(specials.locations)), _first(specials.locations)
     text = f"special tokens written out in {rows}: {tokens}; the tokenizer reads them as special"
     if specials.meant:
-        return [Text(f"{text}, as plain text may want it\n{where}")]
-    return [Text(f"{text}, not as words: take them out, or write them otherwise\n{where}", "yellow")]
+        return [lines(f"{text}, as plain text may want it", *where)]
+    return [lines(f"{text}, not as words: take them out, or write them otherwise", *where, style="yellow")]
 
 
 def _rows_of(rows: Sequence[object]) -> str:
@@ -119,9 +120,17 @@ def _counted(rows: int) -> str:
     return f"{rows:,} row{'s' * (rows != 1)}"
 
 
-def _first(rows: Sequence[str]) -> str:
-    more = f", and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
-    return "  " + ", ".join(rows[:SHOWN]) + more
+def _told(level: str, reasons: Sequence[str]) -> list[str]:
+    return [f"{level}: {reasons[0]}", *reasons[1:]]
+
+
+def _first(rows: Sequence[str]) -> list[str]:
+    """Lines: locations side by side; what is longer, a line each."""
+    shown = [from_here(row) for row in rows[:SHOWN]]
+    shown += [f"and {len(rows) - SHOWN:,} more"] * (len(rows) > SHOWN)
+    if sum(map(len, shown)) < WIDTH:
+        return ["  " + ", ".join(shown)]
+    return [f"  {row}" for row in shown]
 
 
 def _lengths(lengths: Lengths) -> list[RenderableType]:
@@ -139,7 +148,8 @@ def _lengths(lengths: Lengths) -> list[RenderableType]:
         ("dropped", [f"{location} ({reason})" for location, reason in lengths.dropped]),
     ):
         if rows:
-            parts.append(Text(f"{_counted(len(rows))} {what} at train.max_length {lengths.max_length}\n{_first(rows)}"))
+            text = f"{_counted(len(rows))} {what} at train.max_length {lengths.max_length}"
+            parts.append(lines(text, *_first(rows)))
     naive = f"{lengths.padding_naive:.1%} in batches in the file's order"
     return [*parts, Text(f"padding: {lengths.padding:.1%} of the positions; {naive}")]
 
@@ -152,14 +162,14 @@ def _duplicates(duplicates: Duplicates) -> list[RenderableType]:
                 f"{pair.location} and {pair.other}" + (f" ({pair.similarity:.0%})" if pair.similarity < 1 else "")
                 for pair in pairs
             ]
-            parts.append(Text(f"repeated: {_counted(len(rows))} of train {what} an earlier one\n{_first(rows)}"))
+            parts.append(lines(f"repeated: {_counted(len(rows))} of train {what} an earlier one", *_first(rows)))
     if duplicates.leaks:
         rows = [
             f"{split} {pair.location} is in {other}: {pair.other} ({pair.similarity:.0%})"
             for split, other, pair in duplicates.leaks
         ]
         text = f"leaked: {_counted(len(rows))} held out; take them out of one side, or the figures flatter"
-        parts.append(Text(f"{text}\n{_first(rows)}", "bold red"))
+        parts.append(lines(text, *_first(rows), style="bold red"))
     return parts or [Text("none", "green")]
 
 
@@ -169,17 +179,17 @@ def _balance(balance: Balance, lengths: dict[str, float]) -> list[RenderableType
         parts.append(_labels(balance, lengths))
     if balance.alike:
         train = balance.labels["train"]
-        lines = (
-            ", ".join(f"{label!r} ({train.get(label, 0):,})" for label in group) for group in balance.alike[:SHOWN]
-        )
-        shown = "\n  ".join(lines)
+        shown = [
+            "  " + ", ".join(f"{label!r} ({train.get(label, 0):,})" for label in group)
+            for group in balance.alike[:SHOWN]
+        ]
         text = "labels that look alike: where they mean one, write them in one way; now each is a label of its own"
-        parts.append(Text(f"{text}\n  {shown}", "yellow"))
+        parts.append(lines(text, *shown, style="yellow"))
     if balance.contradictions:
         rows = [" and ".join(f"{location} {label}" for location, label in same[:4]) for same in balance.contradictions]
         texts = f"{len(rows):,} text{'s' * (len(rows) > 1)}"
-        text = f"contradictory: {texts} under different labels; decide which is right\n{_first(rows)}"
-        parts.append(Text(text, "bold red"))
+        text = f"contradictory: {texts} under different labels; decide which is right"
+        parts.append(lines(text, *_first(rows), style="bold red"))
     if balance.groups:
         parts.append(_groups(balance))
     return parts
@@ -195,7 +205,7 @@ def _labels(balance: Balance, lengths: dict[str, float]) -> Table:
             f"{'!' * word.alone}{word.word} {word.rows}/{word.elsewhere}" for word in balance.words.get(label, ())
         )
         counts = (f"{balance.labels[split].get(label, 0):,}" for split in splits)
-        table.add_row(Text(shorten(label, 40)), *counts, f"{lengths.get(label, 0):g}", Text(", ".join(telling)))
+        table.add_row(lines(shorten(label, 40)), *counts, f"{lengths.get(label, 0):g}", lines(", ".join(telling)))
     if len(train) > LABELS_SHOWN:
         table.caption = f"the {LABELS_SHOWN} commonest of {len(train)} labels"
     return table
@@ -206,7 +216,7 @@ def _groups(balance: Balance) -> Table:
     table = _table("group", "rows", "share", *(Text(shorten(label, 20)).plain for label in labels))
     for name, group in balance.groups.items():
         shares = (f"{group.labels.get(label, 0) / max(group.rows, 1):.0%}" for label in labels)
-        table.add_row(Text(shorten(name, 40)), f"{group.rows:,}", f"{group.share:.1%}", *shares)
+        table.add_row(lines(shorten(name, 40)), f"{group.rows:,}", f"{group.share:.1%}", *shares)
     return table
 
 
@@ -215,19 +225,19 @@ def _personal(personal: Personal) -> list[RenderableType]:
         return [
             Text("none of the kinds looked for: e-mail addresses, phone and card numbers, keys and tokens", "green")
         ]
-    lines = []
+    texts: list[str] = []
     for kind, finding in personal.kinds.items():
         shown = [f"{location} {value}" for location, value in finding.shown]
-        lines.append(f"{kind}: {finding.count:,} in {_counted(finding.rows)}\n{_first(shown)}")
-    return [Text("\n".join(lines), "yellow")]
+        texts += [f"{kind}: {finding.count:,} in {_counted(finding.rows)}", *_first(shown)]
+    return [lines(*texts, style="yellow")]
 
 
-def _left_out(values: dict[str, Any], field: str) -> int:
+def _left_out(values: Mapping[str, Any], field: str) -> int:
     """Rows of all splits. A check.json of an earlier version has none."""
     return sum(split.get("left_out_fields", {}).get(field, 0) for split in values["splits"].values())
 
 
-def headline(values: dict[str, Any]) -> str:
+def headline(values: Mapping[str, Any]) -> str:
     """One line of what `as_json` gave, for the end of a run."""
     pairs, specials = values["duplicates"], values["special_tokens"]
     counts = {

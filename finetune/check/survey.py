@@ -70,7 +70,7 @@ def survey(
     if not prepared.train.examples:
         lost = [problem for split in prepared.splits for problem in (*split.left_out, *split.too_long)]
         remedy = "fix its rows, add some, or raise train.max_length"
-        raise DataError(f"{recipe.data.train}: no row can be trained on; {remedy}\n{listed(lost)}")
+        raise DataError(f"{recipe.data.train}: no row can be trained on; {remedy}", *listed(lost))
     personal, specials = yield from _words(prepared, tokenizer)
     tokens = yield from check_tokens(prepared, tokenizer, recipe.prompt.end_token, folder.vocabulary)
     duplicates = yield from find_duplicates(prepared.splits, bool(prepared.labels))

@@ -1,28 +1,10 @@
-"""The words of a record, as people compare them."""
+"""All text of a record, for those who look for something in it."""
 
 from __future__ import annotations
 
-import re
-
 from finetune.data.messages import THOUGHTS
 from finetune.data.rows import Record, Renderer
-
-_WORD = re.compile(r"\w+(?:'\w+)?")
-
-
-def asked(record: Record) -> str:
-    """What a model is given: without the answer, and without the system message that many rows share."""
-    if not record.messages:
-        return record.key.replace("\0", "\n")
-    last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
-    return "\n".join(one["content"] for one in record.messages[:last] if one["role"] != "system")
-
-
-def content(record: Record, labelled: bool) -> str:
-    """The question and, unless it is a label, its answer."""
-    if record.messages:
-        return "\n".join(one["content"] for one in record.messages if one["role"] != "system")
-    return asked(record) if labelled or record.answer is None else f"{asked(record)}\n{record.answer}"
+from finetune.data.same import content
 
 
 def everything(record: Record) -> str:
@@ -43,7 +25,3 @@ def written(record: Record, renderer: Renderer) -> str:
 def _before(record: Record) -> list[str]:
     """The system text and the earlier turns beside a question."""
     return [text for text in (record.system, *(said for turn in record.history for said in turn)) if text]
-
-
-def words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,16 @@ from pydantic import BaseModel, Field
 from finetune.disk.run_files import read_json
 
 
+class _Leak(BaseModel):
+    split: str
+    other_split: str
+    location: str = Field(alias="place")
+
+
 class _Pairs(BaseModel):
     exact: list[Any]
     near: list[Any]
-    leaks: list[Any]
+    leaks: list[_Leak]
 
 
 class _Kind(BaseModel):
@@ -43,7 +50,13 @@ class _Told(BaseModel):
     enough: _Enough
 
 
+def leaked_into(told: Mapping[str, Any], split: str) -> frozenset[str]:
+    """The locations of a split's rows that stand in the training rows too. told: of `read_told`, or what it reads."""
+    leaks = told["duplicates"]["leaks"]
+    return frozenset(leak["place"] for leak in leaks if (leak["split"], leak["other_split"]) == (split, "train"))
+
+
 def read_told(file: Path) -> dict[str, Any] | None:
     """What `finetune.check.show.headline` needs; None where there is no such file. Raises Incompatible."""
     told = read_json(file, _Told, "delete it, and the data are checked again", extra="ignore")
-    return None if told is None else told.model_dump()
+    return None if told is None else told.model_dump(by_alias=True)

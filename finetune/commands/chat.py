@@ -22,8 +22,10 @@ from finetune.disk.identity import clock_of
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import DataError
 from finetune.recipe.schema import Recipe
-from finetune.text import harmless
-from finetune.training.job import set_up
+from finetune.text import one_line
+from finetune.training.job import room_for_answer, set_up
+
+_MOST = 16 * 2**20  # bytes of a file of tools
 
 
 class Speaker:
@@ -36,9 +38,9 @@ class Speaker:
         given = replace(given, columns=with_both_names(given.columns, recipe.data.columns))
         self.beside, shared = completed(given, needed(recipe) if always is None else always)
         if shared:
-            print(f"{harmless(', '.join(shared))}: as in all training rows", file=sys.stderr)
+            print(f"{one_line(', '.join(shared))}: as in all training rows", file=sys.stderr)
         adapter = read_adapter(run.adapter)
-        setup = set_up(recipe, run.path)
+        self.setup = setup = set_up(recipe, run.path)
         check_base(run.adapter, setup.folder)
         self.tokenizer, self.stop = setup.tokenizer, stop_tokens(setup.tokenizer)
         self.session: Session = setup.session(registry.choose(backend or recipe.backend))
@@ -50,6 +52,7 @@ class Speaker:
         return question_tokens(self.recipe, self.tokenizer, messages, self.clock, self.beside)
 
     def answer(self, prompt: list[int], max_tokens: int, temperature: float, seed: int) -> str:
+        max_tokens = room_for_answer(self.setup, len(prompt), max_tokens)
         written = self.session.generate([prompt], max_tokens, self.stop, temperature, seed)[0]
         return answer_text(self.tokenizer, written, self.stop)
 
@@ -82,6 +85,10 @@ def beside(columns: Sequence[str], system: str | None, tools: Path | None) -> Be
 
 def _tools(file: Path) -> tuple[Any, ...]:
     try:
+        if file.exists() and not file.is_file():  # a pipe would keep us waiting
+            raise DataError(f"{file}: not an ordinary file; write the tools into one")
+        if file.stat().st_size > _MOST:
+            raise DataError(f"{file}: {file.stat().st_size:,} bytes, and {_MOST:,} are the most for tools")
         tools = read_tools({"tools": file.read_text(encoding="utf-8-sig")}, {})
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: {getattr(error, 'strerror', None) or error}") from None
@@ -103,7 +110,7 @@ def _talk(speaker: Speaker, title: str, temperature: float, max_tokens: int) -> 
         messages.append({"role": "assistant", "content": answer})
         if not _keeps_turns(speaker.recipe):
             messages.clear()
-        console.print(answer)
+        console.print(Text(answer))  # all of it is the model's, so it may have lines
 
 
 def _keeps_turns(recipe: Recipe) -> bool:

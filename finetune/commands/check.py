@@ -16,11 +16,11 @@ from finetune.errors import DataError
 from finetune.events import Progress
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
-from finetune.training.job import Setup, set_up
+from finetune.training.job import Setup, refuse_unfit, set_up
 
 
 def run(recipe: Recipe, json_file: Path | None) -> None:
-    """Raises DataError, after everything is shown, where rows must be fixed."""
+    """Raises DataError, after everything is shown, where rows must be fixed, or as `refuse_unfit` does."""
     setup = set_up(recipe)
     findings = with_progress(_look(setup))
     show(Console(), findings, setup.tokenizer)
@@ -31,6 +31,7 @@ def run(recipe: Recipe, json_file: Path | None) -> None:
         skip = "" if findings.skipped or not findings.bad else "; or leave bad rows out with data.on_error: skip"
         count = findings.faults
         raise DataError(f"{count:,} fault{'s' * (count > 1)} to fix before training{skip}")
+    refuse_unfit(setup, findings.prepared)
 
 
 def _look(setup: Setup) -> Generator[Progress, None, Findings]:

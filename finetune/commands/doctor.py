@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from rich.table import Table
-from rich.text import Text
 
 from backends import registry
 from backends.interface import Wanted
-from finetune.console import Console
+from finetune.console import Console, lines
 from finetune.errors import EnvironmentProblem
 
 
-def described(name: str, device: Wanted = "auto") -> str:
-    """A usable backend's device, abilities and library versions, on one line; and why a card is not used."""
+def described(name: str, device: Wanted = "auto") -> list[str]:
+    """A usable backend's device, abilities and library versions, on one line; on another, why a card is not used."""
     facts = registry.describe(name, device)
     abilities = {"4-bit": facts["4bit"], "activation recomputation": facts["checkpointing"]}
     words = [f"{ability}: {'yes' if able else 'no'}" for ability, able in abilities.items()]
     versions = ", ".join(f"{library} {version}" for library, version in facts["versions"].items())
     unused = registry.unused_accelerator(name, device)
-    return "; ".join([facts["device"], *words, versions]) + (f"\n{unused}" if unused else "")
+    return ["; ".join([facts["device"], *words, versions]), *([unused] if unused else [])]
 
 
 def run() -> None:
@@ -28,15 +27,15 @@ def run() -> None:
         table.add_column(heading, overflow="fold")
     reasons = {name: registry.probe(name) for name in registry.NAMES}
     for name, reason in reasons.items():
-        table.add_row(name, "no" if reason else "yes", Text(reason or _with_shortcuts(name)))
+        table.add_row(name, "no" if reason else "yes", lines(*([reason] if reason else _with_shortcuts(name))))
     Console().print(table)
     if all(reasons[name] for name in registry.automatic()):
         raise EnvironmentProblem("no backend works here; the table says why")
 
 
-def _with_shortcuts(name: str) -> str:
+def _with_shortcuts(name: str) -> list[str]:
     """And the shortcuts that it has. Whether they work for a model is tested when that model is opened."""
     shortcuts = ", ".join(registry.shortcuts(name))
     if not shortcuts:
         return described(name)
-    return f"{described(name)}\nshortcuts, where a model allows them (a run's own: environment.json): {shortcuts}"
+    return [*described(name), f"shortcuts, where a model allows them (a run's own: environment.json): {shortcuts}"]

@@ -13,16 +13,18 @@ from typing import NamedTuple
 
 from finetune.data.formats import REQUIRED, recognise
 from finetune.data.guess import by_content, headerless
-from finetune.data.label_names import Spellings, find_labels, labels_in, respelt
+from finetune.data.label_names import Spellings, find_labels, labels_in, refuse_many, respelt
 from finetune.data.preferences import refuse_preferences
 from finetune.data.problems import BadSource, refuse_rows
 from finetune.data.read import read
 from finetune.data.records import read_records
 from finetune.data.rows import Row, Rows
+from finetune.data.sources import SplitName, files_of, held_out_sources
 from finetune.disk.atomic import write_file
 from finetune.errors import RecipeError
 from finetune.recipe.load import parse_recipe
 from finetune.recipe.names import BUILTIN, local
+from finetune.recipe.schema import Data
 from finetune.text import shorten
 
 _WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "~", ".inf", ".nan")  # not text to YAML
@@ -36,9 +38,7 @@ model:
 
 data:
   train: {train}
-  # valid: valid.jsonl      # without it, a tenth of train is set apart (seeded{stratified})
-  # test: test.jsonl        # rows for the final figures; without it the validation rows serve
-  format: {format}
+{held_out}  format: {format}
 {columns}
 prompt:
   template: {template}
@@ -108,6 +108,7 @@ def _look(source: Rows, given: Mapping[str, str]) -> Look:
     labels: Mapping[str, int] = {}
     if layout.name == "classification":
         column = layout.columns["label"]
+        refuse_many(source.rows, column)
         source = respelt(source, column, Spellings(labels_in(source.rows, column)))
     records, bad = read_records(source.rows, layout)
     refuse_rows(bad)
@@ -134,13 +135,27 @@ def _recipe(rows: Sequence[Row], look: Look, data: str, output: Path, model: str
         output=shlex.quote(shorten(str(output), 200)),
         model=_written(model),
         train=_written(train),
-        stratified=", stratified by label" if look.labels else "",
+        held_out=_held_out(data, bool(look.labels)),
         columns=_columns(rows, look),
         template="chat" if look.format in ("chat", "sharegpt") else "auto",
         rate="       # for small models 1e-3 is a better start" if model.startswith(BUILTIN) else "",
         max_length=next((size for size in (128, 256, 512, 1024, 2048) if 2 * words < size), 4096),
         longest=words,
     )
+
+
+def _held_out(data: str, stratified: bool) -> str:
+    """What validation and test will be: a folder's own files, or what their keys change."""
+    how = "seeded, stratified by label" if stratified else "seeded"
+    lines: dict[SplitName, str] = {
+        "valid": f"valid: valid.jsonl      # without it, a tenth of train is set apart ({how})",
+        "test": "test: test.jsonl        # rows for the final figures; without it the validation rows serve",
+    }
+    for split, source in held_out_sources(Data(train=data), Path.cwd()).items():
+        files = files_of(source, Path.cwd(), split)
+        names = ", ".join(shorten(file.name, 40) for file in files.paths[:3]) if files else source
+        lines[split] = f"{split}: {names}, which the folder has; `{split}:` names another file"
+    return "".join(f"  # {line}\n" for line in lines.values())
 
 
 def _told(rows: Sequence[Row], look: Look, output: str) -> str:

@@ -16,7 +16,7 @@ from backends import registry
 from backends.interface import BackendError
 from backends.model_folder import ModelFolder
 from finetune.commands.doctor import described
-from finetune.console import Console
+from finetune.console import Console, lines
 from finetune.data.clock import now
 from finetune.data.collate import collate, micro_batches, step_indices
 from finetune.data.prepare import prepare
@@ -27,10 +27,11 @@ from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec
 from finetune.report.live_screen import with_progress
-from finetune.report.tables import account_notes, account_table, highlighted
-from finetune.text import duration
+from finetune.report.row_tokens import highlighted
+from finetune.report.tables import account_notes, account_table
+from finetune.text import duration, from_here
 from finetune.training.budget import Forecast, forecast_here, forecast_on, workload
-from finetune.training.job import set_up
+from finetune.training.job import beyond_context, refuse_unfit, set_up
 
 
 def run(recipe: Recipe, compare: bool) -> None:
@@ -40,15 +41,25 @@ def run(recipe: Recipe, compare: bool) -> None:
     console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
     setup = set_up(recipe)
     folder, tokenizer = setup.folder, setup.tokenizer
+    try:
+        backend = registry.choose(recipe.backend)
+    except BackendError:  # the table of backends says why
+        pass
+    else:
+        setup.check_backend(backend)
     prepared = with_progress(prepare(recipe, tokenizer, base=None, clock=now()))
     refuse(prepared, recipe)
+    refuse_unfit(setup, prepared)
     console.rule("data, as they will be trained on")
     console.print(account_table(prepared))
-    for note in account_notes(prepared):
-        console.print(note)
+    for note in (*folder.notes, *account_notes(prepared)):
+        console.print(note, soft_wrap=True)
+    if beyond := beyond_context(folder, prepared):
+        console.print(beyond, soft_wrap=True)
     console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")
     for example in prepared.train.examples[:2]:
-        console.print(f"\n{example.location}; supervised tokens are marked:")
+        console.print()
+        console.print(f"{from_here(example.location)}; supervised tokens are marked:", soft_wrap=True)
         console.print(highlighted(example, tokenizer))
     console.rule("work")
     console.print(steps_table(recipe, len(prepared.train.examples), prepared.train.examples))
@@ -94,7 +105,7 @@ def forecast(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -
     forecasts |= {machine.name: forecast_on(machine, work, backend, asked) for backend, machine in registry.machines()}
     yield _forecast_table(forecasts)
     rates = ". ".join(f"{name}: {found.rate}" for name, found in forecasts.items())
-    yield Text(
+    yield lines(
         "Times are for training alone. Those of other machines are estimates from their makers' rates of matrix "
         f"products and an assumed share of them; none was measured. {rates}.",
         style="dim",
@@ -112,7 +123,7 @@ def _forecast_table(forecasts: Mapping[str, Forecast]) -> Table:
     for name, found in forecasts.items():
         memory = "?" if found.memory is None else f"{found.memory / 1e9:.1f} GB"
         peak, time = f"{found.needed.peak / 1e9:.2f} GB", duration(found.seconds)
-        table.add_row(Text(name), peak, memory, marks[found.fits], f"{found.tokens:,}", time)
+        table.add_row(lines(name), peak, memory, marks[found.fits], f"{found.tokens:,}", time)
     return table
 
 
@@ -125,13 +136,13 @@ def backends_table(recipe: Recipe) -> Table:
     for name in registry.NAMES:
         reason = registry.probe(name)
         if reason is None:
-            facts = described(name, recipe.device)
+            first, *more = described(name, recipe.device)
             scheme = registry.four_bit(name)
             packed = f"weights in {scheme}" if scheme else "no 4-bit"
             weights = "weights as they are" if recipe.quantize == "none" else packed
-            table.add_row(name, "chosen" if name == chosen else "works", Text(f"{weights}; {facts}"))
+            table.add_row(name, "chosen" if name == chosen else "works", lines(f"{weights}; {first}", *more))
         else:
-            table.add_row(name, "no", Text(reason))
+            table.add_row(name, "no", lines(reason))
     return table
 
 

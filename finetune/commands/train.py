@@ -19,7 +19,7 @@ from finetune.report.report import Report
 from finetune.report.summary import print_account, print_report
 from finetune.run import Run
 from finetune.supervisor import announce_model, announce_run, listened_to, process_id
-from finetune.text import command_line
+from finetune.text import command_line, one_line
 from finetune.training.job import making_ready, refuse_unused_accelerator
 
 
@@ -82,7 +82,7 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
             print_report(report)
         except (Interrupted, KeyboardInterrupt) as end:
             remedy = f"; resume with: {command_line('finetune', 'resume', str(folder.path))}" if folder else ""
-            print(f"{str(end) or 'stopped at once'}{remedy}", file=sys.stderr)
+            print(one_line(f"{str(end) or 'stopped at once'}{remedy}"), file=sys.stderr)
             sys.exit(stopped_by(stop.signal or signal.SIGINT))
 
 
@@ -90,7 +90,7 @@ def _finished(run: RunFolder) -> bool:
     """Whether there is nothing left to do, which is said."""
     if not run.report.exists():
         return False
-    print(f"{run.path}: this run is finished; its report is {run.path / 'report.txt'}")
+    print(one_line(f"{run.path}: this run is finished; its report is {run.path / 'report.txt'}"))
     return True
 
 

@@ -12,18 +12,30 @@ from finetune.data.problems import BadSource
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UNFIT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 _MARKS = re.compile("^\ufeff+", re.MULTILINE)
-_ESCAPED = 0xDC00  # a byte that is not UTF-8 is held as this plus the byte, a lone surrogate
 
 
-def decode(raw: bytes, file: str) -> str:
-    """UTF-8 text without its byte order mark; invalid bytes are kept as lone surrogates.
+def decode(raw: bytes, file: str, encoding: str | None = None) -> str:
+    """The text without its byte order mark; invalid bytes are kept as lone surrogates, U+DC00 plus the byte.
 
-    Raises BadSource for UTF-16.
+    encoding: UTF-8 without one. Raises BadSource for UTF-16 that is not named, and for a file that is not `encoding`.
     """
+    if encoding is not None:
+        try:
+            return raw.decode(encoding, "surrogateescape").removeprefix("\ufeff")
+        except UnicodeError as error:
+            raise BadSource(f"{file}:1", f"the file is not {encoding} ({error}); correct data.encoding") from None
     if raw.startswith(_UTF16) or (b"\x00" in raw[:64] and raw[:64].count(b"\x00") * 3 >= len(raw[:64])):
-        marked = "" if raw.startswith(_UTF16) else "BE" if raw[0] == 0 else "LE"
-        raise BadSource(f"{file}:1", f"the file is UTF-16; save it as UTF-8: {_convert(file, f'UTF-16{marked}')}")
+        name = "UTF-16" + ("" if raw.startswith(_UTF16) else "BE" if raw[0] == 0 else "LE")
+        remedy = f"save it as UTF-8: {conversion(file, name)}, or set data.encoding: {name.lower()}"
+        raise BadSource(f"{file}:1", f"the file is UTF-16; {remedy}")
     return raw.decode("utf-8-sig", "surrogateescape")
+
+
+def conversion(file: str, encoding: str) -> str:
+    """The command that writes the file anew as UTF-8, beside itself."""
+    path = PurePath(file)
+    to = path.with_name(f"{path.stem}.utf8{path.suffix}")
+    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(file)} > {shlex.quote(str(to))}"
 
 
 def without_marks(text: str) -> tuple[str, list[str]]:
@@ -32,43 +44,6 @@ def without_marks(text: str) -> tuple[str, list[str]]:
         return text, []
     text, count = _MARKS.subn("", text)
     return text, [f"{count} byte order marks (U+FEFF) taken off the start of lines"] if count else []
-
-
-def _convert(file: str, encoding: str) -> str:
-    """The command that writes the file anew, beside itself."""
-    path = PurePath(file)
-    to = path.with_name(f"{path.stem}.utf8{path.suffix}")
-    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(file)} > {shlex.quote(str(to))}"
-
-
-def bad_byte(text: str, file: str) -> str | None:
-    """What is wrong with the first byte that was not UTF-8; None where all were. Only for text from `decode`."""
-    if text.isascii():
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        byte = ord(text[error.start]) - _ESCAPED
-        return (
-            f"byte 0x{byte:02x} is not UTF-8{_meant(byte)}; "
-            f"save the file as UTF-8; if all of it is Latin-1 or Windows-1252: {_convert(file, 'CP1252')}"
-        )
-    return None
-
-
-def _meant(byte: int) -> str:
-    """The character that the byte is in Windows-1252, the superset of Latin-1 that files really hold."""
-    char = bytes([byte]).decode("cp1252", "replace")
-    return "" if char == "\ufffd" else f" (in Latin-1 or Windows-1252 it is {char})"
-
-
-def refuse_bad_bytes(text: str, file: str) -> None:
-    """Raises BadSource at the first byte that is not UTF-8, in files whose rows are not lines."""
-    if bad_byte(text, file) is None:
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if reason := bad_byte(line, file):
-            raise BadSource(f"{file}:{number}", reason)
 
 
 def unusual(raw: bytes) -> list[str]:

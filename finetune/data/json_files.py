@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import PurePath
 from typing import Any
 
-from finetune.data.encoding import bad_byte, refuse_bad_bytes
 from finetune.data.json_shapes import key_of_rows
 from finetune.data.problems import BadSource
 from finetune.data.rows import Problem, Row
@@ -52,11 +51,9 @@ def _parse(text: str, start: int, file: str) -> Parsed:
     named_json = ".json" in PurePath(file.lower()).suffixes
     if not _is_lines(text):
         if text[start] == "[" and not _is_line_of_values(text, start):
-            refuse_bad_bytes(text, file)
             notes = [] if named_json else ["one JSON array, not JSON Lines"]
             return (*_collect(_array(text, start + 1, file), file), notes)
         if _spans_lines(text, start):
-            refuse_bad_bytes(text, file)
             return (*_collect(_stream(text, start, file), file), ["JSON objects that span lines, not JSON Lines"])
     return _lines(text, file, ["JSON Lines, not one JSON value"] if named_json and "\n" in text.strip() else [])
 
@@ -199,8 +196,6 @@ def _lines(text: str, file: str, notes: list[str]) -> Parsed:
     for number, line in enumerate(_split_lines(text), 1):
         if not line:
             blank += 1
-        elif reason := bad_byte(line, file):
-            bad.append((f"{file}:{number}", reason))
         else:
             _read_line(line, number, file, rows, bad)
     return rows, bad, [*notes, f"{blank} blank lines left out"] if blank else notes

@@ -14,6 +14,8 @@ from finetune.data.rows import Problem, Record, Row, Rows
 
 Labels = tuple[str, ...]
 
+MOST = 4096  # labels; with more, what is kept of how they are confused outgrows the memory
+OWN = 100  # labels, from which most rows may not have one of their own
 _UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u200e\u200f\u2060\ufeff"))  # no width, and no part in how text is joined
 _FAINT = _UNSEEN | dict.fromkeys(map(ord, "\u200c\u200d\ufe0e\ufe0f"))  # joiners, and the choice of a picture
 
@@ -29,6 +31,20 @@ def find_labels(records: Sequence[Record], given: Sequence[str] | None) -> Label
         shown = ", ".join(labels) or "none"
         raise BadSource(location, f"classification needs two different labels, and there is {shown}")
     return labels
+
+
+def refuse_many(rows: Sequence[Row], column: str) -> None:
+    """Raises BadSource where so many rows have a label of their own that there is nothing to choose between."""
+    labels = (row.fields.get(column) for row in rows)
+    count = len({str(label).strip() for label in labels if isinstance(label, (str, int, float))})
+    own = count > OWN and count > len(rows) / 2
+    if own or count > MOST:
+        why = "nearly every row has its own" if own else f"{MOST:,} are the most"
+        raise BadSource(
+            rows[0].location,
+            f"{count:,} different labels in {len(rows):,} rows: {why}; where the column holds answers, write its "
+            "rows as prompt and completion (data.format: prompt, data.columns), else name another column as label",
+        )
 
 
 def _rank(label: str) -> tuple[bool, int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -30,19 +31,17 @@ def label_tokens(
         start = len(example) if example.answer_start is None else example.answer_start
         bare.append(tuple(example.tokens[start : example.answer_end].tolist()))
         ended.append(tuple(example.tokens[start:].tolist()))
-    for a, first in enumerate(bare):
-        for b, second in enumerate(bare):
-            if a == b or second[: len(first)] != first:
-                continue
-            if first == second:
-                raise RecipeError(
-                    f"labels {labels[a]!r} and {labels[b]!r} are the same tokens to the model; rename one"
-                )
-            if ended[a] == bare[a]:
-                raise RecipeError(
-                    f"label {labels[b]!r} begins with label {labels[a]!r}; set prompt.end_token: true, or rename one"
-                )
-            return tuple(ended), tuple(bare)
+    order = sorted(range(len(labels)), key=lambda i: (bare[i], i))
+    for a, b in pairwise(order):  # of all that begin with a label the first stands next to it
+        if bare[b][: len(bare[a])] != bare[a]:
+            continue
+        if bare[a] == bare[b]:
+            raise RecipeError(f"labels {labels[a]!r} and {labels[b]!r} are the same tokens to the model; rename one")
+        if ended[a] == bare[a]:
+            raise RecipeError(
+                f"label {labels[b]!r} begins with label {labels[a]!r}; set prompt.end_token: true, or rename one"
+            )
+        return tuple(ended), tuple(bare)
     return tuple(bare), tuple(bare)
 
 

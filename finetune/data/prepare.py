@@ -5,18 +5,20 @@ One pipeline for `train`, `eval`, `plan` and `check`: each source is read once, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from finetune.data.formats import Layout, recognise
-from finetune.data.label_names import Labels, Spellings, find_labels, labels_in, respelt, unknown_labels
+from finetune.data.label_names import Labels, Spellings, find_labels, labels_in, refuse_many, respelt, unknown_labels
+from finetune.data.limit import limited
 from finetune.data.problems import BadSource, refuse_rows
 from finetune.data.read import read
 from finetune.data.records import read_records
 from finetune.data.renderers import make_renderer
 from finetune.data.rows import Prepared, Problem, Rows, Split, Task
+from finetune.data.sides import WORDS, part
 from finetune.data.sources import held_out_sources
 from finetune.data.split import set_apart
 from finetune.data.tokenizer import Tokenizer, stop_tokens
@@ -34,16 +36,18 @@ def prepare(
     base: Path | None,
     clock: datetime | None = None,
     labels: Labels | None = None,
+    parting: str | None = WORDS,
 ) -> Generator[Progress, None, Prepared]:
     """Read, check, render, tokenise and fit all rows of a recipe. `problems.refuse` says whether they are sound.
 
     base: the folder that relative paths start from; None where all are absolute. clock: the time of the run, for chat
     templates that write it; without one they ask the machine. labels: those of a run, empty where it has none; then
-    only the rows of data.test are read, to be measured. Raises DataError only where the training file as a whole cannot
+    only the rows of data.test are read, to be measured. parting: how validation rows are set apart; None: as in runs
+    that do not say. Raises DataError only where the training file as a whole cannot
     be understood, and RecipeError for settings that do not fit the rows.
     """
     yield Progress(0, "data: reading", 0, 1)
-    records = _gather(recipe, tokenizer, base, clock, labels)
+    records = yield from _gather(recipe, tokenizer, base, clock, labels, parting)
     yield Progress(0, "data: reading", 1, 1)
     writer = Writer(recipe, tokenizer, records)
     train = yield from writer.write(records.train)
@@ -54,11 +58,17 @@ def prepare(
 
 
 def _gather(
-    recipe: Recipe, tokenizer: Tokenizer, base: Path | None, clock: datetime | None, known: Labels | None
-) -> Prepared:
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    base: Path | None,
+    clock: datetime | None,
+    known: Labels | None,
+    parting: str | None,
+) -> Generator[Progress, None, Prepared]:
     """The rows of every split as records, without an example yet, and how they will be written."""
     data = recipe.data
-    source = read(data.train, base) if known is None else read(data.test or data.train, base, "test")
+    alone = known is not None
+    source = read((alone and data.test) or data.train, base, "test" if alone else "train", data.encoding)
     if not source.rows:
         refuse_rows(source.bad)
     layout = recognise(source.rows, data.format, data.columns, source.bad)
@@ -68,11 +78,7 @@ def _gather(
     columns = {*layout.columns, *(column for row in source.rows for column in row.fields)}
     renderer = make_renderer(recipe.prompt, layout.name, columns, tokenizer, clock)
     reads = {*renderer.reads, *([data.groups] if isinstance(data.groups, str) else [])}
-    spellings = (
-        Spellings(labels_in(source.rows, layout.columns["label"]), known or data.labels)
-        if task == "classification"
-        else None
-    )
+    spellings = _spellings(source, layout, known or data.labels) if task == "classification" else None
     records = Prepared(
         task=task,
         format=layout.name,
@@ -87,15 +93,28 @@ def _gather(
     broken: Broken = []
     labels = _labels(train, recipe, broken) if task == "classification" else ()
     held_out: dict[str, Split] = {}
-    for name, named in held_out_sources(data, base).items():
+    for name, held in held_out_sources(data, base).items():
         try:
-            held_out[name] = _split(name, read(named, base, name), layout, recipe, reads, spellings, labels)
+            held_out[name] = _split(
+                name, read(held, base, name, data.encoding), layout, recipe, reads, spellings, labels
+            )
         except BadSource as error:
             broken.append((name, error.problem))
     if "valid" not in held_out:
-        train, held_out["valid"] = _set_apart(train, recipe, labels, broken)
-    valid, test = held_out["valid"], held_out.get("test")
-    return replace(records, labels=labels, train=train, valid=valid, test=test, broken=tuple(broken))
+        records = replace(records, parted=True, parting=parting)
+        train, held_out["valid"] = yield from _set_apart(train, recipe, labels, parting, broken)
+    fewer = {split.name: limited(split, data.limit, recipe.seed) for split in (train, *held_out.values())}
+    return replace(
+        records, labels=labels, train=fewer["train"], valid=fewer["valid"], test=fewer.get("test"), broken=tuple(broken)
+    )
+
+
+def _spellings(source: Rows, layout: Layout, given: Sequence[str] | None) -> Spellings:
+    """Of the labels of some rows. Raises BadSource where there are too many, and the recipe names none."""
+    column = layout.columns["label"]
+    if given is None:
+        refuse_many(source.rows, column)
+    return Spellings(labels_in(source.rows, column), given)
 
 
 def _task(recipe: Recipe, layout: Layout) -> Task:
@@ -145,15 +164,20 @@ def _labels(train: Split, recipe: Recipe, broken: Broken) -> Labels:
         return ()
 
 
-def _set_apart(train: Split, recipe: Recipe, labels: Labels, broken: Broken) -> tuple[Split, Split]:
+def _set_apart(
+    train: Split, recipe: Recipe, labels: Labels, parting: str | None, broken: Broken
+) -> Generator[Progress, None, tuple[Split, Split]]:
     """(train, valid); a validation split without rows where none can be set apart."""
-    data, count = recipe.data, len(train.records)
+    data, count, alike = recipe.data, len(train.records), 0
+    how = train.records, data.valid_fraction, recipe.seed, bool(labels)
     try:
-        records, apart = set_apart(train.records, data.valid_fraction, recipe.seed, stratified=bool(labels))
+        records, apart, alike = (yield from part(*how)) if parting else (*set_apart(*how), 0)
     except BadSource as error:
         broken.append(("valid", error.problem))
         return train, Split(name="valid", rows=0)
-    how = f"{len(apart)} of {count} rows of {data.train} set apart for validation (seed {recipe.seed})"
-    notes = (how + (", stratified by label" if labels else ""),)
-    valid = Split(name="valid", rows=len(apart), notes=notes, records=apart)
+    note = f"{len(apart)} of {count} rows of {data.train} set apart for validation (seed {recipe.seed})"
+    notes = [note + (", stratified by label" if labels else "")]
+    if alike:
+        notes.append(f"{alike} of them are nearly the same as training rows: so many rows are alike that they part")
+    valid = Split(name="valid", rows=len(apart), notes=tuple(notes), records=apart)
     return replace(train, rows=train.rows - len(apart), records=records), valid

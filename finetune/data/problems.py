@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from finetune.data.rows import Prepared, Problem, Split, Task
 from finetune.errors import DataError
 from finetune.recipe.schema import Recipe
-from finetune.text import harmless
+from finetune.text import one_line
 
 SHOWN = 20
 
@@ -18,7 +18,7 @@ class BadSource(DataError):
 
     def __init__(self, location: str, reason: str, bad: Sequence[Problem] = ()) -> None:
         """bad: rows that could not be read; what the good rows lack may be in them."""
-        super().__init__("\n".join(filter(None, (f"{location}: {reason}", listed(bad)))))
+        super().__init__(f"{location}: {reason}", *listed(bad))
         self.problem: Problem = location, reason
 
 
@@ -30,8 +30,9 @@ def refuse_rows(bad: Sequence[Problem], skipping: str = "") -> None:
     if bad:
         count = len(bad)
         raise DataError(
-            f"{listed(bad)}\n{count} bad row{'s' if count > 1 else ''}; fix {'them' if count > 1 else 'it'}, "
-            f"or set data.on_error: skip{skipping} to leave bad rows out"
+            *listed(bad),
+            f"{count} bad row{'s' if count > 1 else ''}; fix {'them' if count > 1 else 'it'}, "
+            f"or set data.on_error: skip{skipping} to leave bad rows out",
         )
 
 
@@ -50,8 +51,7 @@ def refuse(prepared: Prepared, recipe: Recipe) -> None:
             refuse_rows(split.refused, _skipping(split.refused, split, recipe))
         refuse_rows(split.too_long)
         for problem in _shortage(split, recipe, prepared.task):
-            lost = f"{listed(split.left_out)}\n" if split.examples else ""
-            raise DataError(lost + ": ".join(problem))
+            raise DataError(*(listed(split.left_out) if split.examples else ()), ": ".join(problem))
 
 
 def faults(prepared: Prepared, recipe: Recipe) -> list[Problem]:
@@ -108,9 +108,9 @@ def _at_least(share: float) -> str:
     return f"{min(math.ceil(share * 100) / 100, 0.99):g}"
 
 
-def listed(problems: Sequence[Problem]) -> str:
-    """The first 20, one per line, and how many more there are."""
-    lines = [harmless(f"{location}: {reason}") for location, reason in problems[:SHOWN]]
+def listed(problems: Sequence[Problem]) -> list[str]:
+    """The first 20, a line each, and how many more there are."""
+    lines = [one_line(f"{location}: {reason}") for location, reason in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"... and {len(problems) - SHOWN} more")
-    return "\n".join(lines)
+    return lines

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.connections import to_hub
+from finetune.data.bad_bytes import without_bad_bytes
 from finetune.data.class_names import class_notes, named, names_in_schema, names_of
 from finetune.data.encoding import decode, unusual, without_marks
 from finetune.data.json_files import parse_json
@@ -23,14 +24,13 @@ from finetune.text import shorten
 MOST_ROW = 16 * 10**6  # characters; a tokenizer takes some 30 bytes of memory for each
 
 
-def read(source: str, base: Path | None, split: SplitName = "train") -> Rows:
+def read(source: str, base: Path | None, split: SplitName = "train", encoding: str | None = None) -> Rows:
     """All rows of a source, and those that cannot be read.
 
     source: a file, a pattern of files (data/*.jsonl) or a folder with files of each split, relative to `base`
-    (None: absolute);
-    builtin:<package file>; or a hub data set as org/name, org/name:split or org/name/config:split. split: which of a
-    folder's is read. Raises BadSource where the source as a whole cannot be read, EnvironmentProblem where a library
-    is missing for it.
+    (None: absolute); builtin:<package file>; or a hub data set as org/name, org/name:split or org/name/config:split.
+    split: which of a folder's is read. encoding: of text files; UTF-8 without one.
+    Raises BadSource where the source as a whole cannot be read, EnvironmentProblem where a library is missing for it.
     """
     if source.startswith(BUILTIN):
         rows = _parse(_builtin(source), source)
@@ -38,7 +38,7 @@ def read(source: str, base: Path | None, split: SplitName = "train") -> Rows:
         name = hub_id_in(source)
         raise BadSource(source, f"is an address; {f'write {name}' if name else 'download the file, and name it'}")
     elif (files := files_of(source, base, split)) is not None:
-        rows = _together([_file(path, shown(path, source, base)) for path in files.paths], files.notes)
+        rows = _together([_file(path, shown(path, source, base), encoding) for path in files.paths], files.notes)
     else:
         rows = _hub(source)
     if not rows.rows and not rows.bad:
@@ -63,7 +63,7 @@ def _builtin(source: str) -> bytes:
     return resource.read_bytes()
 
 
-def _file(path: Path, source: str) -> Rows:
+def _file(path: Path, source: str, encoding: str | None) -> Rows:
     """source: how messages name the file."""
     if not path.is_file():
         raise BadSource(source, "is not an ordinary file; write its rows into one")
@@ -74,10 +74,10 @@ def _file(path: Path, source: str) -> Rows:
             raw = file.read()
     except OSError as error:
         raise BadSource(source, f"{error.strerror}; make the file readable") from None
-    return _parse(raw, source)
+    return _parse(raw, source, encoding)
 
 
-def _parse(raw: bytes, source: str) -> Rows:
+def _parse(raw: bytes, source: str, encoding: str | None = None) -> Rows:
     """Rows by what the name says is in the file; what its first bytes say goes before."""
     ending = ending_of(source)
     raw, notes = unpack(raw, source)
@@ -88,14 +88,15 @@ def _parse(raw: bytes, source: str) -> Rows:
     if ending not in ENDINGS:
         raise BadSource(source, f"the ending must be one of {_endings()}; rename the file")
     notes += unusual(raw)
-    text, marks = without_marks(decode(raw, source))
+    text, marks = without_marks(decode(raw, source, encoding))
     del raw  # a large file is not held twice
     if ending in TABLES:
         rows, bad, told = parse_table(text, source, "," if ending == ".csv" else "\t")
     else:
         rows, bad, told = parse_json(text, source)
+    rows, spoilt = without_bad_bytes(rows, text, source, encoding)
     notes += [*marks, *told]
-    return _bounded(Rows(rows, bad, _noted(source, notes)), len(text))
+    return _bounded(Rows(rows, [*spoilt, *bad], _noted(source, notes)), len(text))
 
 
 def _bounded(everything: Rows, size: int) -> Rows:

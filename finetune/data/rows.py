@@ -201,6 +201,8 @@ class Prepared:
     stop_tokens: frozenset[int] = frozenset()
     broken: tuple[tuple[str, Problem], ...] = ()  # (split, why it is not as the recipe asks), in the order met
     renderer: Renderer | None = field(default=None, repr=False)
+    parted: bool = False  # validation rows were set apart from train
+    parting: str | None = None  # how; None where they were not, or as 0.1.0 did
 
     @property
     def held_out(self) -> Split:

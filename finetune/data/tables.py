@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from finetune.data.encoding import refuse_bad_bytes
 from finetune.data.problems import BadSource
 from finetune.data.rows import Problem, Row
 from finetune.text import harmless, shorten
@@ -38,7 +37,6 @@ def parse_table(text: str, file: str, delimiter: str) -> tuple[list[Row], list[P
 
     delimiter: the one that the file's name promises; another one is taken where it fits and this one does not.
     """
-    refuse_bad_bytes(text, file)
     limit = csv.field_size_limit(_CELL_LIMIT)
     try:
         told = _SEP.match(text)

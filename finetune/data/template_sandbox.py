@@ -22,7 +22,6 @@ import atexit
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -30,6 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from finetune.data.children import bare_python
 from finetune.data.conversation import FOR_MESSAGE, LONGEST, REMEDY, Conversation, Request, Texts, template_text
 from finetune.data.template_child import most, receive, send
 from finetune.errors import EnvironmentProblem
@@ -138,17 +138,14 @@ class _Child:
     def __init__(self) -> None:
         import psutil
 
-        keep = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "TEMP")
-        path = [one for one in sys.path if one]
         main = threading.current_thread() is threading.main_thread()  # any other thread may end long before us
-        begin = f"import sys; sys.path[:] = {path!r}; parent, killed_with_it = {os.getpid()}, {main}"
+        command, environment = bare_python(f"parent, killed_with_it = {os.getpid()}, {main}; {_START}")
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", f"{begin}; {_START}"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in keep if name in os.environ}
-            | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env=environment,
             start_new_session=True,  # an interrupt of the terminal is for us
         )
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from backends.model_folder import ModelFolder, read_object
 from finetune.data.conversation import Conversation
 from finetune.data.rows import Span
 from finetune.data.template_sandbox import render
+from finetune.data.tokenizer_bounds import check_tokenizer
+from finetune.data.tokenizer_trial import try_tokenizer
 from finetune.errors import EnvironmentProblem
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase, which is not imported here
@@ -23,17 +26,18 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
 
     Raises EnvironmentProblem, or BackendError for code that may not run.
     """
+    if not folder.remote_code and not check_tokenizer(folder.path):
+        try_tokenizer(folder.path / "tokenizer.json")
     from transformers import AutoTokenizer
 
     try:
         path, code = str(folder.path), folder.remote_code
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=code)
-        tokenizer.decode(tokenizer("a trial", verbose=False)["input_ids"])
-    except BaseException as error:
-        # transformers raises OSError, ValueError, KeyError, ImportError and bare Exception here, and tokenizers a
-        # PanicException, which is none.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+        with _native(path):
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=code)
+            tokenizer.decode(tokenizer("a trial", verbose=False)["input_ids"])
+    except EnvironmentProblem:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError and bare Exception here
         if "trust_remote_code" in str(error):
             raise folder.needs_code("auto_map in tokenizer_config.json") from None
         raise EnvironmentProblem(
@@ -116,7 +120,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _call(tokenizer: Tokenizer, texts: list[str]) -> Any:
-    try:
+    with _native(tokenizer.name_or_path):
         return tokenizer(
             texts,
             add_special_tokens=False,
@@ -126,16 +130,27 @@ def _call(tokenizer: Tokenizer, texts: list[str]) -> Any:
             truncation=False,
             verbose=False,
         )
+
+
+@contextmanager
+def _native(folder: str) -> Iterator[None]:
+    """Around a call of the tokenizers library, whose failures in native code are no exceptions but panics: a pattern
+    that backtracks without end, a table of garbage. Raises EnvironmentProblem for one.
+    """
+    try:
+        yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of a pattern in tokenizer.json that backtracks without end
+        if type(error).__name__ != "PanicException":
             raise
-        raise EnvironmentProblem(f"{tokenizer.name_or_path}: the tokenizer fails on a text ({error!s:.200})") from None
+        file = Path(folder or "") / "tokenizer.json"
+        raise EnvironmentProblem(f"{file}: the tokenizer fails on a text ({error!s:.200}); use another") from None
 
 
 def begin_tokens(tokenizer: Tokenizer) -> list[int]:
     """What the tokenizer itself puts before a text: its BOS, or nothing."""
-    alone: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole: list[int] = tokenizer("a")["input_ids"]
+    with _native(tokenizer.name_or_path):
+        alone: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole: list[int] = tokenizer("a")["input_ids"]
     fits = (at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
     return whole[: next(fits, 0)]
 
@@ -164,7 +179,8 @@ def answer_text(tokenizer: Tokenizer, tokens: Sequence[int], stop: Collection[in
     """
     ends = {*stop, tokenizer.pad_token_id}
     kept = [int(token) for token in tokens if int(token) not in ends]
-    return str(tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)).strip()
+    with _native(tokenizer.name_or_path):
+        return str(tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)).strip()
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
@@ -190,10 +206,10 @@ def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
             listed = read_object(path).get("eos_token_id")
         except (OSError, ValueError) as error:
             raise EnvironmentProblem(f"{path}: cannot be read ({error}); remove it, or download it again") from None
-        numbers = [one for one in (listed if isinstance(listed, list) else [listed]) if isinstance(one, int)]
-        if not all(0 <= number < 2**31 for number in numbers):
+        numbers = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
             raise EnvironmentProblem(
-                f"{path}: eos_token_id holds a number that no token has; fix it, or remove the file"
+                f"{path}: eos_token_id holds what is not the number of a token; fix it, or remove the file"
             )
         tokens.update(numbers)
     return frozenset(token for token in tokens if token is not None)

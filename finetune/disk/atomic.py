@@ -10,7 +10,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -35,6 +36,7 @@ _REMEDIES = {
 }
 _OTHER = "Look at that place, or write elsewhere."
 _NO_FLUSH = {errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # SMB, FUSE: such a folder has no flush
+_TRIES, _PAUSE = (20 if os.name == "nt" else 1), 0.1  # seconds: how long a Windows virus scanner may hold a file
 _OF_RUST = re.compile(r"\(os error (\d+)\)")  # how tokenizers and safetensors end an error of the disk
 
 
@@ -84,7 +86,7 @@ def write_file(path: Path, data: bytes | str) -> None:
         temporary = _beside(path, "new")
         try:
             write_pieces(temporary, [data.encode() if isinstance(data, str) else data])
-            temporary.replace(path)
+            rename(temporary, path)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
@@ -123,23 +125,23 @@ def recover(folder: Path, name: str | None = None) -> None:
                 continue
             target = folder / found["name"]
             if found["kind"] == "old" and not os.path.lexists(target):
-                entry.replace(target)
+                rename(entry, target)
             else:
                 remove(entry)
 
 
 def _commit(temporary: Path, path: Path) -> None:
     if not os.path.lexists(path):  # a link that leads nowhere is there too
-        temporary.replace(path)
+        rename(temporary, path)
         sync_directory(path.parent)
         return
     old = _beside(path, "old")
-    path.replace(old)
+    rename(path, old)
     try:
-        temporary.replace(path)
+        rename(temporary, path)
     except BaseException:
         if not os.path.lexists(path):
-            old.replace(path)
+            rename(old, path)
         raise
     sync_directory(path.parent)
     remove(old)
@@ -148,9 +150,26 @@ def _commit(temporary: Path, path: Path) -> None:
 def remove(path: Path) -> None:
     """Deletes a file, a folder with all in it, or a link: never what the link leads to."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        _patiently(lambda: shutil.rmtree(path))
     else:
-        path.unlink()
+        _patiently(path.unlink)
+
+
+def rename(path: Path, target: Path) -> None:
+    """`Path.replace`."""
+    _patiently(lambda: path.replace(target))
+
+
+def _patiently(work: Callable[[], object]) -> None:
+    """On Windows a virus scanner or an indexer holds a new file for a moment: refused work is tried again for 2 s."""
+    for left in reversed(range(_TRIES)):
+        try:
+            work()
+            return
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(_PAUSE)
 
 
 def _beside(path: Path, kind: str) -> Path:

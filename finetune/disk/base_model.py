@@ -74,10 +74,10 @@ def base_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     return lines
 
 
-def listed(lines: list[str]) -> str:
-    """As many as a person reads."""
+def listed(lines: list[str]) -> list[str]:
+    """As many as a person reads, a line each."""
     more = [f"and {len(lines) - _SHOWN} more differences"] if len(lines) > _SHOWN else []
-    return "\n  ".join([*lines[:_SHOWN], *more])
+    return [f"  {line}" for line in (*lines[:_SHOWN], *more)]
 
 
 def _files(saved: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:

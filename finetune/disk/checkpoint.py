@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from backends.interface import FloatArray, TrainState
-from finetune.disk.atomic import disk_errors, new_folder, recover, remove, write_pieces
+from finetune.disk.atomic import disk_errors, new_folder, recover, remove, rename, write_pieces
 from finetune.disk.manifest import MANIFEST, Broken, Tally, json_bytes, manifest_of, newest_first, read_verified, verify
 from finetune.disk.safetensors_file import tensor_pieces
 from finetune.errors import Diverged, Incompatible
@@ -170,5 +170,5 @@ def _set_aside(path: Path) -> Path:
     while aside.exists():
         number += 1
         aside = path.with_name(f"{path.name}.broken-{number}")
-    path.replace(aside)
+    rename(path, aside)
     return aside

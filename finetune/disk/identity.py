@@ -12,6 +12,7 @@ from typing import Any
 from backends.model_folder import ModelFolder
 from finetune.data.clock import now
 from finetune.data.rows import Example, Prepared, Split
+from finetune.data.sides import WORDS
 from finetune.disk.adapter import adapter_digest
 from finetune.disk.base_model import base_differences, base_model, listed
 from finetune.disk.run_files import read_json
@@ -20,13 +21,14 @@ from finetune.events import Progress, result_of
 from finetune.recipe.schema import Recipe
 from finetune.text import shorten
 
-CLOCK = "clock"
+CLOCK, PARTING = "clock", "parting"
 KIND = 2  # of identity. The first, of 0.1.0, has no "kind", samples of the weights, and one digest of all rows
 # Keys that change where or how fast a run goes, or whose effect the digests of rows and files already hold.
 _NOT_IDENTITY = {
     "output", "backend", "device", "model.path", "model.revision", "model.dtype", "data.train", "data.valid",
-    "data.test", "data.max_dropped", "data.long_rows", "train.micro_tokens", "train.gradient_checkpointing",
-    "train.checkpoint_minutes", "evaluate.generate", "evaluate.max_tokens", "evaluate.base",
+    "data.test", "data.encoding", "data.limit", "data.max_dropped", "data.long_rows", "train.micro_tokens",
+    "train.gradient_checkpointing", "train.checkpoint_minutes", "evaluate.generate", "evaluate.max_tokens",
+    "evaluate.answer", "evaluate.base",
 }  # fmt: skip
 
 
@@ -45,6 +47,8 @@ def identity_of(
     start = settings.pop("lora.start_from")
     clock = prepared.renderer.clock if prepared.renderer else None
     written = {} if clock is None else {CLOCK: clock.isoformat()}  # by a chat template; most write no date
+    if prepared.parting is not None:
+        written[PARTING] = prepared.parting
     base = yield from base_model(folder)
     return {
         "kind": KIND,
@@ -59,10 +63,11 @@ def identity_of(
 
 def rows_of(prepared: Prepared) -> dict[str, str]:
     """A digest of each split's rows, in their order, by the split's name."""
-    return {split.name: _rows(split) for split in prepared.splits}
+    return {split.name: split_digest(split) for split in prepared.splits}
 
 
-def _rows(split: Split) -> str:
+def split_digest(split: Split) -> str:
+    """Of its rows, in their order."""
     digest = blake2b(digest_size=32)
     for example in split.examples:
         ends = [len(example), example.answer, example.answer_start, example.answer_end]
@@ -101,6 +106,15 @@ def clock_of(run: Path) -> datetime | None:
         raise Incompatible(f"{run / 'identity.json'}: {CLOCK} cannot be read ({error}); start a new run") from None
 
 
+def parting_of(run: Path) -> str | None:
+    """How the run's validation rows are set apart; None for runs that do not say. Raises Incompatible."""
+    identity = read_identity(run)
+    checkpoints = sorted((run / "checkpoints").glob("*/identity.json"))
+    if identity is None and checkpoints:  # they have it too, where the run's own is lost
+        identity = read_identity(checkpoints[-1].parent)
+    return WORDS if identity is None or identity.get(PARTING) == WORDS else None
+
+
 def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raises Incompatible with every difference between a checkpoint's identity and this run's."""
     now = json.loads(json.dumps(current))  # as it would come back from a file: tuples are lists
@@ -114,8 +128,9 @@ def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
     ]
     if differences:
         raise Incompatible(
-            f"the checkpoint belongs to another run:\n  {listed(differences)}\n"
-            "Resume with the same recipe, data and model, or start a new run."
+            "the checkpoint belongs to another run:",
+            *listed(differences),
+            "Resume with the same recipe, data and model, or start a new run.",
         )
 
 
@@ -139,20 +154,19 @@ def check_model(run: Path, folder: ModelFolder) -> None:
     if lines := base_differences(saved["base_model"], now):
         what = "other base weights" if saved["base_model"].get("weights") != now["weights"] else "another model"
         raise Incompatible(
-            f"{run} was trained on {what} than what is in {folder.path} now:\n  {listed(lines)}\n"
-            "Put the model's files back as they were, or train a new run on the model as it is."
+            f"{run} was trained on {what} than what is in {folder.path} now:",
+            *listed(lines),
+            "Put the model's files back as they were, or train a new run on the model as it is.",
         )
 
 
-def check_held_out(run: Path, prepared: Prepared) -> None:
+def check_held_out(run: Path, prepared: Prepared, remedy: str) -> None:
     """Raises Incompatible where the rows that a run held out are others now; an identity of 0.1.0 does not say."""
     saved = read_identity(run)
     if saved is not None and "rows" in saved:
         lines = row_differences(saved, {"rows": rows_of(prepared)}, only=prepared.held_out.name)
         if lines:
-            raise Incompatible(
-                f"{run}:\n  {listed(lines)}\nPut the rows back as they were, or name other rows with --data."
-            )
+            raise Incompatible(f"{run}:", *listed(lines), f"{remedy}, or name other rows with --data.")
 
 
 def _value(identity: Mapping[str, Any], key: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune.disk.atomic import disk_errors, make_folder, sync_directory, write_file
 from finetune.disk.run_files import read_json
@@ -22,11 +22,20 @@ _LIBRARIES = ("numpy", "transformers", "safetensors", "tokenizers")  # beside th
 
 
 @dataclass(frozen=True)
-class _Account:
-    """What is read again of data.json."""
+class Measured:
+    """Which rows the figures are of, and the tokens by which each label is measured."""
+
+    split: Literal["valid", "test"]
+    label_tokens: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Account:
+    """What is read again of data.json; runs of 0.1.0 have only the labels."""
 
     labels: list[str]
-    always: dict[str, str | None] | None = None  # runs of 0.1.0 have none
+    always: dict[str, str | None] | None = None
+    held_out: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -55,27 +64,37 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.json"
 
+    @property
+    def held_out(self) -> Path:
+        return self.path / "held-out.jsonl"
+
     def write_identity(self, identity: Mapping[str, Any]) -> None:
         self.write_json("identity.json", identity)
 
     def evaluation(self, which: str) -> Path:
         return self.path / f"evaluation-{which}.json"
 
+    @property
+    def words(self) -> Path:
+        """How good the words alone are, which is measured once."""
+        return self.path / "words.json"
+
     def always(self) -> dict[str, str | None] | None:
         """What every training row had beside its question (`data.beside.Always`); None where the run has recorded none.
 
         Raises Incompatible for what no run writes; DiskError.
         """
-        account = self._account()
+        account = self.account()
         return account.always if account else None
 
     def labels(self) -> tuple[str, ...] | None:
         """The labels that the run was trained on, in order; None where it has recorded nothing. Raises as `always`."""
-        account = self._account()
+        account = self.account()
         return tuple(account.labels) if account else None
 
-    def _account(self) -> _Account | None:
-        return read_json(self.path / "data.json", _Account, "resume the run, which writes it anew", "ignore")
+    def account(self) -> Account | None:
+        """None where the run has recorded nothing. Raises as `always`."""
+        return read_json(self.path / "data.json", Account, "resume the run, which writes it anew", "ignore")
 
     def write_json(self, name: str, values: Any) -> None:
         write_file(self.path / name, json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n")
@@ -84,6 +103,10 @@ class RunFolder:
 def create(recipe: Recipe, name: str) -> RunFolder:
     """A new folder `output/name-date-time`; never one that exists. Raises DiskError."""
     output = Path(recipe.output).expanduser()  # `load_recipe` has seen that this can be a path
+    try:
+        str(output.absolute()).encode()
+    except UnicodeEncodeError:
+        raise RecipeError(f"output: {output.absolute()} is not UTF-8, and no tokenizer can be written there") from None
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     make_folder(output)
     for attempt in range(1000):

@@ -2,42 +2,90 @@
 
 from __future__ import annotations
 
+import json
 import re
+import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from finetune.data.rows import Example, Prepared
+from finetune.disk.atomic import write_file
+from finetune.disk.identity import split_digest
+from finetune.disk.run_files import read_json
 from finetune.text import harmless, shorten
 
 if TYPE_CHECKING:
     from finetune.evaluation.evaluate import Evaluation
 
-TRAINED_ON = 5_000  # rows, drawn at random; more take longer than they help
+MOST_ROWS = 5_000  # of each side, drawn at random; more take longer than they help
+MOST_READ = 10_000  # characters of a row
 _CELLS = 2**23  # words times labels in the table
 _NAMED = 5  # labels
 
 
-def bag_of_words(prepared: Prepared) -> float | None:
-    """The accuracy on the held-out rows of naive Bayes on the words of the training rows.
+@dataclass(frozen=True)
+class Words:
+    """Naive Bayes on the words of the training rows, measured on held-out rows; and as it stands in words.json."""
 
-    None where there are no labels, or no training rows. At most 5,000 training rows are used: about a second.
+    __pydantic_config__: ClassVar = {"allow_inf_nan": False}
+
+    accuracy: float
+    measured: int  # held-out rows
+    seconds: float
+    rows: str  # a digest of the training rows and the held-out ones
+
+    @property
+    def cost(self) -> str:
+        return f"naive Bayes on the words: {self.measured:,} rows in {self.seconds:.1f} s (words.json)"
+
+
+def bag_of_words(prepared: Prepared, file: Path | None = None) -> Words | None:
+    """None where there are no labels, or no training rows and nothing kept of them.
+
+    At most 5,000 rows of each side, and of each 10,000 characters: about a second.
+    file: where it is kept, and taken from where the rows are the same. Raises Incompatible for what no run writes.
     """
     train, held_out = prepared.train.examples, prepared.held_out.examples
-    if len(prepared.labels) < 2 or not train or not held_out:
+    if len(prepared.labels) < 2 or not held_out:
         return None
-    drawn = np.random.default_rng(0).permutation(len(train))[:TRAINED_ON]
-    chosen = guess_by_words([train[row] for row in drawn], held_out, prepared.labels)
-    return sum(guess == row.answer for guess, row in zip(chosen, held_out, strict=True)) / len(held_out)
+    measured = split_digest(prepared.held_out)
+    rows = f"{split_digest(prepared.train)} {measured}"
+    saved = read_json(file, Words, "delete it, and it is measured again") if file else None
+    if saved and (saved.rows == rows or (not train and saved.rows.endswith(f" {measured}"))):
+        return saved
+    if not train:
+        return None
+    began = time.perf_counter()
+    asked = _drawn(held_out)
+    chosen = guess_by_words(_drawn(train), asked, prepared.labels)
+    right = sum(guess == row.answer for guess, row in zip(chosen, asked, strict=True))
+    words = Words(right / len(asked), len(asked), round(time.perf_counter() - began, 3), rows)
+    if file:
+        write_file(file, json.dumps(asdict(words), indent=2) + "\n")
+    return words
+
+
+def _drawn(rows: Sequence[Example]) -> Sequence[Example]:
+    if len(rows) <= MOST_ROWS:
+        return rows
+    return [rows[row] for row in np.random.default_rng(0).permutation(len(rows))[:MOST_ROWS]]
 
 
 def guess_by_words(train: Sequence[Example], asked: Sequence[Example], labels: Sequence[str]) -> list[str]:
-    """Naive Bayes, add-one smoothed, on which words a prompt has. Words of every row (the template's) tell nothing."""
+    """Naive Bayes, add-one smoothed, on which words a prompt has. Words of every row (the template's) tell nothing.
+
+    Labels that no row of `train` has are never guessed.
+    """
+    answers = {str(row.answer) for row in train}
+    labels = [label for label in labels if label in answers]
     number = {label: i for i, label in enumerate(labels)}
     truth = np.array([number[str(row.answer)] for row in train])  # [n]
-    rows = [set(_words(row.prompt)) for row in train]
+    rows = [_words(row.prompt) for row in train]
     frequent = Counter(word for row in rows for word in row).most_common()
     telling = [word for word, count in frequent if count < len(rows)][: _CELLS // len(labels)]
     column = {word: i for i, word in enumerate(telling)}
@@ -48,17 +96,17 @@ def guess_by_words(train: Sequence[Example], asked: Sequence[Example], labels: S
     counts = np.bincount(np.array(cells, np.int64), minlength=words * k).reshape(words, k)
     table = np.log((counts + 1) / (counts.sum(axis=0) + words + 1))  # [words, k] log p(word | label)
     prior = np.log((np.bincount(truth, minlength=k) + 1) / (len(truth) + k))  # [k]
-    seen = [[column[word] for word in {*_words(row.prompt)} if word in column] for row in asked]
+    seen = [[column[word] for word in _words(row.prompt) if word in column] for row in asked]
     return [labels[int((prior + table[sorted(row)].sum(axis=0)).argmax())] for row in seen]
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text[:MOST_READ].casefold()))
 
 
 def majority(evaluation: Evaluation) -> tuple[str, float] | None:
     """The most frequent expected answer of the rows, and the share right of a model that always gives it."""
-    expected = Counter(row.expected for row in evaluation.results if row.correct is not None)
+    expected = Counter(row.judged[0] for row in evaluation.results if row.correct is not None)
     expected.pop(None, None)
     if len(expected) < 2:  # where all expect the same, a constant answer is no yardstick
         return None
@@ -69,8 +117,8 @@ def majority(evaluation: Evaluation) -> tuple[str, float] | None:
 def always_same(evaluation: Evaluation) -> str | None:
     """The one answer that a model gives to all rows, although not all expect the same."""
     judged = [row for row in evaluation.results if row.correct is not None]
-    given = {row.predicted for row in judged}
-    return given.pop() if len(given) == 1 and len({row.expected for row in judged}) > 1 else None
+    given = {row.judged[1] for row in judged}
+    return given.pop() if len(given) == 1 and len({row.judged[0] for row in judged}) > 1 else None
 
 
 def never_predicted(evaluation: Evaluation) -> list[str]:
@@ -90,10 +138,10 @@ def too_weak(tuned: Evaluation) -> bool:
     return always_same(tuned) is not None or tuned.interval[1] < best[1]
 
 
-def shortcomings(base: Evaluation, tuned: Evaluation, words: float | None) -> list[str]:
+def shortcomings(base: Evaluation, tuned: Evaluation, words: Words | None) -> list[str]:
     """Sentences: the figures of models that know nothing, and what of the tuned model's answers falls short.
 
-    words: the accuracy of `bag_of_words`, where it was measured.
+    words: of `bag_of_words`, where it was measured.
     """
     best = majority(tuned)
     if tuned.accuracy is None or best is None:
@@ -101,14 +149,14 @@ def shortcomings(base: Evaluation, tuned: Evaluation, words: float | None) -> li
     sentences = []
     if tuned.labels:
         others = [f"always {_quoted(best[0])} would have {best[1]:.3f}", f"chance {1 / len(tuned.labels):.3f}"]
-        others += [] if words is None else [f"naive Bayes on the words {words:.3f}"]
+        others += [] if words is None else [f"naive Bayes on the words {words.accuracy:.3f}"]
         sentences.append(f"For comparison: {', '.join(others)}.")
     same = always_same(tuned)
     if same is not None:
         sentences.append(f"The tuned model gives the same answer to all rows: {_quoted(same)}.")
     elif tuned.accuracy <= best[1] and len(tuned.results) * best[1] > 1:  # else every answer is expected once
         sentences.append(f"The tuned model is no more often right than always answering {_quoted(best[0])}.")
-    if words is not None and tuned.interval is not None and tuned.interval[1] < words:
+    if words is not None and tuned.interval is not None and tuned.interval[1] < words.accuracy:
         sentences.append("The tuned model is below naive Bayes on the words: check the rows and the recipe.")
     if (missing := never_predicted(tuned)) and same is None:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""

@@ -39,7 +39,8 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     except FileNotFoundError:
         raise RecipeError(f"{file}: no such recipe; `finetune init DATA` writes one") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: cannot be read ({error}); a recipe is UTF-8 text") from None
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{file}: cannot be read ({reason}); a recipe is UTF-8 text") from None
     return parse_recipe(text, file, overrides)
 
 
@@ -61,7 +62,7 @@ def check_recipe(values: Mapping[str, Any], locate: Callable[[Sequence[str]], st
     except ValidationError as error:
         locate = locate or (lambda keys: "recipe")
         lines = [_explain(problem, values, locate) for problem in error.errors()]
-        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+        raise RecipeError(*dict.fromkeys(lines)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -129,13 +129,15 @@ def absolute_paths(recipe: Recipe, folder: Path, overridden: Collection[str]) ->
 def _check_path(key: str, given: str, start: Path) -> None:
     """Raises RecipeError for text that no system takes as a path, or whose `~` stands for no folder."""
     try:
-        if b"\0" in os.fsencode(given):
+        if b"\0" in given.encode():
             raise RecipeError(f"{key}: {shorten(repr(given), 80)} holds a NUL character; no path has one")
         if _there(start / given):  # a file may be called so
             return
         Path(given).expanduser()
     except UnicodeEncodeError:
-        reason = "holds half a character (a lone surrogate); write the character itself"
+        reason = (
+            "is not UTF-8 (half a character, or bytes of another encoding); rename it, or write the character itself"
+        )
         raise RecipeError(f"{key}: {shorten(ascii(given), 80)} {reason}") from None
     except RuntimeError:
         raise RecipeError(

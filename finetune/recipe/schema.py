@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0, le=10**9)]  # far beyond any use, and near enough to be computed with
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+AnswerPart = Literal["all", "first_line", "last_number", "json"]
 Groups = str | dict[str, list[str]]
 MICRO_TOKENS = 4096  # more make a step hardly any faster
 
@@ -40,12 +41,16 @@ class Data(Section):
     """Rows for the final figures; without it those of train's folder, or the validation rows serve."""
     format: Literal["auto", "classification", "prompt", "alpaca", "chat", "sharegpt", "text"] = "auto"
     """What a row is; auto looks at the column names."""
+    encoding: str | None = None
+    """How text files are encoded (cp1252, utf-16); without it UTF-8."""
     columns: dict[str, str] = {}
     """Which column holds what, as standard name: your name (text: review)."""
     labels: list[str] | None = None
     """The labels, in order; without it those that occur in train."""
     valid_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1
     """The share of train set apart when valid is missing."""
+    limit: Positive | None = None
+    """For a first try of a large file: at most so many rows of train, and of valid and test, drawn with the seed."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a bad row does: stop the run, or be left out and listed."""
     max_dropped: Share = 0.01
@@ -55,6 +60,15 @@ class Data(Section):
     """Plain text beyond train.max_length: cut off there, or split into rows of that length that overlap."""
     groups: Groups | None = None
     """Who the rows are about, for `finetune check`: a column's name, or words for each group (women: [she, her])."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        try:
+            b"ab".decode("utf-8" if name is None else name, "ignore")
+        except (LookupError, ValueError):
+            raise ValueError(f"{name!r} is no encoding of text; write its name, such as cp1252") from None
+        return name
 
 
 class Prompt(Section):
@@ -133,6 +147,9 @@ class Evaluate(Section):
     """For open answers: write each answer greedily and compare it with the expected one."""
     max_tokens: Positive = 128
     """The longest answer written."""
+    answer: AnswerPart = "all"
+    """What of an open answer is compared with the expected one: all, first_line, last_number, or json (its value).
+    Where there is no such part the row is wrong."""
     base: bool = True
     """Measure the base model too, on the same rows."""
 

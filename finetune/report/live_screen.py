@@ -14,7 +14,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from finetune.console import Console
+from finetune.console import Console, lines
 from finetune.events import Event, Progress, Result, RunStarted, StepDone, Work
 from finetune.report.plot import sparkline
 from finetune.report.screen import PlainScreen, Status, sentence
@@ -98,7 +98,7 @@ class LiveScreen:
             parts += [Text(), epoch_table(self._status.validations, newest)]
         # The ellipsis of rich is a character that a terminal without Unicode cannot show.
         overflow: Literal["crop", "ellipsis"] = "crop" if self._console.options.ascii_only else "ellipsis"
-        return Group(*parts, *(Text(note, "dim", no_wrap=True, overflow=overflow) for note in self._notes))
+        return Group(*parts, *(lines(note, style="dim", no_wrap=True, overflow=overflow) for note in self._notes))
 
     def _figures(self, last: StepDone) -> list[RenderableType]:
         figures = {

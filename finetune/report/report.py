@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from finetune import connections
+from finetune.disk.adapter_check import Loading
 from finetune.disk.atomic import write_file
 from finetune.disk.run_files import read_json
 from finetune.errors import Incompatible
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import mcnemar_exact
+from finetune.evaluation.leaked import Leaked
 from finetune.evaluation.verdict import Overfitting, comparison_verdict
+from finetune.evaluation.yardstick import Words
 from finetune.events import Validated
+from finetune.report.facts import Facts
 
 _REMEDY = "delete it, and the model is evaluated again"
 
@@ -28,7 +32,7 @@ class Comparison:
     broken: tuple[tuple[RowResult, RowResult], ...]  # right before, wrong now
     p_value: float | None  # McNemar's exact test, two-sided; None where answers are not right or wrong
     verdict: str
-    bag_of_words: float | None = None  # the accuracy of naive Bayes on the words, where there are labels
+    words: Words | None = None  # naive Bayes on the words, where there are labels
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Report:
     """What the terminal shows and report.json holds."""
 
     run: str
+    facts: Facts
     adapter: str | None
     backend: str
     device: str
@@ -45,10 +50,13 @@ class Report:
     base: Evaluation | None
     tuned: Evaluation
     comparison: Comparison | None
+    leaked: Leaked | None  # None where no held-out row stands in the training rows
     overfitting: Overfitting
     divergence: str | None  # a notice that the loss was above that of random guessing
     validations: tuple[Validated, ...]
     best_step: int
+    limited: tuple[str, ...] = ()  # what data.limit left of each split
+    loads: tuple[Loading, ...] = ()  # whether PEFT and mlx-lm would load the adapter's folder
 
     def to_json(self) -> dict[str, Any]:
         """What report.json holds: everything but the single rows."""
@@ -57,11 +65,14 @@ class Report:
             "fixed": len(self.comparison.fixed),
             "broken": len(self.comparison.broken),
             "p_value": self.comparison.p_value,
-            "bag_of_words": self.comparison.bag_of_words,
+            "bag_of_words": self.comparison.words and self.comparison.words.accuracy,
+            "bag_of_words_seconds": self.comparison.words and self.comparison.words.seconds,
         }
         return {
             "run": self.run,
+            "facts": asdict(self.facts),
             "adapter": self.adapter,
+            "loads": [asdict(loading) for loading in self.loads],
             "backend": self.backend,
             "device": self.device,
             "scheme": self.scheme,
@@ -70,16 +81,18 @@ class Report:
             "base": self.base and self.base.summary(),
             "tuned": self.tuned.summary(),
             "comparison": comparison,
+            "leaked": self.leaked and self.leaked.to_json(),
             "overfitting": asdict(self.overfitting),
             "divergence": self.divergence,
             "best_step": self.best_step,
+            "limited": list(self.limited),
             "validations": [asdict(validated) for validated in self.validations],
             **connections.account(),
         }
 
 
-def compare(base: Evaluation, tuned: Evaluation, words: float | None = None) -> Comparison:
-    """The rows that changed, and whether the change is more than chance. words: the accuracy of `bag_of_words`."""
+def compare(base: Evaluation, tuned: Evaluation, words: Words | None = None) -> Comparison:
+    """The rows that changed, and whether the change is more than chance. words: of `bag_of_words`."""
     pairs = list(zip(base.results, tuned.results, strict=True))
     fixed = tuple(pair for pair in pairs if pair[0].correct is False and pair[1].correct)
     broken = tuple(pair for pair in pairs if pair[0].correct and pair[1].correct is False)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from finetune.console import Console, plain_page
+from finetune.console import Console, Sentence, plain_page
 from finetune.data.beside import always_filled
 from finetune.data.rows import Prepared
+from finetune.disk.adapter_check import in_words
 from finetune.disk.atomic import write_file
+from finetune.disk.held_out import described
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, RowResult
@@ -25,9 +27,7 @@ from finetune.report.tables import (
     epoch_table,
     per_class_table,
 )
-
-if TYPE_CHECKING:
-    from finetune.training.job import Job
+from finetune.training.job import Job, beyond_context
 
 
 def print_account(job: Job, run: RunFolder) -> None:
@@ -35,8 +35,10 @@ def print_account(job: Job, run: RunFolder) -> None:
     console = Console(stderr=True)
     console.print(f"run {run.path} on {job.backend}, base {job.recipe.model.path}", soft_wrap=True)
     console.print(account_table(job.prepared))
-    for note in account_notes(job.prepared):
+    for note in (*job.folder.notes, *account_notes(job.prepared)):
         console.print(note, soft_wrap=True)
+    if beyond := beyond_context(job.folder, job.prepared):
+        console.print(beyond, soft_wrap=True)
 
 
 def print_report(report: Report) -> None:
@@ -50,21 +52,31 @@ def as_text(report: Report) -> str:
 
 
 def _render(console: Console, report: Report) -> None:
+    for line in report.facts.lines():
+        console.print(line, soft_wrap=True)
     console.print(epoch_table(report.validations))
-    console.print(report.overfitting.message)
+    console.print(Sentence(report.overfitting.message))
     if report.divergence:
-        console.print(report.divergence, style="bold red")
+        console.print(Sentence(report.divergence, "bold red"))
     if report.base and report.comparison:
         print_comparison(console, report.base, report.tuned, report.comparison, report.held_out)
     else:
         console.print(comparison_table({}, report.tuned.summary(), title=report.held_out))
-    console.print(f"data: {report.check} (check.txt)")
-    console.print(
-        f"base weights: {report.scheme}; {report.backend} on {report.device}\n"
-        f"adapter: {report.adapter} ({_adapter_step(report.best_step)}; PEFT and mlx-lm load it as it is)\n"
+    if report.comparison and report.comparison.words:
+        console.print(report.comparison.words.cost)
+    if report.leaked:
+        console.print(Sentence(report.leaked.message, "bold red"))
+    console.print(Sentence(f"data: {report.check} (check.txt)"))
+    for note in report.limited:
+        console.print(Sentence(note))
+    facts = (
+        f"base weights: {report.scheme}; {report.backend} on {report.device}",
+        f"adapter: {report.adapter} ({'; '.join([_adapter_step(report.best_step), *in_words(report.loads)])})",
+        f"load it as it was measured: {report.adapter}/README.md",
         f"everything else: {report.run} (report.json, rows.jsonl, loss.png, metrics.jsonl)",
-        soft_wrap=True,
     )
+    for fact in facts:
+        console.print(fact, soft_wrap=True)
 
 
 def _adapter_step(best_step: int) -> str:
@@ -79,7 +91,7 @@ def print_comparison(console: Console, base: Evaluation, tuned: Evaluation, comp
         console.print(confusion_table(tuned.confusion, tuned.labels))
     if comparison.fixed or comparison.broken:
         console.print(changed_rows_table(comparison.fixed, comparison.broken))
-    console.print(comparison.verdict, style="bold")
+    console.print(Sentence(comparison.verdict, "bold"))
 
 
 def account_of(prepared: Prepared) -> dict[str, Any]:
@@ -90,6 +102,7 @@ def account_of(prepared: Prepared) -> dict[str, Any]:
         "format": prepared.format,
         "template": prepared.template,
         "labels": list(prepared.labels),
+        "held_out": described(prepared),
         "always": always_filled(prepared.renderer, prepared.format, prepared.train.records),
         **{name: split and split.account for name, split in splits.items()},
     }
@@ -115,5 +128,8 @@ def _rows(report: Report) -> str:
         for name, row in (("base", base), ("tuned", tuned)):
             if row is not None:
                 line[name] = {"predicted": row.predicted, "correct": row.correct, "loss": row.loss}
+                if row.compared is not None:  # the parts of both answers
+                    line |= {"compared": row.compared[0]}
+                    line[name] |= {"compared": row.compared[1]}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)

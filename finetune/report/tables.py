@@ -1,29 +1,28 @@
-"""Tables for the terminal, of figures computed elsewhere; and a row's tokens, marked for people to read."""
+"""Tables for the terminal, of figures computed elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from pathlib import PurePath
 from typing import Any, Protocol
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from finetune.data.rows import Example, Prepared
+from finetune.console import lines
+from finetune.data.rows import Prepared
+from finetune.evaluation.answers import MEASURES
 from finetune.evaluation.intervals import worst_confusions
 from finetune.events import Validated
-from finetune.text import harmless, shorten
+from finetune.text import from_here, one_line, shorten
 
 MOST_LABELS = 12  # in a whole confusion matrix; of a larger one only the most frequent confusions are shown
 WORST = 10  # of those
 ROWS_SHOWN = 5  # fixed rows, and as many broken rows
 TEXT_SHOWN = 160  # characters of a row's text
-LOCATIONS_SHOWN = 5  # of rows that were shortened or left out; data.json has them all
-
-SHOWN_TOKENS = 160  # of a row; the middle of a longer row is left out
-_LONGEST = 8  # tokens that make up a single character
+ROWS_NAMED = 5  # of those that were shortened or left out; data.json has them all
 
 
 class Answered(Protocol):
@@ -43,36 +42,31 @@ Pair = tuple[Answered, Answered]  # the same row under the base and under the tu
 
 
 def account_table(prepared: Prepared) -> Table:
-    """What became of the rows of each split, with the first of those that were shortened or left out."""
+    """What became of the rows of each split. `account_notes` names those that were shortened or left out."""
     table = Table("split", "rows", "whole", "used", "tokens", "supervised", "shortened", "left out")
     for split in prepared.splits:
         figures = (f"{split.account[key]:,}" for key in ("rows", "good", "used", "tokens", "supervised_tokens"))
-        shortened = _counted([_name(location) for location in split.shortened])
-        left_out = _counted([f"{_name(location)}: {reason}" for location, reason in split.left_out])
-        table.add_row(split.name, *figures, shortened, left_out)
+        table.add_row(split.name, *figures, f"{len(split.shortened):,}", f"{len(split.left_out):,}")
     return table
 
 
 def account_notes(prepared: Prepared) -> list[str]:
-    """What a person should know of how the rows were read: each note once, with its split unless all splits say it."""
+    """What a person should know of how the rows were read: each note once, with its split unless all splits say it; and
+    the first rows of each split that were shortened or left out.
+    """
     notes = {split.name: split.notes for split in prepared.splits}
     distinct = dict.fromkeys(note for split in notes.values() for note in split)
     first = {note: next(name for name, split in notes.items() if note in split) for note in distinct}
-    return [
-        harmless(note if all(note in split for split in notes.values()) else f"{first[note]}: {note}")
-        for note in distinct
-    ]
-
-
-def _name(location: str) -> str:
-    return PurePath(location).name
-
-
-def _counted(locations: Sequence[str]) -> Text:
-    if not locations:
-        return Text("0")
-    shown = "\n".join(map(harmless, locations[:LOCATIONS_SHOWN]))
-    return Text(f"{len(locations):,}\n{shown}" + ("\n..." if len(locations) > LOCATIONS_SHOWN else ""))
+    said = [note if all(note in split for split in notes.values()) else f"{first[note]}: {note}" for note in distinct]
+    for split in prepared.splits:
+        if split.shortened:
+            more = f", and {len(split.shortened) - ROWS_NAMED:,} more" if len(split.shortened) > ROWS_NAMED else ""
+            said.append(f"{split.name}, shortened: {', '.join(split.shortened[:ROWS_NAMED])}{more}")
+        if split.left_out:
+            named = [f"  {location}: {reason}" for location, reason in split.left_out[:ROWS_NAMED]]
+            last = [f"  and {len(split.left_out) - ROWS_NAMED:,} more"] * (len(split.left_out) > ROWS_NAMED)
+            said += [f"{split.name}, left out:", *named, *last]
+    return [one_line(from_here(note)) for note in said]
 
 
 def epoch_table(validations: Sequence[Validated], newest: int | None = None) -> Table:
@@ -80,7 +74,8 @@ def epoch_table(validations: Sequence[Validated], newest: int | None = None) -> 
     best = max((i for i, validated in enumerate(validations) if validated.best), default=None)
     shown = [i for i in range(len(validations)) if newest is None or i >= len(validations) - newest or i == best]
     labelled = any(validated.accuracy is not None for validated in validations)
-    headings = ("epoch", "train\nloss", "valid.\nloss", "perpl.", "token\nacc.", *["label\nacc."] * labelled)
+    pairs = [("epoch",), ("train", "loss"), ("valid.", "loss"), ("perpl.",), ("token", "acc."), ("label", "acc.")]
+    headings = [lines(*pair) for pair in pairs[: 5 + labelled]]
     table = _table(*headings, texts=0)
     for i in shown:
         validated = validations[i]
@@ -109,7 +104,7 @@ _MEASURES = (
 def comparison_table(base: Mapping[str, Any], tuned: Mapping[str, Any], title: str | None = None) -> Table:
     """Base and tuned side by side, without the measures that neither has. An empty `base`: the tuned model alone."""
     table = _table("", *(["base"] if base else []), "tuned", *(["change"] if base else []), title=title)
-    accuracy = "accuracy" if tuned.get("labels") else "exact match"
+    accuracy = "accuracy" if tuned.get("labels") else MEASURES[tuned.get("compared", "all")]
     for key, name, more in (("accuracy", accuracy, True), *_MEASURES):
         before, after = base.get(key), tuned.get(key)
         if before is not None or after is not None:
@@ -154,7 +149,7 @@ def changed_rows_table(fixed: Sequence[Pair], broken: Sequence[Pair]) -> Table:
     for (kind, style, (base, tuned)), text in zip(shown, texts, strict=True):
         shown_answers = {"expected": base.expected, "base": base.predicted, "tuned": tuned.predicted}
         answers = ", ".join(f"{name}: {shorten(answer or '', 60)}" for name, answer in shown_answers.items())
-        row = Text.assemble((f"{base.location}\n", "dim"), shorten(text, TEXT_SHOWN), "\n", (answers, "italic"))
+        row = Group(lines(base.location, style="dim"), lines(shorten(text, TEXT_SHOWN)), lines(answers, style="italic"))
         table.add_row(Text(kind, style), row)
     table.caption_justify = "left"
     more = len(fixed) + len(broken) - len(shown)
@@ -162,10 +157,10 @@ def changed_rows_table(fixed: Sequence[Pair], broken: Sequence[Pair]) -> Table:
     return table
 
 
-def _table(*headings: str, texts: int = 1, title: str | None = None) -> Table:
+def _table(*headings: str | Text, texts: int = 1, title: str | None = None) -> Table:
     """The first `texts` columns hold words, the others figures."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, title_justify="left")
-    table.title = None if title is None else Text(title, "bold")
+    table.title = None if title is None else lines(title, style="bold")
     table.caption_justify = "left"
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i < texts else "right", no_wrap=i >= texts)
@@ -174,7 +169,7 @@ def _table(*headings: str, texts: int = 1, title: str | None = None) -> Table:
 
 def _cell(text: str, length: int) -> Text:
     """The text of a cell: cut, not wrapped, where the column is narrow."""
-    return Text(shorten(text, length), no_wrap=True, overflow="ellipsis")
+    return lines(shorten(text, length), no_wrap=True, overflow="ellipsis")
 
 
 def _worst_confusions(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> Table:
@@ -227,35 +222,3 @@ def _common(texts: Sequence[str]) -> int:
     """How many characters all texts begin with, up to and including the last space among them."""
     shared = [chars[0] for chars in takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False))]
     return max((i + 1 for i, char in enumerate(shared) if char.isspace()), default=0)
-
-
-def highlighted(example: Example, tokenizer: Any) -> Text:
-    """The row's tokens, the supervised ones marked and in brackets."""
-    half = SHOWN_TOKENS // 2
-    text = Text()
-    pieces = list(_pieces(example, tokenizer))
-    long = len(pieces) > SHOWN_TOKENS
-    for number, (piece, supervised) in enumerate(pieces):
-        if long and half <= number < len(pieces) - half:
-            if number == half:
-                text.append(" ... ", style="dim")
-            continue
-        piece = piece.replace("\n", "\\n")
-        text.append(f"[{piece}]" if supervised else piece, style="bold green" if supervised else "dim")
-    return text
-
-
-def _pieces(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """(text, supervised) of each token; tokens that are parts of one character are joined."""
-    tokens: Sequence[int] = example.tokens.tolist()
-    start = 0
-    while start < len(tokens):
-        supervised = bool(example.weights[start])
-        for end in range(start + 1, min(start + _LONGEST, len(tokens)) + 1):
-            piece = tokenizer.decode(tokens[start:end])
-            if not piece.endswith("\ufffd") or bool(example.weights[end - 1]) != supervised:
-                break
-        else:
-            end, piece = start + 1, tokenizer.decode(tokens[start : start + 1])
-        yield piece, supervised
-        start = end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,16 @@ from finetune.data.label_names import Labels
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
 from finetune.data.rows import Prepared
+from finetune.data.sides import WORDS
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
-from finetune.disk.identity import check_model, clock_of
-from finetune.errors import Incompatible, RecipeError
+from finetune.disk.identity import check_model, clock_of, parting_of
+from finetune.errors import DataError, Incompatible, RecipeError
+from finetune.evaluation.evaluate import Evaluation
 from finetune.events import Progress
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec
+from finetune.supervisor import reading
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,15 @@ class Setup:
         """The live session; heavy from here on. Raises Incompatible where the model's files changed meanwhile."""
         model, lora, optim = model_spec(self.recipe, self.folder), lora_spec(self.recipe), optim_spec(self.recipe)
         try:
-            return registry.open_session(backend, model, lora, optim, self.recipe.seed)
+            with reading(str(self.folder.path)):
+                return registry.open_session(backend, model, lora, optim, self.recipe.seed)
         except Exception:
             self.check_model()
             raise
+
+    def check_backend(self, backend: str) -> None:
+        """Raises BackendError for what the backend cannot do with this model, before data are read or it is loaded."""
+        registry.check_model(backend, model_spec(self.recipe, self.folder), lora_spec(self.recipe))
 
     def check_model(self) -> None:
         """Raises Incompatible where a file of the model is no longer as it was when the model was found."""
@@ -76,7 +84,8 @@ def set_up(recipe: Recipe, run: Path | None = None) -> Setup:
     folder = find_folder(recipe)
     if run is not None:
         check_model(run, folder)
-    return Setup(recipe, folder, load_tokenizer(folder))
+    with reading(str(folder.path / "tokenizer.json")):
+        return Setup(recipe, folder, load_tokenizer(folder))
 
 
 def refuse_unused_accelerator(recipe: Recipe) -> None:
@@ -98,14 +107,54 @@ def making_ready(
     """
     chosen = registry.choose(backend or recipe.backend)
     setup = set_up(recipe, run)
+    setup.check_backend(chosen)
     clock = now() if run is None else clock_of(run)
-    prepared = yield from prepare(recipe, setup.tokenizer, base=None, clock=clock, labels=labels)
+    parting = WORDS if run is None else parting_of(run)
+    with reading(f"{recipe.data.train} with {setup.folder.path / 'tokenizer.json'}"):
+        prepared = yield from prepare(recipe, setup.tokenizer, None, clock, labels, parting)
     refuse(prepared, recipe)
-    _check_vocabulary(setup, prepared)
-    _check_positions(setup, prepared)
+    refuse_unfit(setup, prepared)
     data = recipe.data.model_copy(update={"format": prepared.format})
     recipe = recipe.model_copy(update={"data": data, "task": prepared.task})
     return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
+
+
+def refuse_unfit(setup: Setup, prepared: Prepared) -> None:
+    """Raises Incompatible for tokens that the model lacks, RecipeError for rows or answers longer than it can take."""
+    _check_vocabulary(setup, prepared)
+    _check_positions(setup, prepared)
+
+
+def beyond_context(folder: ModelFolder, prepared: Prepared) -> str | None:
+    """What a person should know of rows longer than the context that the model was trained with; None: there are none.
+
+    Computed positions have no end, and so such rows can be trained on.
+    """
+    context = folder.context if folder.weights else None
+    lengths = [len(example) for split in prepared.splits for example in split.examples]
+    long = sum(length > context for length in lengths) if context else 0
+    if not long:
+        return None
+    return (
+        f"{long:,} row{'s' * (long > 1)} longer than the {context:,} tokens of the model's context: "
+        f"what lies beyond is new to it; to stay within what config.json says, set train.max_length: {context}"
+    )
+
+
+def room_for_answer(setup: Setup, prompt: int, most: int) -> int:
+    """Tokens that an answer after `prompt` tokens may have: `most`, or what the model's positions leave of them.
+
+    Raises DataError for a prompt that leaves none.
+    """
+    known = setup.folder.positions if setup.folder.weights else None
+    if known is None:
+        return most
+    if prompt >= known:
+        where = setup.folder.path
+        raise DataError(
+            f"the prompt has {prompt:,} tokens, and the model in {where} has {known:,} positions; shorten it"
+        )
+    return min(most, known - prompt)
 
 
 def _check_vocabulary(setup: Setup, prepared: Prepared) -> None:
@@ -143,3 +192,13 @@ def _check_positions(setup: Setup, prepared: Prepared) -> None:
             f"evaluate.max_tokens: {asked.max_tokens}, after a prompt of {longest:,} tokens, and the model in "
             f"{setup.folder.path} has {known:,} positions; lower it, or set evaluate.generate: false"
         )
+
+
+def known_validation(job: Job, base: Evaluation | None) -> Evaluation | None:
+    """The validation before the first step, where the base's evaluation is of the same model and the same rows.
+
+    A resumed run reads the same figures from evaluation-base.json. A validation writes no answers.
+    """
+    if base is None or job.prepared.held_out is not job.prepared.valid or job.recipe.lora.start_from:
+        return None
+    return base if job.prepared.task == "classification" else replace(base, accuracy=None)

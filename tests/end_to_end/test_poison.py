@@ -1,4 +1,6 @@
-"""Every command, with a text in each of its inputs that would command a terminal: it is shown and never obeyed."""
+"""Every command, with a text in each of its inputs that would command a terminal, or begin a line of its own: it is
+shown, and neither obeyed nor taken for what the command says.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,10 @@ import pytest
 from tests.end_to_end.command import Answer, Work
 from tests.unit.test_console import OURS, obeyed
 
-ESC = "\x1b]0;pwned\x07[red]mark[/red][/nothing]"
-DIRECTION = "\x9d0;pwned\x9c\u202e"
+FORGED = "verdict: it got better"
+ANSWER = "\x1b]0;pwned\x07[red]mark[/red][/nothing]"
+ESC = f"{ANSWER}\n{FORGED}"
+DIRECTION = f"\x9d0;pwned\x9c\u202e\n{FORGED}"
 TERMINAL = """
 import io, os
 class Terminal(io.StringIO):
@@ -22,7 +26,7 @@ os.environ.update(TERM="xterm-256color", COLUMNS="60", LINES="30")
 """
 ANSWERS = f"""
 from finetune.commands import chat
-chat.Speaker.answer = lambda *arguments: {ESC + DIRECTION!r}
+chat.Speaker.answer = lambda *arguments: {ANSWER!r}
 """
 PIPE = "import os; os.environ['NO_COLOR'] = '1'\n"
 BYPASS = "import finetune.text, finetune.streams; finetune.streams.harmless = finetune.text.harmless = str\n"
@@ -79,11 +83,17 @@ BEGIN = [
 ]  # fmt: skip
 
 
+def forged(shown: str) -> list[str]:
+    """Lines that a value began: at the left, or in a cell of a table."""
+    return [line for line in OURS.sub("", shown).splitlines() if line.removeprefix("│ ").startswith(FORGED)]
+
+
 def _look(answers: list[Answer], commands: list[list[str]]) -> None:
     for answer, command in zip(answers, commands, strict=True):
         shown = answer.out + answer.err
         assert not obeyed(shown), (command, sorted(map(ascii, obeyed(shown))))
         assert "Traceback" not in shown, (command, shown)
+        assert not forged(shown), (command, shown)
         assert answer.code in (0, 2, 3, 7, 8), (command, answer)
 
 
@@ -108,6 +118,7 @@ def test_no_command_obeys_what_it_reads(work: Work, surroundings: str) -> None:
     for name in ("report.txt", "check.txt"):
         page = (run / name).read_text(encoding="utf-8")
         assert not obeyed(page)
+        assert not forged(page), page
         assert r"\u202e" in page
 
 

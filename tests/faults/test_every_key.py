@@ -42,6 +42,8 @@ class World:
         self.write("more", [*rows, rows[0] | {"text": "one film more"}])
         self.write("long", [*rows, rows[0] | {"text": "a fine film and " * 30}])
         self.write("less", rows[:8])
+        accents = (folder / "rows.jsonl").read_text().replace("film", "filmé")
+        (folder / "accents.jsonl").write_text(accents, "utf-8")
         self.write("broken", [*rows, {"text": "no label"}])
         talks = []
         for i in range(8):
@@ -227,9 +229,11 @@ CASES = {
     "data.valid": Case(examples, "rows"),
     "data.test": Case(examples, "rows"),
     "data.format": Case(examples, "text"),
+    "data.encoding": Case(examples, "cp1252", {"data.train": "accents"}),
     "data.columns": Case(examples, {"text": "other"}),
     "data.labels": Case(examples, ["good", "bad"]),
     "data.valid_fraction": Case(examples, 0.4, {"data.valid": None}),
+    "data.limit": Case(examples, 3),
     "data.on_error": Case(bad_row, "skip", {"data.train": "broken", "data.max_dropped": 0.5}),
     "data.max_dropped": Case(bad_row, 0.5, {"data.train": "broken", "data.on_error": "skip"}),
     "data.long_rows": Case(examples, "split", LONG | {"data.format": "text", "data.max_dropped": 0.9}),
@@ -264,6 +268,7 @@ CASES = {
     "evaluate.every": Case(rates, 2),
     "evaluate.generate": Case(whole_run, False, OPEN),
     "evaluate.max_tokens": Case(whole_run, 1, OPEN),
+    "evaluate.answer": Case(whole_run, "json", OPEN),
     "evaluate.base": Case(whole_run, False),
     "seed": Case(steps, 1),
     "backend": Case(backend, "torch"),

@@ -19,7 +19,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from finetune.console import Console, plain_page
+from backends.interface import BackendError, IncompatibleState
+from finetune.console import Console, Sentence, lines, plain_page
+from finetune.errors import DataError, explain
 from finetune.streams import Guarded, guard, showing_bars
 from finetune.text import harmless
 
@@ -84,6 +86,63 @@ def test_styles_stay_where_they_were() -> None:
     console.print(Text.assemble(("a", "red"), "\u202e", ("b\x9dc", "blue")))
     shown = file.getvalue().replace("\x1b[0m\x1b[34m", "")  # blue goes on
     assert shown == "\x1b[31ma\x1b[0m\\u202e\x1b[34mb\\x9dc\x1b[0m\n"
+
+
+FORGED = "a label\nverdict: better"
+
+
+def began(shown: str) -> bool:
+    """Whether the forged line begins one, at the left or in a cell."""
+    return any(line.strip("│┃").removeprefix(" ").startswith("verdict") for line in OURS.sub("", shown).splitlines())
+
+
+VALUES: dict[str, Callable[[Console], object]] = {
+    "a sentence": lambda console: console.print(f"the {FORGED} is rare"),
+    "a cell": lambda console: console.print(_cells(FORGED)),
+    "lines": lambda console: console.print(lines("first", FORGED, style="bold")),
+    "a title": lambda console: console.rule(FORGED),
+    "several": lambda console: console.print("a", FORGED, 3),
+    **{f"a sentence after {n} words": (lambda console, n=n: console.print(
+        Sentence(f"{'word ' * n}{FORGED}", "bold"))) for n in range(15, 21)},
+    **{f"a long value after {n}": (lambda console, n=n: console.print(
+        Sentence("w" * n + f" verdict: better{FORGED}"))) for n in (85, 92, 97, 100, 195)},
+}  # fmt: skip
+
+
+def _cells(text: str) -> Table:
+    table = Table(text, title=text, caption=text)
+    table.add_row(text)
+    return table
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_value_begins_no_line(kind: str) -> None:
+    page = plain_page(VALUES[kind])
+    assert "verdict: better" in " ".join(page.split())
+    assert not began(page)
+
+
+def test_our_own_lines_stay() -> None:
+    assert plain_page(lambda console: console.print(lines("a", "b\nc"))) == "a\nb\\nc\n"
+    assert str(DataError("a", "b\nc")) == "a\nb\\nc"
+
+
+@pytest.mark.parametrize("error", [
+    DataError(FORGED), BackendError(FORGED), IncompatibleState(FORGED), OSError(2, "no such file", FORGED),
+    type("PanicException", (BaseException,), {})(FORGED),
+])  # fmt: skip
+def test_no_value_in_an_error_begins_a_line(error: BaseException) -> None:
+    message, _ = explain(error) or ("", 0)
+    assert r"\nverdict: better" in message
+    assert not began(message)
+
+
+def test_a_librarys_log_and_warning_begin_one_line_at_the_left() -> None:
+    with guarded() as screen:
+        logging.getLogger("of a library").warning("the kind %s", FORGED)
+        sys.stderr.write(warnings.formatwarning(FORGED, UserWarning, "file.py", 1))
+    assert not any(line.startswith("verdict") for line in screen.getvalue().splitlines())
+    assert "a label\n  verdict" in screen.getvalue()
 
 
 @pytest.mark.parametrize("kind", SHOWN)

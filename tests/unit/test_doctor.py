@@ -12,7 +12,7 @@ from finetune.errors import EnvironmentProblem
 
 def test_a_backend_is_described_in_words() -> None:
     wanted = f"cpu; 4-bit: no; activation recomputation: no; numpy {np.__version__}"
-    assert described("reference") == wanted
+    assert described("reference") == [wanted]
 
 
 @pytest.mark.parametrize("able", [True, False])
@@ -21,7 +21,7 @@ def test_abilities_are_yes_or_no(able: bool, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(registry, "describe", lambda name, device: facts)
     monkeypatch.setattr(registry, "unused_accelerator", lambda name, device: None)
     words = ("yes", "no") if able else ("no", "yes")
-    assert described("any") == f"gpu: Some GPU; 4-bit: {words[0]}; activation recomputation: {words[1]}; a 1, b 2"
+    assert described("any") == [f"gpu: Some GPU; 4-bit: {words[0]}; activation recomputation: {words[1]}; a 1, b 2"]
 
 
 def test_every_backend_has_a_row_with_its_shortcuts(

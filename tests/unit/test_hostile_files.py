@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -100,7 +101,9 @@ def lies() -> dict[str, bytes]:
         "a header of 100 MB": with_header(text, body, 100_000_000), "offsets beyond the end": with_header(far, body),
         "two tensors in one place": with_header(over, body), "a hole": with_header(header, body + b"\0" * 8),
         "a key twice": with_header(text[:-1] + "," + text[1:], body), "deep": with_header("[" * 10**6, body),
-        "a list": with_header("[]", body), "not utf-8": with_header("{}", body)[:8] + b"\xff\xfe" + body,
+        "a list": with_header("[]", body),
+        "tensors without number": with_header("[" + '"data_offsets",' * 250_000 + "0]", b""),
+        "not utf-8": with_header("{}", body)[:8] + b"\xff\xfe" + body,
         "a pickle": pickle.dumps({"a": 1}), "no tensors": save({}),
     }  # fmt: skip
 
@@ -111,6 +114,19 @@ def test_lying_weights(tmp_path: Path, kind: str) -> None:
     beside = model(tmp_path / "two")
     (beside / "consolidated.safetensors").write_bytes(lies()[kind])
     assert refused(lora_modules, beside) or kind == "no tensors"
+
+
+@pytest.mark.parametrize("name", ["model-2.safetensors", "model-00001-of-00002.safetensors", "model.old.safetensors"])
+def test_a_tensor_stands_in_one_file(tmp_path: Path, name: str) -> None:
+    folder = model(tmp_path / "m")
+    (folder / name).write_bytes(model_bytes())
+    assert name in ModelFolder.open(folder).notes[0]  # beside model.safetensors it is left over
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    message = refused(ModelFolder.open, folder) or ""
+    assert name in message
+    assert "stands in" in message
+    (folder / name).write_bytes(save({"another.weight": np.zeros((2, 2), np.float32)}))
+    assert refused(ModelFolder.open, folder) is None
 
 
 @quick_and_slow
@@ -246,7 +262,8 @@ def test_links_stay_in_the_folder_or_its_hub_cache(tmp_path: Path, name: str) ->
     assert "link out of" in (refused(ModelFolder.open, folder) or "")
     snapshot = model(tmp_path / "models--a--b" / "snapshots" / "abc")
     (tmp_path / "models--a--b" / "blobs").mkdir()
-    (tmp_path / "models--a--b" / "blobs" / "123").write_bytes(model_bytes())
+    other = save({"another.weight": np.zeros((2, 2), np.float32)})
+    (tmp_path / "models--a--b" / "blobs" / "123").write_bytes(other)
     (snapshot / name).symlink_to("../../blobs/123")
     assert refused(ModelFolder.open, snapshot) is None
     (snapshot / "extra.json").symlink_to("../../../canary")

@@ -98,6 +98,9 @@ CLAIMS: dict[str, dict[str, Any]] = {
     "no kind": {"model_type": "nothing-known"}, "kind list": {"model_type": ["llama"]}, "list": {"hidden_size": [64]},
     "file": {"transformers_weights": "../../canary.safetensors"}, "kernel": {"attn_implementation": "who/kernel"},
     "rope": {"rope_parameters": {"full_attention": 3}}, "rope list": {"rope_parameters": {"rope_type": ["x"]}},
+    "quantised list": {"quantization_config": [1]}, "scaling text": {"rope_scaling": "yarn"},
+    "positions text": {"max_position_embeddings": "many"}, "window text": {"sliding_window": "wide"},
+    "layers text": {"layer_types": "full"}, "nested number": {"text_config": 3}, "architecture": {"architectures": "x"},
     "other width": {"hidden_size": 32}, "no heads": {"num_attention_heads": 0}, "odd heads": {"num_attention_heads": 3},
 }  # fmt: skip
 # The reference backend knows modules and words alone.

@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 from backends.interface import BackendError, LoraSpec
 from backends.model_folder import ModelFolder
 from finetune.data.tokenizer import stop_tokens
-from finetune.errors import EnvironmentProblem, RecipeError
+from finetune.errors import DataError, EnvironmentProblem, RecipeError
 from finetune.training import job
 from tests.unit.hostile import CONFIG, header_of, model, model_bytes, refused, with_header
 
@@ -26,6 +26,7 @@ POSITIONS: dict[str, tuple[str, int, dict[str, Any], int | None]] = {
     "GPT-2 that says nothing": ("transformer.wpe.weight", 24, {}, 24),
     "a config that claims too much": ("transformer.wpe.weight", 24, {"max_position_embeddings": 4096}, 24),
     "BERT": ("bert.embeddings.position_embeddings.weight", 16, {"max_position_embeddings": 16}, 16),
+    "GPT": ("transformer.positions_embed.weight", 20, {"n_positions": 20}, 20),
     "computed": ("model.norm.weight", 8, {"max_position_embeddings": 16}, None),
 }  # fmt: skip
 
@@ -74,8 +75,51 @@ def test_an_answer_beyond_the_positions_ends_before_training(tmp_path: Path) -> 
         _check(folder, [19], "generation")
 
 
+def test_an_answer_has_the_room_that_the_positions_leave(tmp_path: Path) -> None:
+    setup = SimpleNamespace(folder=opened(tmp_path / "model", "transformer.wpe.weight", 24, {}))
+    assert [job.room_for_answer(cast(Any, setup), prompt, 8) for prompt in (3, 16, 17, 23)] == [8, 8, 7, 1]
+    with pytest.raises(DataError, match=r"the prompt has 24 tokens, .* has 24 positions; shorten it"):
+        job.room_for_answer(cast(Any, setup), 24, 8)
+    computed = SimpleNamespace(folder=ModelFolder.open(model(tmp_path / "computed")))
+    assert job.room_for_answer(cast(Any, computed), 10**6, 8) == 8
+
+
 def test_computed_positions_have_no_end(tmp_path: Path) -> None:
     _check(ModelFolder.open(model(tmp_path / "model")), [100_000], "generation")
+
+
+SCALED = {
+    "yarn over its own context": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+    "linear": ({"rope_type": "linear", "factor": 2.0}, 32),
+    "scaled before it was written": (
+        {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 4}, 16,
+    ),
+    "a factor that is none": ({"rope_type": "linear", "factor": "two"}, 16),
+    "a factor without end": ({"rope_type": "linear", "factor": 1e300}, 16),
+    "none": (None, 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_rows_beyond_the_context_are_told(tmp_path: Path, kind: str) -> None:
+    scaling, context = SCALED[kind]
+    settings = {"max_position_embeddings": 16, "rope_scaling": scaling}
+    folder = ModelFolder.open(model(tmp_path / "model", {**CONFIG, "rope_parameters": None, **settings}))
+    assert folder.context == context
+    told = [job.beyond_context(folder, _rows([context, context + n])) or "" for n in (0, 1)]
+    assert told[0] == ""
+    assert told[1].startswith(f"1 row longer than the {context} tokens of the model's context")
+
+
+@pytest.mark.parametrize("stated", [None, 0, -3])
+def test_a_context_that_nothing_says_is_no_bound(tmp_path: Path, stated: Any) -> None:
+    folder = ModelFolder.open(model(tmp_path / "model", CONFIG | {"max_position_embeddings": stated}))
+    assert folder.context is None
+    assert job.beyond_context(folder, _rows([10**6])) is None
+
+
+def _rows(lengths: list[int]) -> Any:
+    return SimpleNamespace(splits=[SimpleNamespace(examples=[range(length) for length in lengths])])
 
 
 @pytest.mark.parametrize("rank", [9, 100, 2**16, 10**7])
@@ -86,16 +130,16 @@ def test_a_rank_is_no_greater_than_the_layers(tmp_path: Path, rank: int) -> None
         folder.lora_modules(LoraSpec(rank, 4.0))
 
 
-@pytest.mark.parametrize("listed", [10**30, -1, [3, 2**31], [2, -5], [10**400]], ids=str)
+@pytest.mark.parametrize("listed", [10**30, -1, [3, 2**31], [2, -5], [10**400], "text", True, [[2]]], ids=str)
 def test_an_end_token_that_no_token_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: Any) -> None:
     monkeypatch.setattr("finetune.data.tokenizer.end_of_turn", lambda tokenizer: None)
     tokenizer = SimpleNamespace(eos_token_id=1, name_or_path=str(tmp_path))
     file = tmp_path / "generation_config.json"
-    for taken, expected in (([5, 6], {1, 5, 6}), (7, {1, 7}), (None, {1}), ("text", {1})):
+    for taken, expected in (([5, 6], {1, 5, 6}), (7, {1, 7}), (None, {1})):
         file.write_text(json.dumps({"eos_token_id": taken}))
         assert stop_tokens(tokenizer) == expected
     file.write_text(json.dumps({"eos_token_id": listed}))
-    with pytest.raises(EnvironmentProblem, match=r"generation_config\.json: eos_token_id holds a number"):
+    with pytest.raises(EnvironmentProblem, match=r"generation_config\.json: eos_token_id holds what is not the number"):
         stop_tokens(tokenizer)
 
 

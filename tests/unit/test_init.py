@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from finetune.commands.init import run
+from finetune.data.sources import held_out_sources
 from finetune.errors import DataError, RecipeError
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
@@ -122,3 +124,41 @@ def test_a_model_folder_is_named_from_where_the_recipe_stands(here: Path) -> Non
     table("rows.csv")
     assert init("rows.csv", "a/b.yaml", "models/m-v1.5").model.path == str(here / "models" / "m-v1.5")
     assert init("rows.csv", "a/c.yaml", "Qwen/Qwen3-0.6B").model.path == "Qwen/Qwen3-0.6B"
+
+
+def folder(name: str, *files: str) -> str:
+    Path(name).mkdir()
+    for file in files:
+        table(f"{name}/{file}")
+    return name
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["train.csv", "valid.csv"], ["# valid: valid.csv, which the folder has", "# test: test.jsonl "]),
+        (["train.csv", "dev.csv", "test.csv"], ["# valid: dev.csv, which", "# test: test.csv, which the folder has"]),
+        (["train.csv", "test.csv"], ["a tenth of train is set apart", "# test: test.csv, which the folder has"]),
+        (["train.csv"], ["a tenth of train is set apart", "# test: test.jsonl "]),
+    ],
+)
+def test_what_it_says_of_a_folder_is_what_happens(files: list[str], said: list[str]) -> None:
+    recipe = init(folder("rows", *files))
+    text = Path("recipe.yaml").read_text()
+    assert all(words in text for words in said)
+    sources = held_out_sources(recipe.data, None)
+    assert ("a tenth of train is set apart" in text) == ("valid" not in sources)
+    assert ("which the folder has" in text) == bool(sources)
+
+
+def test_a_file_is_said_to_be_parted() -> None:
+    init(table("rows.csv"))
+    assert "a tenth of train is set apart (seeded, stratified by label)" in Path("recipe.yaml").read_text()
+
+
+def test_labels_that_every_row_has_of_its_own_are_refused_at_once() -> None:
+    Path("rows.csv").write_text("text,label\n" + "".join(f"note {n},{n * 7}\n" for n in range(20_000)))
+    began = time.process_time()
+    with pytest.raises(DataError, match=r"^rows\.csv:2: 20,000 different labels in 20,000 rows: nearly every row"):
+        init("rows.csv")
+    assert time.process_time() - began < 3.0

@@ -297,3 +297,26 @@ def test_a_config_without_layers_that_slide(tmp_path: Path) -> None:
     assert ignored_window(model, config) == 12
     assert ignored_window(model, config | {"layer_types": ["full_attention"]}) is None
     assert ignored_window(model, config | {"model_type": "qwen2"}) is None
+
+
+# --- widths on a GPU -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [None, 1], ids=["all blocks", "the last block"])
+def test_on_a_gpu_long_rows_have_few_widths_and_the_same_losses(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, layers: int | None
+) -> None:
+    lora = LoraSpec(4, 8.0, dropout=0.2, layers=layers)
+    whole = opened(tiny_folder, lora)
+    monkeypatch.setitem(costs.COSTS, "cpu", replace(costs.COSTS["cpu"], tokens_at_once=None, width_step=64))
+    session = opened(tiny_folder, lora)
+    widths, real = [], session._forward.head.hidden
+
+    def seen(inputs: Any, *rest: Any) -> Any:
+        widths.append(inputs.shape[1])
+        return real(inputs, *rest)
+
+    monkeypatch.setattr(session._forward.head, "hidden", seen)
+    for width in (24, 256, 257, 300, 320):
+        both(session, whole, a_batch(width=width))
+    assert set(widths) == {24, 256, 320}

@@ -25,6 +25,7 @@ OUTPUTS = {
     "NUL amid": ("ru\0ns/x", 2),
     "half a character": ("runs\ud83e", 2),
     "the other half": ("\udd8a", 2),
+    "bytes of another encoding": ("runs\udce9", 2),
     "nobody's home": ("~nobody-of-that-name/x", 2),
     "no home": ("~no such user", 2),
 }
@@ -54,6 +55,17 @@ def test_a_home_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load_recipe(tmp_path / "recipe.yaml")
     (tmp_path / "gone").mkdir()
     assert create(load_recipe(tmp_path / "recipe.yaml"), "recipe").path.parent == tmp_path / "gone" / "runs"
+
+
+def test_a_run_in_a_folder_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokenizer could not be written, which would be told after training."""
+    (tmp_path / "recipe.yaml").write_text(TEXT)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    (tmp_path / "d\udce9").mkdir()
+    monkeypatch.chdir(tmp_path / "d\udce9")
+    with pytest.raises(RecipeError, match="is not UTF-8"):
+        create(recipe, "recipe")
+    assert list(Path().iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["n" * 240, "🦊" * 60, "n" * 255])

@@ -73,6 +73,14 @@ def test_a_child_that_crashes_loses_no_run(
     assert (run_folder / "checkpoints" / "step-00000006").exists(), "it only looks"
 
 
+def test_a_crash_names_what_was_read(capfd: pytest.CaptureFixture[str]) -> None:
+    inside = "with child.reading('a b/tokenizer.json'):\n    "
+    assert supervisor.run(child(f"{inside}os.abort()")) == 8
+    assert "(SIGABRT, Aborted) while it read a b/tokenizer.json; exit code 8" in capfd.readouterr().err
+    assert supervisor.run(child(f"{inside}pass\nos.abort()")) == 1
+    assert "while it read" not in capfd.readouterr().err
+
+
 def test_after_divergence_there_is_no_going_on(run_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert supervisor.run(child(f"child.announce_run(Path({str(run_folder)!r})); sys.exit(4)")) == 4
     said = capfd.readouterr().err
@@ -155,11 +163,12 @@ def test_a_killed_supervisor_takes_its_child_along() -> None:
 def test_stopped_and_continued_the_child_does_so_too() -> None:
     psutil = pytest.importorskip("psutil")
     process = supervised(STOPS, "1")
-    (inner,) = psutil.Process(process.pid).children()
+    outer = psutil.Process(process.pid)
+    (inner,) = outer.children()
     for number, expected in ((signal.SIGTSTP, True), (signal.SIGCONT, False)):
         process.send_signal(number)
         until = time.monotonic() + 20
-        while (inner.status() == psutil.STATUS_STOPPED) is not expected:
+        while {one.status() == psutil.STATUS_STOPPED for one in (outer, inner)} != {expected}:
             assert time.monotonic() < until
             time.sleep(0.01)
     process.send_signal(signal.SIGTERM)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from finetune.console import plain_page
 from finetune.data.rows import Example, Prepared, Split
+from finetune.errors import Incompatible
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import (
     confusion_matrix,
@@ -17,7 +23,7 @@ from finetune.evaluation.intervals import (
     wilson_interval,
 )
 from finetune.evaluation.verdict import comparison_verdict
-from finetune.evaluation.yardstick import bag_of_words, majority, never_predicted
+from finetune.evaluation.yardstick import MOST_READ, MOST_ROWS, Words, bag_of_words, majority, never_predicted
 from finetune.report.tables import comparison_table
 
 
@@ -50,7 +56,7 @@ def verdict(expected: str, before: str, after: str, labels: str = "abc", words: 
     base, tuned = evaluation(expected, before, labels), evaluation(expected, after, labels)
     pairs = [(b.correct, t.correct) for b, t in zip(base.results, tuned.results, strict=True)]
     p_value = mcnemar_exact(pairs.count((False, True)), pairs.count((True, False)))
-    return comparison_verdict(base, tuned, p_value, words)
+    return comparison_verdict(base, tuned, p_value, None if words is None else Words(words, 100, 0.25, ""))
 
 
 TRUTH = "a" * 70 + "b" * 20 + "c" * 10
@@ -117,8 +123,11 @@ def test_below_the_words_alone_is_said() -> None:
 
 
 def rows(*pairs: tuple[str, str]) -> Split:
-    one = np.zeros(1, np.int32), np.ones(1, np.float32)
-    return Split("x", len(pairs), tuple(Example(*one, f"x:{i}", label, text) for i, (text, label) in enumerate(pairs)))
+    def example(i: int, text: str, label: str) -> Example:
+        tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        return Example(tokens, np.ones(len(tokens), np.float32), f"x:{i}", label, text)
+
+    return Split("x", len(pairs), tuple(example(i, *pair) for i, pair in enumerate(pairs)))
 
 
 def prepared(train: Split, valid: Split, labels: tuple[str, ...] = ("good", "bad")) -> Prepared:
@@ -132,7 +141,7 @@ def test_naive_bayes_learns_words_and_not_the_template() -> None:
     asked = rows(
         ("Review: warm\nLabel:", "good"), ("Review: So dull!\nLabel:", "bad"), ("Review: dull\nLabel:", "good")
     )
-    assert bag_of_words(prepared(train, asked)) == pytest.approx(2 / 3)
+    assert accuracy(prepared(train, asked)) == pytest.approx(2 / 3)
 
 
 def test_without_labels_or_training_rows_there_is_no_bag_of_words() -> None:
@@ -140,7 +149,40 @@ def test_without_labels_or_training_rows_there_is_no_bag_of_words() -> None:
     assert bag_of_words(prepared(some, some, ())) is None
     assert bag_of_words(prepared(rows(), some)) is None
     same = rows(("a", "good"), ("a", "bad"))  # no word tells anything: the more frequent label, or the first
-    assert bag_of_words(prepared(same, same)) == 0.5
+    assert accuracy(prepared(same, same)) == 0.5
+
+
+def accuracy(found: Prepared) -> float:
+    words = bag_of_words(found)
+    assert words is not None
+    return words.accuracy
+
+
+def test_the_words_are_measured_once_where_the_rows_are_the_same(tmp_path: Path) -> None:
+    train, asked = rows(("warm", "good"), ("dull", "bad")), rows(("so warm", "good"), ("so dull", "bad"))
+    file = tmp_path / "words.json"
+    first = bag_of_words(prepared(train, asked), file)
+    assert first is not None and first.accuracy == 1.0 and first.measured == 2 and first.seconds >= 0
+    assert first.cost.startswith("naive Bayes on the words: 2 rows in 0.") and first.cost.endswith("s (words.json)")
+    file.write_text(json.dumps(asdict(first) | {"seconds": 123.0}))
+    assert bag_of_words(prepared(train, asked), file) == replace(first, seconds=123.0)
+    others = [prepared(rows(("dull", "good"), ("warm", "bad")), asked), prepared(train, rows(("so warm", "bad")))]
+    assert [found and found.accuracy for found in (bag_of_words(other, file) for other in others)] == [0.0, 0.0]
+    file.write_text("{")
+    with pytest.raises(Incompatible, match=r"words\.json: not what a run writes"):
+        bag_of_words(prepared(train, asked), file)
+
+
+def test_many_labels_and_long_texts_take_seconds() -> None:
+    """Every row has its own label, or a megabyte of words."""
+    many = [(f"a {i} b {i + 1}", str(i)) for i in range(20_000)]
+    long = [("word " * 200_000 + name, name) for name in ("good", "bad")]
+    began = time.process_time()
+    found = bag_of_words(prepared(rows(*many), rows(*many[:500]), tuple(label for _, label in many)))
+    assert found is not None and found.measured == 500
+    bag_of_words(prepared(rows(*long), rows(*long)))
+    assert time.process_time() - began < 3.0
+    assert MOST_ROWS * MOST_READ <= 5e7, "characters read at most"
 
 
 def test_the_interval_of_macro_f1_holds_it_and_narrows_with_rows() -> None:

@@ -8,8 +8,10 @@ import unicodedata
 import pytest
 from toy_tokenizers import byte_level
 
-from finetune.data.label_names import Spellings, look_alikes
+from finetune.data.label_names import MOST, Spellings, look_alikes, refuse_many
 from finetune.data.prepare import prepare
+from finetune.data.rows import Row
+from finetune.errors import DataError
 from finetune.recipe.schema import Recipe
 from tests.unit.toy_run import result_of
 
@@ -99,3 +101,32 @@ def test_check_tells_labels_that_differ_in_case(tmp_path):
     found = surveyed(tokenizer, recipe(str(tmp_path / "rows.jsonl")))
     assert found.balance.alike == [["Good", "good"]]
     assert "labels that look alike" in page(found, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "why"),
+    [
+        (150, 150, "nearly every row has its own"),
+        (400, 700, "nearly every row"),
+        (MOST + 1, 9000, "4,096 are the most"),
+    ],
+)
+def test_labels_without_end_are_one_sentence(tmp_path, count, rows, why):
+    with pytest.raises(DataError, match=rf"^train\.jsonl:1: {count:,} different labels in {rows:,} rows: {why}"):
+        prepared(tmp_path, [f"label {n % count}" for n in range(rows)])
+
+
+@pytest.mark.parametrize(("count", "rows"), [(60, 60), (150, 400), (1000, 3000)])
+def test_many_labels_that_come_again_are_labels(count, rows):
+    refuse_many([Row({"label": f"label {n % count}"}, "f", n) for n in range(1, rows + 1)], "label")
+
+
+@pytest.mark.parametrize("label", [lambda n: n, lambda n: n / 7, lambda n: f" {n}"])
+def test_numbers_are_labels_too(label):
+    with pytest.raises(DataError, match=r"^f:1: 200 different labels in 200 rows"):
+        refuse_many([Row({"label": label(n)}, "f", n) for n in range(1, 201)], "label")
+
+
+def test_labels_of_the_recipe_are_not_counted(tmp_path):
+    labels = [f"label {n}" for n in range(150)]
+    assert prepared(tmp_path, labels, labels=labels).labels == tuple(labels)

@@ -338,7 +338,8 @@ def test_progress_is_told(tmp_path):
     recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": write(tmp_path, REVIEWS)}})
     reported = [(one.what, one.done, one.total) for one in Work(prepare(recipe, byte_level(), base=tmp_path))]
     assert reported == [
-        ("data: reading", 0, 1), ("data: reading", 1, 1), ("data: preparing train", 36, 36),
+        ("data: reading", 0, 1), ("data: comparing rows", 40, 40), ("data: reading", 1, 1),
+        ("data: preparing train", 36, 36),
         ("data: preparing valid", 4, 4),
     ]  # fmt: skip
 

@@ -1,0 +1,52 @@
+"""What a run was made of, for its report: the model, the data files, and what training took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from finetune.data.rows import Prepared
+from finetune.events import Event, StepDone
+from finetune.recipe.schema import Recipe
+from finetune.text import amount, duration
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of a whole run, what was done before it was resumed included."""
+
+    model: str
+    data: dict[str, str]  # split -> where its rows come from
+    rows: dict[str, int]  # split -> rows that are used
+    steps: int
+    seconds: float  # of the steps, validations and evaluations not counted
+    tokens_per_second: float  # padding not counted
+    peak_bytes: int
+
+    def lines(self) -> Sequence[str]:
+        data = "; ".join(f"{split} {source} ({self.rows[split]:,} rows)" for split, source in self.data.items())
+        took = "no step"
+        if self.steps:
+            steps = f"{self.steps:,} step{'s' * (self.steps > 1)} in {duration(self.seconds)}"
+            took = f"{steps}, {self.tokens_per_second:,.0f} tokens/s, memory {amount(self.peak_bytes)} at most"
+        return f"model: {self.model}", f"data: {data}", f"training: {took}"
+
+
+def facts_of(recipe: Recipe, prepared: Prepared, events: Iterable[Event]) -> Facts:
+    """events: those of metrics.jsonl."""
+    steps = [event for event in events if isinstance(event, StepDone)]
+    seconds = sum(step.seconds for step in steps)
+    named = {"train": recipe.data.train, "valid": recipe.data.valid, "test": recipe.data.test}
+    apart = f"set apart of {recipe.data.train}" if prepared.parted else recipe.data.train  # else of the same folder
+    return Facts(
+        model=recipe.model.path + (f" at {recipe.model.revision}" if recipe.model.revision else ""),
+        data={
+            split.name: named[split.name] or (apart if split.name == "valid" else recipe.data.train)
+            for split in prepared.splits
+        },
+        rows={split.name: len(split.examples) for split in prepared.splits},
+        steps=len(steps),
+        seconds=round(seconds, 3),
+        tokens_per_second=round(sum(step.useful_tokens for step in steps) / seconds, 1) if seconds else 0.0,
+        peak_bytes=max((step.peak_bytes for step in steps), default=0),
+    )
