@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from backends.interface import FloatArray, IncompatibleState, TrainState
+from backends.text_blocks import ending
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,7 +40,11 @@ def adapter_shapes(modules: Mapping[str, tuple[int, int]], rank: int) -> dict[st
 
 
 def fitting(state: TrainState, shapes: Mapping[str, tuple[int, ...]]) -> TrainState:
-    """A float32 copy of `state` with every moment present. Raises IncompatibleState with every difference."""
+    """A float32 copy of `state` with every moment present. Raises IncompatibleState with every difference.
+
+    Adapters of other programs may name the beginning of a layer's name otherwise.
+    """
+    state = replace(state, adapter=_as_named_here(state.adapter, shapes))
     moment_shapes = {f"{name}.{kind}": shape for name, shape in shapes.items() for kind in MOMENTS}
     moments = state.moments or {name: np.zeros(shape, np.float32) for name, shape in moment_shapes.items()}
     problems = _differences(state.adapter, shapes) + _differences(moments, moment_shapes)
@@ -49,6 +55,11 @@ def fitting(state: TrainState, shapes: Mapping[str, tuple[int, ...]]) -> TrainSt
         {name: np.array(state.adapter[name], dtype=np.float32) for name in shapes},
         {name: np.array(moments[name], dtype=np.float32) for name in moment_shapes},
     )
+
+
+def _as_named_here(offered: Mapping[str, FloatArray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FloatArray]:
+    by_ending = {ending(name): name for name in shapes}
+    return {name if name in shapes else by_ending.get(ending(name), name): value for name, value in offered.items()}
 
 
 def _differences(offered: Mapping[str, FloatArray], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -50,7 +50,28 @@ class CheckedFolder(Protocol):
     def path(self) -> Path: ...
 
     @property
-    def config(self) -> dict[str, Any]: ...
+    def remote_code(self) -> bool:
+        """Whether Python code that comes with the model may run."""
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """config.json as it stands."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The same in the spellings of every library."""
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of the config that describes the language model; the config itself where models are not nested."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor's shape. Raises BackendError where the folder has no weights."""
+
+    @property
+    def stack(self) -> str:
+        """What the names of the language model's blocks begin with: "model.layers."."""
 
     @property
     def weights(self) -> Mapping[Path, Any]:
@@ -233,6 +254,9 @@ class Backend(Protocol):
 
     def free_bytes(self, device: Wanted = "auto") -> int | None:
         """Memory that the device can give, where that is known, before a model is loaded."""
+
+    def check(self, model: ModelSpec, lora: LoraSpec) -> None:
+        """Raises BackendError for what cannot be done with this model, before it or any data is loaded."""
 
     def open(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Session:
         """A live session, never half-initialised. Raises BackendError for what cannot be done."""

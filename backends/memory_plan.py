@@ -72,7 +72,7 @@ class Footprint:
 def read_architecture(folder: ModelFolder) -> Architecture:
     """Raises BackendError where the folder has no weights, or no linear layers in its blocks."""
     modules = folder.lora_modules(LoraSpec(1, 1.0))
-    text, shapes = folder.text_config, folder.shapes
+    text, shapes = folder.text_config, folder.text_shapes
     tied = bool(text.get("tie_word_embeddings", folder.config.get("tie_word_embeddings", False)))
     sizes = {name: prod(shape) for name, shape in shapes.items() if not (tied and name.endswith("lm_head.weight"))}
     embedding = next((shape for name, shape in shapes.items() if "embed" in name and len(shape) == 2), (1, 1))
@@ -80,7 +80,7 @@ def read_architecture(folder: ModelFolder) -> Architecture:
     hidden = _number(text, "hidden_size", embedding[1])
     head = _number(text, "head_dim", hidden // heads)
     stored = sum(file.stat().st_size for file in folder.weights)
-    quantised = any(name.endswith(".scales") for name in shapes)
+    quantised = any(name.endswith((".scales", ".weight.absmax")) for name in shapes)
     return Architecture(
         blocks=_number(text, "num_hidden_layers", 1),
         hidden=hidden,
@@ -91,7 +91,7 @@ def read_architecture(folder: ModelFolder) -> Architecture:
         modules=modules,
         other=0 if quantised else sum(sizes.values()) - sum(map(prod, modules.values())),
         stored=stored,
-        stored_number=4 if stored > 3 * sum(sizes.values()) else 2,
+        stored_number=4 if stored > 3 * sum(map(prod, folder.shapes.values())) else 2,
         quantised=quantised,
     )
 

@@ -88,8 +88,8 @@ def widened(batch: Batch, step: int) -> Batch:
     if width <= _NARROW or not width % step:
         return batch
     more = ((0, 0), (0, -width % step))
-    inputs, targets, weights = (np.pad(values, more) for values in (batch.inputs, batch.targets, batch.weights))
-    return replace(batch, inputs=inputs, targets=targets, weights=weights)
+    padded: dict[str, Any] = {name: np.pad(getattr(batch, name), more) for name in ("inputs", "targets", "weights")}
+    return replace(batch, **padded)
 
 
 def joined(batch: Batch) -> Batch:

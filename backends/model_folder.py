@@ -10,24 +10,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from backends.config_keys import completed, rope_of
+from backends.formats import TRAINED, bitsandbytes_shapes, quantised_by, refuse_format
 from backends.interface import BackendError, CheckedFolder, LoraSpec, ModelSpec
+from backends.text_blocks import ending, layers_of, no_layers, parts_beside, stack_of, text_only
 from backends.untrusted import (
     WEIGHTS,
     Shapes,
     check_claims,
     check_code,
     check_files,
+    check_names,
     check_switches,
     needs_code,
     read_object,
+    used_files,
     validate,
 )
 
-__all__ = ["ModelFolder", "folder_of", "legacy_rope", "read_object", "validate"]
+__all__ = ["ModelFolder", "ending", "folder_of", "read_object", "validate"]
 
-_IN_BLOCK = re.compile(r"\blayers\.(\d+)\.(.+)\.weight$")
+_BITS = (2, 3, 4, 5, 6, 8)
 _POSITIONS = re.compile(r"\b(wpe|embed_positions|position_embeddings|positions_embed)\.weight$")
-_NOT_ADAPTED = re.compile(r"\bexperts\b|\brouter\b|(^|\.)gate$|norm")  # experts are chosen by token, not by layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +50,13 @@ class ModelFolder:
         """Reads and checks the folder by the rules of `untrusted`. Raises BackendError where it breaks one."""
         checked = check_files(path)
         written = _read_config(path)
-        config = written | _rope_of(path, written)
+        weights = {path / name: checked[path / name] for name in used_files(path, written)}
+        check_names(weights)
+        config = completed(written | rope_of(path, written), weights.values())
         check_code(path, config, remote_code)
-        weights = {file: checked[file] for file in sorted(path.glob(WEIGHTS))}
         stamps = {file: _stamp(file) for file in (path / "config.json", *weights)}
         folder = cls(path, remote_code, config, weights, written, stamps)
-        check_switches(path, (config, folder.text_config))
+        check_switches(path, (written, config, folder.text_config))
         if folder.weights:
             check_claims(path, (config, folder.text_config), folder.shapes)
         return folder
@@ -75,6 +80,20 @@ class ModelFolder:
         if not self.weights:
             raise BackendError(f"{self.path}: no {WEIGHTS}; other weight formats are not read")
         return {name: shape for shapes in self.weights.values() for name, shape in shapes.items()}
+
+    @cached_property
+    def text_shapes(self) -> Shapes:
+        """The shapes of the language model's tensors: all, but for towers and heads beside it."""
+        return text_only(self.shapes, self.stack)
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What of the folder is not used, in words: left-over files, and parts beside the text model."""
+        unused = sorted({file.name for file in self.path.glob(WEIGHTS)} - {file.name for file in self.weights})
+        files = [f"{self.path}: not part of the model, and not read: {', '.join(unused)}"] if unused else []
+        beside = parts_beside(self.shapes, self.stack) if self.weights else []
+        parts = [f"the model's {', '.join(beside)}: not part of its language model, and not trained"] if beside else []
+        return (*files, *parts)
 
     @cached_property
     def vocabulary(self) -> int | None:
@@ -110,9 +129,17 @@ class ModelFolder:
     def blocks(self) -> int:
         """How many transformer blocks the model has."""
         count = self.text_config.get("num_hidden_layers")
-        if type(count) is int:
-            return count
-        return 1 + max((int(match[1]) for name in self.shapes if (match := _IN_BLOCK.search(name))), default=0)
+        return count if type(count) is int else 1 + max((block for block, _ in self._layers.values()), default=0)
+
+    @cached_property
+    def stack(self) -> str:
+        """What the names of the language model's blocks begin with: "model.layers."."""
+        size = self.text_config.get("vocab_size")
+        return stack_of(self.shapes, size if type(size) is int else None)
+
+    @cached_property
+    def _layers(self) -> dict[str, tuple[int, str]]:
+        return layers_of(self.shapes, self.stack, self.text_config)
 
     @cached_property
     def sampled_fingerprint(self) -> str:
@@ -135,23 +162,22 @@ class ModelFolder:
 
         Raises BackendError where a target names no linear layer of the blocks, or nothing is left.
         """
+        refuse_format(self, TRAINED)
+        unpacked = self._unpacked
         linear: dict[str, tuple[int, int]] = {}
-        blocks: dict[str, int] = {}
-        for name, shape in self.shapes.items():
-            match = _IN_BLOCK.search(name)
-            if match is None or len(shape) != 2 or _NOT_ADAPTED.search(match[2]):
-                continue
-            module = name.removesuffix(".weight")
-            if 0 in shape:
-                raise BackendError(f"{self.path}: {name} is empty ({list(shape)})")
-            packed = f"{module}.scales" in self.shapes
-            linear[module] = (shape[0], shape[1] * (self._packing(module) if packed else 1))
-            blocks[module] = int(match[1])
+        blocks = {module: block for module, (block, _) in self._layers.items()}
+        for module in blocks:
+            outputs, inputs = unpacked.get(module) or self.shapes[f"{module}.weight"]
+            if 0 in (outputs, inputs):
+                raise BackendError(f"{self.path}: {module}.weight is empty ({[outputs, inputs]})")
+            linear[module] = outputs, self._inputs(module, inputs)
         names = sorted({_leaf(module) for module in linear})
         unknown = [target for target in lora.targets if target not in names]
         if unknown or not linear:
-            missing = ", ".join(unknown) or "anything"
-            raise BackendError(f"{self.path}: no linear layer named {missing}; there are {', '.join(names) or 'none'}")
+            if not linear:
+                raise BackendError(f"{self.path}: {no_layers(self.shapes)}")
+            missing = ", ".join(unknown)
+            raise BackendError(f"{self.path}: no linear layer named {missing}; there are {', '.join(names)}")
         if lora.rank > (most := max(max(shape) for shape in linear.values())):
             raise BackendError(
                 f"{self.path}: lora.rank {lora.rank:,}, and its largest layer is {most:,} wide; lower it"
@@ -160,15 +186,27 @@ class ModelFolder:
         chosen = [m for m in linear if blocks[m] >= first and (not lora.targets or _leaf(m) in lora.targets)]
         return {module: linear[module] for module in sorted(chosen, key=lambda m: (blocks[m], m))}
 
-    def _packing(self, module: str) -> int:
-        """How many inputs MLX packs into one word: 32 / bits."""
+    @cached_property
+    def _unpacked(self) -> dict[str, tuple[int, int]]:
+        """The shapes of layers that bitsandbytes has packed into bytes; empty where it has not."""
+        return bitsandbytes_shapes(self.weights) if quantised_by(self.config) == "bitsandbytes" else {}
+
+    def _inputs(self, module: str, columns: int) -> int:
+        """The inputs of a linear layer whose weight has so many columns; MLX packs 32 / bits of them into a word."""
+        scales = self.shapes.get(f"{module}.scales")
+        if scales is None:
+            return columns
         quantization = self.config.get("quantization")
         shared = quantization if isinstance(quantization, dict) else {}
         special = shared.get(module)
-        bits = (special if isinstance(special, dict) else shared).get("bits", shared.get("bits", 4))
-        if bits not in (2, 3, 4, 5, 6, 8):
+        settings = shared | (special if isinstance(special, dict) else {})
+        bits, group = settings.get("bits", 4), settings.get("group_size", 64)
+        if bits not in _BITS:
             raise BackendError(f"{self.path}: config.json says quantization of {bits!r:.20} bits")
-        return 32 // int(bits)
+        # Layers that differ from the rest are not always named: then the scales tell, of which each group has one.
+        if isinstance(group, int) and (told := columns * 32 / max(scales[-1] * group, 1)) in _BITS:
+            bits = int(told)
+        return columns * 32 // int(bits)  # a word holds no whole number of 3, 5 or 6 bits
 
     def needs_code(self, why: object) -> BackendError:
         """The refusal of a model that comes with code which the recipe does not allow."""
@@ -198,43 +236,3 @@ def _read_config(path: Path) -> dict[str, Any]:
         return read_object(path / "config.json")
     except (OSError, ValueError) as error:
         raise BackendError(f"{path}: config.json cannot be read ({error!s:.200}); is this a model folder?") from None
-
-
-def _rope_of(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary settings in the other spelling.
-
-    transformers 5 writes `rope_parameters`; mlx-lm 0.32 reads `rope_theta` and `rope_scaling` and takes
-    a default where they are missing, in silence.
-    """
-    try:
-        return legacy_rope(config)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise BackendError(f"{path}: rope_parameters in config.json are not valid ({error!s:.200})") from None
-
-
-def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The older keys that say what `rope_parameters` says, as mlx-lm 0.32 reads them; for a nested text model too.
-
-    Where layers differ ("full_attention" and "sliding_attention"), mlx-lm reads the second base from
-    `rope_local_base_freq` and the pattern from `sliding_window_pattern`.
-    """
-    text = config.get("text_config")
-    nested = {"text_config": text | legacy_rope(text)} if isinstance(text, dict) and legacy_rope(text) else {}
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return nested
-    if "full_attention" in rope:
-        keys = _older_keys(rope["full_attention"])
-        local = rope.get("sliding_attention", {}).get("rope_theta")
-        kinds = config.get("layer_types") or []
-        pattern = {"sliding_window_pattern": kinds.index("full_attention") + 1} if "full_attention" in kinds else {}
-        return nested | keys | pattern | ({"rope_local_base_freq": local} if local else {})
-    return nested | _older_keys(rope)
-
-
-def _older_keys(rope: dict[str, Any]) -> dict[str, Any]:
-    same = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    keys = {key: rope[key] for key in same if key in rope}
-    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    return keys | {"rope_scaling": None if kind == "default" else scaling | {"rope_type": kind, "type": kind}}

@@ -81,6 +81,11 @@ def free_bytes(device: Wanted = "auto") -> int | None:
     return available_bytes()
 
 
+def check(model: ModelSpec, lora: LoraSpec) -> None:
+    """Raises BackendError for targets that the folder does not have."""
+    _modules(folder_of(model), lora)
+
+
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> ReferenceSession:
     if model.quantize != "none" or model.dtype not in ("auto", "float32"):
         raise BackendError("the reference backend computes in float32 alone; use quantize: none and dtype: auto")

@@ -11,6 +11,7 @@ from backends.interface import (
     Backend,
     BackendError,
     Device,
+    Half,
     LoraSpec,
     ModelSpec,
     NumberType,
@@ -18,6 +19,7 @@ from backends.interface import (
     Session,
     Wanted,
 )
+from backends.layer_names import Library
 from backends.model_folder import folder_of
 from backends.predictions import Costs, Machine, Predictions
 
@@ -28,13 +30,16 @@ class Row:
 
     session: str  # the module that is a `Backend`
     costs: str  # the module that is its `Predictions`
+    library: str = ""  # the module that is a `Library`, where another library loads adapters into the same models
     apple: bool = False  # made for Apple silicon: there `auto` tries it first, and elsewhere last
     automatic: bool = True  # False: used only where it is named
 
 
 BACKENDS: dict[str, Row] = {
-    "mlx": Row("backends.mlx_backend.session", "backends.mlx_backend.costs", apple=True),
-    "torch": Row("backends.torch_backend.session", "backends.torch_backend.costs"),
+    "mlx": Row(
+        "backends.mlx_backend.session", "backends.mlx_backend.costs", "backends.mlx_backend.library", apple=True
+    ),
+    "torch": Row("backends.torch_backend.session", "backends.torch_backend.costs", "backends.torch_backend.library"),
     "reference": Row("backends.reference", "backends.reference", automatic=False),
 }
 NAMES = tuple(BACKENDS)
@@ -107,6 +112,25 @@ def usable(name: str) -> Backend:
 def open_session(name: str, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Session:
     """A live session. Raises BackendError where the backend, or what is asked of it, cannot be used."""
     return usable(name).open(replace(model, folder=folder_of(model)), lora, optim, seed)
+
+
+def check_model(name: str, model: ModelSpec, lora: LoraSpec) -> None:
+    """Raises BackendError for what the backend cannot do with this model, as far as config and shapes tell."""
+    usable(name).check(replace(model, folder=folder_of(model)), lora)
+
+
+def libraries() -> dict[str, Library]:
+    """The libraries that load adapter folders, by their names. Loads none of them."""
+    modules = (cast(Library, import_module(row.library)) for row in BACKENDS.values() if row.library)
+    return {module.NAME: module for module in modules}
+
+
+def loading_lines(name: str, model: ModelSpec, base: str, adapter: str, device: str, half: Half) -> str | None:
+    """Python that loads base and adapter as a session on this device held them (`Library.lines`); None: no library."""
+    if not (library := _row(name).library):
+        return None
+    number_type = model.number_type(device_kind(device), half)
+    return cast(Library, import_module(library)).lines(model, base, adapter, number_type)
 
 
 def device_kind(device: str) -> Device:

@@ -104,7 +104,6 @@ def check_files(folder: Path) -> dict[Path, Shapes]:
         _check_file(file)
         if file.suffix == ".safetensors":
             shapes[file] = validate(file)
-    _check_names(folder, shapes)
     if (folder / "adapter_config.json").exists():  # transformers would load the base that it names instead
         raise BackendError(f"{folder}: an adapter's folder (adapter_config.json), and a base model is needed")
     _check_index(folder)
@@ -119,13 +118,27 @@ def _target(file: Path) -> Path:
         raise BackendError(f"{file}: a link that leads back to itself; put the file itself there") from None
 
 
-def _check_names(folder: Path, shapes: Mapping[Path, Shapes]) -> None:
-    """Each tensor stands in one file: of two, libraries take one or the other."""
+def check_names(weights: Mapping[Path, Shapes]) -> None:
+    """Each tensor stands in one file of the model: of two, libraries take one or the other. Raises BackendError."""
     files: dict[str, Path] = {}
-    for file in sorted(folder.glob(WEIGHTS)):
-        if twice := next((name for name in shapes[file] if name in files), None):
+    for file, shapes in weights.items():
+        if twice := next((name for name in shapes if name in files), None):
             raise BackendError(f"{file}: {twice} stands in {files[twice].name} too; remove one of the files")
-        files |= dict.fromkeys(shapes[file], file)
+        files |= dict.fromkeys(shapes, file)
+
+
+def used_files(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """The weight files that are the model, of all that lie in a checked folder, as transformers chooses them.
+
+    One that the config names, model.safetensors, or those that the index names; without these three, all.
+    """
+    named = config.get("transformers_weights")
+    for single in (str(named), "model.safetensors"):
+        if (folder / single).is_file():
+            return [single]
+    if (folder / _INDEX).exists():
+        return sorted(set(_object(folder / _INDEX)["weight_map"].values()))
+    return sorted(file.name for file in folder.glob(WEIGHTS))
 
 
 def needs_code(folder: Path, why: object) -> BackendError:

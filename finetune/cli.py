@@ -10,9 +10,11 @@ from typing import Annotated
 
 import typer
 
-from finetune import options
-from finetune.errors import DataError, explain
+from finetune.begin import begin
+from finetune.errors import explain
+from finetune.options import Alone, Backend, Overrides, RecipeFile, RunPath
 from finetune.streams import guard, outlive_readers
+from finetune.use import chat, evaluate, export, generate, predict, runs
 
 START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
 
@@ -45,10 +47,10 @@ def common(
 
 @app.command(rich_help_panel=START)
 def demo(
-    overrides: options.Overrides = None,
-    backend: options.Backend = None,
+    overrides: Overrides = None,
+    backend: Backend = None,
     output: Annotated[str, typer.Option(help="The run's folder is made in this folder.")] = "runs",
-    alone: options.Alone = False,
+    alone: Alone = False,
 ) -> None:
     """Measure, fine-tune and measure again, with a built-in model and data, offline."""
     from finetune.recipe.locate import demo_recipe
@@ -67,7 +69,7 @@ def init(
     completion: Annotated[str | None, typer.Option(help="The column of the answers.")] = None,
 ) -> None:
     """Look at a data file and write a commented recipe for it."""
-    _begin()
+    begin()
     from finetune.commands.init import run
 
     columns = {"text": text, "label": label, "prompt": prompt, "completion": completion}
@@ -77,14 +79,16 @@ def init(
 @app.command(rich_help_panel=START)
 def check(
     target: Annotated[str, typer.Argument(metavar="DATA|RECIPE", help="A data file, or a recipe.", show_default=False)],
-    overrides: options.Overrides = None,
-    json_file: options.JsonFile = None,
+    overrides: Overrides = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the findings to this file too.")
+    ] = None,
 ) -> None:
     """Report bad rows, lengths, duplicates, leaks, balance and personal data."""
     from finetune.recipe.load import recipe_of
 
     recipe = recipe_of(target, overrides or [])  # first: a mistake in it needs none of the libraries below
-    _begin()
+    begin()
     from finetune.commands.check import run
 
     run(recipe, json_file)
@@ -92,130 +96,50 @@ def check(
 
 @app.command(rich_help_panel=START)
 def plan(
-    file: options.RecipeFile,
-    overrides: options.Overrides = None,
+    file: RecipeFile,
+    overrides: Overrides = None,
     compare: Annotated[bool, typer.Option("--compare", help="Compare the backends' log-probabilities.")] = False,
 ) -> None:
     """Show the recipe, the rows, the steps, memory and time. Trains nothing."""
     from finetune.recipe.load import load_recipe
 
     recipe = load_recipe(file, overrides or [])  # first: a mistake in it needs none of the libraries below
-    _begin()
+    begin()
     from finetune.commands.plan import run
 
     run(recipe, compare)
 
 
 @app.command(rich_help_panel=TRAIN)
-def train(
-    file: options.RecipeFile,
-    overrides: options.Overrides = None,
-    backend: options.Backend = None,
-    alone: options.Alone = False,
-) -> None:
+def train(file: RecipeFile, overrides: Overrides = None, backend: Backend = None, alone: Alone = False) -> None:
     """Measure the base model, fine-tune it, measure again, save the adapter."""
     _train(file, overrides or [], backend, alone)
 
 
 @app.command(rich_help_panel=TRAIN)
-def resume(folder: options.RunPath, backend: options.Backend = None, alone: options.Alone = False) -> None:
+def resume(folder: RunPath, backend: Backend = None, alone: Alone = False) -> None:
     """Resume a stopped run from its last intact checkpoint, on any backend."""
     from finetune.disk.run_folder import open_existing
 
     stopped, recipe = open_existing(folder)
-    _begin(alone)
+    begin(alone)
     from finetune.commands.train import run
 
     run(recipe.model_copy(update={"backend": backend}) if backend else recipe, folder.name, stopped)
 
 
-@app.command("eval", rich_help_panel=USE)
-def evaluate(
-    folder: options.RunPath,
-    data: options.OtherRows = None,
-    backend: options.Backend = None,
-) -> None:
-    """Measure both models of a run again, on its held-out rows or on others."""
-    from finetune.disk.run_folder import open_existing
-
-    opened, recipe = open_existing(folder)
-    _begin()
-    from finetune.commands.evaluate import run
-
-    run(opened, recipe, data, backend)
-
-
-@app.command(rich_help_panel=USE)
-def generate(
-    folder: options.RunPath,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The input text; - reads it from standard input.")],
-    columns: options.Columns = None,
-    system: options.System = None,
-    tools: options.Tools = None,
-    base: options.BaseAsked = False,
-    temperature: options.Temperature = 0.0,
-    max_tokens: options.MaxTokens = 256,
-    backend: options.Backend = None,
-) -> None:
-    """Answer one prompt with the model of a run."""
-    question = sys.stdin.read() if prompt == "-" else prompt
-    if not question.strip():
-        raise DataError("the prompt is empty")
-    from finetune.disk.run_folder import open_existing
-
-    opened, recipe = open_existing(folder)
-    _begin()
-    from finetune.commands.chat import run
-
-    run(opened, recipe, question, columns or [], system, tools, base, temperature, max_tokens, backend)
-
-
-@app.command(rich_help_panel=USE)
-def chat(
-    folder: options.RunPath,
-    columns: options.Columns = None,
-    system: options.System = None,
-    tools: options.Tools = None,
-    base: options.BaseAsked = False,
-    temperature: options.Temperature = 0.7,
-    max_tokens: options.MaxTokens = 512,
-    backend: options.Backend = None,
-) -> None:
-    """Talk to the model of a run. An empty line ends the chat."""
-    from finetune.disk.run_folder import open_existing
-
-    opened, recipe = open_existing(folder)
-    _begin()
-    from finetune.commands.chat import run
-
-    run(opened, recipe, None, columns or [], system, tools, base, temperature, max_tokens, backend)
-
-
-@app.command(rich_help_panel=USE)
-def export(
-    folder: options.RunPath,
-    to: options.ExportTo,
-    kind: options.NumberType = None,
-    bits: options.Bits = None,
-    adapter: options.AdapterAlone = False,
-    output: options.ExportFolder = None,
-    rows: options.VerifiedRows = 50,
-    backend: options.Backend = None,
-) -> None:
-    """Write the model for other programs, and verify it."""
-    from finetune.disk.run_folder import open_existing
-
-    opened, recipe = open_existing(folder)
-    _begin()
-    from finetune.commands.export import run
-
-    run(opened, recipe, to, kind, bits, adapter, output, rows, backend)
+app.command("eval", rich_help_panel=USE)(evaluate)
+app.command(rich_help_panel=USE)(predict)
+app.command(rich_help_panel=USE)(generate)
+app.command(rich_help_panel=USE)(chat)
+app.command(rich_help_panel=USE)(export)
+app.command(rich_help_panel=USE)(runs)
 
 
 @app.command(rich_help_panel=TOOLS)
 def doctor() -> None:
     """Show which backends work here, and why others do not."""
-    _begin()
+    begin()
     from finetune.commands.doctor import run
 
     run()
@@ -235,23 +159,10 @@ def _train(file: Path, overrides: list[str], backend: str | None, alone: bool) -
     from finetune.recipe.load import load_recipe
 
     recipe = load_recipe(file, [*overrides, *([f"backend={backend}"] if backend else [])])
-    _begin(alone)  # a mistake in the recipe is reported before a second process is started for it
+    begin(alone)  # a mistake in the recipe is reported before a second process is started for it
     from finetune.commands.train import run
 
     run(recipe, file.stem)
-
-
-def _begin(alone: bool = True) -> None:
-    """Before a command loads its libraries: from here on nothing is reached but what the recipe names. Unless `alone`,
-    or on Windows, which has no signals to pass on, in a child process.
-    """
-    if not alone and os.name == "posix":
-        from finetune.supervisor import supervise
-
-        supervise()
-    from finetune.connections import watch
-
-    watch()
 
 
 def main() -> None:

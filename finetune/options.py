@@ -1,4 +1,4 @@
-"""The arguments and options of the commands."""
+"""The arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -27,17 +27,14 @@ System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="Th
 Tools = Annotated[
     Path | None, typer.Option("--tools", metavar="FILE", help="The tools that the model may call: a JSON list.")
 ]
-BaseAsked = Annotated[bool, typer.Option("--base", help="Ask the base model instead of the tuned model.")]
-OtherRows = Annotated[str | None, typer.Option(metavar="FILE", help="Other rows to measure on, in the same format.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings to this file too.")]
 ExportTo = Annotated[
     str, typer.Option("--to", metavar="FORMAT", help="merged, mlx, gguf or ollama.", show_default=False)
 ]
 NumberType = Annotated[
     str | None, typer.Option("--type", metavar="TYPE", help="f32, f16, bf16; GGUF: also q8_0, q6_k, q5_k_m, q4_k_m.")
 ]
-AdapterAlone = Annotated[bool, typer.Option("--adapter", help="The adapter alone, for a GGUF of the base.")]
 Bits = Annotated[int | None, typer.Option("--bits", help="Quantise an MLX folder: 4, 6 or 8.")]
+AdapterAlone = Annotated[bool, typer.Option("--adapter", help="The adapter alone, for a GGUF of the base.")]
 ExportFolder = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Instead of a folder in the run's exports/.")
 ]

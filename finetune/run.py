@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from backends import registry
-from backends.interface import FloatArray, Session, TrainState
+from backends.interface import Session, TrainState
 from finetune import connections
 from finetune.check.show import as_text, headline
 from finetune.check.survey import as_json, survey
 from finetune.check.told import leaked_into, read_told
-from finetune.disk.adapter import check_base, start_from, write_adapter
-from finetune.disk.atomic import new_folder, write_file
-from finetune.disk.base_model import base_model, fingerprint
+from finetune.data.limit import limit_notes
+from finetune.disk.adapter import check_base, check_start, start_from
+from finetune.disk.adapter_check import loadings
+from finetune.disk.atomic import write_file
 from finetune.disk.checkpoint import Checkpoint, Checkpoints, load_newest
+from finetune.disk.held_out import write_held_out
 from finetune.disk.identity import check_identity, identity_of, read_identity
 from finetune.disk.lock import Lock
 from finetune.disk.metrics import MetricsFile, read
@@ -25,13 +27,14 @@ from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held
 from finetune.evaluation.leaked import leaked_rows
 from finetune.evaluation.verdict import Watch, divergence, overfitting_verdict
 from finetune.evaluation.yardstick import Words, bag_of_words
-from finetune.events import Event, Note, checked, result_of, stoppable
+from finetune.events import Event, Note, checked, stoppable
 from finetune.recipe.specs import lora_spec
 from finetune.report.facts import facts_of
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
 from finetune.training.budget import starting_tokens
 from finetune.training.job import Job, known_validation
+from finetune.training.keep import save_adapter
 from finetune.training.loop import Trainer
 
 NOT_REPEATABLE = (
@@ -94,8 +97,10 @@ class Run:
         start = Path(job.recipe.lora.start_from) if job.recipe.lora.start_from else None
         if start:
             check_base(start, job.folder, job.recipe.model.path)
+            check_start(start, job.folder, lora_spec(job.recipe))
         folder.write_identity(identity)
         self._write_environment()
+        write_held_out(folder, job.prepared)
         folder.write_json("data.json", account_of(job.prepared))
         told = yield from self._check_data()
         job.prepared.forget_records()
@@ -143,7 +148,7 @@ class Run:
         assert trainer.best is not None  # the validation before the first step is always a best one
         step = trainer.state.best_step
         trainer.session.set_state(TrainState(step, trainer.best, {}))
-        save_adapter(self.job, self.folder, trainer.best, trainer.session.scheme, step)
+        save_adapter(self.job, self.folder, trainer.best, trainer.session, step)
 
     def report(self, begun: Begun) -> Generator[Event, None, Report]:
         """The tuned model evaluated, and the report written. Raises Interrupted, Diverged."""
@@ -163,6 +168,7 @@ class Run:
             run=str(self.folder.path),
             facts=facts_of(job.recipe, job.prepared, events),
             adapter=str(self.folder.adapter),
+            loads=loadings(self.folder.adapter, job.folder),
             backend=job.backend,
             device=trainer.session.device,
             scheme=trainer.session.scheme,
@@ -176,6 +182,7 @@ class Run:
             divergence=divergence(events, job.folder.vocabulary, trainer.plan.warmup),
             validations=validations,
             best_step=trainer.state.best_step,
+            limited=limit_notes(job.prepared),
         )
 
     def _write_environment(self, session: Session | None = None) -> None:
@@ -229,7 +236,8 @@ class Run:
         if not self.job.recipe.evaluate.base:
             return None
         expected = [example.answer for example in self.job.prepared.held_out.examples]
-        if saved := load_evaluation(self.folder.evaluation("base"), expected):
+        saved = load_evaluation(self.folder.evaluation("base"), expected)
+        if saved and (saved.compared == self.job.recipe.evaluate.answer or self.job.prepared.task != "generation"):
             return saved
         with base_weights(session):
             base = yield from self._evaluate(session, "base model")
@@ -240,18 +248,3 @@ class Run:
         job = self.job
         evaluation = evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, name)
         return (yield from stoppable(evaluation, self, f"evaluating the {name}"))
-
-
-def save_adapter(job: Job, run: RunFolder, tensors: Mapping[str, FloatArray], scheme: str, step: int) -> None:
-    """The adapter folder, whole or absent, with the tokenizer and template that it was trained with."""
-    base = job.recipe.model.path if not job.recipe.model.path.startswith("builtin:") else str(job.folder.path)
-    facts = {
-        "base_fingerprint": fingerprint(result_of(base_model(job.folder))),
-        "scheme": scheme,
-        "step": step,
-        "template": job.prepared.template,
-        "prompt": job.recipe.prompt.model_dump(mode="json"),
-    }
-    with new_folder(run.adapter) as folder:
-        write_adapter(folder, tensors, lora_spec(job.recipe), base, job.folder.blocks, facts)
-        job.tokenizer.save_pretrained(folder)

@@ -55,6 +55,12 @@ def shorten(text: str, length: int) -> str:
     return f"{line[:head]} ... {line[len(line) - (length - 5 - head) :]}"
 
 
+def from_here(text: str) -> str:
+    """The text with the paths in it as they are named from this folder: of many, its own name says nothing."""
+    here = os.getcwd().rstrip(os.sep)  # noqa: PTH109
+    return text.replace(f"{here}{os.sep}", "") if here else text
+
+
 def command_line(*words: str) -> str:
     """As a person can paste it: quoted for the shell of this system."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +12,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from backends import dropout
 from backends.interface import BackendError, FloatArray, LoraSpec, Modules
+from backends.layer_names import Names, Part
 
 
 class Dropout:
@@ -105,23 +106,39 @@ def _frozen_grad(linear: nn.Linear | nn.QuantizedLinear, grad_output: mx.array) 
     return grad_input
 
 
-def attach(
-    model: nn.Module, modules: Mapping[str, tuple[int, int]], lora: LoraSpec, masks: Dropout
-) -> dict[str, AdaptedLinear]:
-    """An adapter on each of `modules` -> (out, in). Raises BackendError for names that MLX's model lacks."""
+class Attached(NamedTuple):
+    """The layers that hold one adapter: one, or several that each give some rows of the output."""
+
+    layers: tuple[AdaptedLinear, ...]
+    rows: tuple[slice, ...]
+
+    def put(self, a: mx.array, b: mx.array) -> None:
+        """A [in, r] and B [r, out] of the whole layer."""
+        for layer, rows in zip(self.layers, self.rows, strict=True):
+            layer.lora_a, layer.lora_b = a, b if len(self.layers) == 1 else b[:, rows]
+
+
+def attach(model: nn.Module, names: Names, lora: LoraSpec, masks: Dropout) -> dict[str, Attached]:
+    """An adapter on each layer of `names`. Raises BackendError for names that MLX's model lacks."""
     named = dict(model.named_modules())
-    missing = [name for name in modules if not isinstance(named.get(name), nn.Linear | nn.QuantizedLinear)]
+    live = [part.name for parts in names.values() for part in parts]
+    missing = [name for name in live if not isinstance(named.get(name), nn.Linear | nn.QuantizedLinear)]
     if missing:
         raise BackendError(f"mlx-lm's model has no linear layers named {', '.join(missing)}")
-    adapters: dict[str, AdaptedLinear] = {}
-    for number, name in enumerate(modules):
-        parent, _, leaf = name.rpartition(".")
-        adapter = LoRALinear.from_base(named[name], r=lora.rank, scale=lora.scale)
-        adapter.__class__ = AdaptedLinear
-        adapter.masks, adapter.number = masks, number
-        setattr(named[parent], leaf, adapter)
-        adapters[name] = adapter
-    return adapters
+    attached: dict[str, Attached] = {}
+    for number, (module, parts) in enumerate(names.items()):
+        layers = tuple(_adapted(named, part.name, lora, masks, number) for part in parts)
+        attached[module] = Attached(layers, tuple(slice(part.first, part.last) for part in parts))
+    return attached
+
+
+def _adapted(named: Mapping[str, nn.Module], name: str, lora: LoraSpec, masks: Dropout, number: int) -> AdaptedLinear:
+    parent, _, leaf = name.rpartition(".")
+    adapter: Any = LoRALinear.from_base(named[name], r=lora.rank, scale=lora.scale)
+    adapter.__class__ = AdaptedLinear
+    adapter.masks, adapter.number = masks, number
+    setattr(named[parent], leaf, adapter)
+    return adapter  # type: ignore[no-any-return]
 
 
 def dense(layer: nn.Module) -> mx.array:
@@ -133,13 +150,16 @@ def dense(layer: nn.Module) -> mx.array:
     return weight
 
 
-def base_weight(model: nn.Module, module: str) -> FloatArray:
-    """`Session.base_weight`: of a layer by the name that the checkpoint has for it."""
-    layer = dict(model.named_modules()).get(module)
-    layer = getattr(layer, "linear", layer)
-    if layer is None or "weight" not in layer:
-        raise BackendError(f"mlx-lm's model has no layer named {module}")
-    return np.array(dense(layer).astype(mx.float32))
+def base_weight(model: nn.Module, parts: tuple[Part, ...]) -> FloatArray:
+    """`Session.base_weight`: of a layer that MLX's model has in these parts."""
+    named, pieces = dict(model.named_modules()), []
+    for part in parts:
+        layer = named.get(part.name)
+        layer = getattr(layer, "linear", layer)
+        if layer is None or "weight" not in layer:
+            raise BackendError(f"mlx-lm's model has no layer named {part.name}")
+        pieces.append(np.array(dense(layer).astype(mx.float32)))
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def _rows_of(x: mx.array) -> mx.array:

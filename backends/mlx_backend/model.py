@@ -14,11 +14,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.models.rope_utils import SuScaledRoPE
-from mlx_lm.utils import load_model
+from mlx_lm.utils import _get_classes, load_model
 
-from backends.interface import BackendError, ModelSpec
+from backends.interface import BackendError, CheckedFolder, ModelSpec
 from backends.mlx_backend.patch import subclassed
-from backends.model_folder import folder_of, legacy_rope
+from backends.mlx_backend.tree import cannot, check_format
+from backends.model_folder import folder_of
 
 _BITS = 4
 _GROUPS = (64, 32)  # the finest scales that the width divides by, starting from the cheapest
@@ -30,21 +31,19 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
     Tensors are read, cast and quantised one after another, so no two copies of the model are ever held.
     Raises BackendError for a folder that mlx-lm cannot run as it is.
     """
-    config = folder_of(spec).config
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method == "bitsandbytes":
-        raise BackendError(f"{spec.path}: quantised by bitsandbytes, which MLX cannot read; give the unquantised model")
+    folder = folder_of(spec)
+    check_format(folder)
     printed = io.StringIO()
     # The folder was checked before: it needs code of its own only where the recipe allows that. mlx-lm 0.31, the
     # last for Python 3.10, has no such parameter.
     trust = {"trust_remote_code": True} if spec.remote_code else {}
     try:
         with contextlib.redirect_stdout(printed):  # mlx-lm prints what it leaves out of a config
-            model, loaded = load_model(spec.path, lazy=True, model_config=legacy_rope(config), **trust)
-    except Exception as error:  # whatever a model's own code makes of a config or weights it was not written for
-        raise BackendError(
-            f"{spec.path}: mlx-lm cannot load this model ({type(error).__name__}: {error!s:.300})"
-        ) from error
+            model, loaded = load_model(
+                spec.path, lazy=True, model_config=dict(folder.config), **trust, **_reading(folder)
+            )
+    except Exception as error:
+        raise cannot(folder, error) from error
     if printed.getvalue():
         raise BackendError(f"{spec.path}: mlx-lm cannot run this model as it is ({printed.getvalue().strip():.300})")
     quantise = spec.quantize == "4bit" and "quantization" not in loaded
@@ -66,6 +65,25 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
             f"{spec.path}: 4-bit needs input widths divisible by {_GROUPS[-1]}, and no linear layer has one"
         )
     return model, scheme
+
+
+def _reading(folder: CheckedFolder) -> dict[str, Any]:
+    """How mlx-lm is told to take exactly the files that are the model; by itself it takes all called model*."""
+    if folder.config.get("model_file"):  # a class that comes with the model is not asked for by name
+        return {}
+
+    def classes(config: dict[str, Any]) -> tuple[type, type]:
+        base, settings = _get_classes(config=config)
+
+        def sanitize(self: Any, _: Any) -> Any:
+            weights: dict[str, Any] = {}
+            for file in folder.weights:
+                weights |= mx.load(str(file))  # type: ignore[arg-type]
+            return base.sanitize(self, weights) if hasattr(base, "sanitize") else weights
+
+        return type(base.__name__, (base,), {"sanitize": sanitize}), settings
+
+    return {"get_model_classes": classes}
 
 
 def _cast(module: nn.Module, dtype: mx.Dtype) -> None:

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from backends.interface import (
     TrainState,
     Wanted,
 )
+from backends.layer_names import Names, Part
 from backends.loss_scale import loss_scales
 from backends.micro_batches import check_tokens, joined, numbered, own_part
 from backends.mlx_backend import blas_bridge
@@ -46,6 +47,7 @@ from backends.mlx_backend.generate import generate
 from backends.mlx_backend.lora import Dropout, attach, base_weight
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import Tensors, adamw
+from backends.mlx_backend.tree import check_format, parts_of
 from backends.model_folder import folder_of
 from backends.sampling import check_prompts
 
@@ -76,6 +78,13 @@ def free_bytes(device: Wanted = "auto") -> int | None:
     return free_of(pick_device(device))
 
 
+def check(model: ModelSpec, lora: LoraSpec) -> None:
+    """Raises BackendError for a folder or targets that cannot be used, as far as config and shapes tell."""
+    folder = folder_of(model)
+    check_format(folder)
+    parts_of(folder, folder.lora_modules(lora))
+
+
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSession:
     """Raises BackendError where the model or what is asked of it cannot be had in MLX."""
     device = pick_device(model.device)
@@ -100,18 +109,18 @@ class MlxSession:
         self._number_type = spec.number_type(device_kind(device), half_type(device))
         dtype = getattr(mx, self._number_type)
         self.device = device_name(device)
-        folder = folder_of(spec)
+        self._folder = folder = folder_of(spec)
         self.lora_shapes: Mapping[str, tuple[int, int]] = folder.lora_modules(lora)
         self._optim, self._mlx_device, self._on_cpu = optim, device, on_cpu
         model, self.scheme = load(spec, dtype)
         masks = Dropout(lora.dropout, seed, self.lora_shapes)
-        self._layers = attach(model, self.lora_shapes, lora, masks)
+        self._attached = attach(model, parts_of(folder, self.lora_shapes), lora, masks)
         bridged = blas_bridge.serves(device, dtype, spec.checkpointing)
         if bridged:
             blas_bridge.connect(model)
         if spec.checkpointing:
             checkpoint_blocks(model)
-        self._forward = Forward(model, masks, on_cpu, spec.checkpointing, ignored_window(model, folder.config))
+        self._forward = Forward(model, masks, on_cpu, spec.checkpointing, ignored_window(model, folder.text_config))
         self.shares_prefixes = self._forward.shares_prefixes
         self._vocabulary = folder.vocabulary or sys.maxsize
         self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
@@ -164,7 +173,12 @@ class MlxSession:
 
     def base_weight(self, module: str) -> FloatArray:
         with memory_guard(), mx.stream(self._mlx_device):
-            return base_weight(self._forward.model, module)
+            return base_weight(self._forward.model, self._parts.get(module, (Part(module, 0, 0),)))
+
+    @cached_property
+    def _parts(self) -> Names:
+        """Where the layers of all blocks are, adapted or not."""
+        return parts_of(self._folder, self._folder.lora_modules(LoraSpec(1, 1.0)))
 
     def get_state(self) -> TrainState:
         return TrainState(self._state.step, _to_numpy(self._state.adapter), _to_numpy(self._state.moments))
@@ -217,8 +231,8 @@ class MlxSession:
         return self._forward.loss(self._state.step, part, entering, total)
 
     def _put_in(self, adapter: Tensors) -> None:
-        for module, layer in self._layers.items():
-            layer.lora_a, layer.lora_b = adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"]
+        for module, attached in self._attached.items():
+            attached.put(adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"])
 
 
 def _to_numpy(tensors: Tensors) -> dict[str, FloatArray]:

@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 
 from backends import dropout
 from backends.interface import BackendError, FloatArray, LoraSpec, Modules
+from backends.text_blocks import ending
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -229,8 +230,8 @@ def _live_name(names: list[str], module: str) -> str:
     """The name in the live model of a module as the checkpoint names it; wrappers may have changed its beginning."""
     if module in names:
         return module
-    ending = module[max(module.find("layers."), 0) :]
-    matches = [name for name in names if name == ending or name.endswith(f".{ending}")]
+    shared = ending(module)
+    matches = [name for name in names if name == shared or name.endswith(f".{shared}")]
     if len(matches) != 1:
         raise BackendError(f"{module} is in the checkpoint but not in the model that transformers makes of it")
     return matches[0]

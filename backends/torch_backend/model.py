@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +11,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.utils import logging as transformers_logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from backends.interface import BackendError, ModelSpec
+from backends.formats import quantised_by
+from backends.interface import BackendError, CheckedFolder, ModelSpec
 from backends.memory import returning_freed
 from backends.model_folder import folder_of
 from backends.torch_backend.device import device_kind, half_type, says_no_memory
+from backends.torch_backend.quiet import quiet
+from backends.torch_backend.tree import auto_class, cannot, check_format, config_of
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels
 
@@ -23,11 +27,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional
 def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
     """The base model, frozen. Raises BackendError where the folder is not a whole model."""
     folder = folder_of(spec)
-    config = folder.config
-    if "quantization" in config or "quantization_config" in config:
-        kind = (config.get("quantization_config") or {}).get("quant_method", "mlx-lm")
-        raise BackendError(f"{spec.path}: already quantised ({kind}), and torch quantises itself; give the original")
-    with _quiet(), returning_freed():
+    check_format(folder)
+    with quiet(), returning_freed():
         model, info = _loaded(spec, device)
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if missing:  # transformers would fill them with random numbers
@@ -44,15 +45,25 @@ def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
 
 
 def _loaded(spec: ModelSpec, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """The model, and what transformers says of its weights."""
-    dtype = getattr(torch, spec.number_type(device_kind(device), half_type(device)))
+    """The language model, and what transformers says of its weights.
+
+    Beside towers for images or sound, only the text model is loaded where transformers has it as a model of its own.
+    """
+    dtype, folder = getattr(torch, spec.number_type(device_kind(device), half_type(device))), folder_of(spec)
+    whole = _without_dropout(config_of(folder))
+    text, packed = _text_model(folder, whole), quantised_by(folder.config) == "bitsandbytes"
+    config = whole if text is None else text
+    if packed:
+        _four_bit(device, dtype)  # raises where bitsandbytes cannot be had
+        config.quantization_config = whole.quantization_config | {"bnb_4bit_compute_dtype": str(dtype).split(".")[1]}
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(folder, config).from_pretrained(
             spec.path,
-            config=_without_dropout(spec),
+            config=config,
             dtype=dtype,
             device_map={"": device},
-            quantization_config=_four_bit(device, dtype) if spec.quantize == "4bit" else None,
+            quantization_config=_four_bit(device, dtype) if spec.quantize == "4bit" and not packed else None,
+            key_mapping=None if text is None else _renamed(folder.stack),
             local_files_only=True,
             trust_remote_code=spec.remote_code,
             use_safetensors=True,
@@ -60,14 +71,29 @@ def _loaded(spec: ModelSpec, device: torch.device) -> tuple[Any, dict[str, Any]]
         )
     except (BackendError, MemoryError):
         raise
-    except Exception as error:  # a model's own code may fail in many ways on a config or weights not made for it
+    except Exception as error:
         if says_no_memory(error):
             raise
-        if "trust_remote_code" in str(error):
-            raise folder_of(spec).needs_code("auto_map in config.json") from None
-        kind = type(error).__name__
-        raise BackendError(f"{spec.path}: transformers cannot load this model ({kind}: {error!s:.300})") from error
+        raise cannot(folder, error) from error
+    if text is None and whole.get_text_config() is not whole:  # the towers are let go
+        setattr(model, model.base_model_prefix, model.get_decoder())
     return model, info
+
+
+def _text_model(folder: CheckedFolder, config: Any) -> Any:
+    """The config of the text model alone; None where there is no other, or transformers has no class for it."""
+    text = config.get_text_config()
+    if folder.text_config is folder.config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    text.tie_word_embeddings = bool(folder.text_config.get("tie_word_embeddings", text.tie_word_embeddings))
+    return text
+
+
+def _renamed(stack: str) -> dict[str, str]:
+    """From the checkpoint's names of the text model to those that it has alone."""
+    before = stack.removesuffix("layers.")
+    head = before.removesuffix("model.")
+    return {f"^{re.escape(before)}": "model."} | ({f"^{re.escape(head)}lm_head": "lm_head"} if head else {})
 
 
 def _recompute_activations(model: Any) -> None:
@@ -78,14 +104,21 @@ def _recompute_activations(model: Any) -> None:
 
 
 def scheme_of(model: Any) -> str:
-    """What the frozen linear layers really are, read from the layers themselves."""
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+    """What the frozen linear layers really are, read from the layers themselves.
+
+    Experts are one tensor together, which bitsandbytes leaves as it is: then the share that is quantised is said.
+    """
+    kind, packed, plain = "none", 0, 0
+    for name, weight in model.named_parameters():
+        state = getattr(weight, "quant_state", None)
         if state is not None:
             # Blocks run over the flattened weight, so the input size need not be a multiple of the block.
-            double = " double" if state.nested else ""
-            return f"{state.quant_type}/{state.blocksize}{double}"
-    return "none"
+            kind = f"{state.quant_type}/{state.blocksize}{' double' if state.nested else ''}"
+            packed += state.shape.numel()
+        elif "layers." in name and weight.ndim > 1 and "lora_" not in name:
+            plain += weight.numel()
+    share = packed / max(packed + plain, 1)
+    return kind if kind == "none" or share > 0.99 else f"{kind} ({share:.0%} of the blocks' weights; the rest is not)"
 
 
 def _four_bit(device: torch.device, dtype: torch.dtype) -> Any:
@@ -104,15 +137,13 @@ def _four_bit(device: torch.device, dtype: torch.dtype) -> Any:
     )
 
 
-def _without_dropout(spec: ModelSpec) -> Any:
-    """The model's configuration with its own dropouts at zero: only the adapter's input is dropped."""
-    config = transformers.AutoConfig.from_pretrained(
-        spec.path, local_files_only=True, trust_remote_code=spec.remote_code
-    )
-    for key, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in key or key.endswith("_pdrop")):
-            setattr(config, key, 0.0)
-    config.use_cache = False
+def _without_dropout(config: Any) -> Any:
+    """The configuration with the model's own dropouts at zero: only the adapter's input is dropped."""
+    for part in {id(one): one for one in (config, config.get_text_config())}.values():
+        for key, value in vars(part).items():
+            if isinstance(value, float) and ("dropout" in key or key.endswith("_pdrop")):
+                setattr(part, key, 0.0)
+        part.use_cache = False
     return config
 
 
@@ -127,17 +158,3 @@ def _without_kernels() -> Iterator[None]:
         del sys.modules["kernels"]
         if before is not None:
             sys.modules["kernels"] = before
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, and no reports where all went well, while a model is loaded."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

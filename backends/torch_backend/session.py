@@ -26,6 +26,7 @@ from backends.interface import (
     TrainState,
     Wanted,
 )
+from backends.layer_names import matched
 from backends.loss_scale import loss_scales
 from backends.micro_batches import check_tokens, joined, numbered, own_part, parts, places_of, prefix_places
 from backends.model_folder import folder_of
@@ -54,6 +55,7 @@ from backends.torch_backend.lora import Dropout, add_adapter, base_weight
 from backends.torch_backend.model import load_frozen, scheme_of
 from backends.torch_backend.optim import AdamW
 from backends.torch_backend.prefix import SharedPrefixes
+from backends.torch_backend.tree import check_format, tree_of
 
 
 def probe() -> str | None:
@@ -75,6 +77,13 @@ def describe(device: Wanted = "auto") -> dict[str, Any]:
 
 def free_bytes(device: Wanted = "auto") -> int | None:
     return free_of(pick_device(device))
+
+
+def check(model: ModelSpec, lora: LoraSpec) -> None:
+    """Raises BackendError for a folder or targets that cannot be used, as far as config and shapes tell."""
+    folder = folder_of(model)
+    check_format(folder)
+    matched(tree_of(folder), folder.lora_modules(lora), "transformers", folder.path)
 
 
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> TorchSession:

@@ -22,11 +22,12 @@ from finetune.data.problems import listed
 from finetune.data.tokenizer import Tokenizer
 from finetune.report.row_tokens import highlighted
 from finetune.report.tables import account_notes, account_table
-from finetune.text import shorten
+from finetune.text import from_here, shorten
 
 SHOWN = 10  # rows of a list
 LABELS_SHOWN = 20
 BAR = 40  # characters
+WIDTH = 70  # of a line of rows
 
 
 def show(console: Console, findings: Findings, tokenizer: Tokenizer) -> None:
@@ -80,7 +81,7 @@ def _training(findings: Findings, tokenizer: Tokenizer) -> list[RenderableType]:
     parts: list[RenderableType] = []
     for sample in findings.samples:
         last = sample.tokens[sample.weights > 0][-1:].tolist()
-        title = f"{sample.location}; supervised tokens in brackets, the last is {tokenizer.decode(last)!r}"
+        title = f"{from_here(sample.location)}; supervised tokens in brackets, the last is {tokenizer.decode(last)!r}"
         parts += [lines(title, style="bold"), highlighted(sample, tokenizer)]
     return [*parts, _verdict(findings.tokens), *_specials(findings.specials)]
 
@@ -95,7 +96,7 @@ def _verdict(checked: TokenCheck) -> Text:
         return Text(text + apart, "green")
     texts: list[str] = []
     for kind, locations in faults.items():
-        texts += [f"{len(locations):,} of {checked.rows:,} rows: {kind}; {REMEDIES[kind]}", _first(locations)]
+        texts += [f"{len(locations):,} of {checked.rows:,} rows: {kind}; {REMEDIES[kind]}", *_first(locations)]
     return lines(*texts, style="bold red")
 
 
@@ -107,8 +108,8 @@ def _specials(specials: Specials) -> list[RenderableType]:
     rows, where = _counted(len(specials.locations)), _first(specials.locations)
     text = f"special tokens written out in {rows}: {tokens}; the tokenizer reads them as special"
     if specials.meant:
-        return [lines(f"{text}, as plain text may want it", where)]
-    return [lines(f"{text}, not as words: take them out, or write them otherwise", where, style="yellow")]
+        return [lines(f"{text}, as plain text may want it", *where)]
+    return [lines(f"{text}, not as words: take them out, or write them otherwise", *where, style="yellow")]
 
 
 def _rows_of(rows: Sequence[object]) -> str:
@@ -123,9 +124,13 @@ def _told(level: str, reasons: Sequence[str]) -> list[str]:
     return [f"{level}: {reasons[0]}", *reasons[1:]]
 
 
-def _first(rows: Sequence[str]) -> str:
-    more = f", and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
-    return "  " + ", ".join(rows[:SHOWN]) + more
+def _first(rows: Sequence[str]) -> list[str]:
+    """Lines: locations side by side; what is longer, a line each."""
+    shown = [from_here(row) for row in rows[:SHOWN]]
+    shown += [f"and {len(rows) - SHOWN:,} more"] * (len(rows) > SHOWN)
+    if sum(map(len, shown)) < WIDTH:
+        return ["  " + ", ".join(shown)]
+    return [f"  {row}" for row in shown]
 
 
 def _lengths(lengths: Lengths) -> list[RenderableType]:
@@ -144,7 +149,7 @@ def _lengths(lengths: Lengths) -> list[RenderableType]:
     ):
         if rows:
             text = f"{_counted(len(rows))} {what} at train.max_length {lengths.max_length}"
-            parts.append(lines(text, _first(rows)))
+            parts.append(lines(text, *_first(rows)))
     naive = f"{lengths.padding_naive:.1%} in batches in the file's order"
     return [*parts, Text(f"padding: {lengths.padding:.1%} of the positions; {naive}")]
 
@@ -157,14 +162,14 @@ def _duplicates(duplicates: Duplicates) -> list[RenderableType]:
                 f"{pair.location} and {pair.other}" + (f" ({pair.similarity:.0%})" if pair.similarity < 1 else "")
                 for pair in pairs
             ]
-            parts.append(lines(f"repeated: {_counted(len(rows))} of train {what} an earlier one", _first(rows)))
+            parts.append(lines(f"repeated: {_counted(len(rows))} of train {what} an earlier one", *_first(rows)))
     if duplicates.leaks:
         rows = [
             f"{split} {pair.location} is in {other}: {pair.other} ({pair.similarity:.0%})"
             for split, other, pair in duplicates.leaks
         ]
         text = f"leaked: {_counted(len(rows))} held out; take them out of one side, or the figures flatter"
-        parts.append(lines(text, _first(rows), style="bold red"))
+        parts.append(lines(text, *_first(rows), style="bold red"))
     return parts or [Text("none", "green")]
 
 
@@ -184,7 +189,7 @@ def _balance(balance: Balance, lengths: dict[str, float]) -> list[RenderableType
         rows = [" and ".join(f"{location} {label}" for location, label in same[:4]) for same in balance.contradictions]
         texts = f"{len(rows):,} text{'s' * (len(rows) > 1)}"
         text = f"contradictory: {texts} under different labels; decide which is right"
-        parts.append(lines(text, _first(rows), style="bold red"))
+        parts.append(lines(text, *_first(rows), style="bold red"))
     if balance.groups:
         parts.append(_groups(balance))
     return parts
@@ -223,7 +228,7 @@ def _personal(personal: Personal) -> list[RenderableType]:
     texts: list[str] = []
     for kind, finding in personal.kinds.items():
         shown = [f"{location} {value}" for location, value in finding.shown]
-        texts += [f"{kind}: {finding.count:,} in {_counted(finding.rows)}", _first(shown)]
+        texts += [f"{kind}: {finding.count:,} in {_counted(finding.rows)}", *_first(shown)]
     return [lines(*texts, style="yellow")]
 
 

@@ -20,28 +20,36 @@ from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.report.report import compare
 from finetune.report.summary import print_comparison
+from finetune.training.again import measured_again
 from finetune.training.job import Job, making_ready
 
 
 def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
     """Prints both models side by side and writes eval.json."""
+    adapter = read_adapter(opened.adapter)
+    recorded = measured_again(recipe, backend, opened) if data is None else None
+    job = recorded or _of_files(opened, recipe, data, backend)
+    check_base(opened.adapter, job.folder)
+    session = job.open()
+    session.set_state(TrainState(0, adapter.tensors, {}))
+    base, tuned = with_progress(_evaluate_both(job, session))
+    comparison = compare(base, tuned, bag_of_words(job.prepared, opened.words))
+    print_comparison(Console(), base, tuned, comparison, f"{tuned.rows} rows of {data or opened.path}")
+    values = {"data": data, "base": base.summary(), "tuned": tuned.summary(), "verdict": comparison.verdict}
+    write_file(opened.path / "eval.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _of_files(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> Job:
+    """The rows of `data`; without it those of the recipe's files, which must be what the run measured."""
     labels = None
     if data is not None:
         labels = opened.labels()  # the training rows are not needed for them
         source = str(local(data, Path.cwd()) or data)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})
-    adapter = read_adapter(opened.adapter)
     job = with_progress(making_ready(recipe, backend, opened.path, labels))
-    check_base(opened.adapter, job.folder)
     if data is None:
-        check_held_out(opened.path, job.prepared)
-    session = job.open()
-    session.set_state(TrainState(0, adapter.tensors, {}))
-    base, tuned = with_progress(_evaluate_both(job, session))
-    comparison = compare(base, tuned, bag_of_words(job.prepared, opened.words))
-    print_comparison(Console(), base, tuned, comparison, f"{job.prepared.held_out.rows} rows of {data or opened.path}")
-    values = {"data": data, "base": base.summary(), "tuned": tuned.summary(), "verdict": comparison.verdict}
-    write_file(opened.path / "eval.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        check_held_out(opened.path, job.prepared, "Put the rows back as they were")
+    return job
 
 
 def _evaluate_both(job: Job, session: Session) -> Generator[Progress, None, tuple[Evaluation, Evaluation]]:

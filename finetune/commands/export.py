@@ -6,7 +6,7 @@ import gc
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def _made_ready(opened: RunFolder, job: Job, adapter: Any) -> Making:
     travels = travelling_template(job.prepared.renderer, job.prepared.format, job.tokenizer, always, opened.path.name)
     session = job.open()
     session.set_state(TrainState(0, adapter.tensors, {}))
+    adapter = replace(adapter, tensors=session.get_state().adapter)  # by the checkpoint's names
     return Making(job, session, adapter, travels, always)
 
 

@@ -108,9 +108,8 @@ def _look(source: Rows, given: Mapping[str, str]) -> Look:
     labels: Mapping[str, int] = {}
     if layout.name == "classification":
         column = layout.columns["label"]
-        written = labels_in(source.rows, column)
-        refuse_many(written, source.rows[0].location)
-        source = respelt(source, column, Spellings(written))
+        refuse_many(source.rows, column)
+        source = respelt(source, column, Spellings(labels_in(source.rows, column)))
     records, bad = read_records(source.rows, layout)
     refuse_rows(bad)
     if layout.name == "classification":

@@ -29,7 +29,7 @@ from finetune.recipe.specs import lora_spec, model_spec, optim_spec
 from finetune.report.live_screen import with_progress
 from finetune.report.row_tokens import highlighted
 from finetune.report.tables import account_notes, account_table
-from finetune.text import duration
+from finetune.text import duration, from_here
 from finetune.training.budget import Forecast, forecast_here, forecast_on, workload
 from finetune.training.job import beyond_context, refuse_unfit, set_up
 
@@ -41,19 +41,25 @@ def run(recipe: Recipe, compare: bool) -> None:
     console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
     setup = set_up(recipe)
     folder, tokenizer = setup.folder, setup.tokenizer
+    try:
+        backend = registry.choose(recipe.backend)
+    except BackendError:  # the table of backends says why
+        pass
+    else:
+        setup.check_backend(backend)
     prepared = with_progress(prepare(recipe, tokenizer, base=None, clock=now()))
     refuse(prepared, recipe)
     refuse_unfit(setup, prepared)
     console.rule("data, as they will be trained on")
     console.print(account_table(prepared))
-    for note in account_notes(prepared):
+    for note in (*folder.notes, *account_notes(prepared)):
         console.print(note, soft_wrap=True)
     if beyond := beyond_context(folder, prepared):
         console.print(beyond, soft_wrap=True)
     console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")
     for example in prepared.train.examples[:2]:
         console.print()
-        console.print(f"{example.location}; supervised tokens are marked:", soft_wrap=True)
+        console.print(f"{from_here(example.location)}; supervised tokens are marked:", soft_wrap=True)
         console.print(highlighted(example, tokenizer))
     console.rule("work")
     console.print(steps_table(recipe, len(prepared.train.examples), prepared.train.examples))

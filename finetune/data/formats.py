@@ -94,6 +94,25 @@ def recognise(
     return Layout(name, fitting[name], _renamed(name, fitting[name], mapping))
 
 
+def question_layout(rows: Sequence[Row], name: Format, mapping: Mapping[str, str], bad: Sequence[Problem]) -> Layout:
+    """The columns of rows to be answered, which need no answer; where they have one, its part names the column.
+
+    name: the format of a run. mapping, bad: as for `recognise`. Raises BadSource where a part of the question is
+    missing.
+    """
+    columns = _columns(rows)
+    found = _resolve(name, columns, {part: own for part, own in mapping.items() if own in columns})
+    if name == "chat" and "messages" not in found and "prompt" in columns:
+        found["messages"] = "prompt"
+    needed = [part for part in REQUIRED[name] if part not in (ANSWER.get(name), *found)]
+    if needed:
+        names = harmless(", ".join(mapping.get(part, part) for part in needed))
+        there = harmless(", ".join(column[:40] for column in columns[:20]))
+        reason = f"the run was trained on rows with {names}, and there is no such column ({there}); rename the one"
+        raise BadSource(f"{rows[0].file}:1", f"{reason} that holds it", bad)
+    return Layout(name, found)
+
+
 def _columns(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row.fields))
 

@@ -33,18 +33,16 @@ def find_labels(records: Sequence[Record], given: Sequence[str] | None) -> Label
     return labels
 
 
-def refuse_many(labels: Sequence[str], location: str) -> None:
-    """Raises BadSource where so many rows have a label of their own that there is nothing to choose between.
-
-    labels: one for each row. location: of the first.
-    """
-    count = len(set(labels))
-    own = count > OWN and count > len(labels) / 2
+def refuse_many(rows: Sequence[Row], column: str) -> None:
+    """Raises BadSource where so many rows have a label of their own that there is nothing to choose between."""
+    labels = (row.fields.get(column) for row in rows)
+    count = len({str(label).strip() for label in labels if isinstance(label, (str, int, float))})
+    own = count > OWN and count > len(rows) / 2
     if own or count > MOST:
         why = "nearly every row has its own" if own else f"{MOST:,} are the most"
         raise BadSource(
-            location,
-            f"{count:,} different labels in {len(labels):,} rows: {why}; where the column holds answers, write its "
+            rows[0].location,
+            f"{count:,} different labels in {len(rows):,} rows: {why}; where the column holds answers, write its "
             "rows as prompt and completion (data.format: prompt, data.columns), else name another column as label",
         )
 

@@ -85,6 +85,12 @@ def read_messages(value: Any, column: str, left_out: list[str] | None = None) ->
     return tuple(messages)
 
 
+def is_answer(message: Any) -> bool:
+    """Whether a turn of a row, as its file has it, is the assistant's."""
+    named = _held(message, "role", "from") if isinstance(message, Mapping) else None
+    return named is not None and _ROLES.get(str(message[named]).lower()) in ("assistant", CALL)
+
+
 def without_extras(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """What is said in them, which tells rows that ask the same: no ids of an export, no times."""
     known = ("role", "content", "tool_calls", *_KEPT, THOUGHTS[0], "weight")

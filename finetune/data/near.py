@@ -39,17 +39,17 @@ class Signatures:
 
     def read(self, count: int) -> Generator[Progress, None, None]:
         """The signatures of the rows from 0 to `count` - 1."""
-        made = [self._signatures]
+        made = np.zeros((count, BANDS * BAND), np.uint32)
         for start in range(0, count, TOGETHER):
             block = range(start, min(start + TOGETHER, count))
             runs, counts = shingles(self._text(row) for row in block)
             enough = counts > FEWEST_WORDS - 3
-            for row, long in zip(block, enough, strict=True):
-                if long:
-                    self._places[row] = len(self._places)
-            made.append(minhash(runs[np.repeat(enough, counts)], counts[enough]))
+            chosen = [row for row, long in zip(block, enough, strict=True) if long]
+            first = len(self._places)
+            self._places.update((row, first + i) for i, row in enumerate(chosen))
+            made[first : first + len(chosen)] = minhash(runs[np.repeat(enough, counts)], counts[enough])
             yield Progress(0, "data: comparing rows", block.stop, count)
-        self._signatures = np.concatenate(made)
+        self._signatures = made[: len(self._places)]
 
     def pairs(self, rows: Iterable[int]) -> Iterator[tuple[int, int, float]]:
         """(row, earlier row, Jaccard similarity from NEAR to 1) of those that are nearly the same, one at most for each

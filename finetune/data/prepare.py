@@ -12,6 +12,7 @@ from pathlib import Path
 
 from finetune.data.formats import Layout, recognise
 from finetune.data.label_names import Labels, Spellings, find_labels, labels_in, refuse_many, respelt, unknown_labels
+from finetune.data.limit import limited
 from finetune.data.problems import BadSource, refuse_rows
 from finetune.data.read import read
 from finetune.data.records import read_records
@@ -102,16 +103,18 @@ def _gather(
     if "valid" not in held_out:
         records = replace(records, parted=True, parting=parting)
         train, held_out["valid"] = yield from _set_apart(train, recipe, labels, parting, broken)
-    valid, test = held_out["valid"], held_out.get("test")
-    return replace(records, labels=labels, train=train, valid=valid, test=test, broken=tuple(broken))
+    fewer = {split.name: limited(split, data.limit, recipe.seed) for split in (train, *held_out.values())}
+    return replace(
+        records, labels=labels, train=fewer["train"], valid=fewer["valid"], test=fewer.get("test"), broken=tuple(broken)
+    )
 
 
 def _spellings(source: Rows, layout: Layout, given: Sequence[str] | None) -> Spellings:
     """Of the labels of some rows. Raises BadSource where there are too many, and the recipe names none."""
-    labels = labels_in(source.rows, layout.columns["label"])
+    column = layout.columns["label"]
     if given is None:
-        refuse_many(labels, source.rows[0].location)
-    return Spellings(labels, given)
+        refuse_many(source.rows, column)
+    return Spellings(labels_in(source.rows, column), given)
 
 
 def _task(recipe: Recipe, layout: Layout) -> Task:

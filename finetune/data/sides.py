@@ -56,10 +56,9 @@ def part(records: Sequence[Record], fraction: float, seed: int, labelled: bool) 
 
 def _texts(records: Sequence[Record], labelled: bool) -> Callable[[int], str]:
     """The text of a row; none where an earlier one has the same."""
-    texts = [content(record, labelled) for record in records]
     first: dict[bytes, int] = {}
-    alone = [first.setdefault(digest(text), row) == row for row, text in enumerate(texts)]
-    return lambda row: texts[row] if alone[row] else ""
+    alone = [first.setdefault(digest(content(record, labelled)), row) == row for row, record in enumerate(records)]
+    return lambda row: content(records[row], labelled) if alone[row] else ""
 
 
 def _pairs(signatures: Signatures, chosen: Collection[int], count: int) -> Iterator[tuple[int, int]]:

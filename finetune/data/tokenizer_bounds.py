@@ -19,7 +19,9 @@ from finetune.errors import EnvironmentProblem
 
 LARGEST_FILE = 64 * 2**20  # bytes of tokenizer.json
 GROWTH = 100  # times that a text may grow; U+FDFA has 18 characters in NFKC, and a pattern may double each
-LONGEST = 10_000  # characters of one token, or of what stands before a text
+LONGEST = 10_000  # characters of one token
+BEFORE = 100  # characters that are put before a text; published tokenizers put one there
+TOGETHER = 5_000_000  # characters of all added tokens, as long as the normalizer may make them
 GAP = 100_000  # numbers that a vocabulary may leave out
 ADDED = 100_000  # added tokens; models of speech have 65,000
 NAMED = 20_000  # entries of a list in tokenizer_config.json
@@ -69,12 +71,24 @@ def _check_config(config: Mapping[str, Any]) -> None:
         count = config.get(key)
         if isinstance(count, int) and not 0 <= count <= NAMED:
             raise _Beyond(f"{key}: {_number(count)}, and {NAMED:,} are the most")
+    if len(config) > ADDED:  # added_tokens.json: a number for each token
+        raise _Beyond(f"it has {len(config):,} entries, and {ADDED:,} are the most")
     for key, value in config.items():
         most = ADDED if key == "added_tokens_decoder" else NAMED
         if isinstance(value, list | dict) and len(value) > most:
             raise _Beyond(f"{key} has {len(value):,} entries, and {most:,} are the most")
-        if key != "chat_template" and isinstance(value, str) and len(value) > LONGEST:
-            raise _Beyond(f"{key} has {len(value):,} characters, and {LONGEST:,} are the most")
+        longest = max((len(text) for text in _texts(value)), default=0)
+        if longest > LONGEST and (isinstance(value, list | dict) or key.endswith("_token")) and key != "chat_template":
+            raise _Beyond(f"{key} holds {longest:,} characters, and {LONGEST:,} are the most for a token")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts of a value: its own, those of a list, and the contents of tokens."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    for one in values:
+        text = one.get("content") if isinstance(one, dict) else one
+        if isinstance(text, str):
+            yield text
 
 
 def _check_whole(whole: Mapping[str, Any]) -> bool:
@@ -86,7 +100,7 @@ def _check_whole(whole: Mapping[str, Any]) -> bool:
             raise _Beyond(f"its {key} has {len(parts):,} parts, and {PARTS} are the most")
         known &= all(map(_plain, parts))
         if key in ("normalizer", "decoder"):
-            _check_growth(key, parts)
+            _check_growth(key, parts, whole.get("added_tokens"))
         if key == "post_processor":
             _check_pieces(parts)
     return known and whole.get("truncation") is None and whole.get("padding") is None
@@ -132,22 +146,27 @@ def _parts(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
 
 def _plain(part: Mapping[str, Any]) -> bool:
     """Whether a step is of a known kind, with numbers and a pattern as they are usual."""
-    if part.get("type") not in _KNOWN or any(type(n) is int and not 0 <= n <= LONGEST for n in part.values()):
+    if str(part.get("type")) not in _KNOWN or any(type(n) is int and not 0 <= n <= LONGEST for n in part.values()):
         return False
     pattern = part.get("pattern")
     texts = list(pattern.values()) if isinstance(pattern, dict) else []
     return all(isinstance(t, str) and 0 < len(t) <= _PATTERN and not _COUNTED.search(t) for t in texts)
 
 
-def _check_growth(key: str, parts: list[dict[str, Any]]) -> None:
+def _check_growth(key: str, parts: list[dict[str, Any]], added: Any) -> None:
     times, before = 1.0, 0.0
     for part in parts:
-        grows, added = _growth(part)
-        times, before = times * grows, before * grows + added
+        grows, more = _growth(part)
+        times, before = times * grows, before * grows + more
         if times > GROWTH:
             raise _Beyond(f"its {key} makes a text {times:,.0f} times as long, and {GROWTH} times are the most")
-        if before > LONGEST:
-            raise _Beyond(f"its {key} puts {before:,.0f} characters before a text, and {LONGEST:,} are the most")
+        if before > BEFORE:
+            raise _Beyond(f"its {key} puts {before:,.0f} characters before a text, and {BEFORE} are the most")
+    tokens = added if isinstance(added, list) else []
+    texts = [token["content"] for token in tokens if isinstance(token, dict) and "content" in token]
+    together = sum(times * len(text) + before for text in texts if isinstance(text, str))
+    if together > TOGETHER:
+        raise _Beyond(f"its added tokens have {together:,.0f} characters, normalized, and {TOGETHER:,} are the most")
 
 
 def _growth(part: Mapping[str, Any]) -> tuple[float, float]:

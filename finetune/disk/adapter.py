@@ -1,35 +1,24 @@
-"""The adapter on disk: one folder that PEFT and mlx-lm both load as it is, and the way back.
-
-`adapter_model.safetensors` has PEFT's names and layout, `adapters.safetensors` mlx-lm's (transposed);
-the one `adapter_config.json` carries the keys of both, and each library ignores the other's.
-"""
+"""An adapter folder read: ours, PEFT's or mlx-lm's, as the start of a run or as its result."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from backends.interface import BackendError, FloatArray, IncompatibleState, LoraSpec, Session, TrainState
-from backends.model_folder import ModelFolder, read_object, validate
-from finetune.disk.atomic import write_pieces
+from backends.model_folder import ModelFolder, ending, read_object, validate
+from finetune.disk.adapter_writer import CONFIG_FILE, FILES, MLX, PEFT
 from finetune.disk.base_model import FULL, base_model, fingerprint
-from finetune.disk.safetensors_file import tensor_pieces
+from finetune.disk.safetensors_file import read_tensors
 from finetune.errors import Incompatible
 from finetune.events import result_of
 from finetune.recipe.names import is_model_id
-
-PEFT_FILE, MLX_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"
-_PEFT_PREFIX = "base_model.model."
-_BLOCK = re.compile(r"^(?P<before>.*?layers)\.(?P<index>\d+)\.(?P<within>.+)$")
 
 _LARGEST = float(np.finfo(np.float32).max)  # scale; a backend's numbers hold no more
 
@@ -41,55 +30,6 @@ class Adapter:
     tensors: Mapping[str, FloatArray]
     rank: int
     scale: float  # alpha / rank
-
-
-def write_adapter(
-    folder: Path, tensors: Mapping[str, FloatArray], lora: LoraSpec, base: str, blocks: int, facts: Mapping[str, Any]
-) -> None:
-    """Both formats into `folder`, which exists. `blocks` is how many the base has; `facts` go into the config."""
-    for_peft = {f"{_PEFT_PREFIX}{name}.weight": tensor for name, tensor in tensors.items()}
-    write_pieces(folder / PEFT_FILE, tensor_pieces(for_peft))
-    write_pieces(folder / MLX_FILE, tensor_pieces({_mlx_name(name): tensor.T for name, tensor in tensors.items()}))
-    modules = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in tensors))
-    config = _config(modules, lora, base, blocks) | {"finetune": dict(facts)}
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _config(modules: list[str], lora: LoraSpec, base: str, blocks: int) -> dict[str, Any]:
-    placed = [match for module in modules if (match := _BLOCK.match(module))]
-    within = sorted({match["within"] for match in placed})
-    indices = sorted({int(match["index"]) for match in placed})
-    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha  # some readers take only integers
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in within}),
-        "layers_to_transform": None if len(indices) == blocks else indices,
-        "layers_pattern": None if len(indices) == blocks else "layers",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-        "inference_mode": True,
-        "fine_tune_type": "lora",
-        "num_layers": blocks - indices[0] if indices else 0,
-        "lora_parameters": {
-            "rank": lora.rank,
-            "alpha": alpha,
-            "scale": lora.scale,
-            "dropout": lora.dropout,
-            "keys": within,
-        },
-    }
-
-
-def _mlx_name(name: str) -> str:
-    return name[:-1] + name[-1].lower()
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -114,10 +54,10 @@ def read_adapter(folder: Path) -> Adapter:
     if config.get("fine_tune_type", "lora") != "lora":
         kind = config["fine_tune_type"]
         raise Incompatible(f"{config_file}: fine_tune_type is {kind!r:.40}; only lora can be a start")
-    if (folder / PEFT_FILE).exists():
-        tensors = _canonical(folder / PEFT_FILE, _from_peft)
+    if (folder / FILES[PEFT]).exists():
+        tensors = _canonical(folder / FILES[PEFT], _from_peft)
     else:
-        tensors = _canonical(folder / MLX_FILE, _from_mlx)
+        tensors = _canonical(folder / FILES[MLX], _from_mlx)
     rank, scale = _rank_and_scale(config, config_file)
     wrong = [n for n, t in tensors.items() if t.shape[0 if n.endswith("lora_A") else 1] != rank]
     if wrong or not tensors:
@@ -143,10 +83,10 @@ def _rank_and_scale(config: Mapping[str, Any], file: Path) -> tuple[int, float]:
 def _canonical(file: Path, convert: Any) -> dict[str, FloatArray]:
     try:
         validate(file)
-        found = load_file(file)
+        found = read_tensors(file)
     except BackendError as error:
         raise Incompatible(str(error)) from None
-    except (OSError, SafetensorError, ValueError, KeyError) as error:  # KeyError: numbers that numpy lacks
+    except (OSError, ValueError) as error:
         raise Incompatible(f"{file}: cannot be read ({error!r:.200})") from None
     tensors: dict[str, FloatArray] = {}
     for name, tensor in found.items():
@@ -178,19 +118,45 @@ def adapter_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def check_start(folder: Path, model: ModelFolder, lora: LoraSpec) -> None:
+    """Raises Incompatible where an adapter folder does not fit the recipe, with the keys that make it fit."""
+    adapter = read_adapter(folder)
+    _check_scale(folder, adapter, lora)
+    theirs = {ending(name.rsplit(".", 1)[0]) for name in adapter.tensors}
+    ours = {ending(module) for module in model.lora_modules(lora)}
+    if theirs == ours:
+        return
+    leaves = sorted({module.rsplit(".", 1)[-1] for module in theirs})
+    blocks = model.blocks - min(int(module.split(".")[1]) for module in theirs if module.startswith("layers."))
+    keys = f"lora.targets: [{', '.join(leaves)}]" + (f" and lora.layers: {blocks}" if blocks < model.blocks else "")
+    try:
+        fitting = model.lora_modules(replace(lora, targets=tuple(leaves), layers=blocks))
+    except BackendError:
+        fitting = {}
+    remedy = f"set {keys}" if {ending(module) for module in fitting} == theirs else "give one of this model's layers"
+    raise Incompatible(
+        f"lora.start_from: {folder} adapts {len(theirs)} layers ({', '.join(leaves)}), and the recipe {len(ours)}; "
+        f"{remedy}"
+    )
+
+
 def start_from(session: Session, folder: Path, lora: LoraSpec) -> None:
     """Take an adapter folder (PEFT or mlx-lm) as the start. Raises Incompatible when it does not fit."""
     adapter = read_adapter(folder)
+    _check_scale(folder, adapter, lora)
+    try:
+        session.set_state(TrainState(0, adapter.tensors, {}))
+    except IncompatibleState as error:
+        raise Incompatible(f"lora.start_from: {folder} does not fit this model and these targets: {error}") from None
+
+
+def _check_scale(folder: Path, adapter: Adapter, lora: LoraSpec) -> None:
     if adapter.rank != lora.rank or abs(adapter.scale - lora.scale) > 1e-9:
         raise Incompatible(
             f"lora.start_from: {folder} has rank {adapter.rank} and scale {adapter.scale:g}; the recipe has rank "
             f"{lora.rank} and scale {lora.scale:g}. Set lora.rank: {adapter.rank} and "
             f"lora.alpha: {adapter.scale * adapter.rank:g}"
         )
-    try:
-        session.set_state(TrainState(0, adapter.tensors, {}))
-    except IncompatibleState as error:
-        raise Incompatible(f"lora.start_from: {folder} does not fit this model and these targets: {error}") from None
 
 
 def check_base(adapter: Path, model: ModelFolder, name: str | None = None) -> None:

@@ -26,9 +26,9 @@ KIND = 2  # of identity. The first, of 0.1.0, has no "kind", samples of the weig
 # Keys that change where or how fast a run goes, or whose effect the digests of rows and files already hold.
 _NOT_IDENTITY = {
     "output", "backend", "device", "model.path", "model.revision", "model.dtype", "data.train", "data.valid",
-    "data.test", "data.encoding", "data.max_dropped", "data.long_rows",
-    "train.micro_tokens", "train.gradient_checkpointing",
-    "train.checkpoint_minutes", "evaluate.generate", "evaluate.max_tokens", "evaluate.base",
+    "data.test", "data.encoding", "data.limit", "data.max_dropped", "data.long_rows", "train.micro_tokens",
+    "train.gradient_checkpointing", "train.checkpoint_minutes", "evaluate.generate", "evaluate.max_tokens",
+    "evaluate.answer", "evaluate.base",
 }  # fmt: skip
 
 
@@ -160,15 +160,13 @@ def check_model(run: Path, folder: ModelFolder) -> None:
         )
 
 
-def check_held_out(run: Path, prepared: Prepared) -> None:
+def check_held_out(run: Path, prepared: Prepared, remedy: str) -> None:
     """Raises Incompatible where the rows that a run held out are others now; an identity of 0.1.0 does not say."""
     saved = read_identity(run)
     if saved is not None and "rows" in saved:
         lines = row_differences(saved, {"rows": rows_of(prepared)}, only=prepared.held_out.name)
         if lines:
-            raise Incompatible(
-                f"{run}:", *listed(lines), "Put the rows back as they were, or name other rows with --data."
-            )
+            raise Incompatible(f"{run}:", *listed(lines), f"{remedy}, or name other rows with --data.")
 
 
 def _value(identity: Mapping[str, Any], key: str) -> str:

@@ -68,6 +68,22 @@ def locked(folder: Path, process: int) -> Iterator[Lock]:
         os.close(lock.handle)
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process works on this run now; False where that cannot be known. Makes no file, and waits for none."""
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        handle = os.open(folder / NAME, os.O_RDWR | flags)
+    except OSError:
+        return False
+    try:
+        _lock(handle)  # freed as the file is closed; who begins at this moment tries again
+    except OSError as error:
+        return error.errno in _HELD
+    finally:
+        os.close(handle)
+    return False
+
+
 def _attempt(file: Path, process: int) -> Lock | None:
     """The lock; None where another process has it, or has just removed the file. Raises Incompatible, DiskError."""
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)

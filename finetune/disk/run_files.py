@@ -45,6 +45,20 @@ def read_json(file: Path, kind: type[T], remedy: str, extra: Literal["forbid", "
     return told
 
 
+def read_json_lines(file: Path, kind: type[T], remedy: str) -> list[T] | None:
+    """A `kind` from each line; None where there is no file. Raises as `read_json`, with the line."""
+    data = read_regular(file)
+    if data is None:
+        return None
+    rows: list[T] = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            rows.append(_validated(kind, line, "forbid"))
+        except ValidationError as error:
+            raise _refusal(error, f"{file}:{number}", remedy) from None
+    return rows
+
+
 def check_values(values: Any, kind: type[T], where: str, remedy: str) -> T:
     """Values that came from JSON, as a `kind`. Raises Incompatible, with `where` they stand, for what no run writes."""
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune.disk.atomic import disk_errors, make_folder, sync_directory, write_file
 from finetune.disk.run_files import read_json
@@ -22,11 +22,20 @@ _LIBRARIES = ("numpy", "transformers", "safetensors", "tokenizers")  # beside th
 
 
 @dataclass(frozen=True)
-class _Account:
-    """What is read again of data.json."""
+class Measured:
+    """Which rows the figures are of, and the tokens by which each label is measured."""
+
+    split: Literal["valid", "test"]
+    label_tokens: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Account:
+    """What is read again of data.json; runs of 0.1.0 have only the labels."""
 
     labels: list[str]
-    always: dict[str, str | None] | None = None  # runs of 0.1.0 have none
+    always: dict[str, str | None] | None = None
+    held_out: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,10 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.json"
 
+    @property
+    def held_out(self) -> Path:
+        return self.path / "held-out.jsonl"
+
     def write_identity(self, identity: Mapping[str, Any]) -> None:
         self.write_json("identity.json", identity)
 
@@ -71,16 +84,17 @@ class RunFolder:
 
         Raises Incompatible for what no run writes; DiskError.
         """
-        account = self._account()
+        account = self.account()
         return account.always if account else None
 
     def labels(self) -> tuple[str, ...] | None:
         """The labels that the run was trained on, in order; None where it has recorded nothing. Raises as `always`."""
-        account = self._account()
+        account = self.account()
         return tuple(account.labels) if account else None
 
-    def _account(self) -> _Account | None:
-        return read_json(self.path / "data.json", _Account, "resume the run, which writes it anew", "ignore")
+    def account(self) -> Account | None:
+        """None where the run has recorded nothing. Raises as `always`."""
+        return read_json(self.path / "data.json", Account, "resume the run, which writes it anew", "ignore")
 
     def write_json(self, name: str, values: Any) -> None:
         write_file(self.path / name, json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n")

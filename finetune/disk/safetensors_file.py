@@ -1,13 +1,16 @@
-"""Tensors as a safetensors file, written one after the other: the bytes of all are never in memory together."""
+"""Tensors to and from a safetensors file; written one after the other, so that never the bytes of all are in memory."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
 from backends.interface import FloatArray
+
+_NUMBERS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def tensor_pieces(tensors: Mapping[str, FloatArray]) -> Iterator[bytes | memoryview]:
@@ -26,3 +29,24 @@ def tensor_pieces(tensors: Mapping[str, FloatArray]) -> Iterator[bytes | memoryv
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         yield np.asarray(tensors[name], "<f4", order="C").reshape(-1).view(np.uint8).data
+
+
+def read_tensors(file: Path) -> dict[str, FloatArray]:
+    """Every tensor as float32, of a file that was validated: bfloat16, which numpy does not have, too.
+
+    Raises ValueError for numbers of another kind, naming the tensor.
+    """
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    tensors: dict[str, FloatArray] = {}
+    for name, facts in json.loads(data[8:start]).items():
+        if name == "__metadata__":
+            continue
+        if facts["dtype"] not in _NUMBERS:
+            raise ValueError(f"{name:.200} holds numbers of type {facts['dtype']}")
+        begin, end = facts["data_offsets"]
+        numbers = np.frombuffer(data[start + begin : start + end], _NUMBERS[facts["dtype"]])
+        if facts["dtype"] == "BF16":  # the upper half of a float32
+            numbers = (numbers.astype("<u4") << 16).view("<f4")
+        tensors[name] = numbers.astype(np.float32).reshape(facts["shape"])
+    return tensors

@@ -16,13 +16,14 @@ import numpy as np
 from pydantic import Field
 
 from backends.interface import Session, TrainState
-from finetune.data.rows import Prepared, Split
+from finetune.data.rows import Example, Prepared, Split
 from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.errors import Diverged
+from finetune.evaluation.answers import part_of
 from finetune.evaluation.intervals import confusion_matrix, macro_f1, macro_f1_interval, per_class, wilson_interval
 from finetune.evaluation.scoring import RowLosses, choose_labels, row_losses, write_answers
 from finetune.events import Progress
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import AnswerPart, Recipe
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class RowResult:
     correct: bool | None
     loss: float  # mean negative log-likelihood of its supervised tokens, nats
     tokens: int  # supervised
+    compared: tuple[str | None, str | None] | None = None  # parts of both answers; None: the answers as they are
+
+    @property
+    def judged(self) -> tuple[str | None, str | None]:
+        """What is expected, and what was predicted, as they are compared."""
+        return self.compared or (self.expected, self.predicted)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Evaluation:
     confusion: list[list[int]] | None  # [true][predicted]
     results: tuple[RowResult, ...]
     macro_f1_interval: tuple[float, float] | None = None  # 95 %; runs of 0.1.0 have none
+    compared: AnswerPart = "all"  # of open answers; of the rest nothing is told by it
+    unread: tuple[int, int] = (0, 0)  # rows whose expected, and whose predicted answer has no such part
 
     @property
     def classes(self) -> list[dict[str, Any]]:
@@ -89,15 +98,18 @@ def evaluate(
     micro_tokens: int,
     max_tokens: int = 0,
     decode: Callable[[Sequence[int]], str] | None = None,
+    compared: AnswerPart = "all",
 ) -> Generator[Progress, None, Evaluation]:
     """Loss on every row; labels where there are labels; written answers where `max_tokens` allows any.
 
-    `name` says in the progress what is evaluated. Raises MemoryExhausted when a single row does not fit.
+    compared: what of those. `name` says in the progress what is evaluated. Raises MemoryExhausted where one row alone
+    does not fit.
     """
     examples = split.examples
     losses = yield from row_losses(session, examples, micro_tokens, f"{name}: loss")
     predicted: list[str | None] = [None] * len(examples)
     expected = [example.answer or "" for example in examples]
+    part: AnswerPart = "all"
     if prepared.task == "classification":
         chosen = yield from choose_labels(
             session, examples, prepared.label_tokens, micro_tokens, losses.first, f"{name}: labels"
@@ -109,19 +121,46 @@ def evaluate(
         predicted = [*answers]
         # Read as the written ones are; of an answer that lost its end, the tokens do not tell the whole.
         expected = [e.answer or "" if e.cut else decode(e.answer_tokens.tolist()) for e in examples]
-    results = tuple(
+        part = compared
+    results = _results(examples, expected, predicted, part, losses)
+    evaluation = _summarise(prepared, results, losses)
+    return evaluation if part == "all" else replace(evaluation, compared=part, unread=_unread(results))
+
+
+def _results(
+    examples: Sequence[Example],
+    expected: Sequence[str],
+    predicted: Sequence[str | None],
+    part: AnswerPart,
+    losses: RowLosses,
+) -> tuple[RowResult, ...]:
+    """expected: as the predicted answers are read; the rows themselves keep what their file has."""
+    pairs = [
+        None if answer is None else (part_of(truth, part), part_of(answer, part))
+        for truth, answer in zip(expected, predicted, strict=True)
+    ]
+    return tuple(
         RowResult(
             location=example.location,
             prompt=example.prompt,
             expected=example.answer,
-            predicted=answer,
-            correct=None if answer is None else answer.strip() == expected[i].strip(),
+            predicted=predicted[i],
+            correct=None if pairs[i] is None else _same(pairs[i]),
             loss=float(losses.loss[i] / losses.tokens[i]),
             tokens=int(losses.tokens[i]),
+            compared=None if part == "all" else pairs[i],
         )
-        for i, (example, answer) in enumerate(zip(examples, predicted, strict=True))
+        for i, example in enumerate(examples)
     )
-    return _summarise(prepared, results, losses)
+
+
+def _same(pair: tuple[str | None, str | None] | None) -> bool:
+    return pair is not None and pair[0] is not None and pair[0] == pair[1]
+
+
+def _unread(results: Sequence[RowResult]) -> tuple[int, int]:
+    expected, predicted = zip(*(row.judged for row in results), strict=True)
+    return expected.count(None), predicted.count(None)
 
 
 def _summarise(prepared: Prepared, results: tuple[RowResult, ...], losses: RowLosses) -> Evaluation:
@@ -169,6 +208,7 @@ def evaluate_held_out(
         micro_tokens=recipe.train.tokens_at_once,
         max_tokens=recipe.evaluate.max_tokens if recipe.evaluate.generate else 0,
         decode=lambda tokens: answer_text(tokenizer, tokens, prepared.stop_tokens),
+        compared=recipe.evaluate.answer,
     )
     if not math.isfinite(evaluation.loss):
         remedy = f"check the weights of {recipe.model.path}"

@@ -94,17 +94,29 @@ def choose_labels(
     single = {label[0]: i for i, label in enumerate(label_tokens)} if all(len(x) == 1 for x in label_tokens) else {}
     best = [single.get(int(token), -1) for token in first] if first is not None else [-1] * len(examples)
     undecided = [example for example, label in zip(examples, best, strict=True) if label < 0]
+    logprobs = yield from label_logprobs(session, undecided, label_tokens, micro_tokens, what)
+    chosen = iter(logprobs.argmax(axis=1).tolist())
+    return [next(chosen) if label < 0 else label for label in best]
+
+
+def label_logprobs(
+    session: Session,
+    examples: Sequence[Example],
+    label_tokens: Sequence[Sequence[int]],
+    micro_tokens: int,
+    what: str = "labels",
+) -> Generator[Progress, None, NDArray[np.float64]]:
+    """The log-probability of each label's tokens after each prompt. [n, labels]"""
     labels = len(label_tokens)
-    prompts = [example.prompt_tokens for example in undecided]
+    prompts = [example.prompt_tokens for example in examples]
     batches = label_batches(prompts, label_tokens, micro_tokens, session.shares_prefixes)
-    total = np.zeros(len(undecided) * labels)
+    total = np.zeros(len(examples) * labels)
     done = 0
-    for rows, _, logprob, _ in scored(session, batches, undecided, labels):
+    for rows, _, logprob, _ in scored(session, batches, examples, labels):
         total[rows] = logprob.astype(np.float64).sum(axis=1)
         done += len(rows)
-        yield Progress(0, what, done // labels, len(undecided))
-    chosen = iter(total.reshape(-1, labels).argmax(axis=1).tolist())
-    return [next(chosen) if label < 0 else label for label in best]
+        yield Progress(0, what, done // labels, len(examples))
+    return total.reshape(-1, labels)
 
 
 def write_answers(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from finetune.evaluation.answers import MEASURES
 from finetune.evaluation.intervals import macro_f1_change, weighted_mean_interval
 from finetune.evaluation.yardstick import Words, shortcomings, too_weak
 from finetune.events import Event, StepDone, Validated
@@ -89,7 +90,17 @@ def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | Non
     of the loss on the same rows does. A gain is "Not good yet" where a constant answer does as well, and "Mixed" where
     macro F1 clearly falls. words: of `bag_of_words`.
     """
-    return " ".join((_compared(base, tuned, p_value), *shortcomings(base, tuned, words)))
+    return " ".join((_compared(base, tuned, p_value), *_unread(base, tuned), *shortcomings(base, tuned, words)))
+
+
+def _unread(base: Evaluation, tuned: Evaluation) -> list[str]:
+    """How many answers have no part to compare, where the recipe compares one (`evaluate.answer`)."""
+    if not any((*base.unread, *tuned.unread)):
+        return []
+    return [
+        f"Answers without the part that evaluate.answer: {tuned.compared} compares count as wrong: {tuned.unread[0]} "
+        f"expected, {base.unread[1]} before, {tuned.unread[1]} after."
+    ]
 
 
 def _compared(base: Evaluation, tuned: Evaluation, p_value: float | None) -> str:
@@ -98,7 +109,7 @@ def _compared(base: Evaluation, tuned: Evaluation, p_value: float | None) -> str
     same = all(before.correct == after.correct for before, after in zip(base.results, tuned.results, strict=True))
     if same and not tuned.labels:  # no open answer may match word for word, and yet all come closer
         return _by_loss(base, tuned)
-    measure = "accuracy" if tuned.labels else "exact match"
+    measure = "accuracy" if tuned.labels else MEASURES[tuned.compared]
     change = tuned.accuracy - base.accuracy
     verdict = _better_or_worse(change) if p_value < SIGNIFICANT else "No clear difference"
     if verdict == "Better":
@@ -123,7 +134,7 @@ def _by_loss(base: Evaluation, tuned: Evaluation) -> str:
     tokens = [row.tokens for row in tuned.results]
     low, high = weighted_mean_interval(differences, tokens)
     verdict = _better_or_worse(-low) if low > 0 or high < 0 else "No clear difference"
-    none = "; exact match is 0 before and after" if base.accuracy == tuned.accuracy == 0 else ""
+    none = f"; {MEASURES[tuned.compared]} is 0 before and after" if base.accuracy == tuned.accuracy == 0 else ""
     return (
         f"{verdict}: loss {base.loss:.4f} before, {tuned.loss:.4f} after, on the same {tuned.rows} rows "
         f"(95 % interval of the change: {low:+.4f} to {high:+.4f}){none}."

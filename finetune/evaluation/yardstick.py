@@ -39,20 +39,27 @@ class Words:
     seconds: float
     rows: str  # a digest of the training rows and the held-out ones
 
+    @property
+    def cost(self) -> str:
+        return f"naive Bayes on the words: {self.measured:,} rows in {self.seconds:.1f} s (words.json)"
+
 
 def bag_of_words(prepared: Prepared, file: Path | None = None) -> Words | None:
-    """None where there are no labels, or no training rows. At most 5,000 rows of each side, and of each 10,000
-    characters: about a second.
+    """None where there are no labels, or no training rows and nothing kept of them.
 
+    At most 5,000 rows of each side, and of each 10,000 characters: about a second.
     file: where it is kept, and taken from where the rows are the same. Raises Incompatible for what no run writes.
     """
     train, held_out = prepared.train.examples, prepared.held_out.examples
-    if len(prepared.labels) < 2 or not train or not held_out:
+    if len(prepared.labels) < 2 or not held_out:
         return None
-    rows = f"{split_digest(prepared.train)} {split_digest(prepared.held_out)}"
+    measured = split_digest(prepared.held_out)
+    rows = f"{split_digest(prepared.train)} {measured}"
     saved = read_json(file, Words, "delete it, and it is measured again") if file else None
-    if saved and saved.rows == rows:
+    if saved and (saved.rows == rows or (not train and saved.rows.endswith(f" {measured}"))):
         return saved
+    if not train:
+        return None
     began = time.perf_counter()
     asked = _drawn(held_out)
     chosen = guess_by_words(_drawn(train), asked, prepared.labels)
@@ -99,7 +106,7 @@ def _words(text: str) -> set[str]:
 
 def majority(evaluation: Evaluation) -> tuple[str, float] | None:
     """The most frequent expected answer of the rows, and the share right of a model that always gives it."""
-    expected = Counter(row.expected for row in evaluation.results if row.correct is not None)
+    expected = Counter(row.judged[0] for row in evaluation.results if row.correct is not None)
     expected.pop(None, None)
     if len(expected) < 2:  # where all expect the same, a constant answer is no yardstick
         return None
@@ -110,8 +117,8 @@ def majority(evaluation: Evaluation) -> tuple[str, float] | None:
 def always_same(evaluation: Evaluation) -> str | None:
     """The one answer that a model gives to all rows, although not all expect the same."""
     judged = [row for row in evaluation.results if row.correct is not None]
-    given = {row.predicted for row in judged}
-    return given.pop() if len(given) == 1 and len({row.expected for row in judged}) > 1 else None
+    given = {row.judged[1] for row in judged}
+    return given.pop() if len(given) == 1 and len({row.judged[0] for row in judged}) > 1 else None
 
 
 def never_predicted(evaluation: Evaluation) -> list[str]:
@@ -142,11 +149,7 @@ def shortcomings(base: Evaluation, tuned: Evaluation, words: Words | None) -> li
     sentences = []
     if tuned.labels:
         others = [f"always {_quoted(best[0])} would have {best[1]:.3f}", f"chance {1 / len(tuned.labels):.3f}"]
-        others += (
-            []
-            if words is None
-            else [f"naive Bayes on the words {words.accuracy:.3f} ({words.measured:,} rows, {words.seconds:.1f} s)"]
-        )
+        others += [] if words is None else [f"naive Bayes on the words {words.accuracy:.3f}"]
         sentences.append(f"For comparison: {', '.join(others)}.")
     same = always_same(tuned)
     if same is not None:

@@ -155,7 +155,10 @@ def _reason(library: Any, settings: Any) -> str:
     """Why the file cannot be loaded: it is tried once more, and what llama.cpp prints is caught."""
     settings.verbosity = _ERRORS
     with tempfile.TemporaryFile() as printed:
-        before = [os.dup(number) for number in (1, 2)]
+        try:
+            before = [os.dup(number) for number in (1, 2)]
+        except OSError:  # closed, and so nothing can be caught
+            return "it does not say why"
         try:
             for number in (1, 2):
                 os.dup2(printed.fileno(), number)

@@ -123,6 +123,8 @@ def _check(name: str, kind: _Kind, config: Any) -> None:
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in (kind.activation, {"silu": "swish"}.get(kind.activation)):
         raise Refused(f"its activation is {activation}, and llama.cpp computes {kind.activation} for {name}")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise Refused("its tokens also look at later ones, which llama.cpp does not compute for it")
     layers, size = config.num_hidden_layers, _head_size(config)
     kinds = list(getattr(config, "layer_types", None) or [])
     if name == "gemma2" and kinds != [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]:

@@ -93,6 +93,7 @@ def evaluated(
             micro_tokens=job.recipe.train.tokens_at_once,
             max_tokens=asked.max_tokens if asked.generate else 0,
             decode=lambda tokens: answer_text(job.tokenizer, tokens, job.prepared.stop_tokens),
+            compared=asked.answer,
         )
     )
 

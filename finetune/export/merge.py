@@ -39,7 +39,7 @@ def tensors(
     for file, shapes in folder.weights.items():
         for name in shapes:
             module, _, part = name.rpartition(".")
-            if module in packed and f".{part}" in _PACKING:
+            if _is_packing(name, packed):
                 continue
             whole = session.base_weight(module) if part == "weight" and module in held else read_tensor(file, name)
             if part == "weight" and module in waiting:
@@ -58,17 +58,22 @@ def merged(weight: FloatArray, adapter: Adapter, module: str) -> FloatArray:
 
 
 def _packed(folder: ModelFolder) -> set[str]:
-    return {name.removesuffix(".scales") for name in folder.shapes if name.endswith(".scales")}
+    """The layers whose weights stand quantised in the files, by MLX or by bitsandbytes."""
+    ends = (".scales", ".weight.absmax")
+    return {name.removesuffix(end) for name in folder.shapes for end in ends if name.endswith(end)}
+
+
+def _is_packing(name: str, packed: set[str]) -> bool:
+    """Whether a tensor says how a layer is packed, and is none of the model's own."""
+    if ".weight." in name:
+        return name.partition(".weight.")[0] in packed
+    return name.endswith(_PACKING) and name.rpartition(".")[0] in packed
 
 
 def names(folder: ModelFolder) -> list[str]:
     """The names of `tensors`."""
     packed = _packed(folder)
-    return [
-        name
-        for name in folder.shapes
-        if not (name.endswith(_PACKING) and name.rpartition(".")[0] in packed)
-    ]  # fmt: skip
+    return [name for name in folder.shapes if not _is_packing(name, packed)]
 
 
 def write_merged(

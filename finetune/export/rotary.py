@@ -13,6 +13,13 @@ from backends.interface import FloatArray
 Keys = dict[str, Any]  # of a GGUF file: bool, int, float, str or a list of them
 
 
+# rope_type -> the families that llama.cpp computes it for; default and linear: all of them
+_MEASURED = {
+    "llama3": ("llama", "mistral", "granite"),
+    "yarn": ("llama", "mistral", "granite", "qwen2", "qwen3", "olmo2", "smollm3"),
+}
+
+
 class Refused(Exception):
     """The reason why a model or a tokenizer is not written as GGUF."""
 
@@ -32,6 +39,8 @@ def rotary(config: Any, size: int) -> tuple[Keys, FloatArray | None]:
     keys |= {"rope.dimension_count": int(size * partial), "rope.freq_base": float(rope["rope_theta"])}
     if kind == "default":
         return keys, None
+    if config.model_type not in _MEASURED.get(kind, (config.model_type,)):
+        raise Refused(f"rope_type {kind} was not measured for {config.model_type}, or llama.cpp does not compute it")
     if kind == "llama3":
         return keys, _llama3_factors(rope, size)
     if kind not in ("linear", "yarn"):

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Positive = Annotated[int, Field(gt=0, le=10**9)]  # far beyond any use, and near enough to be computed with
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+AnswerPart = Literal["all", "first_line", "last_number", "json"]
 Groups = str | dict[str, list[str]]
 MICRO_TOKENS = 4096  # more make a step hardly any faster
 
@@ -48,6 +49,8 @@ class Data(Section):
     """The labels, in order; without it those that occur in train."""
     valid_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1
     """The share of train set apart when valid is missing."""
+    limit: Positive | None = None
+    """For a first try of a large file: at most so many rows of train, and of valid and test, drawn with the seed."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a bad row does: stop the run, or be left out and listed."""
     max_dropped: Share = 0.01
@@ -144,6 +147,9 @@ class Evaluate(Section):
     """For open answers: write each answer greedily and compare it with the expected one."""
     max_tokens: Positive = 128
     """The longest answer written."""
+    answer: AnswerPart = "all"
+    """What of an open answer is compared with the expected one: all, first_line, last_number, or json (its value).
+    Where there is no such part the row is wrong."""
     base: bool = True
     """Measure the base model too, on the same rows."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import connections
+from finetune.disk.adapter_check import Loading
 from finetune.disk.atomic import write_file
 from finetune.disk.run_files import read_json
 from finetune.errors import Incompatible
@@ -54,6 +55,8 @@ class Report:
     divergence: str | None  # a notice that the loss was above that of random guessing
     validations: tuple[Validated, ...]
     best_step: int
+    limited: tuple[str, ...] = ()  # what data.limit left of each split
+    loads: tuple[Loading, ...] = ()  # whether PEFT and mlx-lm would load the adapter's folder
 
     def to_json(self) -> dict[str, Any]:
         """What report.json holds: everything but the single rows."""
@@ -69,6 +72,7 @@ class Report:
             "run": self.run,
             "facts": asdict(self.facts),
             "adapter": self.adapter,
+            "loads": [asdict(loading) for loading in self.loads],
             "backend": self.backend,
             "device": self.device,
             "scheme": self.scheme,
@@ -81,6 +85,7 @@ class Report:
             "overfitting": asdict(self.overfitting),
             "divergence": self.divergence,
             "best_step": self.best_step,
+            "limited": list(self.limited),
             "validations": [asdict(validated) for validated in self.validations],
             **connections.account(),
         }

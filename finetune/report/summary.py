@@ -9,7 +9,9 @@ from typing import Any
 from finetune.console import Console, Sentence, plain_page
 from finetune.data.beside import always_filled
 from finetune.data.rows import Prepared
+from finetune.disk.adapter_check import in_words
 from finetune.disk.atomic import write_file
+from finetune.disk.held_out import described
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, RowResult
@@ -33,10 +35,10 @@ def print_account(job: Job, run: RunFolder) -> None:
     console = Console(stderr=True)
     console.print(f"run {run.path} on {job.backend}, base {job.recipe.model.path}", soft_wrap=True)
     console.print(account_table(job.prepared))
-    for note in account_notes(job.prepared):
+    for note in (*job.folder.notes, *account_notes(job.prepared)):
         console.print(note, soft_wrap=True)
-    if note := beyond_context(job.folder, job.prepared):
-        console.print(note, soft_wrap=True)
+    if beyond := beyond_context(job.folder, job.prepared):
+        console.print(beyond, soft_wrap=True)
 
 
 def print_report(report: Report) -> None:
@@ -60,12 +62,17 @@ def _render(console: Console, report: Report) -> None:
         print_comparison(console, report.base, report.tuned, report.comparison, report.held_out)
     else:
         console.print(comparison_table({}, report.tuned.summary(), title=report.held_out))
+    if report.comparison and report.comparison.words:
+        console.print(report.comparison.words.cost)
     if report.leaked:
         console.print(Sentence(report.leaked.message, "bold red"))
     console.print(Sentence(f"data: {report.check} (check.txt)"))
+    for note in report.limited:
+        console.print(Sentence(note))
     facts = (
         f"base weights: {report.scheme}; {report.backend} on {report.device}",
-        f"adapter: {report.adapter} ({_adapter_step(report.best_step)}; PEFT and mlx-lm load it as it is)",
+        f"adapter: {report.adapter} ({'; '.join([_adapter_step(report.best_step), *in_words(report.loads)])})",
+        f"load it as it was measured: {report.adapter}/README.md",
         f"everything else: {report.run} (report.json, rows.jsonl, loss.png, metrics.jsonl)",
     )
     for fact in facts:
@@ -95,6 +102,7 @@ def account_of(prepared: Prepared) -> dict[str, Any]:
         "format": prepared.format,
         "template": prepared.template,
         "labels": list(prepared.labels),
+        "held_out": described(prepared),
         "always": always_filled(prepared.renderer, prepared.format, prepared.train.records),
         **{name: split and split.account for name, split in splits.items()},
     }
@@ -120,5 +128,8 @@ def _rows(report: Report) -> str:
         for name, row in (("base", base), ("tuned", tuned)):
             if row is not None:
                 line[name] = {"predicted": row.predicted, "correct": row.correct, "loss": row.loss}
+                if row.compared is not None:  # the parts of both answers
+                    line |= {"compared": row.compared[0]}
+                    line[name] |= {"compared": row.compared[1]}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)

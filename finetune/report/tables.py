@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from pathlib import PurePath
 from typing import Any, Protocol
 
 from rich import box
@@ -14,15 +13,16 @@ from rich.text import Text
 
 from finetune.console import lines
 from finetune.data.rows import Prepared
+from finetune.evaluation.answers import MEASURES
 from finetune.evaluation.intervals import worst_confusions
 from finetune.events import Validated
-from finetune.text import one_line, shorten
+from finetune.text import from_here, one_line, shorten
 
 MOST_LABELS = 12  # in a whole confusion matrix; of a larger one only the most frequent confusions are shown
 WORST = 10  # of those
 ROWS_SHOWN = 5  # fixed rows, and as many broken rows
 TEXT_SHOWN = 160  # characters of a row's text
-LOCATIONS_SHOWN = 5  # of rows that were shortened or left out; data.json has them all
+ROWS_NAMED = 5  # of those that were shortened or left out; data.json has them all
 
 
 class Answered(Protocol):
@@ -42,34 +42,31 @@ Pair = tuple[Answered, Answered]  # the same row under the base and under the tu
 
 
 def account_table(prepared: Prepared) -> Table:
-    """What became of the rows of each split, with the first of those that were shortened or left out."""
+    """What became of the rows of each split. `account_notes` names those that were shortened or left out."""
     table = Table("split", "rows", "whole", "used", "tokens", "supervised", "shortened", "left out")
     for split in prepared.splits:
         figures = (f"{split.account[key]:,}" for key in ("rows", "good", "used", "tokens", "supervised_tokens"))
-        shortened = _counted([_name(location) for location in split.shortened])
-        left_out = _counted([f"{_name(location)}: {reason}" for location, reason in split.left_out])
-        table.add_row(split.name, *figures, shortened, left_out)
+        table.add_row(split.name, *figures, f"{len(split.shortened):,}", f"{len(split.left_out):,}")
     return table
 
 
 def account_notes(prepared: Prepared) -> list[str]:
-    """What a person should know of how the rows were read: each note once, with its split unless all splits say it."""
+    """What a person should know of how the rows were read: each note once, with its split unless all splits say it; and
+    the first rows of each split that were shortened or left out.
+    """
     notes = {split.name: split.notes for split in prepared.splits}
     distinct = dict.fromkeys(note for split in notes.values() for note in split)
     first = {note: next(name for name, split in notes.items() if note in split) for note in distinct}
-    return [
-        one_line(note if all(note in split for split in notes.values()) else f"{first[note]}: {note}")
-        for note in distinct
-    ]
-
-
-def _name(location: str) -> str:
-    return PurePath(location).name
-
-
-def _counted(locations: Sequence[str]) -> Text:
-    more = ["..."] if len(locations) > LOCATIONS_SHOWN else []
-    return lines(f"{len(locations):,}", *locations[:LOCATIONS_SHOWN], *more)
+    said = [note if all(note in split for split in notes.values()) else f"{first[note]}: {note}" for note in distinct]
+    for split in prepared.splits:
+        if split.shortened:
+            more = f", and {len(split.shortened) - ROWS_NAMED:,} more" if len(split.shortened) > ROWS_NAMED else ""
+            said.append(f"{split.name}, shortened: {', '.join(split.shortened[:ROWS_NAMED])}{more}")
+        if split.left_out:
+            named = [f"  {location}: {reason}" for location, reason in split.left_out[:ROWS_NAMED]]
+            last = [f"  and {len(split.left_out) - ROWS_NAMED:,} more"] * (len(split.left_out) > ROWS_NAMED)
+            said += [f"{split.name}, left out:", *named, *last]
+    return [one_line(from_here(note)) for note in said]
 
 
 def epoch_table(validations: Sequence[Validated], newest: int | None = None) -> Table:
@@ -107,7 +104,7 @@ _MEASURES = (
 def comparison_table(base: Mapping[str, Any], tuned: Mapping[str, Any], title: str | None = None) -> Table:
     """Base and tuned side by side, without the measures that neither has. An empty `base`: the tuned model alone."""
     table = _table("", *(["base"] if base else []), "tuned", *(["change"] if base else []), title=title)
-    accuracy = "accuracy" if tuned.get("labels") else "exact match"
+    accuracy = "accuracy" if tuned.get("labels") else MEASURES[tuned.get("compared", "all")]
     for key, name, more in (("accuracy", accuracy, True), *_MEASURES):
         before, after = base.get(key), tuned.get(key)
         if before is not None or after is not None:

@@ -46,6 +46,10 @@ class Setup:
             self.check_model()
             raise
 
+    def check_backend(self, backend: str) -> None:
+        """Raises BackendError for what the backend cannot do with this model, before data are read or it is loaded."""
+        registry.check_model(backend, model_spec(self.recipe, self.folder), lora_spec(self.recipe))
+
     def check_model(self) -> None:
         """Raises Incompatible where a file of the model is no longer as it was when the model was found."""
         if file := self.folder.changed():
@@ -103,6 +107,7 @@ def making_ready(
     """
     chosen = registry.choose(backend or recipe.backend)
     setup = set_up(recipe, run)
+    setup.check_backend(chosen)
     clock = now() if run is None else clock_of(run)
     parting = WORDS if run is None else parting_of(run)
     with reading(f"{recipe.data.train} with {setup.folder.path / 'tokenizer.json'}"):

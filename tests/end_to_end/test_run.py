@@ -30,11 +30,11 @@ evaluate: {every: 8}
 FILES = {
     "recipe.yaml", "environment.json", "identity.json", "data.json", "metrics.jsonl", "evaluation-base.json",
     "evaluation-tuned.json", "rows.jsonl", "report.json", "report.txt", "loss.png", "confusion.png", "adapter",
-    "checkpoints", "check.json", "check.txt", "words.json",
+    "checkpoints", "check.json", "check.txt", "words.json", "held-out.jsonl",
 }  # fmt: skip
 ADAPTER = {
     "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja",
+    "tokenizer_config.json", "chat_template.jinja", "README.md",
 }  # fmt: skip
 Trained = tuple[Work, str, Path]
 # The quick form has one backend where the work is the shared code's: the conformance tests hold what a backend adds.

@@ -22,7 +22,15 @@ from tests.faults.toy import run_to_the_end
 from tests.unit.test_checkpoint import FILES
 
 SHORT = ["train.steps=12", "train.checkpoint_every=2", "evaluate.every=4", "--backend", "reference"]
-RUN_FILES = ("recipe.yaml", "identity.json", "environment.json", "data.json", "metrics.jsonl", "evaluation-base.json")
+RUN_FILES = (
+    "recipe.yaml",
+    "identity.json",
+    "environment.json",
+    "data.json",
+    "metrics.jsonl",
+    "evaluation-base.json",
+    "held-out.jsonl",
+)
 WITHOUT_PLOTS = "from finetune.report import summary; summary.loss_plot = summary.confusion_plot = lambda *_: None"
 Stopped = tuple[Work, Path, Path]  # the working folder, the run that nobody stopped, the run that was
 

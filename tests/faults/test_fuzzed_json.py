@@ -147,7 +147,7 @@ def test_a_model_folder(work: Work, name: str, times: int) -> None:
     def test(rng: random.Random) -> None:
         commands_take(work, "model", Path(name), rng, ["plan", "recipe.yaml"])
 
-    fuzz(test, 6 * times)
+    fuzz(test, 4 * times)
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_a_stopped_run(work: Work, name: str, times: int) -> None:
     def test(rng: random.Random) -> None:
         commands_take(work, "stopped", file, rng, ["resume", "stopped"])
 
-    fuzz(test, 5 * times)
+    fuzz(test, 3 * times)
 
 
 @quick_and_slow

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -121,8 +124,13 @@ def replaced(path: Path, make: Callable[[Path], None]) -> Iterator[None]:
         aside.rename(path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("place", PLACES)
+def every(rows: Collection[str], columns: Collection[str], quick: Collection[str]) -> list[Any]:
+    """Every pair; those of other columns than the quick ones are slow."""
+    slow = [pytest.mark.slow]
+    return [pytest.param(a, b, marks=[] if b in quick else slow) for a in rows for b in columns]
+
+
+@pytest.mark.parametrize(("place", "kind"), every(PLACES, KINDS, ["a pipe", "a loop of links"]))
 def test_it_is_told_in_one_sentence(work: Work, place: str, kind: str) -> None:
     if kind == "unreadable" and os.geteuid() == 0:
         pytest.skip("root reads everything")
@@ -140,6 +148,20 @@ def test_the_whole_is_sound(work: Work) -> None:
     """So that each refusal above is of what was put there."""
     for command in (PLAN, GENERATE, ["eval", "done", "--data", "test.jsonl"]):
         assert finetune(work, *command).code == 0
+
+
+class Endless(io.StringIO):
+    """Standard input that never ends, such as /dev/zero."""
+
+    def read(self, size: int | None = -1, /) -> str:
+        assert size is not None
+        assert size > 0, "it would be read without a bound"
+        return "a" * size
+
+
+def test_a_prompt_has_an_end(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Endless())
+    assert "longer than 16,000,000 characters" in finetune(work, "generate", "done", "-").failed(3)
 
 
 PATHS = {
@@ -161,8 +183,7 @@ NAMES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", NAMES)
-@pytest.mark.parametrize("place", PATHS)
+@pytest.mark.parametrize(("place", "what"), every(PATHS, NAMES, ["too long", "a surrogate", "a line break"]))
 def test_a_path_that_leads_nowhere(work: Work, place: str, what: str) -> None:
     with in_time():
         for command in PATHS[place]:

@@ -20,7 +20,8 @@ ANYWHERE = {"backends/registry.py", "finetune/recipe/schema.py"}
 LIBRARIES = re.compile("mlx.lm", re.IGNORECASE)  # mlx-lm's adapter format is not a backend
 # (file, name): why it may stand there
 ALLOWED = {
-    ("finetune/disk/adapter.py", "mlx"): "names of mlx-lm's adapter format, which every run writes",
+    ("finetune/disk/adapter.py", "mlx"): "names of mlx-lm's adapter format, which every run reads",
+    ("finetune/disk/adapter_writer.py", "mlx"): "names of mlx-lm's adapter format, which every run writes",
     ("finetune/options.py", "mlx"): "the format of an export",
     ("finetune/export/choose.py", "mlx"): "the format of an export",
     ("finetune/export/folders.py", "mlx"): "the format of an export, which that backend reads",

@@ -16,26 +16,32 @@ ALLOWED = {"backends", "backends.interface", "backends.registry", "backends.mode
 _LIGHT = "`--help` and a mistake in a recipe load nothing of the rest (tests/unit/test_startup.py)"
 # Imports inside functions, each with its reason. All others stand at the top.
 LATE = {
-    ("finetune/cli.py", "finetune.commands.chat"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.check"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.doctor"): _LIGHT,
-    ("finetune/cli.py", "finetune.commands.evaluate"): _LIGHT,
-    ("finetune/cli.py", "finetune.commands.export"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.init"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.plan"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.train"): _LIGHT,
+    ("finetune/begin.py", "finetune.connections"): _LIGHT,
+    ("finetune/begin.py", "finetune.supervisor"): f"{_LIGHT}; the parent of a run loads nothing more",
     ("finetune/cli.py", "finetune.connections"): _LIGHT,
     ("finetune/cli.py", "finetune.console"): f"{_LIGHT}; a console on a terminal",
     ("finetune/cli.py", "finetune.disk.run_folder"): f"{_LIGHT}; it is needed before a command is loaded",
     ("finetune/cli.py", "finetune.recipe.load"): f"{_LIGHT}; it is needed before a command is loaded",
     ("finetune/cli.py", "finetune.recipe.locate"): f"{_LIGHT}; it is needed before a command is loaded",
     ("finetune/cli.py", "finetune.recipe.schema"): "`schema` needs nothing else, and `--help` not even that",
-    ("finetune/cli.py", "finetune.supervisor"): f"{_LIGHT}; the parent of a run loads nothing more",
+    ("finetune/use.py", "finetune.commands.chat"): _LIGHT,
+    ("finetune/use.py", "finetune.commands.evaluate"): _LIGHT,
+    ("finetune/use.py", "finetune.commands.export"): _LIGHT,
+    ("finetune/use.py", "finetune.commands.predict"): _LIGHT,
+    ("finetune/use.py", "finetune.commands.runs"): _LIGHT,
+    ("finetune/use.py", "finetune.disk.run_folder"): f"{_LIGHT}; it is needed before a command is loaded",
     ("finetune/errors.py", "backends.interface"): "numpy: only an error from behind the boundary needs it",
     (
         "backends/torch_backend/costs.py",
         "backends.torch_backend.device",
     ): "a framework is loaded when its backend is asked for",
+    ("backends/torch_backend/library.py", "backends.torch_backend.tree"): "names are had without a framework, too",
+    ("backends/mlx_backend/library.py", "backends.mlx_backend.tree"): "names are had without a framework, too",
 }
 
 
@@ -97,6 +103,8 @@ def test_the_root_holds_the_run_and_what_everyone_needs(house: House) -> None:
         "__init__",
         "__main__",
         "cli",
+        "use",
+        "begin",
         "run",
         "supervisor",
         "errors",

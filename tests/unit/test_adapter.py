@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 from backends import registry
 from backends.interface import Batch, LoraSpec, ModelSpec, OptimSpec, TrainState
-from finetune.disk.adapter import read_adapter, write_adapter
+from finetune.disk.adapter import read_adapter
+from finetune.disk.adapter_writer import write_adapter
 from finetune.errors import Incompatible
 from tests.tiny_models import tiny_llama
 

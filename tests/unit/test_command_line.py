@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "finetune"
 PANELS = {
     "Start": ["demo", "init", "check", "plan"],
     "Train": ["train", "resume"],
-    "Use": ["eval", "generate", "chat", "export"],
+    "Use": ["eval", "predict", "generate", "chat", "export", "runs"],
     "Tools": ["doctor", "schema"],
 }
 
@@ -68,8 +68,8 @@ def test_every_module_of_commands_has_one_way_in(file: Path) -> None:
 
 
 def test_the_command_line_renames_nothing() -> None:
-    tree = ast.parse((PACKAGE / "cli.py").read_text(encoding="utf-8"))
-    imports = [part for part in ast.walk(tree) if isinstance(part, ast.ImportFrom)]
+    trees = [ast.parse((PACKAGE / name).read_text(encoding="utf-8")) for name in ("cli.py", "use.py")]
+    imports = [part for tree in trees for part in ast.walk(tree) if isinstance(part, ast.ImportFrom)]
     assert [alias.name for part in imports for alias in part.names if alias.asname] == []
     entries = {alias.name for part in imports if "commands" in str(part.module) for alias in part.names}
     assert entries == {"run"}

@@ -120,6 +120,8 @@ def test_lying_weights(tmp_path: Path, kind: str) -> None:
 def test_a_tensor_stands_in_one_file(tmp_path: Path, name: str) -> None:
     folder = model(tmp_path / "m")
     (folder / name).write_bytes(model_bytes())
+    assert name in ModelFolder.open(folder).notes[0]  # beside model.safetensors it is left over
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     message = refused(ModelFolder.open, folder) or ""
     assert name in message
     assert "stands in" in message

@@ -27,7 +27,6 @@ POSITIONS: dict[str, tuple[str, int, dict[str, Any], int | None]] = {
     "a config that claims too much": ("transformer.wpe.weight", 24, {"max_position_embeddings": 4096}, 24),
     "BERT": ("bert.embeddings.position_embeddings.weight", 16, {"max_position_embeddings": 16}, 16),
     "GPT": ("transformer.positions_embed.weight", 20, {"n_positions": 20}, 20),
-    "text for a number": ("transformer.wpe.weight", 24, {"n_positions": "many"}, 24),
     "computed": ("model.norm.weight", 8, {"max_position_embeddings": 16}, None),
 }  # fmt: skip
 

@@ -70,8 +70,11 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "a pattern -> much": {"normalizer": replace("[a-z]", "a" * 5000, "Regex")},
     "no type": {"normalizer": {"pattern": {"String": "a"}, "content": "a" * 5000}},
     "prepend": {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
+    "added tokens that are normalized": {"normalizer": replace("<", "<" * 99)} | {
+        "added_tokens": [SPECIAL | {"id": 5 + i, "content": "<" * 40 + f"{i}>"} for i in range(3000)]
+    },
     "prepend a little, then replace": chain(
-        "normalizer", {"type": "Prepend", "prepend": "x" * 1000}, replace("x", "x" * 50)
+        "normalizer", {"type": "Prepend", "prepend": "x" * 20}, replace("x", "x" * 50)
     ),
     "a table that replaces by much": charsmap(b"\4\0\0\0" + b"\0" * 4 + b"x" * 5000 + b"\0"),
     "nothing -> something": {"normalizer": replace("", "abc")},
@@ -101,6 +104,9 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "nothing for a table": charsmap(b"\0" * 200),
     "half a table": charsmap(b"\0"),
     "pieces of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "a list for a type": {"pre_tokenizer": {"type": ["NFC"]}},
+    "a list for a pattern": {"normalizer": {"type": "Replace", "pattern": {"String": ["a"]}, "content": "b"}},
+    "text for a vocabulary": model(vocab="many"),
     "a pattern that backtracks": split("(a+)+$") | {"normalizer": replace("abc", "a" * 60 + "!")},
 }  # fmt: skip
 HOSTILE_CONFIG: dict[str, dict[str, Any]] = {
@@ -110,6 +116,9 @@ HOSTILE_CONFIG: dict[str, dict[str, Any]] = {
     "specials without number": {"additional_special_tokens": [f"<q{i}>" for i in range(100_000)]},
     "extra specials without number": {"extra_special_tokens": {f"q{i}": f"<q{i}>" for i in range(100_000)}},
     "a token of a million characters": {"eos_token": "x" * 10**6},
+    "a token object of a million characters": {"eos_token": {"__type": "AddedToken", "content": "x" * 10**6}},
+    "a special of a million characters": {"extra_special_tokens": ["x" * 10**6]},
+    "a decoder's token of a million characters": {"added_tokens_decoder": {"9": {"content": "x" * 10**6}}},
     "a list for a token": {"eos_token": ["a", "b"]},
     "a number for a token": {"eos_token": 5},
     "text for a number": {"model_max_length": "many"},
@@ -197,6 +206,11 @@ def test_json_of_millions_of_values_is_not_read(tmp_path: Path) -> None:
     for text in ("[" + "[]," * 4_000_000 + "0]", "[" + "1," * 7_000_000 + "0]", "[" + "{}," * 600_000 + "0]"):
         folder = tokenizer_folder(tmp_path, f'{{"a": {text}}}')
         assert "tokenizer.json: the tokenizer cannot be loaded (millions of" in (refused(_use, folder) or "")
+
+
+def test_a_long_template_is_no_token(tmp_path: Path) -> None:
+    config = TOKENIZER_CONFIG | {"chat_template": "{#" + "x" * 20_000 + "#}", "default_system_prompt": "x" * 20_000}
+    assert refused(_use, tokenizer_folder(tmp_path, config=json.dumps(config))) is None
 
 
 NONSENSE = [2**40, -1, "text", [[2]], [1, "2"], {"a": 1}, True, 1.5, [10**400]]

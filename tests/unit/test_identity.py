@@ -242,10 +242,8 @@ def test_rows_that_move_are_refused_by_the_splits_name(
     said = finetune(work, "resume", run).failed(8)
     assert [name for name in ("train", "valid", "test") if f"data rows of {name}" in said] == list(named)
     if "test" in named:
-        assert "data rows of test" in finetune(work, "eval", run).failed(8)
         finetune(work, "eval", run, "--data", "test.jsonl").good()
-    else:
-        finetune(work, "eval", run).good()
+    finetune(work, "eval", run).good()  # on the rows that the run recorded
 
 
 def test_an_adapter_to_start_from_that_changed_is_refused(work: Work) -> None:

@@ -89,6 +89,6 @@ def test_a_run_says_it_in_its_report(tmp_path: Path, leaking: bool) -> None:
     told, page = json.loads(run.report.read_text())["leaked"], " ".join((run.path / "report.txt").read_text().split())
     if leaking:
         assert (told["rows"], told["leaked"]) == (8, 2) and "Leaked: 2 of these 8 rows stand in the" in page
-        assert run.words.exists() and "naive Bayes on the words" in page
+        assert run.words.exists() and "naive Bayes on the words: 8 rows in 0." in page
     else:
         assert told is None and "Leaked" not in page

@@ -24,6 +24,7 @@ from backends.interface import (  # noqa: E402
     OutOfMemory,
     TrainState,
 )
+from backends.layer_names import Part  # noqa: E402
 from backends.mlx_backend import blas_bridge  # noqa: E402
 from backends.mlx_backend import head as mlx_head  # noqa: E402
 from backends.mlx_backend import lora as mlx_lora  # noqa: E402
@@ -331,12 +332,9 @@ def test_a_bfloat16_base_keeps_its_activations_and_a_float32_adapter(llama: Path
 def test_names_that_the_model_lacks_are_listed(llama: Path) -> None:
     model, _ = mlx_model.load(ModelSpec(llama), mx.float32)
     with pytest.raises(BackendError, match=r"layers\.9\.q_proj, model\.norm"):
-        mlx_lora.attach(
-            model,
-            {"model.layers.0.self_attn.q_proj": (64, 64), "layers.9.q_proj": (64, 64), "model.norm": (64, 64)},
-            LoraSpec(4, 8.0),
-            mlx_lora.Dropout(0.0, 0, {}),
-        )
+        names = ("model.layers.0.self_attn.q_proj", "layers.9.q_proj", "model.norm")
+        layers = {name: (Part(name, 0, 64),) for name in names}
+        mlx_lora.attach(model, layers, LoraSpec(4, 8.0), mlx_lora.Dropout(0.0, 0, {}))
 
 
 def test_opening_and_training_print_nothing(llama: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from backends.model_folder import ModelFolder, legacy_rope
+from backends.config_keys import legacy_rope
+from backends.model_folder import ModelFolder
 
 
 @pytest.mark.parametrize(

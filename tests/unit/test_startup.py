@@ -13,7 +13,7 @@ FRAMEWORKS = {"torch", "mlx", "mlx_lm", "transformers", "peft", "bitsandbytes", 
 SCIENCE = {"numpy", "scipy", "matplotlib", "datasets", "pandas", "pyarrow", "safetensors", "psutil"}
 HUB = {"huggingface_hub", "httpx", "requests"}
 HEAVY = FRAMEWORKS | SCIENCE | HUB
-LIGHT = {"finetune.cli", "finetune.errors", "finetune.options", "finetune.streams", "finetune.text"}
+LIGHT = {f"finetune.{name}" for name in ("cli", "use", "begin", "errors", "options", "streams", "text")}
 RECIPE = "model: {path: somewhere}\ndata: {train: rows.jsonl}\nlora: {rnk: 3}\n"
 
 

@@ -163,11 +163,12 @@ def test_a_killed_supervisor_takes_its_child_along() -> None:
 def test_stopped_and_continued_the_child_does_so_too() -> None:
     psutil = pytest.importorskip("psutil")
     process = supervised(STOPS, "1")
-    (inner,) = psutil.Process(process.pid).children()
+    outer = psutil.Process(process.pid)
+    (inner,) = outer.children()
     for number, expected in ((signal.SIGTSTP, True), (signal.SIGCONT, False)):
         process.send_signal(number)
         until = time.monotonic() + 20
-        while (inner.status() == psutil.STATUS_STOPPED) is not expected:
+        while {one.status() == psutil.STATUS_STOPPED for one in (outer, inner)} != {expected}:
             assert time.monotonic() < until
             time.sleep(0.01)
     process.send_signal(signal.SIGTERM)

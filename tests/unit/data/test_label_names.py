@@ -10,6 +10,7 @@ from toy_tokenizers import byte_level
 
 from finetune.data.label_names import MOST, Spellings, look_alikes, refuse_many
 from finetune.data.prepare import prepare
+from finetune.data.rows import Row
 from finetune.errors import DataError
 from finetune.recipe.schema import Recipe
 from tests.unit.toy_run import result_of
@@ -117,7 +118,13 @@ def test_labels_without_end_are_one_sentence(tmp_path, count, rows, why):
 
 @pytest.mark.parametrize(("count", "rows"), [(60, 60), (150, 400), (1000, 3000)])
 def test_many_labels_that_come_again_are_labels(count, rows):
-    refuse_many([f"label {n % count}" for n in range(rows)], "f:1")
+    refuse_many([Row({"label": f"label {n % count}"}, "f", n) for n in range(1, rows + 1)], "label")
+
+
+@pytest.mark.parametrize("label", [lambda n: n, lambda n: n / 7, lambda n: f" {n}"])
+def test_numbers_are_labels_too(label):
+    with pytest.raises(DataError, match=r"^f:1: 200 different labels in 200 rows"):
+        refuse_many([Row({"label": label(n)}, "f", n) for n in range(1, 201)], "label")
 
 
 def test_labels_of_the_recipe_are_not_counted(tmp_path):

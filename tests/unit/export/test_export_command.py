@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from finetune import cli
+from finetune import cli, use
 from finetune.commands import export
 from finetune.errors import RecipeError
 from finetune.export.choose import check_options
@@ -26,7 +26,7 @@ from finetune.export.choose import check_options
 def test_every_option_arrives(options: list[str], wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipe.yaml").write_text("model: {path: m}\ndata: {train: a.jsonl}\n")
     handed: list[Any] = []
-    monkeypatch.setattr(cli, "_begin", lambda alone=True: None)
+    monkeypatch.setattr(use, "begin", lambda alone=True: None)
     monkeypatch.setattr(export, "run", lambda *given: handed.append(given[2:]))
     answer = CliRunner().invoke(cli.app, ["export", str(tmp_path), *options])
     assert answer.exit_code == 0, answer.output

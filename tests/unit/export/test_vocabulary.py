@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("xllamacpp")
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from backends.model_folder import ModelFolder
@@ -165,8 +165,31 @@ def pieces(spaced: bool, scheme: str | None = None) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("spaced", [True, False], ids=["as Llama 2", "as Gemma"])
 def test_sentencepiece_is_read_alike(spaced: bool, tmp_path: Path) -> None:
-    folder = kept(pieces(spaced), tmp_path / "model")
-    assert differing(folder, tmp_path / "model.gguf", [TEXT, "this is good  at</s>this", *HARD]) == []
+    tokenizer = pieces(spaced)
+    if not spaced:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("▁▁", "\n\n", "<table>")])
+    folder = kept(tokenizer, tmp_path / "model")
+    more = ["this is good  at</s>this", "a  b   c    d", "\n\n\n\nx <table> y</table>"]
+    hard = [text for text in HARD if spaced or "▁▁" not in text]  # looked for before spaces are written as ▁
+    assert differing(folder, tmp_path / "model.gguf", [TEXT, *more, *hard]) == []
+
+
+def swallowing(*right: str) -> PreTrainedTokenizerFast:
+    """Special tokens as Phi-3 has them; those of `right` take the white space after them."""
+    tokenizer = pieces(True)
+    marks = [AddedToken(text, special=True, normalized=False, rstrip=text in right) for text in ("<|end|>", "<|user|>")]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks, "eos_token": "<|endoftext|>"})
+    tokenizer.add_tokens([AddedToken("</s>", special=False, normalized=False, rstrip="</s>" in right)])
+    return tokenizer
+
+
+def test_special_tokens_that_take_white_space_are_those_of_phi3(tmp_path: Path) -> None:
+    folder = kept(swallowing("<|end|>", "<|user|>", "</s>"), tmp_path / "model")
+    texts = ["<|user|>\n this<|end|>\n<|user|>   is good <|endoftext|> a", "a</s>  b <s>  c", *HARD]
+    assert differing(folder, tmp_path / "model.gguf", texts) == []
+    with pytest.raises(EnvironmentProblem, match="white space after them"):
+        vocabulary(ModelFolder.open(kept(swallowing("<|end|>"), tmp_path / "other")), "")
 
 
 INST = "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endfor %}"

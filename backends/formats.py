@@ -1,0 +1,76 @@
+"""How a model folder's weights are stored: as numbers, or quantised by one of the libraries that do that."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import safe_open
+
+from backends.interface import BackendError
+
+_SPELT = {
+    "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "mxfp4": "MXFP4", "mxfp8": "MXFP8", "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors", "modelopt": "ModelOpt",
+}  # fmt: skip
+_NOTES = re.compile(r"(.+)\.weight\.quant_state\.bitsandbytes__")
+# what some backend trains on; others are read by none
+TRAINED = {"mlx-lm", "mxfp4", "mxfp8", "bitsandbytes"}
+
+
+def bitsandbytes_shapes(weights: Iterable[Path]) -> dict[str, tuple[int, int]]:
+    """Linear layers that bitsandbytes has packed -> (out, in), as its notes beside the bytes say."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for file in weights:
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if match := _NOTES.match(name):
+                    try:
+                        outputs, inputs = json.loads(tensors.get_tensor(name).tobytes())["shape"]
+                        shapes[match[1]] = int(outputs), int(inputs)
+                    except (ValueError, TypeError, LookupError) as error:
+                        raise BackendError(f"{file}: {name} cannot be read ({error!s:.100})") from None
+    return shapes
+
+
+class Described(Protocol):
+    """A model folder's path and config."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+
+def quantised_by(config: dict[str, Any]) -> str | None:
+    """The method that a config names; "mlx-lm" for its own formats; None where weights are plain numbers."""
+    if "quantization" in config:
+        return "mlx-lm"
+    text = config.get("text_config")
+    settings = config.get("quantization_config") or (
+        text.get("quantization_config") if isinstance(text, dict) else None
+    )
+    if not settings:
+        return None
+    return str(settings.get("quant_method", "unknown")).lower() if isinstance(settings, dict) else "unknown"
+
+
+def refuse_format(folder: Described, reads: Collection[str], who: str = "") -> None:
+    """Raises BackendError where the weights are quantised by a method that is not among `reads`.
+
+    who: the library that does not read it; "": no backend does.
+    """
+    method = quantised_by(folder.config)
+    if method is None or method in reads:
+        return
+    reason = f"which {who} does not train on" if who else "which is not trained on here"
+    remedy = "give the unquantised model (quantize: 4bit makes it small again)"
+    if who and method in TRAINED:
+        remedy = "use another backend, or " + remedy
+    raise BackendError(
+        f"{folder.path}: its weights are already quantised by {_SPELT.get(method, method)}, {reason}; {remedy}"
+    )

@@ -1,0 +1,90 @@
+"""One layer, several names: in the checkpoint, and in the module trees of the libraries that load adapter folders.
+
+A layer's own name is the checkpoint's: backends, checkpoints and dropout know it by that. For each library a module
+says the layer's name there (`Library`): read from the library's own tree, or by a rule where it is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from backends.interface import BackendError, CheckedFolder, ModelSpec, Modules, NumberType
+from backends.text_blocks import ending
+
+
+class Part(NamedTuple):
+    """The rows `first` to `last` of a layer, as a layer of its own; most libraries have every layer whole."""
+
+    name: str
+    first: int
+    last: int
+
+
+Names = Mapping[str, tuple[Part, ...]]  # a layer's name in the checkpoint -> its parts, which together are the layer
+Tensors = Mapping[str, tuple[int, ...]]  # a tensor's name -> its shape
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The linear layers of a model as a library builds it, and what the names of its blocks begin with."""
+
+    linear: Modules
+    stack: str  # "model.layers."
+
+
+class Library(Protocol):
+    """What a backend's module for another library's adapter folders exports. Importing it loads no framework."""
+
+    NAME: str  # "PEFT"
+
+    def names(self, folder: CheckedFolder, modules: Modules) -> Names:
+        """The library's names of these layers; by a rule where it is not installed or cannot build the model."""
+
+    def looks_for(self, folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:
+        """The tensors that the library expects in an adapter folder with this config, for the folder's model.
+
+        Raises ImportError where it is not installed, BackendError with the reason where it would not load the folder.
+        """
+
+    def lines(self, model: ModelSpec, base: str, adapter: str, number_type: NumberType) -> str:
+        """Python that loads the base as a session of `model` holds it, in this type, with the adapter: `model`.
+
+        base, adapter: where they are, for a person who runs it.
+        """
+
+
+def whole(names: Mapping[str, str], modules: Modules) -> dict[str, tuple[Part, ...]]:
+    """Each layer as one part of this name."""
+    return {module: (Part(names[module], 0, outputs),) for module, (outputs, _) in modules.items()}
+
+
+def under(stack: str, modules: Modules) -> dict[str, tuple[Part, ...]]:
+    """Each layer whole, where only the beginning of names differs."""
+    before = stack.removesuffix("layers.")
+    return whole({module: before + ending(module) for module in modules}, modules)
+
+
+def matched(tree: Tree, modules: Modules, library: str, path: object) -> dict[str, tuple[Part, ...]]:
+    """Each layer whole, as the tree names it. Raises BackendError where no layer of that name and shape is there."""
+    before, names, missing = tree.stack.removesuffix("layers."), {}, []
+    for module, shape in modules.items():
+        matches = [name for name in (before + ending(module), module) if tree.linear.get(name) == tuple(shape)]
+        if matches:
+            names[module] = matches[0]
+        else:
+            missing.append(module)
+    if missing:
+        raise BackendError(lacking(path, library, missing))
+    return whole(names, modules)
+
+
+def lacking(path: object, library: str, modules: list[str]) -> str:
+    """That a library's model has no such linear layers, with the remedy."""
+    leaves = sorted({module.rsplit(".", 1)[-1] for module in modules})
+    shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
+    return (
+        f"{path}: {library}'s model has no linear layer for {shown}; leave {', '.join(leaves)} out of lora.targets, "
+        "or use another backend"
+    )

@@ -1,0 +1,69 @@
+"""mlx-lm, which loads adapter folders into its own models. Importing this loads no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from backends.formats import quantised_by
+from backends.interface import BackendError, CheckedFolder, ModelSpec, Modules, NumberType
+from backends.layer_names import Names, Tensors, under
+from backends.model_folder import folder_of
+
+NAME = "mlx-lm"
+_LINES = """import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import hf_repo_to_path, load_model
+from pathlib import Path
+
+base = Path({base!r})
+model, config = load_model(base if base.exists() else hf_repo_to_path({base!r}), lazy=True{config})
+model.set_dtype(mx.{number_type})
+{quantised}model = load_adapters(model, {adapter!r})
+model.eval()
+"""
+_QUANTISED = """
+
+def four_bit(path, layer):
+    if not isinstance(layer, nn.Linear) or path.endswith(("gate", "router")) or layer.weight.shape[-1] % 32:
+        return False
+    return {"bits": 4, "group_size": 64 if layer.weight.shape[-1] % 64 == 0 else 32}
+
+
+for block in model.layers:
+    nn.quantize(block, class_predicate=four_bit)
+"""
+
+
+def names(folder: CheckedFolder, modules: Modules) -> Names:
+    """As `layer_names.Library` says."""
+    try:
+        from backends.mlx_backend.tree import parts_of
+
+        return parts_of(folder, modules)
+    except (ImportError, BackendError):
+        # a model inside another has that name in mlx-lm, whatever the checkpoint says
+        return under(folder.stack if folder.text_config is folder.config else "language_model.model.layers.", modules)
+
+
+def looks_for(folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:
+    """As `layer_names.Library` says."""
+    from backends.mlx_backend.tree import looks_for
+
+    return looks_for(folder, config)
+
+
+def lines(model: ModelSpec, base: str, adapter: str, number_type: NumberType) -> str:
+    """As `layer_names.Library` says."""
+    folder = folder_of(model)
+    packed = model.quantize == "4bit" and quantised_by(folder.config) is None
+    # what mlx-lm would not read in the config under the key that stands there
+    said = {key: value for key, value in folder.config.items() if folder.written.get(key) != value}
+    return _LINES.format(
+        base=base,
+        adapter=adapter,
+        number_type=number_type,
+        config=f", model_config={said!r}" if said else "",
+        quantised=_QUANTISED if packed else "",
+    )

@@ -1,0 +1,118 @@
+"""A model's layers in transformers, from its config alone: nothing is loaded, and no weight takes memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+
+from backends.formats import quantised_by, refuse_format
+from backends.interface import BackendError, CheckedFolder
+from backends.layer_names import Tensors, Tree
+from backends.torch_backend.quiet import quiet
+
+# PEFT refuses these layers in models of these types (peft.tuners.tuners_utils), since they are not called as layers
+_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_NOT_CALLED = {"out_proj", "conv1d"}
+
+
+def config_of(folder: CheckedFolder) -> Any:
+    """The model's config as transformers reads it. Raises BackendError."""
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            folder.path, local_files_only=True, trust_remote_code=folder.remote_code
+        )
+    except Exception as error:
+        raise cannot(folder, error) from error
+
+
+def check_format(folder: CheckedFolder) -> None:
+    """Raises BackendError where transformers' models of these weights are not trained here."""
+    refuse_format(folder, ("bitsandbytes",), "PyTorch here")
+    settings = folder.config.get("quantization_config") or {}
+    if quantised_by(folder.config) == "bitsandbytes" and not settings.get("load_in_4bit"):
+        raise BackendError(
+            f"{folder.path}: its weights are quantised by bitsandbytes to 8 bits, and 4 are trained on here; give the "
+            "unquantised model (quantize: 4bit makes it small again)"
+        )
+
+
+def auto_class(folder: CheckedFolder, config: Any) -> Any:
+    """The class that loads a text model for this config. Raises BackendError where transformers has none."""
+    if folder.remote_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    raise BackendError(
+        f"{folder.path}: transformers {transformers.__version__} has no model that writes text for model_type "
+        f"{config.model_type}; choose another model"
+    )
+
+
+def cannot(folder: CheckedFolder, error: Exception) -> BackendError:
+    """That transformers cannot load the model. A model's own code may fail in many ways."""
+    if "trust_remote_code" in str(error):
+        return folder.needs_code("auto_map in config.json")
+    return BackendError(f"{folder.path}: transformers cannot load this model ({type(error).__name__}: {error!s:.300})")
+
+
+def model_of(folder: CheckedFolder) -> Any:
+    """The model as users load it, whole, on the meta device. Raises BackendError."""
+    config = config_of(folder)
+    auto = auto_class(folder, config)
+    try:
+        with quiet(), torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=folder.remote_code)
+    except Exception as error:
+        raise cannot(folder, error) from error
+
+
+def tree_of(folder: CheckedFolder) -> Tree:
+    """Raises BackendError where transformers cannot build the model."""
+    model = model_of(folder)
+    linear = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    decoder = model.get_decoder()
+    before = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+    stacks = (match[0] for name in linear if (match := re.match(rf"{re.escape(before)}(?:.*?\.)?layers\.", name)))
+    return Tree(linear, next(stacks, f"{before}layers."))
+
+
+def looks_for(folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:
+    """The tensors that PEFT reads for an adapter with this config. Raises BackendError where PEFT would refuse it."""
+    check_format(folder)
+    model, rank, tensors = model_of(folder), config["r"], {}
+    for name, module in model.named_modules():
+        if not _is_target(name, config):
+            continue
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf in _NOT_CALLED and model.config.model_type in _MAMBA:
+            raise BackendError(f"it does not adapt {leaf} in models of type {model.config.model_type}")
+        if not isinstance(module, torch.nn.Linear):
+            raise BackendError(f"it would adapt {name}, which is no linear layer there but {type(module).__name__}")
+        tensors[f"base_model.model.{name}.lora_A.weight"] = (rank, module.in_features)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = (module.out_features, rank)
+    return tensors
+
+
+def _is_target(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT adapts the module (peft.tuners.tuners_utils.check_target_module_exists, of names in a list)."""
+    targets, blocks, pattern = config["target_modules"], config["layers_to_transform"], config["layers_pattern"]
+    if name in targets:
+        return True
+    if not any(name.endswith(f".{target}") for target in targets):
+        return False
+    if blocks is None:
+        return True
+    match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+    return match is not None and int(match[1]) in blocks

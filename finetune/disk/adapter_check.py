@@ -1,0 +1,70 @@
+"""The adapter folder of a run read back, and matched against what the libraries that load it would look for.
+
+No weights are loaded: both libraries build the base model from its config and shapes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from backends import registry
+from backends.interface import BackendError
+from backends.model_folder import ModelFolder, read_object, validate
+from finetune.disk.adapter_writer import CONFIG_FILE, FILES
+from finetune.text import shorten
+
+Tensors = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Whether a library would load the adapter folder."""
+
+    library: str
+    fits: bool | None  # None: not checked
+    reason: str = ""  # why not, or why it was not checked
+
+
+def loadings(adapter: Path, base: ModelFolder) -> tuple[Loading, ...]:
+    """For each library that the folder is written for. Never raises: a run is not lost by what is said of it."""
+    return tuple(_loading(library, adapter, base) for library in registry.libraries())
+
+
+def in_words(checked: tuple[Loading, ...]) -> Iterator[str]:
+    """What was checked, and of each library that would not load the folder why."""
+    fitting = [one.library for one in checked if one.fits]
+    if fitting:
+        yield f"checked: {' and '.join(fitting)} find{'s' * (len(fitting) == 1)} every layer of it"
+    for one in checked:
+        if one.fits is None:
+            yield f"not checked for {one.library}: {one.reason}"
+        elif not one.fits:
+            yield f"{one.library} does not load it: {one.reason}"
+
+
+def _loading(library: str, adapter: Path, base: ModelFolder) -> Loading:
+    try:
+        expected = registry.libraries()[library].looks_for(base, read_object(adapter / CONFIG_FILE))
+        problem = _difference(validate(adapter / FILES[library]), expected)
+    except ImportError as error:
+        return Loading(library, None, f"{error.name or error} is not installed here")
+    except (BackendError, OSError, ValueError) as error:
+        return Loading(library, False, str(error))
+    except Exception as error:  # a library, or a model's own code, that fails on what it was not written for
+        return Loading(library, None, shorten(f"{type(error).__name__}: {error}", 200))
+    return Loading(library, problem is None, problem or "")
+
+
+def _difference(written: Tensors, expected: Tensors) -> str | None:
+    """What is wrong with the tensors of a file, in words; None: nothing."""
+    lacking, unknown = sorted({*expected} - {*written}), sorted({*written} - {*expected})
+    if unknown:
+        return f"{len(unknown)} of {len(written)} tensors are not looked for, such as {unknown[0]}"
+    if lacking:
+        return f"{len(lacking)} of {len(expected)} tensors are missing, such as {lacking[0]}"
+    for name, shape in expected.items():
+        if written[name] != shape:
+            return f"{name} is {list(written[name])}, and must be {list(shape)}"
+    return None if written else "there are no tensors in it"

@@ -1,0 +1,145 @@
+"""The commands that use a run, as the command line has them: `eval`, `predict`, `generate`, `chat`, `export`, `runs`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.begin import begin
+from finetune.errors import DataError
+from finetune.options import (
+    AdapterAlone,
+    Backend,
+    Bits,
+    Columns,
+    ExportFolder,
+    ExportTo,
+    MaxTokens,
+    NumberType,
+    RunPath,
+    System,
+    Temperature,
+    Tools,
+    VerifiedRows,
+)
+
+MOST = 16_000_000  # characters of a prompt
+
+
+def evaluate(
+    folder: RunPath,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Other rows to measure on, in the same format.")
+    ] = None,
+    backend: Backend = None,
+) -> None:
+    """Measure both models of a run again, on its held-out rows or on others."""
+    from finetune.disk.run_folder import open_existing
+
+    opened, recipe = open_existing(folder)
+    begin()
+    from finetune.commands.evaluate import run
+
+    run(opened, recipe, data, backend)
+
+
+def predict(
+    folder: RunPath,
+    data: Annotated[str, typer.Argument(metavar="FILE", help="Rows without answers: any file that training reads.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Written: .jsonl or .csv.", show_default=False)
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file where there is one.")] = False,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="The most tokens in an answer; the recipe's evaluate.max_tokens if not given."),
+    ] = None,
+    backend: Backend = None,
+) -> None:
+    """Label or answer the rows of a file with the model of a run."""
+    from finetune.disk.run_folder import open_existing
+
+    opened, recipe = open_existing(folder)
+    begin()
+    from finetune.commands.predict import run
+
+    run(opened, recipe, data, output, force, max_tokens, backend)
+
+
+def generate(
+    folder: RunPath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The input text; - reads it from standard input.")],
+    columns: Columns = None,
+    system: System = None,
+    tools: Tools = None,
+    base: Annotated[bool, typer.Option("--base", help="Ask the base model instead of the tuned model.")] = False,
+    temperature: Temperature = 0.0,
+    max_tokens: MaxTokens = 256,
+    backend: Backend = None,
+) -> None:
+    """Answer one prompt with the model of a run."""
+    question = sys.stdin.read(MOST + 1) if prompt == "-" else prompt
+    if not question.strip() or len(question) > MOST:
+        raise DataError(
+            "the prompt is empty" if not question.strip() else f"the prompt is longer than {MOST:,} characters"
+        )
+    from finetune.disk.run_folder import open_existing
+
+    opened, recipe = open_existing(folder)
+    begin()
+    from finetune.commands.chat import run
+
+    run(opened, recipe, question, columns or [], system, tools, base, temperature, max_tokens, backend)
+
+
+def chat(
+    folder: RunPath,
+    columns: Columns = None,
+    system: System = None,
+    tools: Tools = None,
+    base: Annotated[bool, typer.Option("--base", help="Talk to the base model instead of the tuned model.")] = False,
+    temperature: Temperature = 0.7,
+    max_tokens: MaxTokens = 512,
+    backend: Backend = None,
+) -> None:
+    """Talk to the model of a run. An empty line ends the chat."""
+    from finetune.disk.run_folder import open_existing
+
+    opened, recipe = open_existing(folder)
+    begin()
+    from finetune.commands.chat import run
+
+    run(opened, recipe, None, columns or [], system, tools, base, temperature, max_tokens, backend)
+
+
+def export(
+    folder: RunPath,
+    to: ExportTo,
+    kind: NumberType = None,
+    bits: Bits = None,
+    adapter: AdapterAlone = False,
+    output: ExportFolder = None,
+    rows: VerifiedRows = 50,
+    backend: Backend = None,
+) -> None:
+    """Write the model for other programs, and verify it."""
+    from finetune.disk.run_folder import open_existing
+
+    opened, recipe = open_existing(folder)
+    begin()
+    from finetune.commands.export import run
+
+    run(opened, recipe, to, kind, bits, adapter, output, rows, backend)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that the runs are in.")] = Path("runs"),
+) -> None:
+    """List the runs in a folder: state, model, data, gain."""
+    begin()
+    from finetune.commands.runs import run
+
+    run(folder)

@@ -1,0 +1,79 @@
+"""Models inside others, and models whose layers have other names in each library, are one model in both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backends import registry
+from backends.interface import BackendError, ModelSpec
+from backends.model_folder import ModelFolder
+from tests.conformance.toy import DROPPING, LORA, Case, close, random_adapter, toy_batch
+
+pytest.importorskip("torch")
+pytest.importorskip("mlx.core")
+
+from tests.tiny_families import MODELS, published
+
+Usable = Callable[[str], None]
+BATCH = toy_batch()
+ONE_LIBRARY = {"gpt_oss"}  # mlx-lm reads it in its makers' MXFP4 alone
+# blocks, and how many linear layers they have that are adapted
+SIZES = {"gemma3": (6, 42), "mistral3": (2, 14), "qwen3_vl": (2, 14), "qwen3_5": (4, 31), "gemma4": (6, 50)}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = published(name, tmp_path_factory.mktemp("published") / name)
+        return made[name]
+
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - ONE_LIBRARY))
+def test_a_published_model_is_the_same_in_both_libraries(
+    name: str, folder_of: Callable[[str], Path], usable: Usable
+) -> None:
+    usable("torch"), usable("mlx")
+    one, other = (Case(backend, folder_of(name)).open(lora=DROPPING) for backend in ("torch", "mlx"))
+    base = one.score(BATCH)
+    assert base.logprob[BATCH.weights > 0].std() > 0.3
+    np.testing.assert_allclose(other.score(BATCH).logprob, base.logprob, atol=1e-4)
+    state = random_adapter(one)
+    for session in (one, other):
+        session.set_state(state)
+    np.testing.assert_allclose(other.score(BATCH).logprob, one.score(BATCH).logprob, atol=1e-4)
+    ours, theirs = one.step([BATCH], 1e-2), other.step([BATCH], 1e-2)
+    assert theirs.loss == pytest.approx(ours.loss, rel=1e-4)
+    assert theirs.grad_norm == pytest.approx(ours.grad_norm, rel=1e-3)
+    close(other.get_state(), one.get_state(), 2e-3)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_only_the_text_model_is_adapted_and_counted(name: str, folder_of: Callable[[str], Path]) -> None:
+    folder = ModelFolder.open(folder_of(name))
+    modules = folder.lora_modules(LORA)
+    assert (folder.blocks, len(modules)) == SIZES[name]
+    assert all(module.startswith(folder.stack) for module in modules)
+    last = folder.lora_modules(type(LORA)(rank=4, alpha=8.0, layers=1))
+    assert {module.removeprefix(folder.stack).split(".")[0] for module in last} == {str(folder.blocks - 1)}
+
+
+def test_keys_and_values_that_a_block_takes_from_another_are_not_adapted(folder_of: Callable[[str], Path]) -> None:
+    modules = ModelFolder.open(folder_of("gemma4")).lora_modules(LORA)
+    shared = {module.split(".")[3] for module in modules if module.endswith("k_proj")}
+    assert shared == {"0", "1", "2", "3"}
+
+
+def test_what_a_library_cannot_do_is_said_before_anything_is_loaded(folder_of: Callable[[str], Path]) -> None:
+    model = ModelSpec(folder_of("gpt_oss"))
+    registry.check_model("torch", model, LORA)
+    with pytest.raises(BackendError, match=r"mlx-lm's model needs model\.layers\.0\.mlp\.experts.*which these weights"):
+        registry.check_model("mlx", model, LORA)

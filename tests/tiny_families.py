@@ -1,0 +1,222 @@
+"""Tiny random folders of models that their makers publish inside another, or under other names than libraries have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+Config = dict[str, Any]
+
+_TEXT: Config = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# more blocks than the text model has, and layers of the same names
+_EYES: Config = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_QWEN_EYES: Config = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+}
+_IMAGES = {"image_token_index": 127, "boi_token_index": 126, "eoi_token_index": 125}
+_LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+    "position_embedding_type": "nope",
+}
+_NO_EXPERTS = {"shared_intermediate_size": 128, "num_local_experts": 0, "num_experts_per_tok": 0}
+
+# name -> (model_type, config)
+MODELS: dict[str, tuple[str, Config]] = {
+    "gemma3": (
+        "gemma3",
+        {
+            "text_config": _TEXT | {"num_hidden_layers": 6, "query_pre_attn_scalar": 16, "sliding_window": 64},
+            "vision_config": _EYES,
+            "mm_tokens_per_image": 4,
+            **_IMAGES,
+        },
+    ),
+    "mistral3": (
+        "mistral3",
+        {
+            "text_config": _TEXT | {"model_type": "mistral", "sliding_window": None},
+            "vision_config": _EYES | {"model_type": "pixtral", "head_dim": 16},
+            "image_token_index": 127,
+        },
+    ),
+    "ministral3": (
+        "mistral3",
+        {
+            "text_config": _TEXT | {"model_type": "ministral3"},
+            "vision_config": _EYES | {"model_type": "pixtral", "head_dim": 16},
+            "image_token_index": 127,
+        },
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        {
+            "text_config": _TEXT,
+            "vision_config": _QWEN_EYES | {"deepstack_visual_indexes": [0]},
+            "image_token_id": 127,
+            "video_token_id": 126,
+        },
+    ),
+    "qwen3_5": (
+        "qwen3_5",
+        {
+            "text_config": _TEXT | _LINEAR_ATTENTION | {"num_hidden_layers": 4, "tie_word_embeddings": True},
+            "vision_config": _QWEN_EYES,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma4": (
+        "gemma4",
+        {
+            "text_config": _TEXT
+            | {
+                "num_hidden_layers": 6,
+                "layer_types": ["sliding_attention", "full_attention"] * 3,
+                "global_head_dim": 32,
+                "hidden_size_per_layer_input": 16,
+                "vocab_size_per_layer_input": 128,
+                "num_kv_shared_layers": 2,
+                "sliding_window": 64,
+            },
+            "vision_config": _EYES | {"num_key_value_heads": 2, "head_dim": 16},
+            "audio_config": None,
+            "image_token_id": 127,
+            "boi_token_id": 126,
+            "eoi_token_id": 125,
+            "audio_token_id": 124,
+            "boa_token_id": 123,
+            "eoa_token_index": 122,
+            "video_token_id": 121,
+        },
+    ),
+    "granite4": (
+        "granitemoehybrid",
+        _TEXT | _NO_EXPERTS | {"layer_types": ["attention"] * 2, "position_embedding_type": "rope"},
+    ),
+    "granite4_h": ("granitemoehybrid", _TEXT | _NO_EXPERTS | _MAMBA | {"layer_types": ["mamba", "attention"]}),
+    "granite4_h_moe": (
+        "granitemoehybrid",
+        _TEXT
+        | _MAMBA
+        | {"layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"shared_intermediate_size": 128},
+    ),
+    "lfm2": ("lfm2", _TEXT | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 32, "block_ff_dim": 128}),
+    "olmo3": ("olmo3", _TEXT | {"num_hidden_layers": 4, "sliding_window": 64}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        _TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        _TEXT
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
+}
+
+
+def published(name: str, folder: Path, seed: int = 0) -> Path:
+    """The folder of one of MODELS, as its makers write config and weights."""
+    kind, settings = MODELS[name]
+    config = AutoConfig.for_model(kind, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        except ValueError:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        spread(model)
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder)
+        file = folder / "config.json"
+        written: Config = json.loads(file.read_text())
+        _CONFIGS.get(name, lambda config: None)(written)
+        file.write_text(json.dumps(written))
+        if name == "qwen3_5":
+            _with_a_head_for_more_tokens(folder)
+    return folder
+
+
+def spread(model: torch.nn.Module) -> None:
+    """Random weights that keep activations about unit size, so that every layer matters to the logits."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim >= 2:
+                weight.normal_(std=weight.shape[-1] ** -0.5)
+            else:
+                weight.add_(torch.randn_like(weight) * 0.1)
+
+
+def _with_a_head_for_more_tokens(folder: Path) -> None:
+    """A block `mtp.layers.0` beside the model's own, as Qwen3.5 has it."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    last = "model.language_model.layers.3."
+    block = {f"mtp.layers.0.{n.removeprefix(last)}": t.clone() for n, t in weights.items() if n.startswith(last)}
+    save_file(weights | block | {"mtp.fc.weight": torch.randn(64, 128)}, file, metadata={"format": "pt"})
+
+
+def _granite(config: Config) -> None:
+    kinds = {"full_attention": "attention", "linear_attention": "mamba"}
+    config["layer_types"] = [kinds.get(kind, kind) for kind in config["layer_types"]]
+
+
+def _gemma4(config: Config) -> None:
+    del config["text_config"]["per_layer_config"]
+    config["text_config"]["global_head_dim"] = 32
+
+
+def _lfm2(config: Config) -> None:
+    config |= {"block_dim": 64, "conv_dim": 64, "full_attn_idxs": [1]}
+
+
+_CONFIGS: dict[str, Callable[[Config], None]] = {
+    "granite4": _granite,
+    "granite4_h": _granite,
+    "granite4_h_moe": _granite,
+    "gemma4": _gemma4,
+    "lfm2": _lfm2,
+    "qwen3_moe": lambda config: config.update(num_experts=config.pop("num_local_experts")),
+}

@@ -1,0 +1,170 @@
+"""Which files of a folder are the model, and how its weights are stored: read alike by every backend, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from backends import registry
+from backends.interface import BackendError, LoraSpec, ModelSpec
+from backends.model_folder import ModelFolder
+from tests.conformance.toy import Case, toy_batch
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("mlx.core")
+
+from tests.tiny_families import published  # noqa: E402
+from tests.tiny_models import tiny_llama  # noqa: E402
+
+LORA, BATCH = LoraSpec(4, 8.0), toy_batch()
+INDEX = "model.safetensors.index.json"
+
+
+def logprobs(folder: Path) -> list[np.ndarray]:
+    return [Case(backend, folder).open().score(BATCH).logprob for backend in ("torch", "mlx")]
+
+
+def sharded(folder: Path, name: str, scale: float) -> dict[str, str]:
+    """The folder's weights, times `scale`, in two files called by `name`; which tensor is where."""
+    weights = {key: value * np.float32(scale) for key, value in load_file(folder / "model.safetensors").items()}
+    names = sorted(weights)
+    parts = {f"{name}-00001-of-00002.safetensors": names[:9], f"{name}-00002-of-00002.safetensors": names[9:]}
+    for file, part in parts.items():
+        save_file({key: weights[key] for key in part}, folder / file, metadata={"format": "pt"})
+    return {key: file for file, part in parts.items() for key in part}
+
+
+def test_shards_beside_a_whole_model_are_not_read_and_are_told(tmp_path: Path) -> None:
+    expected = logprobs(tiny_llama(tmp_path / "clean"))[0]
+    folder = tiny_llama(tmp_path / "stale")
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": sharded(folder, "model", 3.0)}))
+    for found in logprobs(folder):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    (note,) = ModelFolder.open(folder).notes
+    assert "not read: model-00001-of-00002.safetensors, model-00002-of-00002.safetensors" in note
+
+
+def test_of_two_sets_of_shards_the_one_that_the_index_names_is_read(tmp_path: Path) -> None:
+    expected = logprobs(tiny_llama(tmp_path / "clean"))[0]
+    folder = tiny_llama(tmp_path / "twice")
+    sharded(folder, "model", 3.0)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": sharded(folder, "model-new", 1.0)}))
+    (folder / "model.safetensors").unlink()
+    for found in logprobs(folder):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert "model-00001" in ModelFolder.open(folder).notes[0]
+    assert "model-new" not in ModelFolder.open(folder).notes[0]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+def test_parts_beside_the_language_model_are_told(name: str, tmp_path: Path) -> None:
+    parts = {"gemma3": "multi_modal_projector, vision_tower", "qwen3_5": "mtp, visual"}[name]
+    assert ModelFolder.open(published(name, tmp_path)).notes == (
+        f"the model's {parts}: not part of its language model, and not trained",
+    )
+
+
+def test_a_plain_folder_has_nothing_to_tell(tmp_path: Path) -> None:
+    assert ModelFolder.open(tiny_llama(tmp_path)).notes == ()
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, "mixed_3_6", "unnamed"])
+def test_words_that_hold_no_whole_number_of_weights(bits: int | str, tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base", hidden_size=192, head_dim=48)
+    settings: dict[str, Any] = {"q_bits": bits} if isinstance(bits, int) else {"quant_predicate": "mixed_3_6"}
+    quantised(base, tmp_path / "packed", settings)
+    if bits == "unnamed":
+        config = json.loads((tmp_path / "packed" / "config.json").read_text())
+        shared = {key: config["quantization"][key] for key in ("group_size", "bits")}
+        (tmp_path / "packed" / "config.json").write_text(json.dumps(config | {"quantization": shared}))
+    modules = ModelFolder.open(tmp_path / "packed").lora_modules(LORA)
+    assert modules == ModelFolder.open(base).lora_modules(LORA)
+    session = Case("mlx", tmp_path / "packed").open()
+    assert np.isfinite(session.step([BATCH], 1e-3).loss)
+
+
+def quantised(base: Path, target: Path, settings: dict[str, Any]) -> None:
+    """mlx-lm's own conversion, without the tokenizer that it copies."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    model, config = load_model(base, lazy=True)
+    predicate = settings.get("quant_predicate")
+    if predicate:
+        from mlx_lm.convert import mixed_quant_predicate_builder
+
+        predicate = mixed_quant_predicate_builder(predicate, model)
+    model, config = quantize_model(model, config, 64, settings.get("q_bits", 4), quant_predicate=predicate)
+    mx.eval(model.parameters())
+    target.mkdir()
+    save_model(target, model)
+    save_config(config, target / "config.json")
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("gptq", "GPTQ"), ("awq", "AWQ"), ("fp8", "FP8"), ("compressed-tensors", "compressed-tensors"), ("eetq", "eetq")],
+)
+def test_weights_that_are_quantised_otherwise_are_refused_by_their_method(
+    backend: str, method: str, words: str, tmp_path: Path
+) -> None:
+    folder = tiny_llama(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    weights = load_file(folder / "model.safetensors")
+    packed = {name.replace("_proj.weight", "_proj.qweight"): value for name, value in weights.items()}
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BackendError, match=f"already quantised by {words}, .*give the unquantised model"):
+        registry.check_model(backend, ModelSpec(folder), LORA)
+    with pytest.raises(BackendError, match=f"already quantised by {words}"):
+        ModelFolder.open(folder).lora_modules(LORA)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}, r"Conv1D\), which is not adapted here"),
+        ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, "its blocks are called transformer.h.N"),
+    ],
+)
+def test_a_model_without_layers_to_adapt_says_why(kind: str, settings: dict, words: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, vocab_size=128, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(BackendError, match=words):
+        ModelFolder.open(tmp_path).lora_modules(LORA)
+
+
+def test_a_folder_that_bitsandbytes_packed_is_trained_as_it_is(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    base = tiny_llama(tmp_path / "base")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "packed")
+    assert ModelFolder.open(tmp_path / "packed").lora_modules(LORA) == ModelFolder.open(base).lora_modules(LORA)
+    ours, packed = (
+        Case("torch", folder, quantize).open() for folder, quantize in ((base, "4bit"), (tmp_path / "packed", "none"))
+    )
+    assert packed.scheme == ours.scheme == "nf4/64 double"
+    np.testing.assert_allclose(packed.score(BATCH).logprob, ours.score(BATCH).logprob, atol=1e-5)
+    assert packed.step([BATCH], 1e-2).loss == pytest.approx(ours.step([BATCH], 1e-2).loss, rel=1e-5)
+    with pytest.raises(BackendError, match=r"already quantised by bitsandbytes, which MLX.*use another backend"):
+        registry.check_model("mlx", ModelSpec(tmp_path / "packed"), LORA)
+
+
+def test_experts_that_stay_as_they_are_are_not_called_quantised(tmp_path: Path) -> None:
+    session = Case("torch", published("qwen3_moe", tmp_path), "4bit").open()
+    assert session.scheme.startswith("nf4/64 double (") and "of the blocks' weights; the rest is not)" in session.scheme
