@@ -1,4 +1,4 @@
-"""The commands that use a run, as the command line has them: `eval`, `predict`, `generate`, `chat`, `export`, `runs`."""
+"""The commands that use a run, as the command line has them, from `eval` to `runs`."""
 
 from __future__ import annotations
 
