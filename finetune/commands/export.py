@@ -49,7 +49,7 @@ def run(
     adapter = read_adapter(opened.adapter)
     job = with_progress(making_ready(recipe, backend, opened.path))
     check_base(opened.adapter, job.folder)
-    check_held_out(opened.path, job.prepared)
+    check_held_out(opened.path, job.prepared, "Put the rows back as they were")
     rows_measured = chosen(job.prepared.held_out, rows)
     if len(rows_measured.examples) < 2:
         raise Incompatible(f"{opened.path}: no held-out rows, so an export cannot be verified; set data.test")
