@@ -211,23 +211,34 @@ def test_other_families_merge_to_the_same_model(tmp_path: Path, name: str) -> No
     assert np.abs(again.score(batch).logprob - session.score(batch).logprob).max() < 2e-5
 
 
-def test_a_base_that_mlx_lm_has_quantised_merges_to_numbers(tmp_path: Path) -> None:
-    """Embeddings and output layer are packed too; nothing of the packing is left."""
-    if reason := registry.probe("mlx"):
+def _packed_by_bitsandbytes(base: Path, to: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=four).save_pretrained(to)
+
+
+def _packed_by_mlx(base: Path, to: Path) -> None:
+    quantise(base, to, 4, False)
+
+
+@pytest.mark.parametrize(("backend", "pack"), [("mlx", _packed_by_mlx), ("torch", _packed_by_bitsandbytes)])
+def test_a_base_that_is_quantised_on_the_disk_merges_to_numbers(tmp_path: Path, backend: str, pack: Any) -> None:
+    """MLX packs embeddings and output layer too. Nothing of the packing is left."""
+    if reason := registry.probe(backend):
         pytest.skip(reason)
-    folder = model_with_tokenizer(tmp_path / "base")
-    quantise(folder, tmp_path / "packed", 4, False)
+    pack(model_with_tokenizer(tmp_path / "base"), tmp_path / "packed")
     base = ModelFolder.open(tmp_path / "packed")
-    session = _session(base, LoraSpec(2, 4.0), "mlx")
+    session = _session(base, LoraSpec(2, 4.0), backend)
     rng = np.random.default_rng(0)
     state = {n: rng.standard_normal(v.shape).astype(np.float32) * 0.1 for n, v in session.get_state().adapter.items()}
     session.set_state(TrainState(0, state, {}))
     (to := tmp_path / "merged").mkdir()
     _write_merged(to, session, base, Adapter(state, 2, 2.0), "f32")
-    assert "quantization" not in json.loads((to / "config.json").read_text())
+    assert not {"quantization", "quantization_config"} & set(json.loads((to / "config.json").read_text()))
     batch = toy_batch()
-    for backend in ("mlx", "torch"):
-        again = _session(ModelFolder.open(to), LoraSpec(1, 1.0), backend)
+    for name in ("mlx", "torch"):
+        again = _session(ModelFolder.open(to), LoraSpec(1, 1.0), name)
         assert np.abs(again.score(batch).logprob - session.score(batch).logprob).max() < 2e-5
 
 
