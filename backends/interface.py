@@ -219,6 +219,12 @@ class Session(Protocol):
         Raises OutOfMemory, or ValueError for an empty prompt or a token that the model does not have.
         """
 
+    def base_weight(self, module: str) -> FloatArray:
+        """The frozen weight of a layer, adapted or not, as the session multiplies with it: dequantised. [out, in]
+
+        module: the layer's name in the checkpoint. Raises BackendError where the model has no such layer.
+        """
+
     def get_state(self) -> TrainState:
         """A copy; later steps do not change it."""
 

@@ -187,6 +187,12 @@ class ReferenceSession:
             completions.append(written)
         return completions
 
+    def base_weight(self, module: str) -> FloatArray:
+        if module not in self._frozen:
+            raise BackendError(f"{module} is not a layer of this model")
+        weight: FloatArray = self._frozen[module].copy()
+        return weight
+
     def get_state(self) -> TrainState:
         copies = [{name: value.copy() for name, value in held.items()} for held in (self._adapter, self._moments)]
         return TrainState(self._step, *copies)

@@ -25,6 +25,7 @@ class ExitCode(IntEnum):
     DISK = 6, "the disk is full, or a file cannot be written"
     BACKEND = 7, "the backend does not work here, or cannot do what the recipe asks"
     INCOMPATIBLE = 8, "files that do not belong together, or a broken file"
+    EXPORT = 9, "an export that does not do what the run's model does"
     INTERRUPTED = 130, "stopped by Ctrl-C (SIGINT)"
     TERMINATED = 143, "stopped by SIGTERM, or by SIGHUP when its terminal closed"
 
@@ -90,6 +91,12 @@ class Incompatible(FinetuneError):
     """Files that do not belong together: another base, another rank, a broken checkpoint."""
 
     exit_code = ExitCode.INCOMPATIBLE
+
+
+class ExportFailed(FinetuneError):
+    """An export was written and read back, and does not do what the run's model does."""
+
+    exit_code = ExitCode.EXPORT
 
 
 class Interrupted(Exception):

@@ -27,3 +27,15 @@ System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="Th
 Tools = Annotated[
     Path | None, typer.Option("--tools", metavar="FILE", help="The tools that the model may call: a JSON list.")
 ]
+ExportTo = Annotated[
+    str, typer.Option("--to", metavar="FORMAT", help="merged, mlx, gguf or ollama.", show_default=False)
+]
+NumberType = Annotated[
+    str | None, typer.Option("--type", metavar="TYPE", help="f32, f16, bf16; GGUF: also q8_0, q6_k, q5_k_m, q4_k_m.")
+]
+Bits = Annotated[int | None, typer.Option("--bits", help="Quantise an MLX folder: 4, 6 or 8.")]
+AdapterAlone = Annotated[bool, typer.Option("--adapter", help="The adapter alone, for a GGUF of the base.")]
+ExportFolder = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Instead of a folder in the run's exports/.")
+]
+VerifiedRows = Annotated[int, typer.Option("--rows", min=2, help="Held-out rows that it is verified on.")]

@@ -1,4 +1,4 @@
-"""The commands that use a run, as the command line has them: `eval`, `predict`, `generate`, `chat`, `runs`."""
+"""The commands that use a run, as the command line has them, from `eval` to `runs`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,21 @@ import typer
 
 from finetune.begin import begin
 from finetune.errors import DataError
-from finetune.options import Backend, Columns, MaxTokens, RunPath, System, Temperature, Tools
+from finetune.options import (
+    AdapterAlone,
+    Backend,
+    Bits,
+    Columns,
+    ExportFolder,
+    ExportTo,
+    MaxTokens,
+    NumberType,
+    RunPath,
+    System,
+    Temperature,
+    Tools,
+    VerifiedRows,
+)
 
 MOST = 16_000_000  # characters of a prompt
 
@@ -99,6 +113,26 @@ def chat(
     from finetune.commands.chat import run
 
     run(opened, recipe, None, columns or [], system, tools, base, temperature, max_tokens, backend)
+
+
+def export(
+    folder: RunPath,
+    to: ExportTo,
+    kind: NumberType = None,
+    bits: Bits = None,
+    adapter: AdapterAlone = False,
+    output: ExportFolder = None,
+    rows: VerifiedRows = 50,
+    backend: Backend = None,
+) -> None:
+    """Write the model for other programs, and verify it."""
+    from finetune.disk.run_folder import open_existing
+
+    opened, recipe = open_existing(folder)
+    begin()
+    from finetune.commands.export import run
+
+    run(opened, recipe, to, kind, bits, adapter, output, rows, backend)
 
 
 def runs(

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from backends.interface import FloatArray
-from backends.mlx_backend.lora import AdaptedLinear, dropped
+from backends.mlx_backend.lora import AdaptedLinear, dense, dropped
 
 ENABLED = sys.platform == "linux"  # tests set it to False, and so run what a Mac runs
 _FEW_ROWS = 8  # below this, unpacking 4-bit weights costs more than it saves
@@ -43,10 +43,7 @@ def _is_served(linear: nn.Module, x: mx.array) -> bool:
 
 def _weight(linear: nn.Module) -> FloatArray:
     """[out, in]; 4-bit weights are unpacked each time, so that no more than one layer's are held."""
-    if not isinstance(linear, nn.QuantizedLinear):
-        return np.asarray(linear.weight)
-    packing = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
-    return np.asarray(mx.dequantize(linear.weight, linear.scales, linear.get("biases"), **packing))
+    return np.asarray(dense(linear))
 
 
 def _rows(x: mx.array) -> FloatArray:

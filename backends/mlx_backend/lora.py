@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.tuner.lora import LoRALinear
 
 from backends import dropout
-from backends.interface import BackendError, LoraSpec, Modules
-from backends.layer_names import Names
+from backends.interface import BackendError, FloatArray, LoraSpec, Modules
+from backends.layer_names import Names, Part
 
 
 class Dropout:
@@ -138,6 +139,27 @@ def _adapted(named: Mapping[str, nn.Module], name: str, lora: LoraSpec, masks: D
     adapter.masks, adapter.number = masks, number
     setattr(named[parent], leaf, adapter)
     return adapter  # type: ignore[no-any-return]
+
+
+def dense(layer: nn.Module) -> mx.array:
+    """The frozen weight of a layer [out, in], dequantised."""
+    weight: mx.array = layer.weight
+    if "scales" in layer:
+        packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+        weight = mx.dequantize(weight, layer.scales, layer.get("biases"), **packing)
+    return weight
+
+
+def base_weight(model: nn.Module, parts: tuple[Part, ...]) -> FloatArray:
+    """`Session.base_weight`: of a layer that MLX's model has in these parts."""
+    named, pieces = dict(model.named_modules()), []
+    for part in parts:
+        layer = named.get(part.name)
+        layer = getattr(layer, "linear", layer)
+        if layer is None or "weight" not in layer:
+            raise BackendError(f"mlx-lm's model has no layer named {part.name}")
+        pieces.append(np.array(dense(layer).astype(mx.float32)))
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def _rows_of(x: mx.array) -> mx.array:

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from backends.interface import (
     TrainState,
     Wanted,
 )
+from backends.layer_names import Names, Part
 from backends.loss_scale import loss_scales
 from backends.micro_batches import check_tokens, joined, numbered, own_part
 from backends.mlx_backend import blas_bridge
@@ -43,7 +44,7 @@ from backends.mlx_backend.device import (
 )
 from backends.mlx_backend.forward import Forward
 from backends.mlx_backend.generate import generate
-from backends.mlx_backend.lora import Dropout, attach
+from backends.mlx_backend.lora import Dropout, attach, base_weight
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import Tensors, adamw
 from backends.mlx_backend.tree import check_format, parts_of
@@ -108,7 +109,7 @@ class MlxSession:
         self._number_type = spec.number_type(device_kind(device), half_type(device))
         dtype = getattr(mx, self._number_type)
         self.device = device_name(device)
-        folder = folder_of(spec)
+        self._folder = folder = folder_of(spec)
         self.lora_shapes: Mapping[str, tuple[int, int]] = folder.lora_modules(lora)
         self._optim, self._mlx_device, self._on_cpu = optim, device, on_cpu
         model, self.scheme = load(spec, dtype)
@@ -169,6 +170,15 @@ class MlxSession:
         check_window(max(map(len, prompts), default=0) + max_tokens, self._forward.window)
         with self._running():
             return generate(self._forward.model, self._forward.head, prompts, max_tokens, stop, temperature, seed)
+
+    def base_weight(self, module: str) -> FloatArray:
+        with memory_guard(), mx.stream(self._mlx_device):
+            return base_weight(self._forward.model, self._parts.get(module, (Part(module, 0, 0),)))
+
+    @cached_property
+    def _parts(self) -> Names:
+        """Where the layers of all blocks are, adapted or not."""
+        return parts_of(self._folder, self._folder.lora_modules(LoraSpec(1, 1.0)))
 
     def get_state(self) -> TrainState:
         return TrainState(self._state.step, _to_numpy(self._state.adapter), _to_numpy(self._state.moments))

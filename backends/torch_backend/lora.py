@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from backends import dropout
-from backends.interface import BackendError, LoraSpec, Modules
+from backends.interface import BackendError, FloatArray, LoraSpec, Modules
 from backends.text_blocks import ending
 
 Parameters = dict[str, torch.nn.Parameter]
@@ -193,6 +193,15 @@ def dense(linear: torch.nn.Linear, dtype: torch.dtype) -> torch.Tensor:
 
     weight: torch.Tensor = dequantize_4bit(linear.weight.data, state)
     return weight.to(dtype)
+
+
+def base_weight(model: Any, module: str) -> FloatArray:
+    """`Session.base_weight`: of a layer by the name that the checkpoint has for it."""
+    names = [name.removesuffix(".base") for name, layer in model.named_modules() if hasattr(layer, "weight")]
+    layer = model.get_submodule(_live_name(sorted(set(names)), module))
+    weight = dense(getattr(layer, "base", layer), torch.float32)
+    numbers: FloatArray = weight.to("cpu", torch.float32).numpy().copy()
+    return numbers
 
 
 def add_adapter(model: Any, modules: Modules, lora: LoraSpec, masks: Dropout) -> Parameters:

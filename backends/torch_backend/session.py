@@ -16,6 +16,7 @@ import torch
 from backends.adapter_state import adapter_shapes, fitting, initial_adapter
 from backends.interface import (
     Batch,
+    FloatArray,
     LoraSpec,
     ModelSpec,
     NonFinite,
@@ -50,7 +51,7 @@ from backends.torch_backend.device import (
 from backends.torch_backend.forward import Forward
 from backends.torch_backend.generate import generate
 from backends.torch_backend.layers import use_own_layers
-from backends.torch_backend.lora import Dropout, add_adapter
+from backends.torch_backend.lora import Dropout, add_adapter, base_weight
 from backends.torch_backend.model import load_frozen, scheme_of
 from backends.torch_backend.optim import AdamW
 from backends.torch_backend.prefix import SharedPrefixes
@@ -193,6 +194,10 @@ class TorchSession:
         check_prompts(prompts, self._vocabulary)
         with memory_guard(self._device), torch.inference_mode():
             return generate(self._forward, prompts, max_tokens, stop, temperature, seed)
+
+    def base_weight(self, module: str) -> FloatArray:
+        with memory_guard(self._device), torch.inference_mode():
+            return base_weight(self._model, module)
 
     def get_state(self) -> TrainState:
         return TrainState(self._step, _arrays(self._adapter), _arrays(self._optimiser.moments))

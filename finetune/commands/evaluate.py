@@ -48,7 +48,7 @@ def _of_files(opened: RunFolder, recipe: Recipe, data: str | None, backend: str 
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": source})})
     job = with_progress(making_ready(recipe, backend, opened.path, labels))
     if data is None:
-        check_held_out(opened.path, job.prepared, "Put the rows back as they were")
+        check_held_out(opened.path, job.prepared, "Put the rows back as they were, or name other rows with --data")
     return job
 
 

@@ -75,7 +75,7 @@ class ChatRenderer:
         return texts
 
     def render_all(self, records: Sequence[Record]) -> list[list[Rendered] | ValueError]:
-        whole = [self._until_last_answer(self._with_system(self._as_messages(record))) for record in records]
+        whole = [self._until_last_answer(self._with_system(self.as_messages(record))) for record in records]
         texts = self._apply(whole, [self._prefixes(record) for record in whole])
         self._rename_ids(whole, texts)
         return [self._rendered(*row) for row in zip(whole, texts, strict=True)]
@@ -121,7 +121,7 @@ class ChatRenderer:
                 return _UNKNOWN
         return rows
 
-    def _as_messages(self, record: Record) -> Record:
+    def as_messages(self, record: Record) -> Record:
         if record.messages:
             return record
         values = record.values
@@ -192,14 +192,14 @@ class ChatRenderer:
         ]
         for rows in batches(sizes):
             conversations = [
-                Conversation(self._told(records[row].messages), prefixes[row], list(records[row].tools) or None)
+                Conversation(self.told(records[row].messages), prefixes[row], list(records[row].tools) or None)
                 for row in rows
             ]
             values = clock_values(self.clock)
             written += render_all(self.tokenizer, conversations, template=self.template, values=values)
         return [_refusal(texts) if isinstance(texts, ValueError) else texts for texts in written]
 
-    def _told(self, messages: Sequence[Message]) -> Sequence[Message]:
+    def told(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages with their thoughts under the name that the template reads."""
         if self.thoughts == THOUGHTS[0] or not any(THOUGHTS[0] in message for message in messages):
             return messages
@@ -216,7 +216,7 @@ class ChatRenderer:
         return texts[0]
 
     def _question_record(self, record: Record) -> Record:
-        record = self._as_messages(record)
+        record = self.as_messages(record)
         return dataclasses.replace(record, messages=record.messages[:-1])
 
     def with_answer(self, record: Record, answer: str) -> Record:

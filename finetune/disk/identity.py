@@ -166,7 +166,7 @@ def check_held_out(run: Path, prepared: Prepared, remedy: str) -> None:
     if saved is not None and "rows" in saved:
         lines = row_differences(saved, {"rows": rows_of(prepared)}, only=prepared.held_out.name)
         if lines:
-            raise Incompatible(f"{run}:", *listed(lines), f"{remedy}, or name other rows with --data.")
+            raise Incompatible(f"{run}:", *listed(lines), f"{remedy}.")
 
 
 def _value(identity: Mapping[str, Any], key: str) -> str:

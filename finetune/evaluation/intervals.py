@@ -148,3 +148,12 @@ def _macro_f1(pairs: Counts, k: int) -> float:
 def _percentiles(values: Sequence[float]) -> tuple[float, float]:
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
+
+
+def ratio_interval(parts: ArrayLike, wholes: ArrayLike) -> tuple[float, float] | None:
+    """The 95 % interval of sum(parts) / sum(wholes), by the bootstrap over rows; None where the whole may be 0."""
+    p, w = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)  # [n], [n]
+    sums = np.array([(p[rows].sum(), w[rows].sum()) for rows in _draws(len(p))])  # [RESAMPLED, 2]
+    if len(p) < 2 or not np.percentile(sums[:, 1], 2.5) > 0:
+        return None
+    return _percentiles((sums[:, 0] / np.maximum(sums[:, 1], 1e-12)).tolist())

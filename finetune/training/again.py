@@ -61,6 +61,6 @@ def measured_again(recipe: Recipe, backend: str | None, run: RunFolder) -> Job |
         label_tokens=recorded.label_tokens,
         stop_tokens=stop_tokens(setup.tokenizer),
     )
-    check_held_out(run.path, prepared, f"{run.held_out.name} was changed: {REMEDY}")
+    check_held_out(run.path, prepared, f"{run.held_out.name} was changed: {REMEDY}, or name other rows with --data")
     refuse_unfit(setup, prepared)
     return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)

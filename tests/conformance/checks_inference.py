@@ -23,8 +23,10 @@ from tests.conformance.toy import (
     prefixed,
     random_adapter,
     registered,
+    taken_away,
     toy_batch,
     without_b,
+    without_layers,
 )
 
 BATCH = toy_batch()
@@ -120,6 +122,23 @@ def check_the_scale_is_alpha_over_rank(case: Case) -> None:
     grown = {n: np.concatenate([v, v * 0], axis=1 if n.endswith("B") else 0) for n, v in adapter.items()}
     tall.set_state(TrainState(0, grown, {}))
     np.testing.assert_allclose(tall.score(BATCH).logprob, wanted, atol=1e-4)
+
+
+def check_base_weights_are_what_is_multiplied_with(case: Case) -> None:
+    """An adapter of full rank that takes them away leaves layers that give nothing."""
+    session = case.open(lora=LoraSpec(rank=64, alpha=64.0))
+    weights = {module: session.base_weight(module) for module in session.lora_shapes}
+    assert {module: weight.shape for module, weight in weights.items()} == dict(session.lora_shapes)
+    assert {weight.dtype for weight in weights.values()} == {np.dtype(np.float32)}
+    session.set_state(taken_away(weights))
+    for module, weight in weights.items():  # the adapter is no part of them, and they are copies
+        np.testing.assert_array_equal(session.base_weight(module), weight)
+        weight[:] = 0
+    supervised = BATCH.weights > 0
+    wanted = without_layers(case)[BATCH.inputs, BATCH.targets]
+    np.testing.assert_allclose(session.score(BATCH).logprob[supervised], wanted[supervised], atol=2e-5)
+    with pytest.raises(BackendError, match="no_such_proj"):
+        session.base_weight("model.layers.0.no_such_proj")
 
 
 def check_state_goes_out_and_in(case: Case) -> None:

@@ -110,6 +110,22 @@ class StepNotRestored(ReferenceSession):
         super().set_state(replace(state, step=0))
 
 
+class BaseWeightWithTheAdapter(ReferenceSession):
+    def base_weight(self, module: str) -> Any:
+        a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
+        return super().base_weight(module) + self._lora.scale * b @ a
+
+
+class BaseWeightRounded(ReferenceSession):
+    def base_weight(self, module: str) -> Any:
+        return super().base_weight(module).astype(np.float16).astype(np.float32)
+
+
+class BaseWeightIsALiveView(ReferenceSession):
+    def base_weight(self, module: str) -> Any:
+        return self._frozen.get(module) if module in self._frozen else super().base_weight(module)
+
+
 class StateIsALiveView(ReferenceSession):
     def get_state(self) -> TrainState:
         return TrainState(self._step, self._adapter, self._moments)
@@ -208,6 +224,9 @@ SESSIONS: dict[str, type[ReferenceSession]] = {
         DropoutNotScaled,
         MomentsNotRestored,
         StepNotRestored,
+        BaseWeightWithTheAdapter,
+        BaseWeightRounded,
+        BaseWeightIsALiveView,
         StateIsALiveView,
         StateIsNotCopiedIn,
         StepCountedThoughRefused,

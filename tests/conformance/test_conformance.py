@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from backends import registry
 from backends.interface import Backend, BackendError, Session
 from tests.conformance.checks import CHECKS
-from tests.conformance.toy import BACKENDS, Case
+from tests.conformance.toy import BACKENDS, REAL_BACKENDS, Case
 
 Usable = Callable[[str], None]
 WITHOUT_4BIT = {"reference"}
@@ -32,6 +34,27 @@ def holdings() -> list[Any]:
 def test_keeps_the_contract(name: str, quantize: str, check: str, tiny_folder: Path, usable: Usable) -> None:
     usable(name)
     CHECKS[check](Case(name, tiny_folder, quantize))
+
+
+@pytest.mark.parametrize("name", REAL_BACKENDS)
+def test_base_weights_that_are_not_quantised_are_those_of_the_file(
+    name: str, tiny_folder: Path, usable: Usable
+) -> None:
+    usable(name)
+    session, file = Case(name, tiny_folder).open(), load_file(tiny_folder / "model.safetensors")
+    for module in (*session.lora_shapes, "model.embed_tokens", "lm_head"):
+        np.testing.assert_array_equal(session.base_weight(module), file[f"{module}.weight"])
+
+
+@pytest.mark.parametrize("name", REAL_BACKENDS)
+def test_the_original_in_place_of_the_dequantised_weight_is_found(
+    name: str, tiny_folder: Path, usable: Usable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usable(name)
+    case, file = Case(name, tiny_folder, "4bit"), load_file(tiny_folder / "model.safetensors")
+    monkeypatch.setattr(type(case.open()), "base_weight", lambda session, module: file[f"{module}.weight"].copy())
+    with pytest.raises(AssertionError):
+        CHECKS["base_weights_are_what_is_multiplied_with"](case)
 
 
 @pytest.mark.parametrize("name", registry.NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from backends import registry
 from backends.interface import Batch, LoraSpec, ModelSpec, OptimSpec, Session, TrainState
@@ -143,3 +145,29 @@ def close(one: TrainState, other: TrainState, tolerance: float = 2e-5) -> None:
             expected = getattr(other, kind)[name]
             limit = tolerance * max(float(np.abs(expected).max()), 1e-12)
             assert np.abs(value - expected).max() <= limit, f"{name} differs by {np.abs(value - expected).max()}"
+
+
+def taken_away(weights: Mapping[str, np.ndarray]) -> TrainState:
+    """The adapter of rank 64 and scale 1 that is minus these weights [out, in], the smaller of whose sides is 64."""
+    adapter = {}
+    for module, weight in weights.items():
+        tall = weight.shape[0] > weight.shape[1]
+        adapter[f"{module}.lora_A"] = np.eye(64, dtype=np.float32) if tall else grown(-weight, (64, weight.shape[1]))
+        adapter[f"{module}.lora_B"] = -weight if tall else grown(np.eye(len(weight)), (len(weight), 64))
+    return TrainState(0, adapter, {})
+
+
+def grown(matrix: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """With zeros on the right and below."""
+    return np.pad(matrix, [(0, new - old) for old, new in zip(matrix.shape, shape, strict=True)]).astype(np.float32)
+
+
+def without_layers(case: Case) -> np.ndarray:
+    """Log-probabilities [V, V] of the token after each, by a tiny Llama (or the reference) whose blocks do nothing."""
+    if case.backend == "reference":
+        return np.full((VOCABULARY, VOCABULARY), -np.log(VOCABULARY))
+    tensors = load_file(case.folder / "model.safetensors")
+    states = tensors["model.embed_tokens.weight"].astype(np.float64)
+    states /= np.sqrt(np.square(states).mean(-1, keepdims=True) + 1e-6)
+    logits = states * tensors["model.norm.weight"] @ tensors["lm_head.weight"].T
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training", "begin"),
     ("report",),
     ("check",),
+    ("export",),
     ("run",),
     ("commands",),
     ("use",),

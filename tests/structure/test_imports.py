@@ -31,6 +31,7 @@ LATE = {
     ("finetune/cli.py", "finetune.recipe.schema"): "`schema` needs nothing else, and `--help` not even that",
     ("finetune/use.py", "finetune.commands.chat"): _LIGHT,
     ("finetune/use.py", "finetune.commands.evaluate"): _LIGHT,
+    ("finetune/use.py", "finetune.commands.export"): _LIGHT,
     ("finetune/use.py", "finetune.commands.predict"): _LIGHT,
     ("finetune/use.py", "finetune.commands.runs"): _LIGHT,
     ("finetune/use.py", "finetune.disk.run_folder"): f"{_LIGHT}; it is needed before a command is loaded",
@@ -143,8 +144,8 @@ def test_a_planted_import_on_the_same_floor_is_found(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_floor_is_found(tmp_path: Path) -> None:
-    house = planted(tmp_path, finetune__run="from finetune.export import gguf\n", finetune__export__gguf="")
-    assert [one.target for one in house.upward()] == ["finetune.export.gguf"]
+    house = planted(tmp_path, finetune__run="from finetune.cellar import wine\n", finetune__cellar__wine="")
+    assert [one.target for one in house.upward()] == ["finetune.cellar.wine"]
 
 
 def test_planted_circles_are_found(tmp_path: Path) -> None:

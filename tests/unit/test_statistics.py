@@ -15,6 +15,7 @@ from finetune.evaluation.intervals import (
     macro_f1,
     mcnemar_exact,
     per_class,
+    ratio_interval,
     weighted_mean_interval,
     wilson_interval,
     worst_confusions,
@@ -173,3 +174,17 @@ def test_the_worst_confusions_come_first_and_equal_ones_in_the_labels_order():
     assert worst_confusions(matrix, 1) == [(1, 0, 3)]
     assert worst_confusions([[5, 0], [0, 5]], 9) == []
     assert matrix[0][0] == 9, "it only looks"
+
+
+def test_the_interval_of_a_ratio_is_that_of_the_rows() -> None:
+    wholes = np.random.default_rng(0).uniform(0.5, 1.5, 400)
+    assert ratio_interval(wholes * 0.8, wholes) == pytest.approx((0.8, 0.8))
+    parts = 0.8 * wholes + np.random.default_rng(1).normal(0, 0.5, 400)
+    low, high = ratio_interval(parts, wholes) or (0.0, 0.0)
+    width = 2 * 1.96 * 0.5 / np.sqrt(400)  # of the mean of the noise; the mean of the wholes is 1
+    assert low < 0.8 < high and high - low == pytest.approx(width, rel=0.15)
+
+
+def test_a_ratio_to_nothing_has_no_interval() -> None:
+    assert ratio_interval([1.0, 2.0], [1.0, -1.0]) is None
+    assert ratio_interval([0.5], [1.0]) is None

@@ -1,0 +1,76 @@
+"""Which export the options of `finetune export` ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backends import registry
+from backends.interface import Session
+from finetune.errors import RecipeError
+from finetune.export.families import family_of
+from finetune.export.folders import MergedFolder, QuantisedFolder
+from finetune.export.gguf_export import GgufAdapter, GgufFile
+from finetune.export.gguf_types import KINDS as GGUF_TYPES
+from finetune.export.making import Target
+from finetune.export.mlx_folder import BITS
+from finetune.export.modelfile import OllamaFolder
+from finetune.export.packages import optional
+from finetune.export.weights import KINDS, base_kind
+from finetune.recipe.specs import model_spec
+from finetune.text import harmless
+from finetune.training.job import Job
+
+FORMATS = ("merged", "mlx", "gguf", "ollama")
+_PLAIN = tuple(kind for kind, _ in KINDS.values())  # from the finest to the coarsest
+_USUAL = "q8_0"
+
+
+def check_options(to: str, kind: str | None, bits: int | None, adapter_alone: bool) -> None:
+    """Raises RecipeError for options that do not go together."""
+    if to not in FORMATS:
+        raise RecipeError(f"--to {harmless(to)}: there are {', '.join(FORMATS)}")
+    if bits is not None and (to != "mlx" or bits not in BITS):
+        raise RecipeError(f"--bits {bits}: belongs to --to mlx, and is {', '.join(map(str, BITS))}")
+    if adapter_alone and to != "gguf":
+        raise RecipeError("--adapter: belongs to --to gguf; PEFT and mlx-lm load the run's folder adapter/ as it is")
+    whole = to in ("gguf", "ollama") and not adapter_alone
+    types = tuple(GGUF_TYPES) if whole else _PLAIN
+    if kind is not None and (bits is not None or kind not in types):
+        what = "with --bits there is none" if bits is not None else f"for this export there are {', '.join(types)}"
+        raise RecipeError(f"--type {harmless(kind)}: {what}")
+
+
+def target_of(to: str, kind: str | None, bits: int | None, adapter_alone: bool, job: Job) -> Target:
+    """What the options ask for."""
+    if to in ("gguf", "ollama"):  # before anything is measured
+        _check_gguf(kind, job)
+    if adapter_alone:
+        return GgufAdapter(kind or "f16")
+    if to == "gguf":
+        return GgufFile(kind or _USUAL)
+    if to == "ollama":
+        return OllamaFolder(kind or _USUAL)
+    numbers: Any = kind or base_kind(job.folder.weights)
+    return MergedFolder(numbers, to if to == "mlx" else None) if bits is None else QuantisedFolder(bits, numbers)
+
+
+def _check_gguf(kind: str | None, job: Job) -> None:
+    """Raises EnvironmentProblem where a package is missing, or for a model that llama.cpp reads otherwise."""
+    for package in ("gguf", "xllamacpp", *(["libgguf"] if "_k" in (kind or "") else [])):
+        optional(package)
+    family_of(job.folder)
+
+
+def precision(target: Target, job: Job, session: Session) -> str:
+    """What bounds how near the models can be: the type of the file, or what the device or llama.cpp computes with."""
+    kind = target.kind
+    if isinstance(target, GgufAdapter):  # on weights that are not quantised, as a base's GGUF has them
+        kind = "f16" if session.scheme == "none" else kind
+    elif isinstance(target, GgufFile | OllamaFolder) and kind == "f32":
+        kind = "f16"  # llama.cpp reads some functions from tables of 16 bits
+    if kind not in _PLAIN:
+        return kind
+    half = registry.describe(job.backend, job.recipe.device)["half"]
+    number = model_spec(job.recipe, job.folder).number_type(registry.device_kind(session.device), half)
+    computed = next(short for short, name in KINDS.values() if name == number)
+    return max(kind, computed, key=_PLAIN.index)

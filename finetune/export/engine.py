@@ -1,0 +1,177 @@
+"""llama.cpp as a reader: a GGUF file is measured by the code that measures base and tuned model."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from backends.interface import Batch, Scores
+from finetune.errors import EnvironmentProblem
+from finetune.export.packages import optional
+from finetune.text import harmless
+
+_CONTEXT = 4096  # positions, where the caller names none
+_SILENT, _ERRORS = -1, 1  # how much llama.cpp prints
+_BIAS = 1e4  # makes a token the sampled one; what is reported are the model's own probabilities
+
+
+class Engine:
+    """One GGUF file, and an adapter where one is given, behind the two reading methods of a session.
+
+    It is a server inside this process, on a port of this machine alone that asks for a key. Attention and its cache are
+    in float32, so that what is measured is the file and not the engine's shortcuts.
+    """
+
+    shares_prefixes = False  # it keeps the last prompt by itself
+
+    def __init__(self, file: Path, adapter: Path | None = None, context: int = _CONTEXT, threads: int = -1) -> None:
+        """context: positions of the longest row and its answer. threads: -1 is one for each processor.
+
+        Raises EnvironmentProblem where the file cannot be loaded.
+        """
+        library = optional("xllamacpp")
+        self._key = secrets.token_hex(16)
+        settings = _settings(library, file, adapter, context, threads, self._key)
+        try:
+            self._server: Any = library.Server(settings)
+        except Exception:  # the binding raises RuntimeError and what C++ threw, without the reason
+            raise EnvironmentProblem(f"{file}: llama.cpp cannot load it: {_reason(library, settings)}") from None
+        self._address = urlsplit(self._server.listening_address)
+        self.overrun = 0  # answers that went on past a token which ends them in training
+        self._filler = self.tokenise("a", special=False)[-1]  # a token that is a whole character
+
+    def score(self, batch: Batch) -> Scores:
+        """Of every position whose weight is not 0; one call for each, as llama.cpp tells of no other."""
+        logprob = np.zeros(batch.targets.shape, np.float32)
+        greedy = np.zeros(batch.targets.shape, np.int32)
+        for row, targets in enumerate(batch.targets):
+            before = batch.prefixes[batch.prefix_of[row]].tolist() if batch.prefixes else []
+            tokens = before + batch.inputs[row].tolist()
+            for column in np.flatnonzero(batch.weights[row] > 0):
+                seen = tokens[: len(before) + int(column) + 1]
+                logprob[row, column], greedy[row, column] = self._next(seen, int(targets[column]))
+        return Scores(logprob, greedy)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        stop: Collection[int],
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """A completion for each prompt, ended where the file ends it, or by a token of `stop`: see `overrun`."""
+        if not max_tokens:
+            return [[] for _ in prompts]
+        answers = []
+        for number, prompt in enumerate(prompts):
+            body = {"prompt": [int(token) for token in prompt], "n_predict": max_tokens, "return_tokens": True}
+            answer = self._ask("/completion", {**body, "temperature": temperature, "seed": seed + number})
+            tokens = [int(token) for token in answer["tokens"]]
+            ended = answer.get("stop_type") == "eos"
+            at = next((i for i, token in enumerate(tokens) if token in stop), len(tokens))
+            self.overrun += at < len(tokens) - 1 or (at < len(tokens) and not ended)
+            answers.append(tokens[: min(at, len(tokens) - ended)])
+        return answers
+
+    def distribution(self, tokens: Sequence[int]) -> dict[int, float]:
+        """Every token of the vocabulary and its log-probability after these, the most probable first."""
+        told = self._tell(tokens, self._filler, 1 << 24)["top_logprobs"]
+        return {int(token["id"]): float(token["logprob"]) for token in told}
+
+    def tokenise(self, text: str, special: bool = True) -> list[int]:
+        """A text's tokens as the file reads them. special: with what it puts before a text by itself."""
+        answer = self._ask("/tokenize", {"content": text, "add_special": special, "parse_special": True})
+        return [int(token) for token in answer["tokens"]]
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> str:
+        """The prompt that the file's chat template writes for an answer to these messages."""
+        body = {"messages": list(messages)} | ({"tools": list(tools)} if tools else {})
+        return str(self._ask("/apply-template", body)["prompt"])
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> tuple[str, bool]:
+        """The greedy answer as other programs ask for it, and whether a token of the file ended it."""
+        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0}
+        choice = self._ask("/v1/chat/completions", body)["choices"][0]
+        return str(choice["message"]["content"]), choice["finish_reason"] == "stop"
+
+    def _next(self, tokens: Sequence[int], target: int) -> tuple[float, int]:
+        """The log-probability of `target` after these tokens, and the most probable token."""
+        told = self._tell(tokens, target, 1)
+        if told is not None:
+            return float(told["logprob"]), int(told["top_logprobs"][0]["id"])
+        whole = self.distribution(tokens)  # of a target that is half a character nothing is told
+        return whole[target], next(iter(whole))
+
+    def _tell(self, tokens: Sequence[int], sampled: int, count: int) -> Any:
+        """What is said of the next token: the sampled one's log-probability, and the `count` most probable ones.
+
+        A bias makes `sampled` the sampled one; what is said are the model's own probabilities, without it.
+        """
+        bias = [[int(sampled), _BIAS]]
+        body = {"n_predict": 1, "n_probs": count, "temperature": 0.0, "logit_bias": bias, "cache_prompt": True}
+        answer = self._server.handle_completions({"prompt": [int(token) for token in tokens], **body})
+        if "choices" not in answer:
+            raise EnvironmentProblem(f"llama.cpp: {answer!s:.300}")
+        told = (answer["choices"][0].get("logprobs") or {}).get("content")
+        return told[0] if told else None
+
+    def _ask(self, path: str, body: Mapping[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        with closing(http.client.HTTPConnection(str(self._address.hostname), self._address.port)) as connection:
+            connection.request("POST", path, json.dumps(body), headers)
+            answer = connection.getresponse()
+            text = answer.read()
+        if answer.status != 200:
+            raise EnvironmentProblem(f"llama.cpp: {harmless(text.decode(errors='replace')):.300}")
+        return json.loads(text)
+
+
+def _settings(library: Any, file: Path, adapter: Path | None, context: int, threads: int, key: str) -> Any:
+    settings = library.CommonParams()
+    settings.model.path = str(file)
+    settings.n_ctx, settings.n_parallel, settings.warmup, settings.fit_params = context, 1, False, False
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+    settings.verbosity, settings.api_keys, settings.offline = _SILENT, [key], True
+    settings.cache_ram_mib, settings.swa_full = 0, True  # the last prompt is kept whole, and no other
+    settings.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.cache_type_k = settings.cache_type_v = library.ggml_type.GGML_TYPE_F32
+    if adapter is not None:
+        settings.lora_adapters = [library.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    return settings
+
+
+def _reason(library: Any, settings: Any) -> str:
+    """Why the file cannot be loaded: it is tried once more, and what llama.cpp prints is caught."""
+    settings.verbosity = _ERRORS
+    with tempfile.TemporaryFile() as printed:
+        try:
+            before = [os.dup(number) for number in (1, 2)]
+        except OSError:  # closed, and so nothing can be caught
+            return "it does not say why"
+        try:
+            for number in (1, 2):
+                os.dup2(printed.fileno(), number)
+            library.Server(settings)
+        except Exception as error:
+            last = str(error)
+        else:
+            last = "it could be loaded at the second try; try again"
+        finally:
+            for number, old in zip((1, 2), before, strict=True):
+                os.dup2(old, number)
+                os.close(old)
+        printed.seek(0)
+        lines = printed.read().decode(errors="replace").splitlines()
+    told = [line.partition("error")[2].strip(": ") for line in lines if "error" in line]
+    return harmless((told or [last])[0])[:300]

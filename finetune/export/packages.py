@@ -1,0 +1,21 @@
+"""The optional packages that read and write GGUF, loaded when they are needed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from finetune.errors import EnvironmentProblem
+
+
+def optional(name: str, instead: str = "") -> Any:
+    """The module `gguf`, `xllamacpp` or `libgguf`. Raises EnvironmentProblem, which says how to install it.
+
+    instead: what can be done where there is none for this machine.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f'a GGUF file needs the package {name} ({error!s:.120}): pip install "recipe-finetune[gguf]"{instead}'
+        ) from None

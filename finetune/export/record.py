@@ -1,0 +1,41 @@
+"""The exports that a run remembers: with their verification in report.txt, and with the commands that serve them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finetune.disk.atomic import write_file
+from finetune.disk.run_files import read_json
+from finetune.disk.run_folder import RunFolder
+
+FILE, COMMANDS = "exports/exports.json", "exports.txt"
+_MARK = "\nexports, each verified against the run's model:\n"
+
+
+@dataclass(frozen=True)
+class Made:
+    """An export that was verified."""
+
+    path: str
+    kind: str
+    verified: str  # in a line
+    commands: list[str]
+    notes: list[str]
+
+
+def remember(run: RunFolder, made: Made) -> None:
+    """Raises DiskError, and Incompatible for an exports.json that no run writes."""
+    before = read_json(run.path / FILE, list[Made], "remove it, and export again") or []
+    exports = [one for one in before if one.path != made.path and Path(one.path).exists()] + [made]
+    run.write_json(FILE, [asdict(one) for one in exports])
+    write_file(run.path / COMMANDS, "\n".join(_as_text(one) for one in exports))
+    report = run.path / "report.txt"
+    if report.exists():
+        text = report.read_text(encoding="utf-8").partition(_MARK)[0]
+        write_file(report, text + _MARK + "".join(f"  {one.path} ({one.kind}): {one.verified}\n" for one in exports))
+
+
+def _as_text(made: Made) -> str:
+    lines = [f"{made.path} ({made.kind}): {made.verified}", *(f"  note: {note}" for note in made.notes)]
+    return "\n".join([*lines, *(f"  {command}" for command in made.commands)]) + "\n"

@@ -1,0 +1,34 @@
+"""Runs that were trained for a few steps, each made when it is first asked for."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from backends import registry
+from finetune.disk.run_folder import RunFolder
+from tests.tiny_models import model_with_tokenizer
+from tests.unit.export.exported_run import Runs, trained_run
+
+
+@pytest.fixture(scope="session")
+def exportable_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its end token has a name that no program knows by itself."""
+    folder = model_with_tokenizer(tmp_path_factory.mktemp("model") / "tiny")
+    for file in folder.glob("*token*.json"):
+        file.write_text(file.read_text(encoding="utf-8").replace("</s>", "<|fin|>"), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(exportable_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    @cache
+    def run(backend: str, quantize: str = "none", kind: str = "classification") -> RunFolder:
+        if reason := registry.probe(backend):
+            pytest.skip(reason)
+        folder = tmp_path_factory.mktemp("run") / "work"
+        return trained_run(folder, exportable_model, backend, kind, quantize=quantize)
+
+    return run

@@ -1,0 +1,65 @@
+"""Tiny models as GGUF files, and how far llama.cpp is from transformers on them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from backends.interface import FloatArray
+from backends.model_folder import ModelFolder
+from finetune.export.engine import Engine
+from finetune.export.gguf_file import Written, write_model
+from tests.tiny_models import family
+
+WITH_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+TOKENS = np.random.default_rng(5).integers(5, 320, 100).tolist()
+LENGTHS = (5, 40, 100)
+MORE: dict[str, dict[str, Any]] = {"smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}}
+
+
+def model(name: str, folder: Path, tokenizer: Path, **settings: Any) -> Path:
+    """A tiny model of that family with the tokenizer of 320 tokens of another folder."""
+    family(name, folder, **({"vocab_size": 320} | MORE.get(name, {}) | settings))
+    for file in WITH_TOKENIZER:
+        shutil.copyfile(tokenizer / file, folder / file)
+    return folder
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, FloatArray]]:
+    """Every tensor of a float32 folder, the last one first: a file is written in any order."""
+    for file in sorted(folder.glob("*.safetensors")):
+        yield from reversed(load_file(file).items())
+
+
+def write(folder: Path, file: Path, kind: str = "f32", template: str = "") -> Written:
+    return write_model(file, ModelFolder.open(folder), tensors(folder), template, kind)
+
+
+def engine(file: Path, adapter: Path | None = None) -> Engine:
+    return Engine(file, adapter, context=256, threads=1)
+
+
+def expected(folder: Path) -> list[FloatArray]:
+    """Log-probabilities after 5, 40 and 100 tokens, of transformers. [vocabulary] each"""
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = whole(torch.tensor([TOKENS])).logits[0].double()
+    return [torch.log_softmax(logits[length - 1], -1).numpy() for length in LENGTHS]
+
+
+def distance(file: Path, wanted: list[FloatArray]) -> float:
+    """The largest difference of llama.cpp's log-probabilities from these."""
+    reader = engine(file)
+    worst = 0.0
+    for length, row in zip(LENGTHS, wanted, strict=True):
+        told = reader.distribution(TOKENS[:length])
+        assert len(told) == len(row)
+        worst = max(worst, max(abs(value - row[token]) for token, value in told.items()))
+    return float(worst)

