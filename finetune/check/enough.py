@@ -57,4 +57,5 @@ def judge(
 def _resolution(held_out: int) -> str:
     """The widest 95 % interval of a share of so many rows (Wald's, at one half)."""
     points = 100 * 1.96 * (0.25 / held_out) ** 0.5
-    return f"{held_out:,} held-out rows: an accuracy on them is known to within {points:.0f} points either way"
+    rows = f"{held_out:,} held-out row{'s' * (held_out > 1)}"
+    return f"{rows}: an accuracy on them is known to within {points:.0f} points either way"

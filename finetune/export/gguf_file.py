@@ -138,6 +138,6 @@ def _write_numbers(
             raise Incompatible(f"{file}: {name} has the shape {list(tensor.shape)}, and not that of the model's config")
         numbers = np.ascontiguousarray(packed(np.asarray(tensor, np.float32), plan[name][1], name))
         opened.seek(places.pop(name))
-        opened.write(memoryview(numbers.reshape(-1).view(np.uint8)))
+        opened.write(numbers.reshape(-1).view(np.uint8).data)
     if places:
         raise Incompatible(f"{file}: {len(places)} tensors of the model are missing, the first is {next(iter(places))}")
