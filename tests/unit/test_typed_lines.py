@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import stat
 import sys
 import time
@@ -22,7 +23,6 @@ from finetune.commands.typed_lines import TypedLines
 from finetune.streams import guard
 guard()
 typed = TypedLines(Path(sys.argv[1]))
-print("ready")
 while line := typed.ask():
     print(f"<{line}>")
 print("end")
@@ -31,17 +31,19 @@ LEFT, UP, CONTROL_C, CONTROL_D = b"\x1b[D", b"\x1b[A", b"\x03", b"\x04"
 
 
 def typed(file: Path, *keys: tuple[bytes, bytes]) -> str:
-    """All that the terminal showed; each of `keys` is typed, and then waited for what follows."""
+    """All that the terminal showed; each of `keys` is typed once there is a prompt, and then waited for what follows."""
     pid, end = pty.fork()
     if not pid:
         command = [sys.executable, "-c", ASKS, str(file)]
         os.execve(sys.executable, command, {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)})
-    shown, until = b"", time.monotonic() + 60
-    for pressed, awaited in ((b"", b"ready"), *keys, (CONTROL_D, b"end")):
+    shown, until = b"", time.monotonic() + 20
+    for pressed, awaited in ((b"", b"> "), *keys, (CONTROL_D, b"end")):
+        time.sleep(0.2)  # as a person: between two looks at the keys, a signal would wait for the next key
         os.write(end, pressed)
         before = len(shown)
         while awaited not in shown[before:]:
-            assert time.monotonic() < until, shown
+            ready, _, _ = select.select([end], [], [], max(until - time.monotonic(), 0))
+            assert ready, shown
             shown += os.read(end, 4096)
     with contextlib.suppress(OSError):
         while more := os.read(end, 4096):
@@ -53,22 +55,22 @@ def typed(file: Path, *keys: tuple[bytes, bytes]) -> str:
 
 def test_a_line_is_edited_and_comes_back_on_another_day(tmp_path: Path) -> None:
     file = tmp_path / "state" / "chat_history"
-    typed(file, (b"a fine flm" + LEFT * 2 + b"i\r", b"<a fine film>"))
+    typed(file, (b"a fine flm" + LEFT * 2 + b"i\r", b"<a fine film>\r\n> "))
     assert file.read_text().splitlines()[-1] == "a fine film"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    typed(file, (UP + b"s\r", b"<a fine films>"))
+    typed(file, (UP + b"s\r", b"<a fine films>\r\n> "))
     assert file.read_text().splitlines()[-2:] == ["a fine film", "a fine films"]
 
 
 def test_control_c_begins_the_line_anew(tmp_path: Path) -> None:
-    shown = typed(tmp_path / "lines", (b"not this", b"not this"), (CONTROL_C, b"> "), (b"but this\r", b"<but this>"))
+    shown = typed(tmp_path / "lines", (b"not this", b"not this"), (CONTROL_C, b"> "), (b"but this\r", b"<but this>\r\n> "))
     assert "Traceback" not in shown
     assert "<not this" not in shown
 
 
 def test_a_place_that_cannot_be_written_stops_no_chat(tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("")
-    typed(tmp_path / "a file" / "lines", (b"hello\r", b"<hello>"))
+    typed(tmp_path / "a file" / "lines", (b"hello\r", b"<hello>\r\n> "))
 
 
 def test_from_a_pipe_nothing_is_remembered(
