@@ -31,7 +31,7 @@ LEFT, UP, CONTROL_C, CONTROL_D = b"\x1b[D", b"\x1b[A", b"\x03", b"\x04"
 
 
 def typed(file: Path, *keys: tuple[bytes, bytes]) -> str:
-    """All that the terminal showed; each of `keys` is typed once there is a prompt, and then waited for what follows."""
+    """All that the terminal showed; each of `keys` is typed where there is a prompt, and then waited for what follows."""
     pid, end = pty.fork()
     if not pid:
         command = [sys.executable, "-c", ASKS, str(file)]
@@ -63,7 +63,9 @@ def test_a_line_is_edited_and_comes_back_on_another_day(tmp_path: Path) -> None:
 
 
 def test_control_c_begins_the_line_anew(tmp_path: Path) -> None:
-    shown = typed(tmp_path / "lines", (b"not this", b"not this"), (CONTROL_C, b"> "), (b"but this\r", b"<but this>\r\n> "))
+    shown = typed(
+        tmp_path / "lines", (b"not this", b"not this"), (CONTROL_C, b"> "), (b"but this\r", b"<but this>\r\n> ")
+    )
     assert "Traceback" not in shown
     assert "<not this" not in shown
 
