@@ -31,7 +31,7 @@ LEFT, UP, CONTROL_C, CONTROL_D = b"\x1b[D", b"\x1b[A", b"\x03", b"\x04"
 
 
 def typed(file: Path, *keys: tuple[bytes, bytes]) -> str:
-    """All that the terminal showed; each of `keys` is typed where there is a prompt, and then waited for what follows."""
+    """All that the terminal showed; each of `keys` is typed at a prompt, and then waited for what follows."""
     pid, end = pty.fork()
     if not pid:
         command = [sys.executable, "-c", ASKS, str(file)]
