@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,13 @@ from rich.text import Text
 
 from backends import registry
 from backends.interface import Session, TrainState
-from finetune.commands.typed_lines import TypedLines
 from finetune.console import Console
 from finetune.data.beside import Beside, completed, parse_columns, with_both_names
 from finetune.data.calls import read_tools
 from finetune.data.renderers import needed, question_tokens
 from finetune.data.tokenizer import answer_text, stop_tokens
 from finetune.disk.adapter import check_base, read_adapter
+from finetune.disk.digests import cache_folder
 from finetune.disk.identity import clock_of
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import DataError
@@ -27,6 +29,7 @@ from finetune.text import one_line
 from finetune.training.job import room_for_answer, set_up
 
 _MOST = 16 * 2**20  # bytes of a file of tools
+_REMEMBERED = 1000  # lines that were typed
 
 
 class Speaker:
@@ -116,3 +119,53 @@ def _talk(speaker: Speaker, title: str, temperature: float, max_tokens: int) -> 
 
 def _keeps_turns(recipe: Recipe) -> bool:
     return recipe.data.format in ("chat", "sharegpt") or recipe.prompt.template == "chat"
+
+
+class TypedLines:
+    """Lines that a person types.
+
+    In a terminal the arrows edit the line and bring earlier ones back, also those of other days; they are kept in
+    `file`, for its owner alone. From a pipe, lines are read and nothing is kept.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        """file: where lines are kept; `chat_history` beside what else is remembered for the user if not given."""
+        self._file = file or cache_folder() / "chat_history"
+        self._terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self._readline = _readline() if self._terminal else None
+        if self._readline:
+            with suppress(OSError):  # there is none yet, or it cannot be read
+                self._readline.read_history_file(self._file)
+
+    def ask(self) -> str:
+        """The next line, without white space around it; empty at the end. Ctrl-C in a terminal begins the line anew."""
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                return ""
+            except KeyboardInterrupt:
+                if not self._terminal:
+                    raise
+                print()
+            else:
+                self._keep()
+                return line
+
+    def _keep(self) -> None:
+        """After every line, since a chat may be killed. Nothing depends on it."""
+        if self._readline is None:
+            return
+        with suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o600))
+            self._readline.set_history_length(_REMEMBERED)
+            self._readline.write_history_file(self._file)
+
+
+def _readline() -> Any:
+    try:
+        import readline  # input() edits lines once it is loaded
+    except ImportError:  # Windows, whose console edits lines by itself
+        return None
+    return readline

@@ -9,6 +9,7 @@ import subprocess
 import time
 
 import jsonschema
+import pytest
 from ruamel.yaml import YAML
 
 from tests.end_to_end.command import SIGINT, Work, ended, losses, newest, reviews, wait_for
@@ -69,6 +70,7 @@ def test_every_kind_of_data_gets_a_recipe_that_plans_and_trains(work: Work) -> N
         assert report["tuned"]["loss"] > 0
 
 
+@pytest.mark.slow
 def test_columns_with_odd_names_are_written_so_that_yaml_reads_them(work: Work) -> None:
     file = work.folder / "no.csv"
     file.write_text("Question,Answer\n" + "".join(f"what is {i},film {i}\n" for i in range(12)))
@@ -150,6 +152,7 @@ def test_schema_and_help_are_there_without_anything_heavy(work: Work) -> None:
     )
 
 
+@pytest.mark.slow
 def test_doctor_and_plan_tell_of_every_backend(work: Work) -> None:
     doctor, plan = work.several(["doctor"], ["plan", work.recipe(QUICK), "--compare"])
     for name in ("mlx", "torch", "reference"):
@@ -173,6 +176,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(work: Work) -> None
     work.finetune("resume", str(run)).good()
 
 
+@pytest.mark.slow
 def test_one_row_of_each_label_and_a_small_validation_set_are_enough(work: Work) -> None:
     work.lines("two.jsonl", reviews(0, 2))
     work.lines("one.jsonl", reviews(7, 1))
@@ -186,6 +190,7 @@ def test_one_row_of_each_label_and_a_small_validation_set_are_enough(work: Work)
         assert "data.valid" in apart.failed(3)
 
 
+@pytest.mark.slow
 def test_stopped_while_the_base_is_measured_it_goes_on(work: Work) -> None:
     work.lines("test.jsonl", reviews(0, 400))
     making = newest(work, 0)

@@ -79,7 +79,9 @@ class OldJob(Work):
         return dict(zip(commands, self.several(*commands.values()), strict=True))
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * (n == "classification-plain")) for n in NAMES]
+)
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OldJob:
     if CASES[request.param].backend == "torch":
         pytest.importorskip("torch")

@@ -122,6 +122,7 @@ def test_no_command_obeys_what_it_reads(work: Work, surroundings: str) -> None:
         assert r"\u202e" in page
 
 
+@pytest.mark.slow
 def test_a_bypass_is_seen(work: Work) -> None:
     commands = [["plan", "key.yaml"], ["check", "one.jsonl"]]
     answers = work.several(*commands, before=BYPASS)

@@ -80,6 +80,9 @@ def test_a_finished_run_says_so(trained: Trained) -> None:
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.parametrize(
+    "backend", ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlx", "reference"))], indirect=True
+)
 def test_the_run_can_be_measured_and_asked(trained: Trained) -> None:
     work, backend, run = trained
     end = ["--backend", backend]
@@ -131,7 +134,7 @@ def test_interrupted_terminated_and_killed_it_goes_on_to_the_same_bytes(trained:
     same(again, run)
 
 
-@pytest.mark.parametrize("name", [name for name in registry.NAMES if name != "reference"])
+@pytest.mark.parametrize("name", ["torch", pytest.param("mlx", marks=pytest.mark.slow)])
 def test_four_bit_training_leaves_the_same_files(work: Work, name: str) -> None:
     if reason := registry.probe(name):
         pytest.skip(reason)

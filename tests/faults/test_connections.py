@@ -152,7 +152,11 @@ CHECK = "check recipe.yaml"
 
 @pytest.mark.parametrize(
     ("how", "command"),
-    [("quietly", "train recipe.yaml --backend reference"), ("in_a_thread", CHECK), ("packet", CHECK)],
+    [
+        ("in_a_thread", CHECK),
+        pytest.param("quietly", "train recipe.yaml --backend reference", marks=pytest.mark.slow),
+        pytest.param("packet", CHECK, marks=pytest.mark.slow),
+    ],
 )
 def test_a_library_that_tries_is_named_even_if_it_hides_its_failure(spied: Work, how: str, command: str) -> None:
     (spied.folder / "spy" / "nosy.py").write_text(NOSY)

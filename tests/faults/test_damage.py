@@ -145,6 +145,7 @@ def assert_same_weights(run: Path, other: Path) -> None:
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_without_any_good_checkpoint_it_begins_again(stopped: Stopped, tmp_path: Path) -> None:
     copy = shutil.copytree(stopped[2], tmp_path / "copy")
     for file in copy.glob("checkpoints/*/state.safetensors"):

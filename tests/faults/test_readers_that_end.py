@@ -70,7 +70,13 @@ def test_hung_up_the_run_finishes_its_step_and_goes_on_later(work: Work) -> None
     checkpoint_of_its_last_step(run)
 
 
-@pytest.mark.parametrize("alone", [[], ["--no-supervisor"]], ids=["supervised", "alone"])
+@pytest.mark.parametrize(
+    "alone",
+    [
+        pytest.param([], id="supervised"),
+        pytest.param(["--no-supervisor"], id="alone", marks=pytest.mark.slow),
+    ],
+)
 def test_control_c_that_takes_the_reader_of_the_pipe_along(work: Work, alone: list[str]) -> None:
     """`finetune train recipe.yaml 2>&1 | tee log`, in a group of its own."""
     read, write = os.pipe()

@@ -90,7 +90,7 @@ def weights(folder: Path, bits: float) -> float:
 CASES = [
     ("torch", "bfloat16", "none", "float32", 32.0),
     pytest.param("torch", "float32", "none", "bfloat16", 16.0, marks=pytest.mark.slow),
-    ("torch", "float32", "none", "float32", 0.0),  # pages of the file
+    pytest.param("torch", "float32", "none", "float32", 0.0, marks=pytest.mark.slow),  # pages of the file
     pytest.param("mlx", "bfloat16", "none", "float32", 32.0, marks=pytest.mark.slow),
     ("mlx", "float32", "none", "bfloat16", 16.0),
     ("mlx", "float32", "4bit", "bfloat16", 4.5),

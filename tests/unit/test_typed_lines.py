@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 ASKS = """
 import sys
 from pathlib import Path
-from finetune.commands.typed_lines import TypedLines
+from finetune.commands.chat import TypedLines
 from finetune.streams import guard
 guard()
 typed = TypedLines(Path(sys.argv[1]))
@@ -80,7 +80,7 @@ def test_from_a_pipe_nothing_is_remembered(
 ) -> None:
     import io
 
-    from finetune.commands.typed_lines import TypedLines
+    from finetune.commands.chat import TypedLines
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("one \ntwo\n"))
     lines = TypedLines(tmp_path / "lines")
