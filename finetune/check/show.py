@@ -199,6 +199,7 @@ def _labels(balance: Balance, lengths: dict[str, float]) -> Table:
     splits, train = list(balance.labels), balance.labels["train"]
     words = "words that predict the label (rows with this label / other labels; ! = by itself)"
     table = _table("label", *splits, "median tokens", words)
+    table.columns[0].no_wrap = True  # a label that folds could begin a line of its own
     table.columns[-1].justify = "left"
     for label in sorted(train, key=lambda label: -train[label])[:LABELS_SHOWN]:
         telling = (
@@ -214,6 +215,7 @@ def _labels(balance: Balance, lengths: dict[str, float]) -> Table:
 def _groups(balance: Balance) -> Table:
     labels = list(balance.labels.get("train", {}))[:LABELS_SHOWN]
     table = _table("group", "rows", "share", *(Text(shorten(label, 20)).plain for label in labels))
+    table.columns[0].no_wrap = True
     for name, group in balance.groups.items():
         shares = (f"{group.labels.get(label, 0) / max(group.rows, 1):.0%}" for label in labels)
         table.add_row(lines(shorten(name, 40)), f"{group.rows:,}", f"{group.share:.1%}", *shares)
