@@ -13,7 +13,7 @@ from typing import Any
 from rich.text import Text
 
 from backends import registry
-from backends.interface import Session, TrainState
+from backends.interface import Session
 from finetune.console import Console
 from finetune.data.beside import Beside, completed, parse_columns, with_both_names
 from finetune.data.calls import read_tools
@@ -47,9 +47,7 @@ class Speaker:
         self.setup = setup = set_up(recipe, run.path)
         check_base(run.adapter, setup.folder)
         self.tokenizer, self.stop = setup.tokenizer, stop_tokens(setup.tokenizer)
-        self.session: Session = setup.session(registry.choose(backend or recipe.backend))
-        if not base:
-            self.session.set_state(TrainState(0, adapter.tensors, {}))
+        self.session: Session = setup.session(registry.choose(backend or recipe.backend), None if base else adapter)
 
     def question(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation that ends with the user, as the run has written its prompts."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Generator
 from pathlib import Path
 
-from backends.interface import Session, TrainState
+from backends.interface import Session
 from finetune.console import Console
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
@@ -30,8 +30,7 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
     recorded = measured_again(recipe, backend, opened) if data is None else None
     job = recorded or _of_files(opened, recipe, data, backend)
     check_base(opened.adapter, job.folder)
-    session = job.open()
-    session.set_state(TrainState(0, adapter.tensors, {}))
+    session = job.open(adapter)
     base, tuned = with_progress(_evaluate_both(job, session))
     comparison = compare(base, tuned, bag_of_words(job.prepared, opened.words))
     print_comparison(Console(), base, tuned, comparison, f"{tuned.rows} rows of {data or opened.path}")

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from backends.interface import TrainState
 from finetune.console import Console
 from finetune.data.rows import Split
 from finetune.disk.adapter import check_base, read_adapter
@@ -76,8 +75,7 @@ def _made_ready(opened: RunFolder, job: Job, adapter: Any) -> Making:
     always = opened.always() or {}
     assert job.prepared.renderer is not None
     travels = travelling_template(job.prepared.renderer, job.prepared.format, job.tokenizer, always, opened.path.name)
-    session = job.open()
-    session.set_state(TrainState(0, adapter.tensors, {}))
+    session = job.open(adapter)
     adapter = replace(adapter, tensors=session.get_state().adapter)  # by the checkpoint's names
     return Making(job, session, adapter, travels, always)
 

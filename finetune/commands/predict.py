@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backends.interface import TrainState
 from finetune.data.problems import listed
 from finetune.data.read import read
 from finetune.data.rows import Row
@@ -45,8 +44,7 @@ def run(
     _check_columns(source.rows)
     job, rows = with_progress(ready_to_answer(recipe, backend, opened, source))
     check_base(opened.adapter, job.folder)
-    session = job.open()
-    session.set_state(TrainState(0, adapter.tensors, {}))
+    session = job.open(adapter)
     longest = max_tokens or recipe.evaluate.max_tokens
     made = with_progress(predict(session, job.recipe, job.prepared, job.tokenizer, longest))
     lines = [_line(row.fields, one, job.prepared.labels, output) for row, one in zip(rows, made, strict=True)]

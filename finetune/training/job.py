@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from backends import registry
-from backends.interface import BackendError, Session
+from backends.interface import BackendError, Session, TrainState
 from backends.model_folder import ModelFolder
 from finetune.data.clock import now
 from finetune.data.label_names import Labels
@@ -18,6 +18,7 @@ from finetune.data.problems import refuse
 from finetune.data.rows import Prepared
 from finetune.data.sides import WORDS
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
+from finetune.disk.adapter import Adapter
 from finetune.disk.identity import check_model, clock_of, parting_of
 from finetune.errors import DataError, Incompatible, RecipeError
 from finetune.evaluation.evaluate import Evaluation
@@ -36,15 +37,21 @@ class Setup:
     folder: ModelFolder
     tokenizer: Tokenizer
 
-    def session(self, backend: str) -> Session:
-        """The live session; heavy from here on. Raises Incompatible where the model's files changed meanwhile."""
+    def session(self, backend: str, adapter: Adapter | None = None) -> Session:
+        """The live session, with `adapter` in it if one is given; heavy from here on.
+
+        Raises Incompatible where the model's files changed meanwhile.
+        """
         model, lora, optim = model_spec(self.recipe, self.folder), lora_spec(self.recipe), optim_spec(self.recipe)
         try:
             with reading(str(self.folder.path)):
-                return registry.open_session(backend, model, lora, optim, self.recipe.seed)
+                session = registry.open_session(backend, model, lora, optim, self.recipe.seed)
         except Exception:
             self.check_model()
             raise
+        if adapter is not None:
+            session.set_state(TrainState(0, adapter.tensors, {}))
+        return session
 
     def check_backend(self, backend: str) -> None:
         """Raises BackendError for what the backend cannot do with this model, before data are read or it is loaded."""
@@ -66,9 +73,9 @@ class Job(Setup):
     backend: str
     prepared: Prepared
 
-    def open(self) -> Session:
-        """The live session; heavy from here on."""
-        return self.session(self.backend)
+    def open(self, adapter: Adapter | None = None) -> Session:
+        """The live session, with `adapter` in it if one is given; heavy from here on."""
+        return self.session(self.backend, adapter)
 
 
 def find_folder(recipe: Recipe) -> ModelFolder:
