@@ -215,6 +215,7 @@ def _read_until(process: subprocess.Popen[str], words: str) -> None:
     raise AssertionError(f"it never said {words!r}: {ended(process)}")
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_does_not_wait_for_the_step(work: Work) -> None:
     work.lines("many.jsonl", reviews(0, 3000))
     work.lines("few.jsonl", reviews(0, 4))

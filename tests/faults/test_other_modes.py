@@ -170,6 +170,7 @@ OPEN = """
 
 
 @pytest.mark.skipif(bool(registry.probe("torch")), reason="torch is not here")
+@pytest.mark.slow
 def test_no_kernel_is_fetched_where_the_package_kernels_is_installed(tmp_path: Path, tiny_folder: Path) -> None:
     """With it bitsandbytes and transformers would download native code and run it, without a word."""
     package = tmp_path / "packages" / "kernels"

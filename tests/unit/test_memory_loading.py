@@ -88,11 +88,11 @@ def weights(folder: Path, bits: float) -> float:
 
 
 CASES = [
-    ("torch", "bfloat16", "none", "float32", 32.0),
+    pytest.param("torch", "bfloat16", "none", "float32", 32.0, marks=pytest.mark.slow),
     pytest.param("torch", "float32", "none", "bfloat16", 16.0, marks=pytest.mark.slow),
     pytest.param("torch", "float32", "none", "float32", 0.0, marks=pytest.mark.slow),  # pages of the file
     pytest.param("mlx", "bfloat16", "none", "float32", 32.0, marks=pytest.mark.slow),
-    ("mlx", "float32", "none", "bfloat16", 16.0),
+    pytest.param("mlx", "float32", "none", "bfloat16", 16.0, marks=pytest.mark.slow),
     ("mlx", "float32", "4bit", "bfloat16", 4.5),
 ]
 LEAST = 12e6  # bytes: one weight in float32 while it is cast, and what the libraries take beside it
