@@ -45,6 +45,8 @@ def cannot(folder: CheckedFolder, error: Exception) -> BackendError:
 
 def check_taken(folder: CheckedFolder) -> None:
     """Raises BackendError where mlx-lm's model has no place for weights of the language model."""
+    if folder.config.get("model_file"):  # its own code says what it takes
+        return
     model = build(folder)
     taken = {name for name, _ in tree_flatten(model.parameters())}
     quantised = (".scales", ".biases") if "quantization" in folder.config else ()
