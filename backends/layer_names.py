@@ -6,7 +6,8 @@ says the layer's name there (`Library`): read from the library's own tree, or by
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -88,3 +89,47 @@ def lacking(path: object, library: str, modules: list[str]) -> str:
         f"{path}: {library}'s model has no linear layer for {shown}; leave {', '.join(leaves)} out of lora.targets, "
         "or use another backend"
     )
+
+
+# What is computed and not learned, and yet stands in older checkpoints: rotary frequencies, masks, positions.
+_COMPUTED = re.compile(r"inv_freq$|position_ids$|\.(attn|attention|self_attn)\.(masked_)?bias$")
+
+
+def refuse_untaken(folder: CheckedFolder, library: str, left: Iterable[str], taken: Iterable[str]) -> None:
+    """Raises BackendError where weights of the language model have no place in the library's model:
+    it would compute something else than the model that was trained.
+
+    left, taken: names of tensors in that model, those that it has no place for and those that it has.
+    """
+    lost = {_within(name) for name in left} - {_within(name) for name in taken}
+    names = [name for name in folder.shapes if _within(name) in lost and _is_used(folder, name)]
+    if not names:
+        return
+    files = sorted(file.name for file, shapes in folder.weights.items() if any(name in shapes for name in names))
+    shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    raise BackendError(
+        f"{folder.path}: {', '.join(files)}: no layer of {library}'s model takes {shown}; config.json is of another "
+        "model than the weights: download both again"
+    )
+
+
+def _within(name: str) -> str:
+    """From the blocks on, where names are alike in all libraries; of what stands beside the blocks, its own name."""
+    inside = re.search(r"\blayers\.\d+\..+", name)
+    return inside[0] if inside else ".".join(name.split(".")[-2:])
+
+
+def _is_used(folder: CheckedFolder, name: str) -> bool:
+    """Whether a tensor is of a block that the config counts, or stands beside the blocks, and is learned."""
+    model = folder.stack.removesuffix("layers.")
+    if not name.startswith(model) or _COMPUTED.search(name):
+        return False
+    match = re.match(rf"{re.escape(folder.stack)}(\d+)\.(.+)", name)
+    if match is None:
+        return name.removeprefix(model).count(".") == 1
+    blocks, shared = (folder.text_config.get(key) for key in ("num_hidden_layers", "num_kv_shared_layers"))
+    block = int(match[1])
+    if type(blocks) is int and block >= blocks:  # it predicts further tokens
+        return False
+    borrows = type(blocks) is int and type(shared) is int and block >= blocks - shared > 0
+    return not (borrows and re.search(r"\b[kv]_(proj|norm)\b", match[2]))

@@ -13,6 +13,10 @@ def begin(alone: bool = True) -> None:
         from finetune.supervisor import supervise
 
         supervise()
+    elif os.name == "posix":
+        from finetune.crashes import explain_cut_files
+
+        explain_cut_files()
     from finetune.connections import watch
 
     watch()

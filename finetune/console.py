@@ -7,8 +7,9 @@ from functools import partial
 from io import StringIO
 from typing import IO, Any
 
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
-from rich.console import ConsoleOptions, RenderableType
+from rich.console import ConsoleOptions, OverflowMethod, RenderableType
 from rich.segment import Segment
 from rich.text import Span, Text
 from typer import rich_utils
@@ -16,12 +17,15 @@ from typer import rich_utils
 from finetune.streams import unguarded
 from finetune.text import COMMANDS, harmless, one_line
 
+_NARROW = 24  # columns; a narrower place holds no sentence
+
 
 class Console(RichConsole):
     """Colours and moves of the cursor are rich's own and reach the terminal; those in a text are written out.
 
     A str is one line, whatever values it holds: a line break in it is written out. What has several lines is made by
-    `lines`. The console's file is the stream beneath `streams.Guarded`, which would write out what is rich's own too.
+    `lines`. Where a line is folded, the rest of it is set in. The console's file is the stream beneath
+    `streams.Guarded`, which would write out what is rich's own too.
     """
 
     def __init__(self, *, markup: bool = False, emoji: bool = False, **options: Any) -> None:
@@ -39,9 +43,13 @@ class Console(RichConsole):
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(self._written(text), **options)
 
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
+        """soft_wrap: a line stays whole. But on a terminal, which would fold it at its edge, whatever begins there."""
+        super().print(*objects, soft_wrap=bool(soft_wrap) and not self.is_terminal, **options)
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         if isinstance(renderable, Text):
-            renderable = _harmless_text(renderable)
+            renderable = _set_in(_harmless_text(renderable), self, options or self.options)
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(harmless(segment.text), segment.style)
 
@@ -51,19 +59,30 @@ def lines(*parts: str, style: str = "", **options: Any) -> Text:
     return Text("\n".join(map(one_line, parts)), style, **options)
 
 
-class Sentence:
-    """A text that begins one line at the left: where it is too long for one, the next are set in, so that no value in
-    it begins a line there.
+def _set_in(text: Text, console: RichConsole, options: ConsoleOptions) -> Text:
+    """The text, with each of its lines that is too long folded, and what follows in it two columns further in: no value
+    in a line begins one at the left. Columns that are too narrow for a sentence fold as they are.
     """
+    width = options.max_width
+    if options.no_wrap or text.no_wrap or width < _NARROW or all(cell_len(line) <= width for line in _lines(text)):
+        return text
+    overflow = text.overflow or options.overflow
+    folded = Text("\n").join(_folded(line, console, width, overflow) for line in text.split("\n", allow_blank=True))
+    folded.justify, folded.overflow, folded.end = text.justify, text.overflow, text.end
+    return folded
 
-    def __init__(self, text: str, style: str = "") -> None:
-        self._text = lines(text, style=style)
 
-    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterable[Text]:
-        wrapped = self._text.wrap(console, max(options.max_width - 2, 20))
-        for line in wrapped:
-            line.rstrip()
-        yield Text("\n  ").join(wrapped)
+def _lines(text: Text) -> list[str]:
+    return text.plain.split("\n")
+
+
+def _folded(line: Text, console: RichConsole, width: int, overflow: OverflowMethod | None) -> Text:
+    if cell_len(line.plain) <= width:
+        return line
+    parts = line.wrap(console, width - 2, overflow=overflow)
+    for part in parts:
+        part.rstrip()
+    return Text("\n  ").join(parts)
 
 
 def _harmless_text(text: Text) -> Text:

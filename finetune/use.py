@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from finetune.begin import begin
-from finetune.errors import DataError
+from finetune.errors import DataError, RecipeError
 from finetune.options import (
     AdapterAlone,
     Backend,
@@ -71,7 +71,12 @@ def predict(
 
 def generate(
     folder: RunPath,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The input text; - reads it from standard input.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The input text; - reads it from standard input.")
+    ] = None,
+    row: Annotated[
+        str | None, typer.Option("--row", metavar="FILE:LINE", help="Instead of PROMPT: a row, as training reads it.")
+    ] = None,
     columns: Columns = None,
     system: System = None,
     tools: Tools = None,
@@ -81,8 +86,10 @@ def generate(
     backend: Backend = None,
 ) -> None:
     """Answer one prompt with the model of a run."""
+    if (prompt is None) == (row is None) or (row is not None and (columns or system or tools)):
+        raise RecipeError("give a PROMPT, or --row FILE:LINE alone: a row brings its columns, system text and tools")
     question = sys.stdin.read(MOST + 1) if prompt == "-" else prompt
-    if not question.strip() or len(question) > MOST:
+    if question is not None and (not question.strip() or len(question) > MOST):
         raise DataError(
             "the prompt is empty" if not question.strip() else f"the prompt is longer than {MOST:,} characters"
         )
@@ -90,9 +97,12 @@ def generate(
 
     opened, recipe = open_existing(folder)
     begin()
-    from finetune.commands.chat import run
+    from finetune.commands.chat import answer_row, run
 
-    run(opened, recipe, question, columns or [], system, tools, base, temperature, max_tokens, backend)
+    if row is not None:
+        answer_row(opened, recipe, row, base, temperature, max_tokens, backend)
+    else:
+        run(opened, recipe, question, columns or [], system, tools, base, temperature, max_tokens, backend)
 
 
 def chat(

@@ -18,7 +18,7 @@ from mlx_lm.utils import _get_classes, load_model
 
 from backends.interface import BackendError, CheckedFolder, ModelSpec
 from backends.mlx_backend.patch import subclassed
-from backends.mlx_backend.tree import cannot, check_format
+from backends.mlx_backend.tree import cannot, check_format, check_taken
 from backends.model_folder import folder_of
 
 _BITS = 4
@@ -43,6 +43,7 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
                 spec.path, lazy=True, model_config=dict(folder.config), **trust, **_reading(folder)
             )
     except Exception as error:
+        check_taken(folder)  # what it says of weights without a place names no file
         raise cannot(folder, error) from error
     if printed.getvalue():
         raise BackendError(f"{spec.path}: mlx-lm cannot run this model as it is ({printed.getvalue().strip():.300})")

@@ -47,7 +47,7 @@ from backends.mlx_backend.generate import generate
 from backends.mlx_backend.lora import Dropout, attach, base_weight
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import Tensors, adamw
-from backends.mlx_backend.tree import check_format, parts_of
+from backends.mlx_backend.tree import check_format, check_taken, parts_of
 from backends.model_folder import folder_of
 from backends.sampling import check_prompts
 
@@ -83,6 +83,7 @@ def check(model: ModelSpec, lora: LoraSpec) -> None:
     folder = folder_of(model)
     check_format(folder)
     parts_of(folder, folder.lora_modules(lora))
+    check_taken(folder)
 
 
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSession:

@@ -16,7 +16,7 @@ from mlx_lm.utils import _get_classes
 
 from backends.formats import refuse_format
 from backends.interface import BackendError, CheckedFolder, Modules
-from backends.layer_names import Part, Tensors, lacking
+from backends.layer_names import Part, Tensors, lacking, refuse_untaken
 
 Arrays = dict[str, mx.array]
 
@@ -41,6 +41,17 @@ def build(folder: CheckedFolder) -> nn.Module:
 def cannot(folder: CheckedFolder, error: Exception) -> BackendError:
     """That mlx-lm cannot load the model. A model's own code may fail in many ways on what it was not written for."""
     return BackendError(f"{folder.path}: mlx-lm cannot load this model ({type(error).__name__}: {error!s:.300})")
+
+
+def check_taken(folder: CheckedFolder) -> None:
+    """Raises BackendError where mlx-lm's model has no place for weights of the language model."""
+    if folder.config.get("model_file"):  # its own code says what it takes
+        return
+    model = build(folder)
+    taken = {name for name, _ in tree_flatten(model.parameters())}
+    quantised = (".scales", ".biases") if "quantization" in folder.config else ()
+    given = (name for name in _sanitized(model, _stand_ins(folder, {})) if not name.endswith(quantised))
+    refuse_untaken(folder, "mlx-lm", set(given) - taken, taken)
 
 
 def parts_of(folder: CheckedFolder, modules: Modules) -> dict[str, tuple[Part, ...]]:

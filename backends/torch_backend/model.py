@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from backends.formats import quantised_by
 from backends.interface import BackendError, CheckedFolder, ModelSpec
+from backends.layer_names import refuse_untaken
 from backends.memory import returning_freed
 from backends.model_folder import folder_of
 from backends.torch_backend.device import device_kind, half_type, says_no_memory
@@ -34,6 +35,7 @@ def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
     if missing:  # transformers would fill them with random numbers
         more = f" and {len(missing) - 10:,} more" if len(missing) > 10 else ""
         raise BackendError(f"{spec.path}: weights are missing or misshapen: {', '.join(sorted(missing)[:10])}{more}")
+    refuse_untaken(folder, "transformers", info["unexpected_keys"], model.state_dict())
     if spec.checkpointing:
         _recompute_activations(model)
     for module in model.modules():

@@ -45,7 +45,7 @@ def as_text(findings: Findings, tokenizer: Tokenizer) -> str:
 def sections(findings: Findings, tokenizer: Tokenizer) -> Iterator[tuple[str, Sequence[RenderableType]]]:
     yield "rows", _rows(findings)
     yield "how they will be trained on", _training(findings, tokenizer)
-    yield "lengths, in tokens of the training rows", _lengths(findings.lengths)
+    yield "lengths, in tokens of the training rows", _lengths(findings.lengths, findings.beyond)
     yield "duplicates and leaks", _duplicates(findings.duplicates)
     if findings.balance.labels or findings.balance.groups:
         yield "balance", _balance(findings.balance, findings.label_lengths)
@@ -133,7 +133,7 @@ def _first(rows: Sequence[str]) -> list[str]:
     return [f"  {row}" for row in shown]
 
 
-def _lengths(lengths: Lengths) -> list[RenderableType]:
+def _lengths(lengths: Lengths, beyond: str | None) -> list[RenderableType]:
     table = _table("tokens", "rows", "")
     most = max(count for _, _, count in lengths.histogram)
     for low, high, count in lengths.histogram:
@@ -150,6 +150,7 @@ def _lengths(lengths: Lengths) -> list[RenderableType]:
         if rows:
             text = f"{_counted(len(rows))} {what} at train.max_length {lengths.max_length}"
             parts.append(lines(text, *_first(rows)))
+    parts += [lines(beyond, style="yellow")] if beyond else []
     naive = f"{lengths.padding_naive:.1%} in batches in the file's order"
     return [*parts, Text(f"padding: {lengths.padding:.1%} of the positions; {naive}")]
 

@@ -24,6 +24,7 @@ from finetune.events import Progress
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec
+from finetune.training.job import beyond_context
 
 SAMPLES = 3
 _TOLD = ("rows", "good", "used", "notes", "left_out_fields", "lost_tokens", "lost_supervised_tokens")  # of a split
@@ -45,6 +46,7 @@ class Findings:
     enough: Enough
     personal: Personal
     specials: Specials
+    beyond: str | None  # of rows longer than the model's own context, in words
 
     @property
     def bad(self) -> list[Problem]:
@@ -87,6 +89,7 @@ def survey(
         enough=_enough(recipe, prepared, trainable, balance),
         personal=personal,
         specials=specials,
+        beyond=beyond_context(folder, prepared),
     )
 
 

@@ -17,19 +17,26 @@ from backends.interface import Session
 from finetune.console import Console
 from finetune.data.beside import Beside, completed, parse_columns, with_both_names
 from finetune.data.calls import read_tools
+from finetune.data.problems import refuse_rows
+from finetune.data.read import read
 from finetune.data.renderers import needed, question_tokens
+from finetune.data.rows import Rows
 from finetune.data.tokenizer import answer_text, stop_tokens
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.digests import cache_folder
 from finetune.disk.identity import clock_of
 from finetune.disk.run_folder import RunFolder
-from finetune.errors import DataError
+from finetune.errors import DataError, RecipeError
+from finetune.recipe.names import local
 from finetune.recipe.schema import Recipe
+from finetune.report.live_screen import with_progress
 from finetune.text import one_line
-from finetune.training.job import room_for_answer, set_up
+from finetune.training.again import ready_to_answer
+from finetune.training.job import Setup, room_for_answer, set_up
 
 _MOST = 16 * 2**20  # bytes of a file of tools
 _REMEMBERED = 1000  # lines that were typed
+_LONGEST = 15  # figures of a line's number
 
 
 class Speaker:
@@ -54,9 +61,21 @@ class Speaker:
         return question_tokens(self.recipe, self.tokenizer, messages, self.clock, self.beside)
 
     def answer(self, prompt: list[int], max_tokens: int, temperature: float, seed: int) -> str:
-        max_tokens = room_for_answer(self.setup, len(prompt), max_tokens)
-        written = self.session.generate([prompt], max_tokens, self.stop, temperature, seed)[0]
-        return answer_text(self.tokenizer, written, self.stop)
+        return _answer(self.setup, self.session, prompt, self.stop, max_tokens, temperature, seed)
+
+
+def _answer(
+    setup: Setup,
+    session: Session,
+    prompt: list[int],
+    stop: frozenset[int],
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> str:
+    most = room_for_answer(setup, len(prompt), max_tokens)
+    written = session.generate([prompt], most, stop, temperature, seed)[0]
+    return answer_text(setup.tokenizer, written, stop)
 
 
 def run(
@@ -78,6 +97,40 @@ def run(
     else:
         tokens = speaker.question([{"role": "user", "content": prompt}])
         print(speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed))
+
+
+def answer_row(
+    opened: RunFolder, recipe: Recipe, row: str, base: bool, temperature: float, max_tokens: int, backend: str | None
+) -> None:
+    """Answer the prompt that the row at FILE:LINE has under the run's recipe; an answer in it is not read."""
+    adapter = read_adapter(opened.adapter)
+    job, _ = with_progress(ready_to_answer(recipe, backend, opened, _row_at(row, recipe)))
+    check_base(opened.adapter, job.folder)
+    session = job.open(None if base else adapter)
+    split, stop = job.prepared.held_out, frozenset(job.prepared.stop_tokens)
+    if split.shortened:
+        print("its prompt is shortened (train.max_length)", file=sys.stderr)
+    prompt = split.examples[0].prompt_tokens
+    print(_answer(job, session, prompt.tolist(), stop, max_tokens, temperature, recipe.seed))
+
+
+def _row_at(text: str, recipe: Recipe) -> Rows:
+    """Raises RecipeError, DataError."""
+    name, _, number = text.rpartition(":")
+    if not name or not number.isdecimal() or len(number) > _LONGEST:
+        raise RecipeError(f"--row {text}: write FILE:LINE, such as rows.jsonl:12")
+    source = read(str(local(name, Path.cwd()) or name), Path.cwd(), "test", recipe.data.encoding)
+    rows, line = [row for row in source.rows if row.line == int(number)], int(number)
+    if bad := [problem for problem in source.bad if problem[0].endswith(f":{line}")]:
+        refuse_rows(bad)
+    if len(rows) != 1:
+        last = max((row.line for row in source.rows), default=0)
+        raise DataError(
+            f"--row {text}: no row there; the last is at line {last}"
+            if not rows
+            else f"--row {text}: {len(rows)} rows there; name a file in which each row has a line of its own"
+        )
+    return Rows(rows, [])
 
 
 def beside(columns: Sequence[str], system: str | None, tools: Path | None) -> Beside:
@@ -112,7 +165,8 @@ def _talk(speaker: Speaker, title: str, temperature: float, max_tokens: int) -> 
         messages.append({"role": "assistant", "content": answer})
         if not _keeps_turns(speaker.recipe):
             messages.clear()
-        console.print(Text(answer))  # all of it is the model's, so it may have lines
+        first = "  " if console.is_terminal else ""  # from a pipe, the answer follows the prompt on its line
+        console.print(Text(first + answer.replace("\n", "\n  ")))  # set in, as no line of ours is
 
 
 def _keeps_turns(recipe: Recipe) -> bool:

@@ -26,6 +26,7 @@ from finetune.export.record import Made, remember
 from finetune.export.verify import Check, checks_table, model_checks, probe_check, prompt_check, sentence, token_check
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
+from finetune.supervisor import announce_model
 from finetune.training.job import Job, making_ready
 
 
@@ -103,6 +104,7 @@ def verified(
     Raises EnvironmentProblem where it cannot be loaded again.
     """
     base, tuned = run
+    announce_model(path)
     try:
         export = target.open(path, job)
         checks = [token_check(export, job), prompt_check(export, job, always), probe_check(export, job)]
@@ -159,4 +161,4 @@ def _finish(
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"{path}: does what the run's model does. Serve it with", soft_wrap=True)
     for command in commands:
-        console.print(f"  {command}", soft_wrap=True)
+        console.print(f"  {command}", no_wrap=True, overflow="ignore", crop=False)  # to be pasted

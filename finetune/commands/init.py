@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.data.formats import REQUIRED, recognise
+from finetune.data.formats import REQUIRED, STANDARD, recognise
 from finetune.data.guess import by_content, headerless
 from finetune.data.label_names import Spellings, find_labels, labels_in, refuse_many, respelt
 from finetune.data.preferences import refuse_preferences
@@ -165,7 +165,10 @@ def _told(rows: Sequence[Row], look: Look, output: str) -> str:
             f"data.columns in it, then: finetune plan {output}"
         )
     took = " and ".join(f"{shorten(column, 40)} as {part}" for part, column in look.columns.items())
-    guess = f" (took {took}, by what they hold; data.columns changes that)" if look.guessed else ""
+    names = dict.fromkeys(column for row in rows for column in row.fields)
+    unused = ", ".join(shorten(name, 40) for name in names if name not in {*STANDARD, *look.columns.values()})
+    rest = f"; nothing of {shorten(unused, 200)} is used" if unused else ""
+    guess = f" (took {took}, by what they hold; data.columns changes that{rest})" if look.guessed else ""
     return f"{output}: a recipe for {len(rows)} rows of {look.format}{guess}; look at it, then: finetune plan {output}"
 
 

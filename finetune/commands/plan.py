@@ -33,6 +33,8 @@ from finetune.text import duration, from_here
 from finetune.training.budget import Forecast, forecast_here, forecast_on, workload
 from finetune.training.job import beyond_context, refuse_unfit, set_up
 
+_AGREE = 1e-3  # nats per token, in float32; models of mlx-lm and transformers differ by 3e-4 at most
+
 
 def run(recipe: Recipe, compare: bool) -> None:
     """Print the recipe, the prepared rows, the steps, the backends and the forecast."""
@@ -149,7 +151,7 @@ def backends_table(recipe: Recipe) -> Table:
 def compare_backends(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Table:
     """Log-probabilities of a few rows under every backend of `auto`, in float32: they should agree to about 1e-4."""
     table = Table("backend", "mean log-probability", "largest difference from the first", title="Same rows, same base")
-    batch, first = collate(examples), None
+    batch, first, worst = collate(examples), None, 0.0
     for name in registry.automatic():
         if registry.probe(name):
             continue
@@ -158,6 +160,18 @@ def compare_backends(recipe: Recipe, folder: ModelFolder, examples: Sequence[Exa
         found = session.score(batch).logprob
         del session  # two models at once may not fit
         first = found if first is None else first
-        mean = found.sum() / max(batch.weights.sum(), 1)
-        table.add_row(name, f"{mean:.5f}", f"{np.abs(found - first).max():.1e}")
+        mean, apart = found.sum() / max(batch.weights.sum(), 1), float(np.abs(found - first).max())
+        table.add_row(name, f"{mean:.5f}", f"{apart:.1e}")
+        worst = float(np.maximum(worst, apart))  # NaN stays
+    table.caption = _agreement(table.row_count, worst)
     return table
+
+
+def _agreement(backends: int, worst: float) -> str:
+    if backends < 2:
+        return "one backend works here, so there is nothing to compare"
+    if worst <= _AGREE:
+        return f"they compute the same model (differences up to {_AGREE:g} are rounding)"
+    return (
+        f"they compute different models (differences up to {_AGREE:g} are rounding); train on none before you know why"
+    )

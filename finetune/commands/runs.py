@@ -25,9 +25,7 @@ def run(folder: Path) -> None:
     if not lines:
         console.print(f"{folder}: no runs")
         return
-    table = Table(
-        "run", "state", "began", "model", "data", "base -> tuned", "verdict", box=box.SIMPLE_HEAD, pad_edge=False
-    )
+    table = Table("run", "state", "began", "model", "data", "base -> tuned", "verdict", box=box.SIMPLE_HEAD)
     for line in lines:
         state, style = shorten(line.state, 100), "red" if line.state.startswith("damaged") else ""
         cells = (line.path.name, line.model, line.data, line.figure, line.verdict)

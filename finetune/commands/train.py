@@ -18,7 +18,7 @@ from finetune.report.live_screen import open_screen, with_progress
 from finetune.report.report import Report
 from finetune.report.summary import print_account, print_report
 from finetune.run import Run
-from finetune.supervisor import announce_model, announce_run, listened_to, process_id
+from finetune.supervisor import announce_run, listened_to, process_id
 from finetune.text import command_line, one_line
 from finetune.training.job import making_ready, refuse_unused_accelerator
 
@@ -76,7 +76,6 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
                 folder = create(job.recipe, name)  # with the format and the task that were recognised
                 lock = held.enter_context(locked(folder.path, process_id()))
             announce_run(folder.path)
-            announce_model(job.folder.path)
             print_account(job, folder)
             report = show_run(Run(job, folder, lock), stop, resume=stopped is not None)
             print_report(report)

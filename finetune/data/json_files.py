@@ -119,7 +119,8 @@ def _value(text: str, at: int, file: str) -> tuple[Any, int]:
         reason = f"column {error.colno}: {error.msg}; fix the JSON here"
         raise BadSource(f"{file}:{error.lineno}", reason) from None
     except (ValueError, RecursionError) as error:
-        raise BadSource(f"{file}:{_line(text, at)}", f"{error}; fix the JSON here") from None
+        reason = "the values are nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise BadSource(f"{file}:{_line(text, at)}", f"{reason}; fix the JSON here") from None
     return value, end
 
 

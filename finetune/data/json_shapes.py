@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune.data.formats import REQUIRED, STANDARD
@@ -35,7 +35,7 @@ def _are_rows(value: Any) -> bool:
 def _columns(fields: Mapping[str, Any]) -> str | None:
     """How data frames are written by default, in words; None for anything else."""
     values = list(fields.values())
-    if {"columns", "data"} <= set(fields) <= {"columns", "data", "index"} and isinstance(fields["columns"], list):
+    if _is_table(values) and not any(set(parts) <= set(fields) for parts in REQUIRED.values()):
         return "names of columns and lists of cells"
     if values and all(isinstance(value, Mapping) and value for value in values):
         inner = set(values[0])
@@ -47,6 +47,14 @@ def _columns(fields: Mapping[str, Any]) -> str | None:
         if same and not any(isinstance(cell, (list, Mapping)) for value in values for cell in value):
             return "one list a column"
     return None
+
+
+def _is_table(values: Sequence[Any]) -> bool:
+    """Whether one value is lists of cells, and another the names of as many columns."""
+    lists = [value for value in values if isinstance(value, list) and value]
+    widths = {len(value) for value in lists if all(isinstance(cell, str) for cell in value)}
+    rows = [value for value in lists if all(isinstance(row, list) for row in value)]
+    return any({len(row) for row in value} <= widths for value in rows)
 
 
 def _are_numbers(keys: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from finetune.data.tokenizer_trial import try_tokenizer
 from finetune.errors import EnvironmentProblem
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase, which is not imported here
+_TRIAL = "The quick brown fox abcabc: 12,345 jumps! \u00dcber den faulen Hund; \u72d7\u3002 " * 8
 TOGETHER = 2000  # texts in one call of the tokenizer
 
 
@@ -35,6 +36,7 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
         with _native(path):
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=code)
             tokenizer.decode(tokenizer("a trial", verbose=False)["input_ids"])
+            made = tokenizer([_TRIAL] * 8, verbose=False)["input_ids"]
     except EnvironmentProblem:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError and bare Exception here
@@ -47,6 +49,11 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
     if not tokenizer.is_fast:
         raise EnvironmentProblem(
             f"{folder.path}: the tokenizer has no tokenizer.json; convert it with transformers first"
+        )
+    if any(tokens != made[0] for tokens in made):  # rows, prefixes and prompts must meet the same tokens again
+        raise EnvironmentProblem(
+            f"{folder.path}: the tokenizer gives one text other tokens each time; switch its sampling off, or use "
+            "another model"
         )
     if not tokenizer.chat_template:
         tokenizer.chat_template = _template_beside(folder.path)

@@ -125,6 +125,10 @@ def _check_vocabulary(whole: Mapping[str, Any]) -> None:
     longest = max((len(text) for text in (*texts, *fixed) if isinstance(text, str)), default=0)
     if longest > LONGEST:
         raise _Beyond(f"a token of it has {longest:,} characters, and {LONGEST:,} are the most")
+    if settings.get("dropout"):
+        raise _Beyond(
+            f'"dropout": {settings["dropout"]!s:.20} gives a text other tokens each time; set it to null there'
+        )
     word = settings.get("max_input_chars_per_word", 0)
     if isinstance(word, int) and word > WORD:
         raise _Beyond(f"max_input_chars_per_word: {_number(word)}, and {WORD:,} are the most")

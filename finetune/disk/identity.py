@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from hashlib import blake2b, sha256
 from pathlib import Path
@@ -15,6 +16,7 @@ from finetune.data.rows import Example, Prepared, Split
 from finetune.data.sides import WORDS
 from finetune.disk.adapter import adapter_digest
 from finetune.disk.base_model import base_differences, base_model, listed
+from finetune.disk.manifest import newest_first
 from finetune.disk.run_files import read_json
 from finetune.errors import Incompatible
 from finetune.events import Progress, result_of
@@ -92,12 +94,23 @@ def read_identity(run: Path) -> dict[str, Any] | None:
     return read_json(run / "identity.json", dict[str, Any], "start a new run")
 
 
+def known_identity(run: Path) -> dict[str, Any] | None:
+    """As `read_identity`; where the run's own is lost, that of its newest checkpoint that has one."""
+    identity, folder = read_identity(run), run / "checkpoints"
+    if identity is None and folder.is_dir():
+        for _, path in newest_first(folder):
+            with suppress(Incompatible):  # `load_newest` sets a broken one aside
+                if (identity := read_identity(path)) is not None:
+                    break
+    return identity
+
+
 def clock_of(run: Path) -> datetime | None:
     """The time that the run's chat template writes: its own, or now where the run has not begun.
 
     None for runs that have recorded none. Raises Incompatible.
     """
-    identity = read_identity(run)
+    identity = known_identity(run)
     if identity is None:
         return now()
     try:
@@ -108,10 +121,7 @@ def clock_of(run: Path) -> datetime | None:
 
 def parting_of(run: Path) -> str | None:
     """How the run's validation rows are set apart; None for runs that do not say. Raises Incompatible."""
-    identity = read_identity(run)
-    checkpoints = sorted((run / "checkpoints").glob("*/identity.json"))
-    if identity is None and checkpoints:  # they have it too, where the run's own is lost
-        identity = read_identity(checkpoints[-1].parent)
+    identity = known_identity(run)
     return WORDS if identity is None or identity.get(PARTING) == WORDS else None
 
 
@@ -147,7 +157,7 @@ def row_differences(saved: Mapping[str, Any], now: Mapping[str, Any], only: str 
 
 def check_model(run: Path, folder: ModelFolder) -> None:
     """Raises Incompatible where a run's identity names another base than the folder's; one of 0.1.0 names none."""
-    saved = read_identity(run)
+    saved = known_identity(run)
     if saved is None or "base_model" not in saved:
         return
     now = result_of(base_model(folder))
@@ -162,7 +172,7 @@ def check_model(run: Path, folder: ModelFolder) -> None:
 
 def check_held_out(run: Path, prepared: Prepared, remedy: str) -> None:
     """Raises Incompatible where the rows that a run held out are others now; an identity of 0.1.0 does not say."""
-    saved = read_identity(run)
+    saved = known_identity(run)
     if saved is not None and "rows" in saved:
         lines = row_differences(saved, {"rows": rows_of(prepared)}, only=prepared.held_out.name)
         if lines:

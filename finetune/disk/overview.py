@@ -19,6 +19,7 @@ from finetune.disk.run_files import read_json, read_regular
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import FinetuneError, Incompatible
 from finetune.recipe.load import MAX_BYTES
+from finetune.recipe.schema import MEASURES, AnswerPart
 
 _STAMP = re.compile(r"-(\d{8}-\d{6})(?:-\d+)?$")  # of a run's name, as `create` writes it
 _SECTION = re.compile(r"^(?:model|data):.*\n?(?:^(?:[ \t#].*)?\n?)*", re.MULTILINE)  # a whole recipe takes long to read
@@ -31,6 +32,7 @@ class _Figures:
     loss: float
     accuracy: float | None
     labels: list[str]
+    compared: AnswerPart = "all"  # of open answers; runs of 0.1.0 do not say
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,11 @@ def _state(run: RunFolder) -> str:
 
 
 def _figure(report: _Report) -> str:
-    """Base -> tuned: of accuracy or exact match where there is one that is not 0, else of the loss."""
+    """Base -> tuned: of accuracy or of right answers where there is one that is not 0, else of the loss."""
     base, tuned = report.base, report.tuned
     if tuned.accuracy is None or (not tuned.labels and not tuned.accuracy and not (base and base.accuracy)):
         before = "" if base is None else f"{base.loss:.4f} -> "
         return f"loss {before}{tuned.loss:.4f}"
-    measure = "accuracy" if tuned.labels else "exact match"
+    measure = "accuracy" if tuned.labels else MEASURES[tuned.compared]
     before = "" if base is None or base.accuracy is None else f"{base.accuracy:.1%} -> "
     return f"{measure} {before}{tuned.accuracy:.1%}"

@@ -10,12 +10,6 @@ from typing import Any
 
 from finetune.recipe.schema import AnswerPart
 
-MEASURES: dict[AnswerPart, str] = {  # names of the share that is right
-    "all": "exact match",
-    "first_line": "same first line",
-    "last_number": "same last number",
-    "json": "same JSON",
-}
 # A sign after a word or a figure is a dash; commas part groups of three figures.
 _NUMBER = re.compile(r"(?:(?<![\w.])[-+\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3}(?!\w))?")
 _FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from finetune.evaluation.answers import MEASURES
 from finetune.evaluation.intervals import macro_f1_change, weighted_mean_interval
 from finetune.evaluation.yardstick import Words, shortcomings, too_weak
 from finetune.events import Event, StepDone, Validated
+from finetune.recipe.schema import MEASURES
 
 if TYPE_CHECKING:
     from finetune.evaluation.evaluate import Evaluation

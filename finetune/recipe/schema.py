@@ -9,6 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Positive = Annotated[int, Field(gt=0, le=10**9)]  # far beyond any use, and near enough to be computed with
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 AnswerPart = Literal["all", "first_line", "last_number", "json"]
+MEASURES: dict[AnswerPart, str] = {  # names of the share that is right
+    "all": "exact match",
+    "first_line": "same first line",
+    "last_number": "same last number",
+    "json": "same JSON",
+}
 Groups = str | dict[str, list[str]]
 MICRO_TOKENS = 4096  # more make a step hardly any faster
 

@@ -25,6 +25,7 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_LABELS = 20  # in a matrix with its numbers; with more labels only the most frequent confusions are shown
 LONGEST_LABEL = 31  # characters
+LONGEST_TITLE = 90
 SMOOTHING = 0.1  # the running mean's window, as a share of all steps
 WIDE = 20  # times; losses further apart are drawn on a logarithmic scale, where the end is not a flat line
 
@@ -57,22 +58,35 @@ def smooth(losses: ArrayLike, tokens: ArrayLike) -> NDArray[np.float64]:
     return mean
 
 
-def loss_plot(steps: Sequence[StepDone], validations: Sequence[Validated], path: Path) -> None:
-    """Training and validation loss against steps, epochs on top, the best validation marked. Writes a PNG."""
+def loss_plot(
+    steps: Sequence[StepDone],
+    validations: Sequence[Validated],
+    path: Path,
+    title: str = "",
+    chance: float | None = None,
+) -> None:
+    """Training and validation loss against steps, epochs on top, the best validation marked. Writes a PNG.
+
+    chance: the loss of one who knows the labels alone and takes each for as likely as the others.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     _training_curve(axes, steps)
     _validation_curve(axes, validations)
+    if chance is not None:
+        axes.axhline(chance, color=GREY, linewidth=1.2, linestyle="--", label=f"chance: {chance:.4g}")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per token)")
-    losses = [loss for loss in (*(s.loss for s in steps), *(v.loss for v in validations)) if loss > 0]
+    losses = [loss for loss in (*(s.loss for s in steps), *(v.loss for v in validations), chance or 0) if loss > 0]
     if losses and max(losses) > WIDE * min(losses):
         axes.set_yscale("log")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines["right"].set_visible(False)
     _epochs_on_top(axes, [*steps, *validations])
+    if title:
+        figure.suptitle(shorten(title, LONGEST_TITLE), parse_math=False)
     if steps or validations:
         figure.legend(frameon=False, loc="outside right upper")
     _save(figure, path)

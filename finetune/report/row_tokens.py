@@ -15,9 +15,9 @@ _LONGEST = 8  # tokens that make up a single character
 
 
 def highlighted(example: Example, tokenizer: Any) -> Text:
-    """The row's tokens, the supervised ones marked and in brackets."""
+    """The row's tokens, the supervised ones marked and in brackets; set in, as no line of ours is."""
     half = SHOWN_TOKENS // 2
-    text = Text()
+    text = Text("  ")
     pieces = list(_pieces(example, tokenizer))
     long = len(pieces) > SHOWN_TOKENS
     for number, (piece, supervised) in enumerate(pieces):

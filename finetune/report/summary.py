@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from finetune.console import Console, Sentence, plain_page
+from finetune.console import Console, lines, plain_page
 from finetune.data.beside import always_filled
 from finetune.data.rows import Prepared
 from finetune.disk.adapter_check import in_words
@@ -55,9 +57,9 @@ def _render(console: Console, report: Report) -> None:
     for line in report.facts.lines():
         console.print(line, soft_wrap=True)
     console.print(epoch_table(report.validations))
-    console.print(Sentence(report.overfitting.message))
+    console.print(report.overfitting.message)
     if report.divergence:
-        console.print(Sentence(report.divergence, "bold red"))
+        console.print(lines(report.divergence, style="bold red"))
     if report.base and report.comparison:
         print_comparison(console, report.base, report.tuned, report.comparison, report.held_out)
     else:
@@ -65,10 +67,10 @@ def _render(console: Console, report: Report) -> None:
     if report.comparison and report.comparison.words:
         console.print(report.comparison.words.cost)
     if report.leaked:
-        console.print(Sentence(report.leaked.message, "bold red"))
-    console.print(Sentence(f"data: {report.check} (check.txt)"))
+        console.print(lines(report.leaked.message, style="bold red"))
+    console.print(f"data: {report.check} (check.txt)")
     for note in report.limited:
-        console.print(Sentence(note))
+        console.print(note)
     facts = (
         f"base weights: {report.scheme}; {report.backend} on {report.device}",
         f"adapter: {report.adapter} ({'; '.join([_adapter_step(report.best_step), *in_words(report.loads)])})",
@@ -91,7 +93,7 @@ def print_comparison(console: Console, base: Evaluation, tuned: Evaluation, comp
         console.print(confusion_table(tuned.confusion, tuned.labels))
     if comparison.fixed or comparison.broken:
         console.print(changed_rows_table(comparison.fixed, comparison.broken))
-    console.print(Sentence(comparison.verdict, "bold"))
+    console.print(lines(comparison.verdict, style="bold"))
 
 
 def account_of(prepared: Prepared) -> dict[str, Any]:
@@ -113,16 +115,22 @@ def write_report(run: RunFolder, report: Report) -> None:
     write_file(run.path / "report.txt", as_text(report))
     write_file(run.path / "rows.jsonl", _rows(report))
     steps = [event for event in read(run.metrics) if isinstance(event, StepDone)]
-    loss_plot(steps, list(report.validations), run.path / "loss.png")
+    title = f"{run.path.name}: loss of {Path(report.facts.model).name}"
+    loss_plot(steps, list(report.validations), run.path / "loss.png", title, _chance(report.tuned))
     if report.tuned.confusion:
         confusion_plot(report.tuned.confusion, report.tuned.labels, run.path / "confusion.png")
     run.write_json("report.json", report.to_json())
 
 
+def _chance(tuned: Evaluation) -> float | None:
+    """The loss, in nats per supervised token, of a choice among the labels at random; None where there are none."""
+    return math.log(len(tuned.labels)) * tuned.rows / tuned.tokens if tuned.labels and tuned.tokens else None
+
+
 def _rows(report: Report) -> str:
     """One JSON line per held-out row, base and tuned side by side. A row's location has the key `place`."""
     before: Sequence[RowResult | None] = report.base.results if report.base else [None] * report.tuned.rows
-    lines = []
+    written = []
     for base, tuned in zip(before, report.tuned.results, strict=True):
         line: dict[str, Any] = {"place": tuned.location, "prompt": tuned.prompt, "expected": tuned.expected}
         for name, row in (("base", base), ("tuned", tuned)):
@@ -131,5 +139,5 @@ def _rows(report: Report) -> str:
                 if row.compared is not None:  # the parts of both answers
                     line |= {"compared": row.compared[0]}
                     line[name] |= {"compared": row.compared[1]}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return "".join(lines)
+        written.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(written)

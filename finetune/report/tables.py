@@ -13,9 +13,9 @@ from rich.text import Text
 
 from finetune.console import lines
 from finetune.data.rows import Prepared
-from finetune.evaluation.answers import MEASURES
 from finetune.evaluation.intervals import worst_confusions
 from finetune.events import Validated
+from finetune.recipe.schema import MEASURES
 from finetune.text import from_here, one_line, shorten
 
 MOST_LABELS = 12  # in a whole confusion matrix; of a larger one only the most frequent confusions are shown

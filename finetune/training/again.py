@@ -26,6 +26,7 @@ def ready_to_answer(
     """
     chosen = registry.choose(backend or recipe.backend)
     setup = set_up(recipe, run.path)
+    setup.check_backend(chosen)
     account = run.account()
     labels, always = (tuple(account.labels), account.always) if account else ((), None)
     clock = clock_of(run.path)
@@ -47,6 +48,7 @@ def measured_again(recipe: Recipe, backend: str | None, run: RunFolder) -> Job |
         return None
     chosen = registry.choose(backend or recipe.backend)
     setup = set_up(recipe, run.path)
+    setup.check_backend(chosen)
     split = recorded.split
     if recipe.task == "auto" or recipe.data.format == "auto":
         raise ValueError("the recipe of a run names its task and its format")

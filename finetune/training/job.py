@@ -26,7 +26,7 @@ from finetune.events import Progress
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec
-from finetune.supervisor import reading
+from finetune.supervisor import announce_model, reading
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Setup:
         Raises Incompatible where the model's files changed meanwhile.
         """
         model, lora, optim = model_spec(self.recipe, self.folder), lora_spec(self.recipe), optim_spec(self.recipe)
+        announce_model(self.folder.path)
         try:
             with reading(str(self.folder.path)):
                 session = registry.open_session(backend, model, lora, optim, self.recipe.seed)

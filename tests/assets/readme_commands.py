@@ -20,7 +20,8 @@ def usage(command: Any) -> str:
     """The command with its arguments; options are in its --help."""
     words = [command.name]
     for argument in (parameter for parameter in command.params if parameter.param_type_name == "argument"):
-        words.append(argument.metavar if argument.required else f"[{argument.metavar}]...")
+        several = "..." if argument.nargs == -1 else ""
+        words.append(argument.metavar if argument.required else f"[{argument.metavar}]{several}")
     return " ".join(words).replace("|", "\\|")
 
 

@@ -158,6 +158,7 @@ def test_doctor_and_plan_tell_of_every_backend(work: Work) -> None:
     for name in ("mlx", "torch", "reference"):
         assert name in doctor.good().out
         assert name in plan.good().out
+    assert "they compute the same model" in " ".join(plan.out.split())
     assert re.search(r"optimiser steps\W+2 \(6 an epoch of 2[34] examples\)", plan.out)
 
 

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +171,52 @@ with open({str(model / "model.safetensors")!r}, "r+b") as file:
     assert supervisor.run(child(announced + read)) == 8
     said = capfd.readouterr().err
     assert f"a mapped file was cut short while in use: {model / 'model.safetensors'}" in said
+
+
+# How a page that is gone may be read: by Python, with numpy, without Python's lock, and in another thread.
+FAULTS = {
+    "python": "mapped[9 * mmap.PAGESIZE]",
+    "numpy": "import numpy; numpy.frombuffer(mapped, numpy.uint8).sum()",
+    "native": "ctypes.memmove(room, start, 10 * mmap.PAGESIZE)",
+    "thread": "one = threading.Thread(target=ctypes.memmove, args=(room, start, 10 * mmap.PAGESIZE)); "
+    "one.start(); one.join()",
+}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="signals as POSIX has them")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_command_without_a_supervisor_says_it_too(tmp_path: Path, tiny_model: Path, fault: str) -> None:
+    file = shutil.copytree(tiny_model, tmp_path / "model") / "model.safetensors"
+    code = f"""
+import ctypes, mmap, os, pathlib, threading
+from finetune.crashes import explain_cut_files
+from finetune.supervisor import announce_model
+file = pathlib.Path({str(file)!r})
+explain_cut_files()
+announce_model(file.parent)
+with file.open("r+b") as opened:
+    os.truncate(file, 10 * mmap.PAGESIZE); mapped = mmap.mmap(opened.fileno(), 0)
+    room, start = ctypes.create_string_buffer(len(mapped)), (ctypes.c_char * len(mapped)).from_buffer(mapped)
+    os.truncate(file, 5000)
+    {FAULTS[fault]}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 8
+    assert done.stderr.startswith(f"\nfinetune: a mapped file was cut short while in use: {file} (SIGBUS)")
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="signals as POSIX has them")
+def test_another_bus_error_ends_a_command_as_it_always_did(tmp_path: Path, tiny_model: Path) -> None:
+    code = f"""
+import os, pathlib
+from finetune.crashes import explain_cut_files
+from finetune.supervisor import announce_model
+explain_cut_files(); announce_model(pathlib.Path({str(tiny_model)!r}))
+for _ in range(2): os.kill(os.getpid(), {int(getattr(signal, "SIGBUS", 0))})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGBUS
 
 
 @pytest.mark.parametrize("left", [0, 7, 8, 100])

@@ -74,6 +74,21 @@ def test_a_run_keeps_its_time_and_a_new_one_has_its_own(tmp_path: Path) -> None:
         check_identity(first, identity(tmp_path, told(tmp_path, SECONDS, TUESDAY)))
 
 
+@pytest.mark.parametrize("steps", [(3,), (3, 6), (99999999, 100000000)])
+def test_a_run_whose_identity_is_lost_takes_its_time_from_its_newest_checkpoint(tmp_path: Path, steps: Any) -> None:
+    written = begun(tmp_path, told(tmp_path, SECONDS, MONDAY))
+    (tmp_path / "identity.json").unlink()
+    for step in steps:
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        clock = MONDAY if step == steps[-1] else TUESDAY
+        (folder / "identity.json").write_text(json.dumps(written | {"clock": clock.isoformat()}))
+    broken = tmp_path / "checkpoints" / "step-00000009.broken"
+    broken.mkdir()
+    (broken / "identity.json").write_text("{}")
+    assert clock_of(tmp_path) == MONDAY
+
+
 def test_runs_without_a_time_keep_their_behaviour(tmp_path: Path) -> None:
     written = begun(tmp_path, told(tmp_path, "On {{ date_string }}. " + CHATML, None))
     assert "clock" not in written and clock_of(tmp_path) is None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console as RichConsole
 from rich.live import Live
@@ -20,8 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from backends.interface import BackendError, IncompatibleState
-from finetune.console import Console, Sentence, lines, plain_page
+from finetune.console import Console, lines, plain_page
+from finetune.data.rows import Example
 from finetune.errors import DataError, explain
+from finetune.report.row_tokens import highlighted
 from finetune.streams import Guarded, guard, showing_bars
 from finetune.text import harmless
 
@@ -103,9 +106,13 @@ VALUES: dict[str, Callable[[Console], object]] = {
     "a title": lambda console: console.rule(FORGED),
     "several": lambda console: console.print("a", FORGED, 3),
     **{f"a sentence after {n} words": (lambda console, n=n: console.print(
-        Sentence(f"{'word ' * n}{FORGED}", "bold"))) for n in range(15, 21)},
+        lines(f"{'word ' * n}{FORGED}", style="bold"))) for n in range(15, 21)},
+    **{f"a cell after {n} words": (lambda console, n=n: console.print(
+        _cells(f"{'word ' * n}{FORGED}"))) for n in range(15, 21)},
+    **{f"a grid's cell after {n} words": (lambda console, n=n: console.print(
+        _grid(f"{'word ' * n}{FORGED}"))) for n in range(15, 21)},
     **{f"a long value after {n}": (lambda console, n=n: console.print(
-        Sentence("w" * n + f" verdict: better{FORGED}"))) for n in (85, 92, 97, 100, 195)},
+        "w" * n + f" verdict: better{FORGED}")) for n in (85, 92, 97, 100, 195)},
 }  # fmt: skip
 
 
@@ -113,6 +120,38 @@ def _cells(text: str) -> Table:
     table = Table(text, title=text, caption=text)
     table.add_row(text)
     return table
+
+
+def _grid(text: str) -> Table:
+    table = Table.grid()
+    table.add_row(text)
+    return table
+
+
+@pytest.mark.parametrize("length", range(70, 82))
+def test_a_terminal_does_not_fold_a_line_where_a_value_could_begin_one(length: int) -> None:
+    file = Terminal()
+    console = Console(file=file, width=80, color_system=None, force_terminal=True)
+    console.print("w" * length + f" {FORGED}", soft_wrap=True)
+    shown = file.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    assert not any(line.startswith("verdict") for line in shown.splitlines())
+    assert plain_page(lambda page: page.print("w" * length + " x" * 40, soft_wrap=True)).count("\n") == 1, "whole"
+
+
+@pytest.mark.parametrize("text", [
+    "verdict: better", "verdict: better " * 30, "w" * 78 + " verdict: better", "word " * 16 + "verdict: better",
+])  # fmt: skip
+def test_the_text_of_a_row_is_set_in(text: str) -> None:
+    class Words:
+        decode = staticmethod(lambda tokens: "".join(f"{words[token]} " for token in tokens))
+
+    words = text.split(" ")
+    tokens = np.arange(len(words), dtype=np.int32)
+    row = Example(tokens, np.zeros(len(words), np.float32), "a:1", "", text, len(words), len(words))
+    page = plain_page(lambda console: console.print(highlighted(row, Words())))
+    assert "verdict" in page
+    assert all(line.startswith("  ") for line in page.splitlines())
 
 
 @pytest.mark.parametrize("kind", VALUES)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from backends import rate, registry
 from backends.interface import LoraSpec
 from backends.model_folder import ModelFolder
+from finetune.commands.plan import compare_backends
 from finetune.commands.plan import forecast as table
 from finetune.console import Console
 from finetune.data.collate import micro_batches, step_indices
@@ -213,3 +214,26 @@ def test_every_backend_measures_its_rate(name: str) -> None:
     if reason := registry.probe(name):
         pytest.skip(reason)
     assert 1e9 < registry.measured_rate(name, "float32") < 1e15
+
+
+@pytest.mark.parametrize(("apart", "verdict"), [
+    ((0.0,), "nothing to compare"), ((0.0, 3e-4), "the same model"), ((0.0, 31.0), "different models"),
+    ((0.0, -2.0, 1e-6), "different models"), ((0.0, float("nan"), 1e-6), "different models"),
+])  # fmt: skip
+def test_a_comparison_of_backends_ends_with_what_it_means(
+    monkeypatch: pytest.MonkeyPatch, apart: tuple[float, ...], verdict: str
+) -> None:
+    """apart: from the first backend, of one log-probability, for each that works."""
+    names = [f"backend {n}" for n in range(len(apart))]
+
+    def opened(name: str, *arguments: Any) -> Any:
+        return SimpleNamespace(score=lambda batch: SimpleNamespace(logprob=np.array([[apart[names.index(name)], 1.0]])))
+
+    monkeypatch.setattr(registry, "automatic", lambda: names)
+    monkeypatch.setattr(registry, "probe", lambda name: None)
+    monkeypatch.setattr(registry, "open_session", opened)
+    tokens = np.arange(4, dtype=np.int32)
+    example = Example(tokens, np.ones(4, np.float32), "a:1", "b", "c", 2, 4)
+    folder: Any = SimpleNamespace(path=Path("m"), remote_code=False)
+    settings = check_recipe({"model": {"path": "m"}, "data": {"train": "a.jsonl"}})
+    assert verdict in str(compare_backends(settings, folder, [example]).caption)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from backends.model_folder import ModelFolder
-from finetune.data import tokenizer_trial
+from finetune.data import tokenizer_bounds, tokenizer_trial
 from finetune.data.tokenizer import answer_text, begin_tokens, encode_prompt, load_tokenizer, stop_tokens
 from finetune.data.tokenizer_bounds import GROWTH, check_tokenizer
 from finetune.errors import EnvironmentProblem, ExitCode, explain
@@ -238,3 +238,23 @@ def test_every_command_refuses_it(tmp_path: Path) -> None:
     for command in ("check", "plan", "train"):
         message = finetune(work, command, "recipe.yaml").failed(7)
         assert "tokenizer.json: its highest token has the number 1,000,000,000" in message
+
+
+@pytest.mark.parametrize("dropout", [0.001, 0.1, 1, True, "0.5"])
+def test_tokens_by_chance_are_refused(tmp_path: Path, dropout: Any) -> None:
+    folder = tokenizer_folder(tmp_path / "t", json.dumps(TOKENIZER | model(dropout=dropout)))
+    with pytest.raises(EnvironmentProblem, match=r"tokenizer\.json: .dropout.: .* set it to null"):
+        load_tokenizer(ModelFolder.open(folder))
+
+
+@pytest.mark.parametrize("dropout", [None, 0, 0.0])
+def test_no_dropout_is_none(tmp_path: Path, dropout: Any) -> None:
+    folder = tokenizer_folder(tmp_path / "t", json.dumps(TOKENIZER | model(dropout=dropout)))
+    assert encode_prompt(load_tokenizer(ModelFolder.open(folder)), "abab") == [3, 3]
+
+
+def test_sampling_of_another_name_is_seen_in_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tokenizer_folder(tmp_path / "t", json.dumps(TOKENIZER | model(dropout=0.1)))
+    monkeypatch.setattr(tokenizer_bounds, "_check_vocabulary", lambda whole: None)
+    with pytest.raises(EnvironmentProblem, match="other tokens each time"):
+        load_tokenizer(ModelFolder.open(folder))

@@ -50,6 +50,18 @@ def test_a_file_of_any_name_is_read_back(here: Path, name: str) -> None:
     assert init(name, "recipes/my recipe #1\n.yaml").data.train == str(here / name)
 
 
+@pytest.mark.parametrize(("first", "unused"), [
+    ("title,body,kind", "title"), ("no,body,kind", "no"), ("id,text,kind", "id"),
+])  # fmt: skip
+def test_what_a_guess_leaves_out_is_said(capsys: pytest.CaptureFixture[str], first: str, unused: str) -> None:
+    rows = "".join(f"t{n},the tea of day {n} was fine,{'ab'[n % 2]}\n" for n in range(12))
+    Path("rows.csv").write_text(f"{first}\n{rows}")
+    init("rows.csv")
+    said = capsys.readouterr().out
+    assert "by what they hold" in said
+    assert f"; nothing of {unused} is used" in said
+
+
 @pytest.mark.parametrize("column", ["Größe #1", "a: b", "'q'", "x\ny", "no", "", "1.5", "🍵", "\x85"])
 def test_a_column_of_any_name_is_read_back(here: Path, column: str) -> None:
     rows = [{column or "c": f"the tea of day {n} was fine", "k": "ab"[n % 2]} for n in range(12)]

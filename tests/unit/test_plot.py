@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,17 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from finetune.events import StepDone, Validated
-from finetune.report.plot import BLOCKS, LONGEST_LABEL, MOST_LABELS, confusion_plot, loss_plot, smooth, sparkline
+from finetune.report.plot import (
+    BLOCKS,
+    LONGEST_LABEL,
+    LONGEST_TITLE,
+    MOST_LABELS,
+    confusion_plot,
+    loss_plot,
+    smooth,
+    sparkline,
+)
+from finetune.report.summary import _chance
 
 
 def steps(n: int) -> list[StepDone]:
@@ -67,6 +78,24 @@ def test_loss_plot_shows_every_curve_and_the_best(tmp_path, drawn):
     assert legend(drawn[0])[-2:] == ["best: 0.8 at step 40", "overfitting"]
     (region,) = axes.patches
     assert (region.get_x(), region.get_x() + region.get_width()) == (40, 80)
+
+
+@pytest.mark.parametrize("title", ["run-1: loss of smollm2", "a $_{bad$ name", "x" * 500])
+def test_the_loss_plot_has_a_title_and_the_line_of_chance(tmp_path, drawn, title):
+    loss_plot(steps(80), validations(2.0, 0.9), tmp_path / "loss.png", title, 0.6931)
+    shown = drawn[0].get_suptitle()
+    assert shown == title if len(title) <= LONGEST_TITLE else len(shown) <= LONGEST_TITLE
+    (line,) = [line for line in drawn[0].axes[0].lines if line.get_label().startswith("chance")]
+    assert set(line.get_ydata()) == {0.6931}
+    assert "chance: 0.6931" in legend(drawn[0])
+
+
+@pytest.mark.parametrize(("labels", "rows", "tokens", "expected"), [
+    (2, 10, 10, np.log(2)), (2, 10, 20, np.log(2) / 2), (77, 4, 12, np.log(77) / 3), (0, 10, 10, None),
+])  # fmt: skip
+def test_chance_is_of_the_labels(labels, rows, tokens, expected):
+    tuned = SimpleNamespace(labels=("x",) * labels, rows=rows, tokens=tokens)
+    assert _chance(tuned) == (None if expected is None else pytest.approx(expected))
 
 
 def test_epochs_stand_above_their_steps(tmp_path, drawn):

@@ -11,6 +11,7 @@ import pytest
 
 from finetune.commands import predict as command
 from finetune.errors import DiskError
+from finetune.text import harmless
 from tests.end_to_end.command import Work
 from tests.unit.test_wrong_resume import RECIPE, finetune
 
@@ -141,3 +142,30 @@ def test_a_disk_that_fails_leaves_what_was_there(work: Work, monkeypatch: pytest
     monkeypatch.setattr(command, "write_file", full)
     assert "full" in finetune(work, "predict", "labelled", "fine.jsonl", "-o", "kept.csv", "--force").failed(6)
     assert (work.folder / "kept.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize("line", [1, 4, 8])
+def test_generate_answers_a_row_as_evaluation_does(work: Work, line: int) -> None:
+    work.lines("asked.jsonl", [row | {"completion": "another"} for row in ANSWERED])
+    made = finetune(work, "generate", "answered", "--row", f"asked.jsonl:{line}", "--max-tokens", "4").good()
+    assert made.out == f"{harmless(measured(work, 'answered')[line - 1])}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--row", "asked.jsonl:99"], 3, "no row there; the last is at line 8"),
+        (["--row", "asked.jsonl"], 2, "write FILE:LINE"),
+        (["--row", "absent.jsonl:1"], 3, "no such file"),
+        (["--row", "broken.jsonl:2"], 3, "broken.jsonl:2: "),
+        (["--row", "one-line.json:1"], 3, "2 rows there"),
+        (["--row", "asked.jsonl:1", "a prompt"], 2, "give a PROMPT, or --row"),
+        (["--row", "asked.jsonl:1", "--system", "x"], 2, "give a PROMPT, or --row"),
+        ([], 2, "give a PROMPT, or --row"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_one_sentence(work: Work, arguments: list[str], code: int, said: str) -> None:
+    work.lines("asked.jsonl", ANSWERED)
+    (work.folder / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    (work.folder / "one-line.json").write_text(json.dumps(ANSWERED[:2]))
+    assert said in finetune(work, "generate", "answered", *arguments).failed(code)

@@ -64,6 +64,9 @@ OPEN = {"loss": 1.5, "accuracy": 0.0, "labels": []}
     [
         (other(base=None, comparison=None), "accuracy 84.5%"),
         (other(base=OPEN, tuned={**OPEN, "accuracy": 0.25}), "exact match 0.0% -> 25.0%"),
+        (other(base=OPEN, tuned={**OPEN, "accuracy": 0.25, "compared": "json"}), "same JSON 0.0% -> 25.0%"),
+        (other(base=None, tuned={**OPEN, "accuracy": 1, "compared": "last_number"}), "same last number 100.0%"),
+        (other(base=None, tuned={**OPEN, "accuracy": 1, "compared": "first_line"}), "same first line 100.0%"),
         (other(base=OPEN, tuned={**OPEN, "loss": 0.5}), "loss 1.5000 -> 0.5000"),
         (other(base=None, tuned={**OPEN, "accuracy": None}), "loss 1.5000"),
     ],

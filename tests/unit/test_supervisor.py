@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune import supervisor
+from finetune import crashes, supervisor
 from finetune.errors import ExitCode
 from tests.unit.test_checkpoint import checkpoint, save
 
@@ -102,11 +102,11 @@ def test_a_run_without_a_checkpoint_is_named_too(tmp_path: Path, capfd: pytest.C
 
 def test_killed_for_memory(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     counts = iter([7, 8])
-    monkeypatch.setattr(supervisor, "_oom_kills", lambda: next(counts))
+    monkeypatch.setattr(crashes, "oom_kills", lambda: next(counts))
     assert supervisor.run(child(kill(signal.SIGKILL))) == 5
     assert "killed because memory ran out (by the system's out-of-memory killer" in capfd.readouterr().err
-    monkeypatch.setattr(supervisor, "_oom_kills", lambda: 0)
-    monkeypatch.setattr(supervisor, "_SHORT", 0.0)
+    monkeypatch.setattr(crashes, "oom_kills", lambda: 0)
+    monkeypatch.setattr(crashes, "_SHORT", 0.0)
     assert supervisor.run(child(kill(signal.SIGKILL))) == 5
     assert "killed because memory ran out (it held" in capfd.readouterr().err
 
@@ -182,7 +182,7 @@ def test_a_mac_stays_awake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(supervisor, "_memory_short", lambda: None)
+    monkeypatch.setattr(crashes, "_memory_short", lambda: None)
     seen = tmp_path / "pid"
     wait = f"Path({str(seen)!r}).write_text(str(os.getpid()))\nwhile not Path({str(log)!r}).exists(): time.sleep(0.01)"
     assert supervisor.run(child(wait)) == 0

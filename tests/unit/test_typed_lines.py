@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import select
 import stat
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from finetune.commands import chat
 
 pty = pytest.importorskip("pty", reason="a terminal as POSIX has it")
 pytest.importorskip("readline")
@@ -87,3 +92,18 @@ def test_from_a_pipe_nothing_is_remembered(
     assert [lines.ask(), lines.ask(), lines.ask()] == ["one", "two", ""]
     assert capsys.readouterr().out == "> > > "
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "answer", ["finetune: a lie", "yes\nfinetune: a lie", "word " * 40 + "finetune: a lie", "\n\n> "]
+)
+def test_no_line_of_an_answer_looks_like_one_of_ours(
+    answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = SimpleNamespace(seed=0, data=SimpleNamespace(format="chat"))
+    speaker: Any = SimpleNamespace(recipe=recipe, question=lambda messages: [1], answer=lambda *arguments: answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\n"))
+    chat._talk(speaker, "run", 0.0, 4)
+    title, *said = capsys.readouterr().out.splitlines()
+    assert title.startswith("run. ") and said[0].startswith("> ")
+    assert all(line.startswith("  ") for line in said[1 : len(said) - 1])

@@ -42,6 +42,16 @@ def test_clean_data_have_no_faults_and_every_section(tmp_path, tokenizer):
     assert json.loads(json.dumps(as_json(found, tokenizer)))["splits"]["train"]["rows"] == 36
 
 
+def test_rows_beyond_the_models_own_context_are_told(tmp_path, tokenizer):
+    data = rows(40)
+    data[3]["prompt"] = " ".join(WORDS * 200)
+    path = write(tmp_path / "a.jsonl", data)
+    said = f"1 row longer than the {MODEL.context:,} tokens of the model's context"
+    for length, told in ((100_000, True), (512, False)):
+        page_ = " ".join(page(surveyed(tokenizer, recipe(path, train={"max_length": length})), tokenizer).split())
+        assert (said in page_) is told
+
+
 def test_bad_rows_are_shown_with_everything_that_can_be_said_of_the_others(tmp_path, tokenizer):
     data = rows(40)
     data[7] = {"prompt": "no completion"}

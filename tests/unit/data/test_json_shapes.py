@@ -68,6 +68,9 @@ def test_objects_on_lines_of_their_own_stay_rows():
         ({"text": ["warm", "cold"], "label": ["good", "bad"]}, "one list a column"),  # to_dict("list")
         ({"text": ["warm", "cold"], "label": [1, None]}, "one list a column"),
         ({"columns": ["text"], "index": [0], "data": [["warm"]]}, "names of columns"),  # orient="split"
+        ({"columns": ["text"], "data": [["warm"]], "source": "a survey", "total": 1}, "names of columns"),
+        ({"header": ["text", "label"], "rows": [["warm", "good"], ["cold", "bad"]]}, "names of columns"),
+        ({"meta": {"view": 1}, "fields": ["text", "n"], "values": [["warm", 1]]}, "names of columns"),
     ],
 )
 @pytest.mark.parametrize("indent", [None, 1])
@@ -81,3 +84,9 @@ def test_columns_are_named_for_what_they_are(whole, said, indent):
 def test_several_lists_are_not_guessed_from():
     with pytest.raises(DataError, match=r"several lists of rows \(train, test\)"):
         parse_json(json.dumps({"train": ROWS, "test": ROWS}), "f.json")
+
+
+def test_lists_within_a_row_are_no_table():
+    row = {"instruction": "a", "output": "b", "history": [["c", "d"]], "tags": ["e", "f"]}
+    rows, bad, _ = parse_json(json.dumps(row), "f.json")
+    assert [dict(one.fields) for one in rows] == [row] and not bad
