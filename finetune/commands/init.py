@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune.data.column_template import PLAIN
 from finetune.data.formats import REQUIRED, STANDARD, recognise
 from finetune.data.guess import by_content, headerless
 from finetune.data.label_names import Spellings, find_labels, labels_in, refuse_many, respelt
@@ -27,6 +28,7 @@ from finetune.recipe.names import BUILTIN, local
 from finetune.recipe.schema import Data
 from finetune.text import shorten
 
+TITLES = ("title", "headline", "heading", "subject")  # of a text in the column beside
 _WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "~", ".inf", ".nan")  # not text to YAML
 TEMPLATE = """\
 # A starter recipe for {name}: {rows} rows, read as {format}.{seen}
@@ -97,7 +99,7 @@ def _look(source: Rows, given: Mapping[str, str]) -> Look:
     try:
         layout = recognise(source.rows, "auto", given)
     except BadSource:
-        names = list(dict.fromkeys(column for row in source.rows for column in row.fields))
+        names = _names(source.rows)
         refuse_preferences(source.rows, names, "auto", given, source.bad)
         guessed = {} if given or headerless(source.rows) else by_content(source.rows)
         if given or headerless(source.rows):
@@ -137,11 +139,29 @@ def _recipe(rows: Sequence[Row], look: Look, data: str, output: Path, model: str
         train=_written(train),
         held_out=_held_out(data, bool(look.labels)),
         columns=_columns(rows, look),
-        template="chat" if look.format in ("chat", "sharegpt") else "auto",
+        template=_written(_template(rows, look)),
         rate="       # for small models 1e-3 is a better start" if model.startswith(BUILTIN) else "",
         max_length=next((size for size in (128, 256, 512, 1024, 2048) if 2 * words < size), 4096),
         longest=words,
     )
+
+
+def _template(rows: Sequence[Row], look: Look) -> str:
+    """How a row asks: for texts with a title of their own, both."""
+    if look.format in ("chat", "sharegpt"):
+        return "chat"
+    title = _title(rows, look)
+    return PLAIN["classification"].replace("{text}", f"{{{title}}}\n{{text}}") if title else "auto"
+
+
+def _title(rows: Sequence[Row], look: Look) -> str | None:
+    """The column of the texts' titles."""
+    titles = [name for name in _names(rows) if name.lower() in TITLES and name not in look.columns.values()]
+    return titles[0] if look.format == "classification" and len(titles) == 1 else None
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(column for row in rows for column in row.fields))
 
 
 def _held_out(data: str, stratified: bool) -> str:
@@ -165,10 +185,13 @@ def _told(rows: Sequence[Row], look: Look, output: str) -> str:
             f"data.columns in it, then: finetune plan {output}"
         )
     took = " and ".join(f"{shorten(column, 40)} as {part}" for part, column in look.columns.items())
-    names = dict.fromkeys(column for row in rows for column in row.fields)
-    unused = ", ".join(shorten(name, 40) for name in names if name not in {*STANDARD, *look.columns.values()})
-    rest = f"; nothing of {shorten(unused, 200)} is used" if unused else ""
-    guess = f" (took {took}, by what they hold; data.columns changes that{rest})" if look.guessed else ""
+    used = {*STANDARD, *look.columns.values(), _title(rows, look)}
+    unused = ", ".join(shorten(name, 40) for name in _names(rows) if name not in used)
+    rest = f"nothing of {shorten(unused, 200)} is used" if unused else ""
+    told = f"took {took}, by what they hold; data.columns changes that" if look.guessed else ""
+    if look.format == "text" and rest:
+        rest = f"{rest}; --label names the column of a label"
+    guess = f" ({'; '.join(part for part in (told, rest) if part)})" if told or (rest and look.format == "text") else ""
     return f"{output}: a recipe for {len(rows)} rows of {look.format}{guess}; look at it, then: finetune plan {output}"
 
 
@@ -202,7 +225,7 @@ def _columns(rows: Sequence[Row], look: Look) -> str:
     lines = [f"    {standard}: {_written(column)}\n" for standard, column in look.columns.items()]
     if look.format != "auto":
         return "  columns:\n" + "".join(lines) if lines else ""
-    names = ", ".join(shorten(column, 40) for column in list(dict.fromkeys(c for row in rows for c in row.fields))[:20])
+    names = ", ".join(shorten(column, 40) for column in _names(rows)[:20])
     needs = "; ".join(f"{name}: {', '.join(parts)}" for name, parts in REQUIRED.items())
     return (
         f"  # Fill in which column holds what. There are: {names}\n"

@@ -30,8 +30,10 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
     from finetune.recipe.load import load_recipe
 
     # At the recipe's default rate: rounding differences grow from step to step, and the faster the higher the rate.
-    changes = [f"train.steps={request.param}", "train.epochs=", "train.batch_size=4", "quantize=none", "model.dtype=float32"]
-    return load_recipe(demo_recipe(), [*changes, f"train.learning_rate={Train().learning_rate}"])
+    changes = ["train.epochs=", "train.batch_size=4", "quantize=none", "model.dtype=float32"]
+    return load_recipe(
+        demo_recipe(), [*changes, f"train.steps={request.param}", f"train.learning_rate={Train().learning_rate}"]
+    )
 
 
 @pytest.fixture(scope="module")

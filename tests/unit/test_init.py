@@ -51,15 +51,33 @@ def test_a_file_of_any_name_is_read_back(here: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("first", "unused"), [
-    ("title,body,kind", "title"), ("no,body,kind", "no"), ("id,text,kind", "id"),
+    ("source,body,kind", "source"), ("no,body,kind", "no"), ("id,words,kind", "id"),
 ])  # fmt: skip
 def test_what_a_guess_leaves_out_is_said(capsys: pytest.CaptureFixture[str], first: str, unused: str) -> None:
     rows = "".join(f"t{n},the tea of day {n} was fine,{'ab'[n % 2]}\n" for n in range(12))
     Path("rows.csv").write_text(f"{first}\n{rows}")
     init("rows.csv")
     said = capsys.readouterr().out
-    assert "by what they hold" in said
     assert f"; nothing of {unused} is used" in said
+
+
+def test_rows_of_text_may_have_a_label_of_another_name(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.csv").write_text(
+        "id,text,kind\n" + "".join(f"t{n},the tea of day {n},{'ab'[n % 2]}\n" for n in range(12))
+    )
+    assert init("rows.csv").data.format == "text"
+    assert (
+        "12 rows of text (nothing of id, kind is used; --label names the column of a label)" in capsys.readouterr().out
+    )
+    assert init("rows.csv", "labelled.yaml", label="kind").data.format == "classification"
+
+
+@pytest.mark.parametrize("first", ["title,body,kind", "Headline,text,label", "subject,message,folder"])
+def test_a_title_beside_the_text_is_part_of_the_prompt(capsys: pytest.CaptureFixture[str], first: str) -> None:
+    rows = "".join(f"t{n},the tea of day {n} was fine,{'ab'[n % 2]}\n" for n in range(12))
+    Path("rows.csv").write_text(f"{first}\n{rows}")
+    assert init("rows.csv").prompt.template == f"{{{first.split(',')[0]}}}\n{{text}}\nLabel:"
+    assert "nothing of" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("column", ["Größe #1", "a: b", "'q'", "x\ny", "no", "", "1.5", "🍵", "\x85"])
