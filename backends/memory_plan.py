@@ -22,6 +22,7 @@ __all__ = [
     "Footprint",
     "Machine",
     "Micro",
+    "answering_bytes",
     "available_bytes",
     "first_adapted",
     "footprint",
@@ -93,6 +94,7 @@ def read_architecture(folder: ModelFolder) -> Architecture:
         stored=stored,
         stored_number=4 if stored > 3 * sum(map(prod, folder.shapes.values())) else 2,
         quantised=quantised,
+        head_norms=any(name.endswith(".q_norm.weight") for name in shapes),
     )
 
 
@@ -103,7 +105,7 @@ def footprint(
     number, trainable = model.number_bytes(costs.device), lora.trainable(adapted)
     micro = _at_once(micro, costs)
     activations = costs.held * _activations(architecture, model, lora, adapted, micro, costs)
-    block = _block_working(architecture, micro, number) + _unpacked(architecture, model, number, costs)
+    block = _block_working(architecture, micro, number, costs) + _unpacked(architecture, model, number, costs)
     working = costs.held * max(block, _head_working(architecture, micro, number, costs))
     return Footprint(
         runtime=_runtime(model, micro, number, costs),
@@ -129,6 +131,14 @@ def kept_states_bytes(tokens: int, hidden: int, number: int) -> int:
     return tokens * hidden * number
 
 
+def answering_bytes(config: Mapping[str, Any], number: int) -> int:
+    """Of one token of a prompt or its answer: keys and values in all blocks, and what a block makes on the way."""
+    heads, hidden = _number(config, "num_attention_heads", 1), _number(config, "hidden_size", 1)
+    keys = _number(config, "num_key_value_heads", heads) * _number(config, "head_dim", hidden // heads)
+    made = 4 * _number(config, "intermediate_size", 4 * hidden) + 6 * hidden
+    return (2 * _number(config, "num_hidden_layers", 1) * keys + made) * number
+
+
 def first_adapted(adapted: Modules) -> int:
     """The first block that has an adapter."""
     return min(map(_block, adapted))
@@ -150,9 +160,9 @@ def _activations(
     return blocks * architecture.hidden * number * micro.tokens + costs.recomputed_blocks * saved
 
 
-def _block_working(architecture: Architecture, micro: Micro, number: int) -> float:
+def _block_working(architecture: Architecture, micro: Micro, number: int, costs: Costs) -> float:
     """Of the backward pass through a gated layer: gradients of gate and up, of their product, and of its input."""
-    return (4.0 * architecture.inner + 6.0 * architecture.hidden) * number * micro.tokens
+    return (costs.gated_working * architecture.inner + 6.0 * architecture.hidden) * number * micro.tokens
 
 
 def _unpacked(architecture: Architecture, model: ModelSpec, number: int, costs: Costs) -> float:

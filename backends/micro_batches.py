@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,12 @@ def numbered(micro: Sequence[Batch]) -> Iterator[Batch]:
         after = first + len(batch.inputs)
         yield batch if batch.rows else replace(batch, rows=tuple(range(first, after)))
         first = after
+
+
+def by_prefixes(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """Those that follow one another with the same prefixes, which can then be computed once for all."""
+    for _, same in groupby(batches, lambda batch: [prefix.tobytes() for prefix in batch.prefixes]):
+        yield list(same)
 
 
 def places_of(batch: Batch) -> Places:

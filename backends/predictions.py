@@ -31,6 +31,7 @@ class Architecture:
     stored: int  # bytes of the files
     stored_number: int  # bytes of one weight in the files
     quantised: bool  # already in the files
+    head_norms: bool = False  # whether queries and keys are normed (Qwen3)
 
     @property
     def linear(self) -> int:
@@ -64,6 +65,7 @@ class Costs:
     tokens_at_once: int | None = None  # computed at a time; None: the whole micro-batch
     width_step: int = 1  # rows of more than 256 tokens are padded to a multiple of so many
     logits_at_once: int | None = None  # numbers computed at a time; None: those of all supervised positions
+    gated_working: float = 4.0  # widths of a gated layer that exist at once in its backward pass, beside what is saved
     recomputed_blocks: float = 1.0  # whose saved results exist at once where activations are recomputed
     four_bit: str | None = None  # the scheme in words; None: it has none
     four_bit_runtime: float = 0.0  # what the library for it adds to `runtime`

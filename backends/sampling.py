@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -20,16 +21,25 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
         check_range(np.array(prompt), vocabulary)
 
 
-def groups(lengths: Sequence[int], spread: int) -> Iterator[list[int]]:
-    """Rows whose lengths differ by no more than `spread`, the shortest first."""
+def groups(lengths: Sequence[int], spread: int, room: float = math.inf) -> Iterator[list[int]]:
+    """Rows whose lengths differ by no more than `spread`, the shortest first.
+
+    lengths: tokens of a prompt and its answer. room: those that fit in memory together; one row is a group in any case.
+    """
     group: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if group and (len(group) == PROMPTS_TOGETHER or lengths[row] > lengths[group[0]] + spread):
+        full = len(group) == PROMPTS_TOGETHER or (len(group) + 1) * lengths[row] > room
+        if group and (full or lengths[row] > lengths[group[0]] + spread):
             yield group
             group = []
         group.append(row)
     if group:
         yield group
+
+
+def room_for_answers(free: int | None, token: int) -> float:
+    """Tokens, of `token` bytes each, that fit in half of the free memory: the rest is for what grows beside them."""
+    return math.inf if free is None else free / 2 / token
 
 
 def shared_start(prompts: Sequence[Sequence[int]]) -> int:

@@ -22,7 +22,7 @@ from finetune.disk.held_out import write_held_out
 from finetune.disk.identity import check_identity, identity_of, read_identity
 from finetune.disk.lock import Lock
 from finetune.disk.metrics import MetricsFile, read
-from finetune.disk.run_folder import RunFolder, environment
+from finetune.disk.run_folder import ENVIRONMENT, RunFolder, environment
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
 from finetune.evaluation.leaked import leaked_rows
 from finetune.evaluation.verdict import Watch, divergence, overfitting_verdict
@@ -32,7 +32,7 @@ from finetune.recipe.specs import lora_spec
 from finetune.report.facts import facts_of
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
-from finetune.training.budget import starting_tokens
+from finetune.training.budget import settle_recomputation, starting_tokens
 from finetune.training.job import Job, known_validation
 from finetune.training.keep import save_adapter
 from finetune.training.loop import Trainer
@@ -64,6 +64,7 @@ class Run:
     def __init__(self, job: Job, folder: RunFolder, lock: Lock | None = None) -> None:
         self.job, self.folder, self.lock = job, folder, lock
         self.stopping = False
+        self._recomputed: bool | None = None  # whether activations are; None: not decided yet
 
     def events(self, resume: bool = False) -> Generator[Event, None, Report]:
         """Everything that happens, to the report. Raises Interrupted, FinetuneError, and errors of the backend.
@@ -93,6 +94,7 @@ class Run:
         does not fit.
         """
         job, folder = self.job, self.folder
+        self._recomputed = folder.recomputed() if resume else None
         identity, saved = yield from self._identity(resume)
         start = Path(job.recipe.lora.start_from) if job.recipe.lora.start_from else None
         if start:
@@ -104,7 +106,9 @@ class Run:
         folder.write_json("data.json", account_of(job.prepared))
         told = yield from self._check_data()
         job.prepared.forget_records()
-        session = job.open()
+        settled = yield from settle_recomputation(job, self._recomputed)
+        self._recomputed = settled.recipe.train.gradient_checkpointing is True
+        session = settled.open()
         self._write_environment(session)
         base = yield from self._evaluate_base(session)
         words = bag_of_words(job.prepared, folder.words) if base else None
@@ -190,9 +194,11 @@ class Run:
         backend = self.job.backend
         facts = environment(backend, registry.describe(backend, self.job.recipe.device))
         facts["remote_code"] = self.job.recipe.model.remote_code
+        if self._recomputed is not None:
+            facts["recomputed"] = self._recomputed
         if session:
             facts |= {"shortcuts": list(session.shortcuts), "repeatable": session.repeatable}
-        self.folder.write_json("environment.json", facts)
+        self.folder.write_json(ENVIRONMENT, facts)
 
     def _identity(self, resume: bool) -> Generator[Event, None, tuple[Mapping[str, Any], Checkpoint | None]]:
         """The run's, of the kind that it began with, and its newest checkpoint. Raises Incompatible if they differ."""

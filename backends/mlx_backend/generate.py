@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from typing import Any
@@ -27,13 +28,14 @@ def generate(
     stop: Collection[int],
     temperature: float,
     seed: int,
+    room: float = math.inf,
 ) -> list[list[int]]:
-    """As `Session.generate`."""
+    """As `Session.generate`. room: tokens that fit in memory together."""
     completions = Completions(len(prompts), max_tokens, stop, temperature, seed, _greedy, np.array)
     if not prompts or max_tokens < 1:
         return completions.tokens
     start = _SharedStart(model, head, prompts)
-    for rows in groups([len(prompt) for prompt in prompts], _SPREAD):
+    for rows in groups([len(prompt) + max_tokens for prompt in prompts], _SPREAD, room):
         _complete(head, start, {row: prompts[row] for row in rows}, completions)
     return completions.tokens
 

@@ -28,6 +28,7 @@ from backends.interface import (
 )
 from backends.layer_names import Names, Part
 from backends.loss_scale import loss_scales
+from backends.memory_plan import answering_bytes
 from backends.micro_batches import check_tokens, joined, numbered, own_part
 from backends.mlx_backend import blas_bridge
 from backends.mlx_backend.costs import NUMPY_PRODUCTS
@@ -46,10 +47,10 @@ from backends.mlx_backend.forward import Forward
 from backends.mlx_backend.generate import generate
 from backends.mlx_backend.lora import Dropout, attach, base_weight
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
-from backends.mlx_backend.optim import Tensors, adamw
+from backends.mlx_backend.optim import AdamW, Tensors
 from backends.mlx_backend.tree import check_format, check_taken, parts_of
 from backends.model_folder import folder_of
-from backends.sampling import check_prompts
+from backends.sampling import check_prompts, room_for_answers
 
 
 def probe() -> str | None:
@@ -111,8 +112,9 @@ class MlxSession:
         dtype = getattr(mx, self._number_type)
         self.device = device_name(device)
         self._folder = folder = folder_of(spec)
+        self._answering = answering_bytes(folder.text_config, spec.number_bytes(device_kind(device)))
         self.lora_shapes: Mapping[str, tuple[int, int]] = folder.lora_modules(lora)
-        self._optim, self._mlx_device, self._on_cpu = optim, device, on_cpu
+        self._adamw, self._mlx_device, self._on_cpu = AdamW(optim, compiled=not on_cpu), device, on_cpu
         model, self.scheme = load(spec, dtype)
         masks = Dropout(lora.dropout, seed, self.lora_shapes)
         self._attached = attach(model, parts_of(folder, self.lora_shapes), lora, masks)
@@ -144,7 +146,7 @@ class MlxSession:
                 if math.isfinite(norm):
                     break
             step = self._state.step + 1
-            updated = _State(step, *adamw(self._state.adapter, self._state.moments, grads, norm, step, lr, self._optim))
+            updated = _State(step, *self._adamw(self._state.adapter, self._state.moments, grads, norm, step, lr))
             finite = mx.stack([mx.isfinite(value).all() for value in updated.adapter.values()]).all()
             mx.eval(finite, updated.adapter, updated.moments)
             if not (math.isfinite(loss) and math.isfinite(norm) and finite.item()):
@@ -170,7 +172,9 @@ class MlxSession:
         check_prompts(prompts, self._vocabulary)
         check_window(max(map(len, prompts), default=0) + max_tokens, self._forward.window)
         with self._running():
-            return generate(self._forward.model, self._forward.head, prompts, max_tokens, stop, temperature, seed)
+            room = room_for_answers(self.free_bytes(), self._answering)
+            settings = max_tokens, stop, temperature, seed, room
+            return generate(self._forward.model, self._forward.head, prompts, *settings)
 
     def base_weight(self, module: str) -> FloatArray:
         with memory_guard(), mx.stream(self._mlx_device):

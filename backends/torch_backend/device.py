@@ -7,8 +7,9 @@ import platform
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +93,32 @@ def free_of(device: torch.device) -> int:
         torch.mps.empty_cache()
         return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory()))
     return available_bytes()
+
+
+def uploaded(arrays: Sequence[np.ndarray[Any, Any]], device: torch.device) -> list[torch.Tensor]:
+    """The arrays on the device; all in one copy that the host does not wait for."""
+    if device.type != "cuda":
+        return [torch.from_numpy(array).to(device) for array in arrays]
+    packed = packed_bytes(arrays)
+    pinned = torch.empty(packed.size, dtype=torch.uint8, pin_memory=True)  # a copy from other memory waits
+    pinned.numpy()[:] = packed
+    return unpacked(pinned.to(device, non_blocking=True), arrays)
+
+
+def packed_bytes(arrays: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """All numbers, one array after the other, each from a multiple of 16 bytes on."""
+    parts = [np.frombuffer(array.tobytes() + bytes(-array.nbytes % 16), np.uint8) for array in arrays]
+    return np.concatenate(parts)
+
+
+def unpacked(packed: torch.Tensor, like: Sequence[np.ndarray[Any, Any]]) -> list[torch.Tensor]:
+    """From the bytes of `packed_bytes(like)` the tensors, which are views of them."""
+    tensors, start = [], 0
+    for array in like:
+        part = packed[start : start + array.nbytes]
+        tensors.append(part.view(getattr(torch, array.dtype.name)).view(array.shape))
+        start += array.nbytes + -array.nbytes % 16
+    return tensors
 
 
 @contextmanager

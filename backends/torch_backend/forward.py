@@ -12,9 +12,10 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from backends.interface import Batch, IntArray
 from backends.micro_batches import joined
+from backends.torch_backend.device import uploaded
 from backends.torch_backend.frozen import FrozenBlocks
 from backends.torch_backend.head import find_head
-from backends.torch_backend.patch import blocks_of
+from backends.torch_backend.patch import blocks_of, one_sequence_per_row
 from backends.torch_backend.prefix import SharedPrefixes, attends_to_all
 
 
@@ -34,15 +35,23 @@ class Forward:
         Rows are padded on the right and attention is causal, so no supervised position sees padding.
         Where the batch has prefixes, `prefixes` is `self.prefixes(batch.prefixes)`.
         """
+        ids, selected = uploaded([batch.inputs.astype(np.int64), np.flatnonzero(batch.weights)], self._device)
+        return self.uploaded_states(batch, ids, selected, prefixes)
+
+    def uploaded_states(
+        self, batch: Batch, ids: torch.Tensor, selected: torch.Tensor, prefixes: SharedPrefixes | None
+    ) -> torch.Tensor:
+        """The same, with the batch's tokens [B, T] and the flat positions [N] that are supervised on the device."""
         arguments: dict[str, Any] = prefixes.arguments(batch) if prefixes else {"use_cache": False}
         with self._frozen.left_out(batch) if self._frozen else nullcontext():
-            return self._states_at(np.flatnonzero(batch.weights), batch.inputs, arguments)
+            return self._states_at(selected, ids, arguments)
 
     def last_logits(self, tokens: IntArray, cache: Cache, ends: IntArray | None = None) -> torch.Tensor:
         """What may follow the cache and `tokens` [R, T] up to `ends` [R]; all are added to the cache. [R, V]"""
         rows, width = tokens.shape
         last = np.arange(rows) * width + (width - 1 if ends is None else ends)
-        return self.head.logits(self._states_at(last, tokens, {"past_key_values": cache, "use_cache": True}))
+        ids, selected = uploaded([tokens.astype(np.int64), last], self._device)
+        return self.head.logits(self._states_at(selected, ids, {"past_key_values": cache, "use_cache": True}))
 
     def next_logits(
         self, tokens: IntArray, cache: Cache, visible: np.ndarray[Any, Any], columns: IntArray
@@ -52,7 +61,8 @@ class Forward:
         if not visible.all():
             arguments["attention_mask"] = torch.from_numpy(visible.astype(np.int64)).to(self._device)
             arguments["position_ids"] = torch.from_numpy(columns.astype(np.int64))[:, None].to(self._device)
-        return self.head.logits(self._states_at(np.arange(len(tokens)), tokens[:, None], arguments))
+        ids, selected = uploaded([tokens[:, None].astype(np.int64), np.arange(len(tokens))], self._device)
+        return self.head.logits(self._states_at(selected, ids, arguments))
 
     def attends_to_all(self) -> bool:
         return attends_to_all(self._model)
@@ -99,13 +109,13 @@ class Forward:
         except Exception:
             return False
 
-    def _states_at(self, positions: np.ndarray[Any, Any], tokens: IntArray, arguments: dict[str, Any]) -> torch.Tensor:
-        """What the head makes logits of, at flat positions [N]. [N, D]"""
-        arguments["input_ids"] = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
-        selected = torch.from_numpy(positions).to(self._device)
-        if self.head.linear is None:
-            return self._logits_at(selected, arguments)
-        hidden: torch.Tensor = self._model.base_model(**arguments).last_hidden_state
+    def _states_at(self, selected: torch.Tensor, ids: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+        """What the head makes logits of, at flat positions [N] of the tokens [B, T]. [N, D]"""
+        arguments["input_ids"] = ids
+        with one_sequence_per_row():
+            if self.head.linear is None:
+                return self._logits_at(selected, arguments)
+            hidden: torch.Tensor = self._model.base_model(**arguments).last_hidden_state
         return hidden.flatten(0, 1)[selected]
 
     def _logits_at(self, selected: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,9 @@ def generate(
     stop: Collection[int],
     temperature: float,
     seed: int,
+    room: float = math.inf,
 ) -> list[list[int]]:
-    """As `Session.generate`."""
+    """As `Session.generate`. room: tokens that fit in memory together."""
     completions = Completions(len(prompts), max_tokens, stop, temperature, seed, _greedy, _to_numpy)
     if not prompts or max_tokens < 1:
         return completions.tokens
@@ -35,7 +37,8 @@ def generate(
         forward.last_logits(np.array([prompts[0][:start]]), cache)
     spread = _SPREAD if forward.attends_to_all() else 0  # a window would count padding as tokens
     alone = ([row] for row in range(len(prompts)))  # where rows cannot enter or leave the cache
-    for rows in groups([len(prompt) for prompt in prompts], spread) if together else alone:
+    lengths = [len(prompt) + max_tokens for prompt in prompts]
+    for rows in groups(lengths, spread, room) if together else alone:
         group_cache = copy.deepcopy(cache)
         if start:
             group_cache.batch_repeat_interleave(len(rows))

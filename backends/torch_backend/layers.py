@@ -10,38 +10,41 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from backends.torch_backend.costs import GATED_LAYERS, NORMS
+from backends.torch_backend.costs import GATED_LAYERS, NORMS, ROTARY
 from backends.torch_backend.lora import LoraLinear
+from backends.torch_backend.patch import is_coded_as
+from backends.torch_backend.products import Again, Source
+from backends.torch_backend.rotary import use_own_rotary
 
 
 def use_own_layers(model: Any) -> list[str]:
     """Modules whose code is Llama's, whatever their name, get the gradients written here. Returns the kinds."""
     silu, replaced = type(ACT2FN["silu"]), set()
     for module in model.modules():
-        if _is_coded_as(module, LlamaRMSNorm):
+        if is_coded_as(module, LlamaRMSNorm):
             module.forward = partial(_norm, module)
             replaced.add(NORMS)
         elif (
-            _is_coded_as(module, LlamaMLP)
+            is_coded_as(module, LlamaMLP)
             and isinstance(module.act_fn, silu)
             and isinstance(module.down_proj, LoraLinear)  # a frozen one saves little as it is
         ):
             module.forward = partial(_gated_layer, module)
             replaced.add(GATED_LAYERS)
-    return sorted(replaced, reverse=True)
-
-
-def _is_coded_as(module: Any, known: Any) -> bool:
-    ours, theirs = (getattr(kind.forward, "__code__", None) for kind in (type(module), known))
-    parts = ("co_code", "co_consts", "co_names", "co_varnames")
-    return ours is not None and all(getattr(ours, part) == getattr(theirs, part) for part in parts)
+    return [*sorted(replaced, reverse=True), *([ROTARY] if use_own_rotary(model) else [])]
 
 
 def _norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    weight, eps = module.weight, module.variance_epsilon
     if hidden_states.is_cuda:  # one kernel each way that saves as little (torch 2.9 and newer)
-        weight = module.weight
-        return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, module.variance_epsilon)
-    out: torch.Tensor = _RmsNorm.apply(hidden_states, module.weight, module.variance_epsilon)
+        make = partial(torch.nn.functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
+        kept: tuple[torch.Tensor, ...] = (hidden_states,)
+        out: torch.Tensor = make(hidden_states)
+    else:
+        out, inverse_rms = _RmsNorm.apply(hidden_states, weight, eps)
+        make, kept = partial(_normed, weight=weight), (hidden_states, inverse_rms)
+    if torch.is_grad_enabled():
+        out.source = Source(kept, Again(make))  # so that adapted layers need not keep `out`
     return out
 
 
@@ -54,16 +57,20 @@ class _RmsNorm(torch.autograd.Function):  # type: ignore[misc]
     """w * x / sqrt(mean(x^2) + eps) (Zhang & Sennrich, 2019) in float32. Saves x and one number per position."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.float()
-        inverse_rms = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        inverse_rms = x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
-        return (wide * inverse_rms).to(x.dtype).mul_(weight)
+        ctx.mark_non_differentiable(inverse_rms)
+        return _normed(x, inverse_rms, weight), inverse_rms
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor, _: Any) -> tuple[Any, ...]:
         x, weight, inverse_rms = ctx.saved_tensors
         normed, grad_normed = x.float() * inverse_rms, (grad_output * weight).float()
         projection = (grad_normed * normed).mean(-1, keepdim=True)
         return grad_normed.addcmul_(normed, projection, value=-1).mul_(inverse_rms).to(x.dtype), None, None
+
+
+def _normed(x: torch.Tensor, inverse_rms: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (x.float() * inverse_rms).to(x.dtype).mul_(weight)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
 
 from backends import dropout
 from backends.interface import BackendError, FloatArray, LoraSpec, Modules
 from backends.text_blocks import ending
+from backends.torch_backend.device import uploaded
+from backends.torch_backend.products import Adapted, Call, Draw, Gated, dense, source_of
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -30,14 +33,31 @@ class Dropout:
     def at(self, step: int, where: dropout.Places) -> None:
         """From here on the tokens at these places are run, in a step that comes after `step` others."""
         if self._features:
-            tokens = _int32(dropout.token_words(self._seed, step, where), self._modules.device)
-            self._keys = _mixed(self._modules ^ tokens)
+            words = dropout.token_words(self._seed, step, where).view(np.int32)
+            self._keys = _mixed(self._modules ^ uploaded([words], self._modules.device)[0])
 
     def off(self) -> None:
         self._keys = None
 
-    def mask(self, module: int, x: torch.Tensor) -> torch.Tensor | None:
-        """True where an input of x [N, in] is kept; None: all are. Raises BackendError where N is another."""
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Those of the tokens that are run now, for `as_of`."""
+        return self._keys
+
+    @contextmanager
+    def as_of(self, keys: torch.Tensor | None) -> Iterator[None]:
+        """In here the tokens are run again that `keys` was taken for."""
+        before, self._keys = self._keys, keys
+        try:
+            yield
+        finally:
+            self._keys = before
+
+    def mask(self, module: int, x: torch.Tensor) -> Draw | None:
+        """What draws a mask, True where an input of x [N, in] is kept, as often as it is needed; None: all are.
+
+        Raises BackendError where N is another.
+        """
         if self._keys is None:
             return None
         tokens, width = x.shape
@@ -47,6 +67,9 @@ class Dropout:
                 f"{self._names[module]} is run on {tokens} inputs for {len(keys)} tokens, so dropout does not know "
                 "which is whose; set lora.dropout: 0, or leave the layer out of lora.targets"
             )
+        return partial(self._drawn, keys, width)
+
+    def _drawn(self, keys: torch.Tensor, width: int) -> torch.Tensor:
         words = _mixed(keys[:, None] ^ self._features[width])  # [N, ceil(in / 2)]
         return words.view(torch.int16)[:, :width] < self._limit
 
@@ -75,6 +98,8 @@ class LoraLinear(torch.nn.Module):  # type: ignore[misc]
         self.lora_A = torch.nn.Parameter(torch.zeros(lora.rank, base.in_features, **like))
         self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, lora.rank, **like))
         self._masks, self._number = masks, number
+        self.unused = False  # True: nobody needs the output, only what the gradient needs is to be made
+        self._cast: Any = None  # A and B in another type, and the type and the versions that they are of
 
     @property
     def weight(self) -> torch.Tensor:
@@ -85,114 +110,32 @@ class LoraLinear(torch.nn.Module):  # type: ignore[misc]
         return self.base.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.flatten(0, -2)  # [N, in]
-        out: torch.Tensor = _Adapted.apply(flat, self.lora_A, self.lora_B, *self._settings(flat))
+        call, source = self._call(x), source_of(x)
+        out: torch.Tensor = Adapted.apply(x.flatten(0, -2), self.lora_A, self.lora_B, call, source)
         return out.unflatten(0, x.shape[:-1])
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """The same with x = silu(gate) * up, which is not saved. [..., in] -> [..., out]"""
-        flat = gate.flatten(0, -2)
-        out: torch.Tensor = _Gated.apply(flat, up.flatten(0, -2), self.lora_A, self.lora_B, *self._settings(flat))
+        inputs = gate.flatten(0, -2), up.flatten(0, -2)
+        out: torch.Tensor = Gated.apply(*inputs, self.lora_A, self.lora_B, self._call(gate))
         return out.unflatten(0, gate.shape[:-1])
 
-    def _settings(self, x: torch.Tensor) -> tuple[torch.Tensor | None, float, torch.nn.Linear]:
-        """Dropout's mask, the scale with dropout's in it, and the frozen layer."""
-        mask = self._masks.mask(self._number, x)
-        return mask, self._scale / (1.0 if mask is None else self._masks.keep), self.base
+    def _call(self, x: torch.Tensor) -> Call:
+        draw = self._masks.mask(self._number, x.flatten(0, -2))
+        scale = self._scale / (1.0 if draw is None else self._masks.keep)
+        return Call(self.base, scale, draw, self.unused, *self._factors(x.dtype))
 
-
-class _Adapted(torch.autograd.Function):  # type: ignore[misc]
-    """Saves x [N, in] and scale * A x [N, r]; autograd would save four products, one of them as wide as W x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *settings: Any) -> torch.Tensor:
-        out, saved = _output(ctx, x, a, b, *settings)
-        ctx.save_for_backward(x, *saved)
-        return out
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
-        x, *saved = ctx.saved_tensors
-        return *_gradients(ctx, ctx.needs_input_grad[0], grad_output, x, *saved), None, None, None
-
-
-class _Gated(torch.autograd.Function):  # type: ignore[misc]
-    """The same of x = silu(gate) * up, which the backward pass computes again (SwiGLU; Shazeer, 2020)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, gate: torch.Tensor, up: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *settings: Any
-    ) -> torch.Tensor:
-        out, saved = _output(ctx, silu(gate).mul_(up), a, b, *settings)
-        ctx.save_for_backward(gate, up, *saved)
-        return out
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
-        gate, up, *saved = ctx.saved_tensors
-        active = silu(gate)
-        needed = any(ctx.needs_input_grad[:2])
-        grad_input, grad_a, grad_b = _gradients(ctx, needed, grad_output, active * up, *saved)
-        grad_gate = grad_up = None
-        if grad_input is not None:
-            grad_up = active.mul_(grad_input)
-            grad_gate = torch.ops.aten.silu_backward(grad_input.mul_(up), gate)
-        return grad_gate, grad_up, grad_a, grad_b, None, None, None
-
-
-def _output(
-    ctx: Any,
-    x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    base: torch.nn.Linear,
-) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """W x + scale * B A x, and what its gradient needs beside x."""
-    ctx.scale, ctx.base = scale, base
-    a, b = a.to(x.dtype), b.to(x.dtype)
-    low_rank = (_dropped(x, mask) @ a.T).mul_(scale)  # [N, r]
-    out: torch.Tensor = base(x)
-    return out.addmm_(low_rank, b.T), (a, b, low_rank, mask)
-
-
-def _gradients(
-    ctx: Any,
-    input_needed: bool,
-    grad_output: torch.Tensor,
-    x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    low_rank: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """For x (if needed), A and B; the frozen weight has none."""
-    grad_low_rank = (grad_output @ b).mul_(ctx.scale)  # [N, r]
-    grad_a, grad_b = (grad_low_rank.T @ _dropped(x, mask)).float(), (grad_output.T @ low_rank).float()
-    if not input_needed:
-        return None, grad_a, grad_b
-    grad_input = grad_output @ dense(ctx.base, grad_output.dtype)  # [N, in]
-    if mask is None:
-        return grad_input.addmm_(grad_low_rank, a), grad_a, grad_b
-    return grad_input.add_((grad_low_rank @ a).mul_(mask)), grad_a, grad_b
-
-
-def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return x if mask is None else x * mask
-
-
-def dense(linear: torch.nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-    """The frozen weight [out, in] as numbers."""
-    state = getattr(linear.weight, "quant_state", None)
-    if state is None:
-        return linear.weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    weight: torch.Tensor = dequantize_4bit(linear.weight.data, state)
-    return weight.to(dtype)
+    def _factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B in this type: cast once after each change, and not in each pass."""
+        a, b = self.lora_A, self.lora_B
+        if a.dtype == dtype:
+            return a.detach(), b.detach()
+        now = (dtype, a._version, b._version)
+        if self._cast is None or self._cast[0] != now:
+            with torch.inference_mode(False), torch.no_grad():  # a later step may need them for its gradient
+                self._cast = now, (a.to(dtype), b.to(dtype))
+        factors: tuple[torch.Tensor, torch.Tensor] = self._cast[1]
+        return factors
 
 
 def base_weight(model: Any, module: str) -> FloatArray:

@@ -36,8 +36,6 @@ def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
         more = f" and {len(missing) - 10:,} more" if len(missing) > 10 else ""
         raise BackendError(f"{spec.path}: weights are missing or misshapen: {', '.join(sorted(missing)[:10])}{more}")
     refuse_untaken(folder, "transformers", info["unexpected_keys"], model.state_dict())
-    if spec.checkpointing:
-        _recompute_activations(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weights on the first evaluation and compute otherwise from then on
@@ -96,13 +94,6 @@ def _renamed(stack: str) -> dict[str, str]:
     before = stack.removesuffix("layers.")
     head = before.removesuffix("model.")
     return {f"^{re.escape(before)}": "model."} | ({f"^{re.escape(head)}lm_head": "lm_head"} if head else {})
-
-
-def _recompute_activations(model: Any) -> None:
-    # the first name came with a later transformers 5, and the second warns from then on
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    enable = next(getattr(model, name) for name in names if hasattr(model, name))
-    enable({"use_reentrant": False})
 
 
 def scheme_of(model: Any) -> str:

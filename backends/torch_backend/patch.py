@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import unwrap
 from typing import Any
+
+from transformers import masking_utils
 
 from backends.torch_backend.lora import LoraLinear
 
@@ -25,8 +28,33 @@ def forward_as(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = before
 
 
+@contextmanager
+def one_sequence_per_row() -> Iterator[None]:
+    """In here transformers does not look for several sequences in a row, for which a GPU's host would wait."""
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
+
+
 def blocks_of(model: Any) -> tuple[Any, int]:
     """The model's blocks, in order, and which of them is the first with an adapter."""
     names = [name for name, module in model.named_modules() if isinstance(module, LoraLinear)]
     matches = [match for match in map(_IN_BLOCK.match, names) if match]
     return model.get_submodule(matches[0][1]), min(int(match[2]) for match in matches)
+
+
+def is_coded_as(module: Any, known: Any) -> bool:
+    """Whether the module's class computes what the class `known` does, whatever its name."""
+    return same_code(*(unwrap(kind.forward) for kind in (type(module), known) if hasattr(kind, "forward")))
+
+
+def same_code(*functions: Any) -> bool:
+    """Whether both functions are there and do the same, as far as their own code goes."""
+    parts = ("co_code", "co_consts", "co_names", "co_varnames")
+    codes = [getattr(function, "__code__", None) for function in functions]
+    if len(codes) != 2 or None in codes:
+        return False
+    return all(getattr(codes[0], part) == getattr(codes[1], part) for part in parts)

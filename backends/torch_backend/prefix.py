@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from backends.interface import Batch, IntArray
 from backends.micro_batches import padded_prefixes
+from backends.torch_backend.device import uploaded
 
 
 def attends_to_all(model: Any) -> bool:
@@ -27,16 +28,16 @@ class SharedPrefixes:
     """
 
     def __init__(self, body: Any, prefixes: Sequence[IntArray], device: torch.device) -> None:
-        self._lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)  # [P]
+        self._lengths = uploaded([np.array([len(prefix) for prefix in prefixes])], device)[0]  # [P]
         ids = padded_prefixes(prefixes).astype(np.int64)  # [P, L]
-        cache = DynamicCache(config=body.config)
-        body(input_ids=torch.from_numpy(ids).to(device), past_key_values=cache, use_cache=True)
+        cache = Cache(layers=[_Noted() for _ in DynamicCache(config=body.config).layers])
+        body(input_ids=uploaded([ids], device)[0], past_key_values=cache, use_cache=True)
         self._computed = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         self._leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self._computed]
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """What to call the model's blocks with, so that the batch's rows continue the prefixes."""
-        prefix_of = torch.tensor(batch.prefix_of, device=self._lengths.device)  # [B]
+        prefix_of = uploaded([np.array(batch.prefix_of)], self._lengths.device)[0]  # [B]
         lengths, longest = self._lengths[prefix_of, None], self._leaves[0].shape[2]
         columns = torch.arange(batch.inputs.shape[1], device=prefix_of.device)[None]  # [1, T]
         visible = torch.ones(len(prefix_of), longest + columns.shape[1], dtype=torch.long, device=prefix_of.device)
@@ -56,6 +57,17 @@ class SharedPrefixes:
         needed = [(tensor, grad) for tensor, grad in pairs if grad is not None]
         if needed:
             torch.autograd.backward([tensor for tensor, _ in needed], [grad for _, grad in needed])
+
+
+class _Noted(DynamicLayer):  # type: ignore[misc]
+    """One block's keys and values, noted when it is first run; the same comes of running it again."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]

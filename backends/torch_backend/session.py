@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -28,12 +27,13 @@ from backends.interface import (
 )
 from backends.layer_names import matched
 from backends.loss_scale import loss_scales
-from backends.micro_batches import check_tokens, joined, numbered, own_part, parts, places_of, prefix_places
+from backends.memory_plan import answering_bytes
+from backends.micro_batches import check_tokens, joined, own_part, parts
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
-from backends.sampling import check_prompts
+from backends.sampling import check_prompts, room_for_answers
 from backends.torch_backend.attention import use_tiles
-from backends.torch_backend.costs import COSTS
+from backends.torch_backend.costs import COSTS, RECOMPUTED
 from backends.torch_backend.device import (
     bound_memory,
     device_kind,
@@ -47,14 +47,16 @@ from backends.torch_backend.device import (
     random_numbers,
     repeatable_kernels,
     unused_card,
+    uploaded,
 )
 from backends.torch_backend.forward import Forward
 from backends.torch_backend.generate import generate
+from backends.torch_backend.gradient import Gradient
 from backends.torch_backend.layers import use_own_layers
 from backends.torch_backend.lora import Dropout, add_adapter, base_weight
 from backends.torch_backend.model import load_frozen, scheme_of
 from backends.torch_backend.optim import AdamW
-from backends.torch_backend.prefix import SharedPrefixes
+from backends.torch_backend.recompute import recompute_blocks
 from backends.torch_backend.tree import check_format, tree_of
 
 
@@ -101,13 +103,17 @@ class TorchSession:
         self._dropout = Dropout(lora.dropout, seed, self.lora_shapes, self._device)
         costs = COSTS[device_kind(self._device)]
         self._number_type = model.number_type(device_kind(self._device), half_type(self._device))
+        number = model.number_bytes(device_kind(self._device))
+        self._answering = answering_bytes(folder_of(model).text_config, number)
         self._spec, self._tokens_at_once = model, costs.tokens_at_once or sys.maxsize
         with memory_guard(self._device), random_numbers(self._device, seed):
             self._model = load_frozen(model, self._device)
             self._adapter = add_adapter(self._model, self.lora_shapes, lora, self._dropout)
             self._modules_replaced = [*use_own_layers(self._model), *use_tiles(self._model)]
+            if model.checkpointing:
+                recompute_blocks(self._model, self._dropout)
             self._forward = Forward(self._model, self._device, costs.logits_at_once or sys.maxsize)
-            self._frozen_kept = not model.checkpointing and self._forward.keep_frozen_blocks()
+            self._frozen_kept = self._forward.keep_frozen_blocks()
         self.scheme = scheme_of(self._model)
         self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
         self._step = 0
@@ -118,14 +124,15 @@ class TorchSession:
     @cached_property
     def shares_prefixes(self) -> bool:
         with memory_guard(self._device):
-            return not self._spec.checkpointing and not self._spec.remote_code and self._forward.can_share_prefixes()
+            return not self._spec.remote_code and self._forward.can_share_prefixes()
 
     @cached_property
     def shortcuts(self) -> tuple[str, ...]:
         shared = [SHARED_PREFIXES] if self.shares_prefixes else []
         frozen = [FROZEN_BLOCKS] if self._frozen_kept else []
         head = [HEAD] if self._forward.head.linear is not None else []
-        return (*shared, *frozen, *head, LORA, *self._modules_replaced)
+        again = [RECOMPUTED] if self._spec.checkpointing else []
+        return (*shared, *frozen, *head, LORA, *self._modules_replaced, *again)
 
     def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
         total = float(sum(np.sum(batch.weights, dtype=np.float64) for batch in micro))
@@ -155,10 +162,12 @@ class TorchSession:
         """The loss, and the gradient's norm; if either is not finite, nothing is updated."""
         with memory_guard(self._device), repeatable_kernels(self._device, self.repeatable):
             try:
-                loss = self._backward(micro, total / scale) / scale
+                gradient = Gradient(self._forward, self._dropout, self._device, self._tokens_at_once)
+                share = any(batch.prefixes for batch in micro) and self.shares_prefixes
+                loss = gradient.add(self._step, micro, total / scale, share) / scale
                 with torch.no_grad():
                     self._optimiser.divide_grads(scale)
-                    return loss, self._optimiser.update(self._step + 1, lr) if np.isfinite(loss) else float("nan")
+                    return self._optimiser.update(self._step + 1, lr, loss)
             finally:  # before the guard gives free memory back to the device
                 for tensor in self._adapter.values():
                     tensor.grad = None
@@ -177,7 +186,7 @@ class TorchSession:
             for rows, part in parts(batch, self._tokens_at_once):
                 supervised = np.nonzero(part.weights)
                 states = self._forward.states(part, prefixes)  # [N, D]
-                targets = self._tensor(part.targets[supervised].astype(np.int64))
+                targets = uploaded([part.targets[supervised].astype(np.int64)], self._device)[0]
                 part_logprob, part_greedy = self._forward.head.score(states, targets)
                 positions = rows[supervised[0]], supervised[1]
                 logprob[positions], greedy[positions] = part_logprob.cpu().numpy(), part_greedy.cpu().numpy()
@@ -193,7 +202,8 @@ class TorchSession:
     ) -> list[list[int]]:
         check_prompts(prompts, self._vocabulary)
         with memory_guard(self._device), torch.inference_mode():
-            return generate(self._forward, prompts, max_tokens, stop, temperature, seed)
+            room = room_for_answers(self.free_bytes(), self._answering)
+            return generate(self._forward, prompts, max_tokens, stop, temperature, seed, room)
 
     def base_weight(self, module: str) -> FloatArray:
         with memory_guard(self._device), torch.inference_mode():
@@ -207,8 +217,9 @@ class TorchSession:
         with torch.no_grad():
             for name, tensor in self._adapter.items():
                 tensor.copy_(torch.from_numpy(state.adapter[name]))
-        moments = {name: torch.from_numpy(value).to(self._device) for name, value in state.moments.items()}
-        self._optimiser.moments = moments
+        self._optimiser.moments = {
+            name: torch.tensor(value, device=self._device) for name, value in state.moments.items()
+        }
         self._step = state.step
 
     def peak_bytes(self) -> int:
@@ -216,45 +227,6 @@ class TorchSession:
 
     def free_bytes(self) -> int | None:
         return free_of(self._device)
-
-    def _backward(self, micro: Sequence[Batch], total: float) -> float:
-        """Adds the gradient of sum(w * nll) / total to every adapter tensor and returns that loss."""
-        loss = torch.zeros((), device=self._device)
-        self._model.train(self._spec.checkpointing)  # blocks are recomputed in training mode alone
-        try:
-            for batches in self._by_prefixes(micro):
-                prefixes = self._prefixes(batches[0])
-                for part in (part for batch in batches for _, part in parts(batch, self._tokens_at_once)):
-                    loss += self._backward_part(part, prefixes, total)
-                if prefixes:
-                    prefixes.backward()
-        finally:
-            self._dropout.off()
-            self._model.eval()
-        return float(loss)
-
-    def _prefixes(self, batch: Batch) -> SharedPrefixes | None:
-        if not batch.prefixes:
-            return None
-        self._dropout.at(self._step, prefix_places(batch))
-        return self._forward.prefixes(batch.prefixes)
-
-    def _backward_part(self, batch: Batch, prefixes: SharedPrefixes | None, total: float) -> torch.Tensor:
-        self._dropout.at(self._step, places_of(batch))
-        states, supervised = self._forward.states(batch, prefixes), batch.weights != 0  # [N, D]
-        targets, shares = batch.targets[supervised].astype(np.int64), batch.weights[supervised] / np.float32(total)
-        loss, grad_states = self._forward.head.loss(states, self._tensor(targets), self._tensor(shares))
-        states.backward(grad_states)
-        return loss
-
-    def _by_prefixes(self, micro: Sequence[Batch]) -> Iterator[list[Batch]]:
-        """Micro-batches that follow one another with the same prefixes, which are then computed once for all."""
-        batches = (batch if not batch.prefixes or self.shares_prefixes else joined(batch) for batch in numbered(micro))
-        for _, same in groupby(batches, lambda batch: [prefix.tobytes() for prefix in batch.prefixes]):
-            yield list(same)
-
-    def _tensor(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
 
 
 def _arrays(tensors: dict[str, Any]) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:

@@ -125,7 +125,8 @@ def _forecast_table(forecasts: Mapping[str, Forecast]) -> Table:
     for name, found in forecasts.items():
         memory = "?" if found.memory is None else f"{found.memory / 1e9:.1f} GB"
         peak, time = f"{found.needed.peak / 1e9:.2f} GB", duration(found.seconds)
-        table.add_row(lines(name), peak, memory, marks[found.fits], f"{found.tokens:,}", time)
+        tokens = lines(f"{found.tokens:,}", *(["recomputed"] if found.recomputed else []))
+        table.add_row(lines(name), peak, memory, marks[found.fits], tokens, time)
     return table
 
 

@@ -18,6 +18,7 @@ from finetune.errors import Incompatible, RecipeError
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
 
+ENVIRONMENT = "environment.json"
 _LIBRARIES = ("numpy", "transformers", "safetensors", "tokenizers")  # beside the backend's own
 
 
@@ -36,6 +37,13 @@ class Account:
     labels: list[str]
     always: dict[str, str | None] | None = None
     held_out: Measured | None = None
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What is read again of environment.json; earlier runs have not recorded it."""
+
+    recomputed: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,13 @@ class RunFolder:
     def account(self) -> Account | None:
         """None where the run has recorded nothing. Raises as `always`."""
         return read_json(self.path / "data.json", Account, "resume the run, which writes it anew", "ignore")
+
+    def recomputed(self) -> bool | None:
+        """Whether blocks are computed again in the backward pass; None where the run has not decided. Raises as
+        `always`.
+        """
+        found = read_json(self.path / ENVIRONMENT, _Surroundings, "remove it; it is written anew", "ignore")
+        return found.recomputed if found else None
 
     def write_json(self, name: str, values: Any) -> None:
         write_file(self.path / name, json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n")

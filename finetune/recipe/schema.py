@@ -124,8 +124,9 @@ class Train(Section):
     """Tokens in an example; longer ones meet the truncation policy."""
     truncation: Literal["prompt", "end", "drop", "error"] = "prompt"
     """prompt: shorten the prompt, keep the answer whole; end: cut the end; drop the row; or stop."""
-    gradient_checkpointing: bool = False
-    """Less memory for about a third more time."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Less memory for about a third more time; auto: only where the model would leave too little memory otherwise. No
+    result changes."""
     early_stopping: Positive | None = None
     """Stop after so many evaluations without a better validation loss."""
     checkpoint_every: Positive | None = None

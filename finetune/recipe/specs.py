@@ -12,7 +12,7 @@ def model_spec(recipe: Recipe, folder: ModelFolder) -> ModelSpec:
         path=folder.path,
         quantize=recipe.quantize,
         dtype=recipe.model.dtype,
-        checkpointing=recipe.train.gradient_checkpointing,
+        checkpointing=recipe.train.gradient_checkpointing is True,  # auto is settled once the data are known
         device=recipe.device,
         remote_code=folder.remote_code,
         folder=folder,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from finetune.training.job import Job
 
 SAMPLED = 64  # steps whose micro-batches are looked at; the one with the longest row is always among them
 LEAST, MOST = 64, 2**17  # tokens at a time that `auto` chooses from
+ENOUGH = 1024  # of them, beyond which unpacking 4-bit weights and starting kernels is a small part of a step
 SPARE = 0.9  # of the free memory: other programs go on
 
 
@@ -46,6 +47,20 @@ class Workload:
     batch_size: int
     epochs: float
     seed: int
+    unsettled: bool = False  # whether the recipe leaves it open if activations are computed again
+
+    def settled(self, costs: Costs, memory: float | None, micro_tokens: int | None) -> Workload:
+        """The same; where that is open, with recomputation if a step without it would not fit in `memory` bytes.
+
+        That is a step of the tokens asked for, or of ENOUGH: with more at a time little is saved per token.
+        """
+        if not self.unsettled:
+            return self
+        kept = replace(self, unsettled=False)
+        needed = kept.memory(min(micro_tokens or ENOUGH, ENOUGH), costs).training
+        if memory is None or needed <= SPARE * memory:
+            return kept
+        return replace(kept, model=replace(self.model, checkpointing=True))
 
     def memory(self, micro_tokens: int, costs: Costs) -> Footprint:
         micro = largest_micro(self.examples, self.batch_size, self.seed, micro_tokens)
@@ -89,6 +104,7 @@ def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -
         batch_size=recipe.train.batch_size,
         epochs=plan.steps / plan.steps_per_epoch,
         seed=recipe.seed,
+        unsettled=recipe.train.gradient_checkpointing == "auto",
     )
 
 
@@ -141,6 +157,29 @@ def starting_tokens(job: Job, session: Session) -> Generator[Note, None, int]:
     return chosen
 
 
+def settle_recomputation(job: Job, earlier: bool | None) -> Generator[Note, None, Job]:
+    """The job with `gradient_checkpointing: auto` decided, before its model is loaded.
+
+    earlier: what a run that goes on decided when it began.
+    """
+    train = job.recipe.train
+    if train.gradient_checkpointing != "auto":
+        return job
+    again = bool(earlier)
+    if earlier is None and job.folder.weights and job.prepared.train.examples:
+        device = job.recipe.device
+        costs = registry.costs(job.backend, registry.device_kind(registry.describe(job.backend, device)["device"]))
+        asked = None if train.micro_tokens == "auto" else train.micro_tokens
+        free = registry.free_bytes(job.backend, device)
+        work = workload(job.recipe, job.folder, job.prepared.train.examples).settled(costs, free, asked)
+        again = work.model.checkpointing
+        if again:
+            text = "blocks are computed again in the backward pass: what they make does not fit"
+            yield Note(0, f"{text} in {(free or 0) / 1e9:.1f} GB free")
+    train = train.model_copy(update={"gradient_checkpointing": again})
+    return replace(job, recipe=job.recipe.model_copy(update={"train": train}))
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a run needs on one machine."""
@@ -151,6 +190,7 @@ class Forecast:
     memory: float | None  # bytes that the machine can give; None: not known
     tokens: int  # at a time
     seconds: float  # per epoch
+    recomputed: bool  # whether activations are
     rate: str  # of matrix products: where it comes from, and the share of it that steps are taken to reach
 
     @property
@@ -164,6 +204,7 @@ def forecast_here(work: Workload, backend: str, micro_tokens: int | None) -> For
     costs = registry.costs(backend, registry.device_kind(facts["device"]))
     free = registry.free_bytes(backend, work.model.device)
     rate = registry.measured_rate(backend, work.model.number_type(costs.device, facts["half"]), work.model.device)
+    work = work.settled(costs, free, micro_tokens)
     tokens = micro_tokens or (MICRO_TOKENS if free is None else _fitting_with_model(work, costs, free))
     return _forecast(work, backend, costs, free, tokens, rate, f"measured now, {rate / 1e12:.2g} TFLOPS")
 
@@ -171,6 +212,7 @@ def forecast_here(work: Workload, backend: str, micro_tokens: int | None) -> For
 def forecast_on(machine: Machine, work: Workload, backend: str, micro_tokens: int | None) -> Forecast:
     """On the GPU of a machine that is not at hand. `micro_tokens` None: as many as fit."""
     costs = registry.costs(backend, "gpu")
+    work = work.settled(costs, machine.memory, micro_tokens)
     tokens = micro_tokens or _fitting_with_model(work, costs, machine.memory)
     return _forecast(work, backend, costs, machine.memory, tokens, machine.rate, machine.source)
 
@@ -180,7 +222,8 @@ def _forecast(
 ) -> Forecast:
     seconds = work.operations() / (rate * costs.reached)
     source = f"{source}; {costs.reached:.0%} of it"
-    return Forecast(backend, costs.device, work.memory(tokens, costs), memory, tokens, seconds, source)
+    needed, again = work.memory(tokens, costs), work.model.checkpointing
+    return Forecast(backend, costs.device, needed, memory, tokens, seconds, again, source)
 
 
 def _fitting_with_model(work: Workload, costs: Costs, memory: float) -> int:

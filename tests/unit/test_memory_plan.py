@@ -93,8 +93,8 @@ def test_the_weights_are_those_of_the_scheme() -> None:
 
 def test_what_a_block_saves_of_a_token() -> None:
     found = needed(architecture(1), micro=Micro(1, 128, 128), rank=1).activations / 128
-    # x and its norm, twice; queries, keys, values and attention's result; gate and up; a number for each adapter
-    assert found == pytest.approx(1.1 * 4 * (4 * D + 2 * D + 2 * KEYS + 2 * INNER + 7))  # and what the allocator holds
+    # what enters both norms; queries, keys, values and attention's result; gate and up; a number for each adapter
+    assert found == pytest.approx(1.1 * 4 * (2 * D + 2 * D + 2 * KEYS + 2 * INNER + 7))  # and what the allocator holds
 
 
 def test_a_cpu_computes_a_part_at_a_time() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
 from backends.interface import PROMPTS_TOGETHER
-from backends.sampling import Completions, Draws, check_prompts, groups, sample, shared_start
+from backends.memory_plan import answering_bytes
+from backends.sampling import Completions, Draws, check_prompts, groups, room_for_answers, sample, shared_start
 
 PROMPTS = some.lists(some.lists(some.integers(0, 3), min_size=1, max_size=9), min_size=2, max_size=6)
 
@@ -32,6 +35,30 @@ def test_groups_hold_every_row_once_and_alike(lengths: list[int], spread: int) -
     for group in found:
         own = [lengths[row] for row in group]
         assert own == sorted(own) and own[-1] - own[0] <= spread and len(group) <= PROMPTS_TOGETHER
+
+
+@given(some.lists(some.integers(1, 100), min_size=1, max_size=60), some.integers(0, 40), some.integers(1, 2000))
+def test_no_more_prompts_are_answered_together_than_fit(lengths: list[int], spread: int, room: int) -> None:
+    found = list(groups(lengths, spread, room))
+    assert sorted(row for group in found for row in group) == list(range(len(lengths)))
+    for group in found:
+        assert len(group) == 1 or len(group) * max(lengths[row] for row in group) <= room
+    assert len(found) >= len(list(groups(lengths, spread)))
+
+
+def test_keys_and_values_of_answers_are_counted() -> None:
+    """An 8B Llama in 16 bits: 128 kB per token in its blocks, and 164 kB in one of them for a moment."""
+    config = {
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096,
+        "intermediate_size": 14336,
+    }  # fmt: skip
+    token = answering_bytes(config, 2)
+    assert token == 2 * 32 * 2 * 1024 + 2 * (4 * 14336 + 6 * 4096)
+    assert room_for_answers(None, token) == math.inf
+    rows = [512 + 64] * 32
+    for gigabytes, together in ((80, 32), (4, 11), (0, 1)):
+        assert len(next(groups(rows, 0, room_for_answers(gigabytes * 10**9, token)))) == together
+    assert answering_bytes({}, 2) > 0  # a config that says nothing
 
 
 def test_samples_follow_the_distribution() -> None:

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from backends.interface import BackendError, LoraSpec
 from backends.torch_backend import attention as torch_attention
 from backends.torch_backend import layers as torch_layers
 from backends.torch_backend.layers import use_own_layers
 from backends.torch_backend.lora import Dropout, LoraLinear
+from backends.torch_backend.rotary import rotated, use_own_rotary
 from tests.tiny_models import family
 
 OWN_NORM = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite")
@@ -51,7 +53,7 @@ def test_a_norm_of_another_kind_stays_as_it_is(tmp_path: Path) -> None:
     for name in ("gemma2", "olmo2"):  # 1 + weight; the weight times float32
         model = opened(name, tmp_path / name)
         use_own_layers(model)
-        assert not any("forward" in vars(module) for module in model.modules())
+        assert not any("forward" in vars(module) for module in model.modules() if "Norm" in type(module).__name__)
 
 
 def adapted(name: str, folder: Path, dropout: Dropout, dtype: torch.dtype) -> Any:
@@ -92,6 +94,33 @@ def test_only_what_is_llamas_is_replaced(tmp_path: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(family(name, tmp_path / name, **settings))
         use_own_layers(model)
         assert not any("forward" in vars(block.mlp) for block in model.model.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3"])
+def test_rotary_positions_are_the_models_own(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Phi-3 turns a part of a head, in a function of its own, which is left as it is."""
+    model = opened(name, tmp_path, dtype)
+    attention, x = model.model.layers[0].self_attn, torch.randn(2, 5, 64).to(dtype)
+    angles = model.model.rotary_emb(x, torch.arange(5)[None])
+    results = []
+    for change in (lambda: None, lambda: use_own_rotary(model)):
+        change()
+        results.append(by_inputs(lambda x: attention(x, position_embeddings=angles, attention_mask=None)[0], x))
+    assert ("forward" in vars(attention)) == (name != "phi3")
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, **(BFLOAT16 if dtype == torch.bfloat16 else {}))
+
+
+def test_the_gradient_of_rotary_positions_is_that_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, heads, 3, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2))
+    angle = torch.randn(2, 3, 3, dtype=torch.float64).repeat(1, 1, 2)
+    assert torch.autograd.gradcheck(lambda q, k: rotated(q, k, angle.cos(), angle.sin()), (q, k))
+    for ours, theirs in zip(
+        rotated(q, k, angle.cos(), angle.sin()), apply_rotary_pos_emb(q, k, angle.cos(), angle.sin()), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 # --- LoRA ---------------------------------------------------------------------------------------

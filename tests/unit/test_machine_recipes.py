@@ -1,0 +1,98 @@
+"""The recipes for well-known machines: each fits its machine with room to spare, by the forecast of memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backends import registry
+from backends.predictions import Architecture, Machine
+from finetune.data.rows import Example
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schedule import make_plan
+from finetune.recipe.schema import Recipe
+from finetune.recipe.specs import lora_spec
+from finetune.training.budget import LEAST, Workload, forecast_on
+from tests.unit.test_memory_plan import HALF
+
+ROOT = Path(__file__).parents[2]
+SHAPES: dict[str, dict[str, Any]] = json.loads((ROOT / "tests/assets/shapes.json").read_text())  # of the models named
+GIB = 2**30
+MEMORY = {  # what a process can use: a desktop takes some of a card, and Metal gives two thirds to three quarters
+    "nvidia-6gb": 5.6, "nvidia-8gb": 7.6, "nvidia-12gb": 11.5, "nvidia-16gb": 15.4, "nvidia-24gb": 23.5,
+    "macbook-8gb": 5.33, "macbook-16gb": 10.67, "macbook-32gb": 21.33,
+}  # fmt: skip
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*gb.yaml"))
+
+
+def architecture(model: str) -> Architecture:
+    shape = SHAPES[model]
+    hidden, inner, blocks = (shape[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    queries, keys = (shape[f"num_{key}_heads"] * shape["head_dim"] for key in ("attention", "key_value"))
+    layers = {
+        "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    modules = {f"model.layers.{block}.{name}": size for block in range(blocks) for name, size in layers.items()}
+    other = shape["vocab_size"] * hidden * (1 if shape["tie_word_embeddings"] else 2)
+    stored = 2 * (sum(out * inputs for out, inputs in modules.values()) + other)
+    sizes = (blocks, hidden, inner, queries, keys, shape["vocab_size"])
+    return Architecture(*sizes, modules, other, stored, 2, False, head_norms="Qwen3" in model)
+
+
+def workload(recipe: Recipe, length: int) -> Workload:
+    """Rows of this length, all of it learned: more than any real data asks for."""
+    shape = architecture(recipe.model.path)
+    rows = [Example(np.zeros(length, np.int32), np.ones(length, np.float32), "row")] * 64
+    model = HALF if recipe.quantize == "none" else type(HALF)(HALF.path, "4bit", "bfloat16")
+    unsettled = recipe.train.gradient_checkpointing == "auto"
+    plan = make_plan(recipe, len(rows))
+    epochs = plan.steps / plan.steps_per_epoch
+    return Workload(shape, model, lora_spec(recipe), shape.modules, rows, recipe.train.batch_size, epochs, 0, unsettled)
+
+
+def test_every_machine_has_a_recipe() -> None:
+    assert MEMORY.keys() == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_its_machine_with_room(name: str) -> None:
+    recipe = load_recipe(ROOT / "configs" / f"{name}.yaml")
+    machine = Machine(name, MEMORY[name] * GIB, 1e13, "")
+    for length in (256, recipe.train.max_length):
+        found = forecast_on(machine, workload(recipe, length), recipe.backend, None)
+        assert found.needed.peak <= 0.95 * MEMORY[name] * GIB, (found.needed.peak / GIB, found.tokens)
+        assert found.tokens >= 16 * LEAST, found.tokens
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_leaves_to_the_forecast_what_it_knows_better(name: str) -> None:
+    recipe = load_recipe(ROOT / "configs" / f"{name}.yaml")
+    assert (recipe.train.micro_tokens, recipe.train.gradient_checkpointing, recipe.lora.dropout) == ("auto", "auto", 0)
+    assert f"finetune plan configs/{name}.yaml" in (ROOT / "configs" / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_machine_of_half_the_memory_is_told_to_be_too_small(name: str) -> None:
+    """The forecast of these shapes can say no."""
+    recipe = load_recipe(ROOT / "configs" / f"{name}.yaml")
+    machine = Machine(name, MEMORY[name] * GIB / 3, 1e13, "")
+    assert not forecast_on(machine, workload(recipe, recipe.train.max_length), recipe.backend, None).fits
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_recomputation_is_settled_by_memory(backend: str) -> None:
+    recipe = load_recipe(ROOT / "configs/nvidia-8gb.yaml")
+    work, costs = workload(recipe, 512), registry.costs(backend, "gpu")
+    small, large = (work.settled(costs, size * GIB, None) for size in (5, 80))
+    assert small.model.checkpointing and not large.model.checkpointing
+    assert not work.settled(costs, None, None).model.checkpointing
+    assert work.settled(costs, 5 * GIB, 64).model.checkpointing == (work.memory(512, costs).training > 4.5 * GIB)
+    assert large.settled(costs, 1.0, None) is large  # settled once
+    asked = recipe.model_copy(update={"train": recipe.train.model_copy(update={"gradient_checkpointing": False})})
+    assert not workload(asked, 512).settled(costs, 1.0, None).model.checkpointing
