@@ -64,7 +64,7 @@ class Run:
     def __init__(self, job: Job, folder: RunFolder, lock: Lock | None = None) -> None:
         self.job, self.folder, self.lock = job, folder, lock
         self.stopping = False
-        self._recomputed: bool | None = None  # whether activations are; None: not decided yet
+        self._recomputed: bool | None = None  # whether blocks are; None: as the recipe says, or not decided yet
 
     def events(self, resume: bool = False) -> Generator[Event, None, Report]:
         """Everything that happens, to the report. Raises Interrupted, FinetuneError, and errors of the backend.
@@ -94,7 +94,8 @@ class Run:
         does not fit.
         """
         job, folder = self.job, self.folder
-        self._recomputed = folder.recomputed() if resume else None
+        unsettled = job.recipe.train.gradient_checkpointing == "auto"
+        self._recomputed = folder.recomputed() if resume and unsettled else None
         identity, saved = yield from self._identity(resume)
         start = Path(job.recipe.lora.start_from) if job.recipe.lora.start_from else None
         if start:
@@ -107,7 +108,7 @@ class Run:
         told = yield from self._check_data()
         job.prepared.forget_records()
         settled = yield from settle_recomputation(job, self._recomputed)
-        self._recomputed = settled.recipe.train.gradient_checkpointing is True
+        self._recomputed = settled.recipe.train.gradient_checkpointing is True if unsettled else None
         session = settled.open()
         self._write_environment(session)
         base = yield from self._evaluate_base(session)

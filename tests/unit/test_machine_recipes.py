@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,11 +13,16 @@ import pytest
 from backends import registry
 from backends.predictions import Architecture, Machine
 from finetune.data.rows import Example
+from finetune.disk.run_folder import RunFolder
+from finetune.errors import Incompatible
+from finetune.events import Work
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec
-from finetune.training.budget import LEAST, Workload, forecast_on
+from finetune.training import budget
+from finetune.training.budget import LEAST, Workload, forecast_on, settle_recomputation
+from finetune.training.job import Job
 from tests.unit.test_memory_plan import HALF
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +62,45 @@ def workload(recipe: Recipe, length: int) -> Workload:
     return Workload(shape, model, lora_spec(recipe), shape.modules, rows, recipe.train.batch_size, epochs, 0, unsettled)
 
 
+def settled(monkeypatch: pytest.MonkeyPatch, asked: object, free: int | None, earlier: bool | None) -> tuple[Any, Any]:
+    recipe = load_recipe(ROOT / "configs/nvidia-8gb.yaml")
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"gradient_checkpointing": asked})})
+    work = workload(recipe, 512)
+    monkeypatch.setattr(budget, "workload", lambda *_: work)
+    monkeypatch.setattr(registry, "describe", lambda *_: {"device": "cuda: some card"})
+    monkeypatch.setattr(registry, "free_bytes", lambda *_: free)
+    folder: Any = SimpleNamespace(weights={"file": ()})
+    prepared: Any = SimpleNamespace(train=SimpleNamespace(examples=work.examples))
+    choice = Work(settle_recomputation(Job(recipe, folder, cast(Any, None), "torch", prepared), earlier))
+    notes = [note.text for note in choice]
+    return choice.result.recipe.train.gradient_checkpointing, notes
+
+
+def test_a_run_settles_recomputation_once_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settled(monkeypatch, "auto", 80 * GIB, None) == (False, [])
+    assert settled(monkeypatch, "auto", None, None) == (False, [])
+    again, notes = settled(monkeypatch, "auto", 5 * GIB, None)
+    assert again is True and "computed again" in notes[0] and "5.4 GB free" in notes[0]
+    for earlier in (True, False):  # a resumed run: whatever is free now
+        for free in (5 * GIB, 80 * GIB):
+            assert settled(monkeypatch, "auto", free, earlier) == (earlier, [])
+    for asked in (True, False):
+        assert settled(monkeypatch, asked, 5 * GIB, None) == (asked, [])
+
+
+def test_a_run_records_what_it_settled(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.recomputed() is None
+    for value in (True, False):
+        folder.write_json("environment.json", {"python": "3", "recomputed": value})
+        assert folder.recomputed() is value
+    folder.write_json("environment.json", {"python": "3"})  # of an earlier version, or not settled
+    assert folder.recomputed() is None
+    folder.write_json("environment.json", {"recomputed": "perhaps"})
+    with pytest.raises(Incompatible, match=r"environment\.json"):
+        folder.recomputed()
+
+
 def test_every_machine_has_a_recipe() -> None:
     assert MEMORY.keys() == set(RECIPES)
 
@@ -78,7 +123,7 @@ def test_a_recipe_leaves_to_the_forecast_what_it_knows_better(name: str) -> None
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_machine_of_half_the_memory_is_told_to_be_too_small(name: str) -> None:
+def test_a_machine_of_a_third_of_the_memory_is_told_to_be_too_small(name: str) -> None:
     """The forecast of these shapes can say no."""
     recipe = load_recipe(ROOT / "configs" / f"{name}.yaml")
     machine = Machine(name, MEMORY[name] * GIB / 3, 1e13, "")
