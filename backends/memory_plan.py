@@ -103,7 +103,7 @@ def footprint(
 ) -> Footprint:
     """Of training `adapted` with micro-batches no larger than `micro`, with the backend and device of `costs`."""
     number, trainable = model.number_bytes(costs.device), lora.trainable(adapted)
-    micro = _at_once(micro, costs)
+    micro = _at_once(micro, model, costs)
     activations = costs.held * _activations(architecture, model, lora, adapted, micro, costs)
     block = _block_working(architecture, micro, number, costs) + _unpacked(architecture, model, number, costs)
     working = costs.held * max(block, _head_working(architecture, micro, number, costs))
@@ -189,9 +189,9 @@ def _loading(architecture: Architecture, model: ModelSpec, number: int, costs: C
     return architecture.stored + (costs.quantising * widest if model.quantize == "4bit" else 0.0)
 
 
-def _at_once(micro: Micro, costs: Costs) -> Micro:
+def _at_once(micro: Micro, model: ModelSpec, costs: Costs) -> Micro:
     """The part of it that is computed at a time."""
-    tokens = costs.tokens_at_once or micro.tokens
+    tokens = costs.at_once(model.checkpointing) or micro.tokens
     rows = min(micro.rows, max(tokens // micro.width, 1))
     return Micro(rows, micro.width, -(-micro.supervised * rows // micro.rows))
 

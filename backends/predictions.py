@@ -63,6 +63,7 @@ class Costs:
     held: float = 1.1  # bytes that the allocator holds per byte in use
     update: float = 20.0  # per number of the adapter: an update makes weights, moments and their quotient anew
     tokens_at_once: int | None = None  # computed at a time; None: the whole micro-batch
+    recomputed_at_once: int | None = None  # the same where blocks are computed again: their inputs take the most memory
     width_step: int = 1  # rows of more than 256 tokens are padded to a multiple of so many
     logits_at_once: int | None = None  # numbers computed at a time; None: those of all supervised positions
     gated_working: float = 4.0  # widths of a gated layer that exist at once in its backward pass, beside what is saved
@@ -74,6 +75,10 @@ class Costs:
     bfloat16_products: float = 0.0  # per token computed at a time, held by the library after products in bfloat16
     maps_files: bool = False  # whether the files' pages stay in memory while weights are cast or quantised
     quantising: float = 0.0  # per weight of the layer that is being quantised
+
+    def at_once(self, recomputed: bool) -> int | None:
+        """Tokens computed at a time; None: the whole micro-batch."""
+        return self.tokens_at_once or (self.recomputed_at_once if recomputed else None)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ class AdamW:
             yield group
 
     def _moments(self, group: _Group) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        return tuple([self.moments[f"{name}.{kind}"] for name in group.names] for kind in MOMENTS)  # type: ignore[return-value]
+        first, second = ([self.moments[f"{name}.{kind}"] for name in group.names] for kind in MOMENTS)
+        return first, second
 
     def _move(self, moments: tuple[list[torch.Tensor], list[torch.Tensor]], grads: list[torch.Tensor]) -> None:
         """Both moments towards the gradient and its square, in place."""

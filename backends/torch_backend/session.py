@@ -105,7 +105,7 @@ class TorchSession:
         self._number_type = model.number_type(device_kind(self._device), half_type(self._device))
         number = model.number_bytes(device_kind(self._device))
         self._answering = answering_bytes(folder_of(model).text_config, number)
-        self._spec, self._tokens_at_once = model, costs.tokens_at_once or sys.maxsize
+        self._spec, self._tokens_at_once = model, costs.at_once(model.checkpointing) or sys.maxsize
         with memory_guard(self._device), random_numbers(self._device, seed):
             self._model = load_frozen(model, self._device)
             self._adapter = add_adapter(self._model, self.lora_shapes, lora, self._dropout)

@@ -104,6 +104,17 @@ def test_a_cpu_computes_a_part_at_a_time() -> None:
     assert long.activations == pytest.approx(4 * small.activations)
 
 
+def test_a_gpu_computes_fewer_at_a_time_where_blocks_are_computed_again() -> None:
+    """Their inputs are what grows; a row is never cut."""
+    again = replace(HALF, checkpointing=True)
+    found = [needed(architecture(), again, micro=Micro(rows, 512, 512 * rows)).activations for rows in (4, 8, 16, 64)]
+    assert found[0] * 2 == found[1] and found[1:] == [found[1]] * 3
+    long = needed(architecture(), again, micro=Micro(2, 8192, 16384)).activations
+    assert long == pytest.approx(2 * found[1])
+    kept = [needed(architecture(), HALF, micro=Micro(rows, 512, 512 * rows)).activations for rows in (8, 16)]
+    assert kept[1] == 2 * kept[0]
+
+
 def test_logits_are_counted_as_many_as_are_computed_at_a_time() -> None:
     """Of 500 positions and 10 million logits MLX makes 4 million at once on a CPU, and all on a GPU."""
     shape, micro = architecture(vocabulary=20_000), Micro(1, 500, 500)
