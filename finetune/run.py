@@ -122,7 +122,7 @@ class Run:
         if saved is not None:
             trainer.restore(saved)
         else:
-            trainer.limit_micro_batches((yield from starting_tokens(job, session)))
+            trainer.limit_micro_batches((yield from starting_tokens(settled, session)))
             if start:
                 start_from(session, start, lora_spec(job.recipe))
         return Begun(trainer, None if saved is None else saved.state.step, base, told, words)
