@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backends import registry
 from backends.interface import Session
+from finetune import run as runs
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Diverged, Incompatible, Interrupted
@@ -379,3 +381,31 @@ def test_the_saved_recipe_is_the_resolved_one(recipe: Recipe) -> None:
     run = create(recipe, "toy")
     assert run.recipe.read_text() == dump_recipe(recipe)
     assert create(recipe, "toy").path != run.path
+
+
+def test_a_resumed_run_computes_blocks_again_as_it_began(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever memory is free by then: the sums would be others."""
+    asked = recipe.model_copy(update={"train": recipe.train.model_copy(update={"gradient_checkpointing": "auto"})})
+    seen: list[Any] = []
+    opened, begin_with = Job.open, runs.starting_tokens
+
+    def opening(job: Job) -> Session:
+        seen.append(job.recipe.train.gradient_checkpointing)
+        return opened(replace(job, recipe=recipe))  # the reference backend has nothing to compute again
+
+    monkeypatch.setattr(Job, "open", opening)
+    monkeypatch.setattr(
+        runs,
+        "starting_tokens",
+        lambda job, session: (seen.append(job.recipe.train.gradient_checkpointing), begin_with(job, session))[1],
+    )
+    monkeypatch.setattr(registry, "free_bytes", lambda *_: 1)
+    run = stopped(asked, 3)
+    assert seen == [True, True] and run.recomputed() is True
+    monkeypatch.setattr(registry, "free_bytes", lambda *_: 10**15)
+    run_to_report(load_job(asked), run, resume=True)
+    assert seen[2:] == [True] and run.recomputed() is True
+    run_of(asked)
+    assert seen[3:] == [False, False]
+    run_of(recipe)
+    assert seen[5:] == [False, False]
