@@ -66,7 +66,8 @@ class _Noted(DynamicLayer):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
-            self.keys, self.values, self.is_initialized = key_states, value_states, True
+            self.keys, self.values = key_states, value_states
+            self.is_initialized = True
         return key_states, value_states
 
 

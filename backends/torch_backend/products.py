@@ -19,17 +19,17 @@ class Again:
         self._make, self.users = make, 0
         self._made: torch.Tensor | None = None
 
-    def __call__(self, *kept: torch.Tensor) -> torch.Tensor:
-        made = self._make(*kept) if self._made is None else self._made
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        made = self._make(*inputs) if self._made is None else self._made
         self.users -= 1
         self._made = made if self.users > 0 else None
         return made
 
 
 class Source(NamedTuple):
-    """What a tensor is made of, where its maker keeps that for its own gradient."""
+    """What a tensor is made of, where its maker saves that for its own gradient."""
 
-    kept: tuple[torch.Tensor, ...]
+    inputs: tuple[torch.Tensor, ...]
     again: Again
 
 
@@ -66,14 +66,14 @@ class Adapted(torch.autograd.Function):  # type: ignore[misc]
         ctx.call, ctx.again = call, source and source.again
         if source:
             source.again.users += 1
-        ctx.save_for_backward(low_rank, *(source.kept if source else (x,)))
+        ctx.save_for_backward(low_rank, *(source.inputs if source else (x,)))
         return out
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
-        low_rank, *kept = ctx.saved_tensors
-        x = ctx.again(*kept).flatten(0, -2) if ctx.again else kept[0]
+        low_rank, *inputs = ctx.saved_tensors
+        x = ctx.again(*inputs).flatten(0, -2) if ctx.again else inputs[0]
         mask, needed = ctx.call.mask(), ctx.needs_input_grad[0]
         grad_low_rank, grad_a, grad_b = _adapter_gradients(ctx.call, grad_output, x, low_rank, mask)
         grad_input = _input_gradient(ctx.call, grad_output, grad_low_rank, mask) if needed else None

@@ -55,6 +55,6 @@ def _again(masks: Dropout, keys: torch.Tensor | None, last: LoraLinear | None) -
 
 def _last_layer(block: Any) -> LoraLinear | None:
     """The layer whose output is only added to the block's output, where the block is known to be so."""
-    mlp = getattr(block, "mlp", None)
+    mlp: Any = getattr(block, "mlp", None)
     known = is_coded_as(block, LlamaDecoderLayer) and is_coded_as(mlp, LlamaMLP)
     return mlp.down_proj if known and isinstance(mlp.down_proj, LoraLinear) else None
