@@ -62,6 +62,8 @@ class SharedPrefixes:
 class _Noted(DynamicLayer):  # type: ignore[misc]
     """One block's keys and values, noted when it is first run; the same comes of running it again."""
 
+    is_initialized: bool
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
