@@ -81,7 +81,7 @@ def test_running_out_of_memory_leaves_the_state(
 ) -> None:
     session: Any = begun(Case("torch", tiny_folder))
     session.step([BATCH], 1e-2)
-    before, forward, calls = session.get_state(), session._forward.states, []
+    before, forward, calls = session.get_state(), session._forward._states_at, []
 
     def fails_second(*given: Any) -> Any:
         calls.append(given)
@@ -89,7 +89,7 @@ def test_running_out_of_memory_leaves_the_state(
             raise error
         return forward(*given)
 
-    monkeypatch.setattr(session._forward, "states", fails_second)
+    monkeypatch.setattr(session._forward, "_states_at", fails_second)
     with pytest.raises(OutOfMemory):
         session.step([BATCH, BATCH], 1e-2)
     with pytest.raises(OutOfMemory):
@@ -107,7 +107,7 @@ def test_other_runtime_errors_are_not_hidden(tiny_folder: Path, monkeypatch: pyt
     def fails(*arguments: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(session._forward, "states", fails)
+    monkeypatch.setattr(session._forward, "_states_at", fails)
     with pytest.raises(RuntimeError, match="mat1"):
         session.step([BATCH], 1e-2)
 
