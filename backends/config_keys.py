@@ -8,6 +8,9 @@ from typing import Any
 
 from backends.interface import BackendError
 
+_EXPERTS = ("num_experts", "num_local_experts")
+_GRANITE = {"full_attention": "attention", "linear_attention": "mamba"}
+_GEMMA = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
 _NUMBERS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
@@ -16,7 +19,7 @@ def completed(config: dict[str, Any], weights: Iterable[Iterable[str]]) -> dict[
 
     A head that has a tensor of its own is not tied.
     """
-    config = {key: _untagged(value) for key, value in config.items()}
+    config = _with_older_keys({key: _untagged(value) for key, value in config.items()})
     text = config.get("text_config")
     if not isinstance(text, dict):
         return config
@@ -25,8 +28,26 @@ def completed(config: dict[str, Any], weights: Iterable[Iterable[str]]) -> dict[
         tied = False
     said = {} if tied is None else {"tie_word_embeddings": tied}
     known = {"vocab_size": text["vocab_size"]} if "vocab_size" in text else {}
-    plain = {key: _untagged(value) for key, value in text.items()}
+    plain = _with_older_keys({key: _untagged(value) for key, value in text.items()})
     return known | config | said | {"text_config": plain | said}
+
+
+def _with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """With what transformers 5 leaves out or renames when it writes the config, and mlx-lm 0.32 reads."""
+    kind, said = str(config.get("model_type")), dict[str, Any]()
+    experts = [config[key] for key in _EXPERTS if config.get(key) is not None]
+    if len(experts) == 1:
+        said |= dict.fromkeys(_EXPERTS, experts[0])
+    kinds = config.get("layer_types")
+    if kind == "granitemoehybrid" and isinstance(kinds, list):
+        said["layer_types"] = [_GRANITE.get(layer, layer) if isinstance(layer, str) else layer for layer in kinds]
+    if kind == "lfm2" and "hidden_size" in config:
+        said |= {key: config["hidden_size"] for key in ("block_dim", "conv_dim") if key not in config}
+    special = config.get("per_layer_config")
+    if kind.startswith("gemma4") and isinstance(special, dict):
+        for layer in (layer for layer in special.values() if isinstance(layer, dict)):
+            said |= {_GEMMA[key]: value for key, value in layer.items() if key in _GEMMA and _GEMMA[key] not in config}
+    return config | said
 
 
 def _untagged(value: Any) -> Any:

@@ -7,14 +7,15 @@ backends share; what a backend adds to that, and what it saves for the backward 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from backends.interface import LoraSpec, ModelSpec, Modules
 from backends.memory import available_bytes
 from backends.model_folder import ModelFolder
-from backends.predictions import Architecture, Costs, Machine
+from backends.predictions import MXFP4, Architecture, Costs, Machine, Recurrence, Size
+from backends.text_blocks import expert_numbers
 
 __all__ = [
     "Architecture",
@@ -82,6 +83,9 @@ def read_architecture(folder: ModelFolder) -> Architecture:
     head = _number(text, "head_dim", hidden // heads)
     stored = sum(file.stat().st_size for file in folder.weights)
     quantised = any(name.endswith((".scales", ".weight.absmax")) for name in shapes)
+    experts, packed = expert_numbers(shapes), any(name.endswith("_blocks") for name in shapes)
+    inside = 0 if packed else experts  # of `sizes`, which count bytes of packed ones
+    sizes = {name: size for name, size in sizes.items() if not name.endswith(("_blocks", "_scales"))}
     return Architecture(
         blocks=_number(text, "num_hidden_layers", 1),
         hidden=hidden,
@@ -90,11 +94,16 @@ def read_architecture(folder: ModelFolder) -> Architecture:
         keys=_number(text, "num_key_value_heads", heads) * head,
         vocabulary=_number(text, "vocab_size", embedding[0]),
         modules=modules,
-        other=0 if quantised else sum(sizes.values()) - sum(map(prod, modules.values())),
+        other=0 if quantised else sum(sizes.values()) - sum(map(prod, modules.values())) - inside,
         stored=stored,
         stored_number=4 if stored > 3 * sum(map(prod, folder.shapes.values())) else 2,
         quantised=quantised,
         head_norms=any(name.endswith(".q_norm.weight") for name in shapes),
+        experts=experts,
+        experts_packed=packed,
+        heads=heads,
+        scores="sinks" if text.get("model_type") == "gpt_oss" else "softcap" * bool(text.get("attn_logit_softcapping")),
+        recurrence=_recurrence(text),
     )
 
 
@@ -106,6 +115,10 @@ def footprint(
     micro = _at_once(micro, model, costs)
     activations = costs.held * _activations(architecture, model, lora, adapted, micro, costs)
     block = _block_working(architecture, micro, number, costs) + _unpacked(architecture, model, number, costs)
+    if architecture.scores in costs.scores:  # gradients of the weights of every pair, before and after the softmax
+        block += 3.0 * number * architecture.heads * micro.width * micro.tokens
+    if architecture.recurrence:
+        block = max(block, costs.recurrent_working(architecture.recurrence, micro.tokens))
     working = costs.held * max(block, _head_working(architecture, micro, number, costs))
     return Footprint(
         runtime=_runtime(model, micro, number, costs),
@@ -122,7 +135,10 @@ def weight_bytes(architecture: Architecture, quantize: str, number: int, costs: 
     if architecture.quantised:
         return float(architecture.stored)
     packed = costs.four_bit_weight.bytes(number) if quantize == "4bit" else float(number)
-    return architecture.linear * packed + architecture.other * number
+    of_expert = packed if costs.packs_experts else float(number)
+    if architecture.experts_packed and costs.packs_experts:
+        of_expert = MXFP4
+    return architecture.linear * packed + architecture.experts * of_expert + architecture.other * number
 
 
 def kept_states_bytes(tokens: int, hidden: int, number: int) -> int:
@@ -154,10 +170,24 @@ def _activations(
 ) -> float:
     """What the backward pass needs. With recomputation: every adapted block's input, and all of a few blocks."""
     number, blocks = model.number_bytes(costs.device), len(set(map(_block, adapted)))
-    saved = costs.saved(architecture, adapted, lora, number) * micro.tokens
+    if costs.expands_keys and model.dtype == "float16":
+        architecture = replace(architecture, keys=architecture.queries)
+    saved = _saved(architecture, adapted, lora, number, micro, costs) * micro.tokens
     if not model.checkpointing:
         return blocks * saved
     return blocks * architecture.hidden * number * micro.tokens + costs.recomputed_blocks * saved
+
+
+def _saved(
+    architecture: Architecture, adapted: Modules, lora: LoraSpec, number: int, micro: Micro, costs: Costs
+) -> float:
+    """Of one token and block, the mean of all kinds of blocks."""
+    recurrence, blocks = architecture.recurrence, architecture.blocks
+    share = 1 - recurrence.blocks / blocks if recurrence else 1.0  # of the blocks that attend to keys
+    widths = {"queries": round(share * architecture.queries), "keys": round(share * architecture.keys)}
+    scores = costs.scores.get(architecture.scores, Size()).bytes(number) * architecture.heads * micro.width
+    recurrent = (1 - share) * costs.recurrent(recurrence, number) if recurrence else 0.0
+    return costs.saved(replace(architecture, **widths), adapted, lora, number) + share * scores + recurrent
 
 
 def _block_working(architecture: Architecture, micro: Micro, number: int, costs: Costs) -> float:
@@ -198,6 +228,16 @@ def _at_once(micro: Micro, model: ModelSpec, costs: Costs) -> Micro:
 
 def _block(module: str) -> int:
     return int(module.partition("layers.")[2].partition(".")[0])
+
+
+def _recurrence(text: Mapping[str, Any]) -> Recurrence | None:
+    """Of a config with linear attention in some blocks (Qwen3.5, Qwen3-Next)."""
+    names = ("num_value_heads", "num_key_heads", "key_head_dim", "value_head_dim")
+    heads, key_heads, keys, values = (_number(text, f"linear_{name}", 0) for name in names)
+    blocks, every = _number(text, "num_hidden_layers", 1), _number(text, "full_attention_interval", 4)
+    kinds = text.get("layer_types")
+    count = kinds[:blocks].count("linear_attention") if isinstance(kinds, list) else blocks - blocks // every
+    return Recurrence(count, heads, key_heads, keys, values) if min(heads, key_heads, keys, values, count) else None
 
 
 def _number(config: Mapping[str, Any], key: str, default: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from backends.interface import Device, LoraSpec, Modules, NumberType, Wanted
@@ -14,6 +14,17 @@ FROZEN_BLOCKS = "frozen blocks computed once"
 HEAD = "head at supervised positions"
 LORA = "own LoRA gradient"
 ATTENTION = "attention in tiles"
+DELTA_RULE = "gated delta rule in chunks"
+
+
+class Recurrence(NamedTuple):
+    """The blocks whose attention is a gated delta rule, with a state instead of keys and values."""
+
+    blocks: int
+    heads: int  # of values
+    key_heads: int
+    keys: int  # width of one head's keys
+    values: int  # width of one head's values
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,11 @@ class Architecture:
     stored_number: int  # bytes of one weight in the files
     quantised: bool  # already in the files
     head_norms: bool = False  # whether queries and keys are normed (Qwen3)
+    experts: int = 0  # weights of experts, which are chosen token by token and not adapted
+    experts_packed: bool = False  # in the files, in MXFP4
+    heads: int = 1  # of queries
+    scores: str = ""  # what keeps attention from being computed in pieces: "softcap", "sinks"; "": nothing
+    recurrence: Recurrence | None = None
 
     @property
     def linear(self) -> int:
@@ -49,6 +65,7 @@ class Size(NamedTuple):
 
 
 A_NUMBER = Size(numbers=1.0)
+MXFP4 = 0.5 + 1 / 32  # bytes of a weight: 4 bits, and a scale of 8 bits for 32 weights
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,13 @@ class Costs:
     four_bit_weight: Size = A_NUMBER  # one weight, with its share of the scales
     unpacked_weight: Size = A_NUMBER  # one weight of the 4-bit layer that is being multiplied
     bfloat16_products: float = 0.0  # per token computed at a time, held by the library after products in bfloat16
+    packs_experts: bool = False  # whether experts are in 4 bits too; otherwise they are unpacked where files pack them
+    expands_keys: bool = False  # whether float16 means a card whose attention wants keys for every query head
+    # kept of each pair of query and key, head and block, by `Architecture.scores`: what is not computed in pieces
+    scores: Mapping[str, Size] = field(default_factory=dict)
+    # kept of one token in a block with a recurrence, in the place of queries and keys: (recurrence, bytes of a number)
+    recurrent: Callable[[Recurrence, int], float] = lambda recurrence, number: 0.0
+    recurrent_working: Callable[[Recurrence, int], float] = lambda recurrence, tokens: 0.0  # beside it, for so many
     maps_files: bool = False  # whether the files' pages stay in memory while weights are cast or quantised
     quantising: float = 0.0  # per weight of the layer that is being quantised
 

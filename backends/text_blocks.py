@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 Shapes = Mapping[str, tuple[int, ...]]
 _IN_BLOCK = re.compile(r"^(?P<stack>(?:.*?\.)?layers\.)(?P<block>\d+)\.(?P<within>.+)\.weight$")
 _NOT_ADAPTED = re.compile(r"\bexperts\b|\brouter\b|(^|\.)gate$|norm")  # experts are chosen by token, not by layer
+_EXPERTS = re.compile(r"layers\.\d+\..*(\bexperts\b|\bswitch_mlp\b|block_sparse_moe\.\w+_linear)(?!.*(bias|_?scales)$)")
 _KEYS_AND_VALUES = re.compile(r"\b(k_proj|v_proj)$")
 _LANGUAGE = re.compile(r"language_model|text_model|decoder")
 
@@ -55,6 +57,12 @@ def layers_of(shapes: Shapes, stack: str, text: Mapping[str, Any]) -> dict[str, 
             continue
         layers[name.removesuffix(".weight")] = block, match["within"]
     return layers
+
+
+def expert_numbers(shapes: Shapes) -> int:
+    """How many weights the experts of all blocks have, packed ones (MXFP4, two in a byte) unpacked."""
+    experts = {name: shape for name, shape in shapes.items() if _EXPERTS.search(name) and len(shape) > 1}
+    return sum(prod(shape) * (2 if name.endswith("_blocks") else 1) for name, shape in experts.items())
 
 
 def text_only(shapes: Shapes, stack: str) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -60,6 +61,11 @@ _MAMBA = {
     "mamba_chunk_size": 16,
     "position_embedding_type": "nope",
 }
+_GPT_OSS = (
+    _TEXT
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}
+    | {"layer_types": ["sliding_attention", "full_attention"]}
+)
 _NO_EXPERTS = {"shared_intermediate_size": 128, "num_local_experts": 0, "num_experts_per_tok": 0}
 
 # name -> (model_type, config)
@@ -148,17 +154,16 @@ MODELS: dict[str, tuple[str, Config]] = {
         "qwen3_moe",
         _TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
     ),
-    "gpt_oss": (
-        "gpt_oss",
-        _TEXT
-        | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}
-        | {"layer_types": ["sliding_attention", "full_attention"]},
-    ),
+    "gpt_oss": ("gpt_oss", _GPT_OSS),  # as transformers writes it; its makers publish the next one
+    "gpt_oss_mxfp4": ("gpt_oss", _GPT_OSS),
 }
 
 
-def published(name: str, folder: Path, seed: int = 0) -> Path:
-    """The folder of one of MODELS, as its makers write config and weights."""
+def published(name: str, folder: Path, seed: int = 0, as_saved: bool = False) -> Path:
+    """The folder of one of MODELS, as its makers write config and weights.
+
+    as_saved: with the config as transformers 5 writes it, under its own names.
+    """
     kind, settings = MODELS[name]
     config = AutoConfig.for_model(kind, **settings)
     with torch.random.fork_rng():
@@ -170,12 +175,15 @@ def published(name: str, folder: Path, seed: int = 0) -> Path:
         spread(model)
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
-        file = folder / "config.json"
-        written: Config = json.loads(file.read_text())
-        _CONFIGS.get(name, lambda config: None)(written)
-        file.write_text(json.dumps(written))
+        if name in MAKERS_CONFIGS and not as_saved:
+            file = folder / "config.json"
+            written: Config = json.loads(file.read_text())
+            MAKERS_CONFIGS[name](written)
+            file.write_text(json.dumps(written))
         if name == "qwen3_5":
             _with_a_head_for_more_tokens(folder)
+        if name == "gpt_oss_mxfp4":
+            _with_packed_experts(folder)
     return folder
 
 
@@ -198,6 +206,28 @@ def _with_a_head_for_more_tokens(folder: Path) -> None:
     save_file(weights | block | {"mtp.fc.weight": torch.randn(64, 128)}, file, metadata={"format": "pt"})
 
 
+def _with_packed_experts(folder: Path) -> None:
+    """Experts in MXFP4 (two weights in a byte, 32 to a scale), as gpt-oss has them."""
+    import mlx.core as mx
+
+    file, packed = folder / "model.safetensors", {}
+    for name, tensor in load_file(file).items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            packed[name] = tensor
+            continue
+        words, scales = mx.quantize(mx.array(tensor.mT.contiguous().numpy()), 32, 4, mode="mxfp4")
+        blocks = words.view(mx.uint8).reshape(*scales.shape, 16)
+        packed |= {
+            f"{name}_blocks": torch.from_numpy(np.array(blocks)),
+            f"{name}_scales": torch.from_numpy(np.array(scales)),
+        }
+    save_file(packed, file, metadata={"format": "pt"})
+    config = folder / "config.json"
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": settings}))
+
+
 def _granite(config: Config) -> None:
     kinds = {"full_attention": "attention", "linear_attention": "mamba"}
     config["layer_types"] = [kinds.get(kind, kind) for kind in config["layer_types"]]
@@ -212,7 +242,8 @@ def _lfm2(config: Config) -> None:
     config |= {"block_dim": 64, "conv_dim": 64, "full_attn_idxs": [1]}
 
 
-_CONFIGS: dict[str, Callable[[Config], None]] = {
+# where makers' configs and those that transformers saves differ
+MAKERS_CONFIGS: dict[str, Callable[[Config], None]] = {
     "granite4": _granite,
     "granite4_h": _granite,
     "granite4_h_moe": _granite,

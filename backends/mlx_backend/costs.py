@@ -14,6 +14,7 @@ import numpy as np
 from backends.interface import Device, LoraSpec, Modules, NumberType, Wanted
 from backends.predictions import (
     ATTENTION,
+    DELTA_RULE,
     FROZEN_BLOCKS,
     HEAD,
     LORA,
@@ -21,12 +22,13 @@ from backends.predictions import (
     Architecture,
     Costs,
     Machine,
+    Recurrence,
     Size,
 )
 from backends.rate import SIZES, operations_per_second
 
 NUMPY_PRODUCTS = "numpy products (BLAS bridge)"
-SHORTCUTS = (SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, ATTENTION, NUMPY_PRODUCTS)
+SHORTCUTS = (SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, ATTENTION, DELTA_RULE, NUMPY_PRODUCTS)
 
 MACHINES = (
     Machine("MacBook M1, 8 GB", 5.33 * 2**30, 2.6e12, "Apple, 10 November 2020: 2.6 TFLOPS; Metal gives 2/3"),
@@ -40,14 +42,32 @@ def saved(architecture: Architecture, adapted: Modules, lora: LoraSpec, number: 
     return float((sizes + lora.rank * len({name.rsplit(".", 1)[-1] for name in adapted})) * number)
 
 
+def recurrent(recurrence: Recurrence, number: int) -> float:
+    """Of one token: the convolution's steps over queries, keys and values, their norms, and the gated result;
+    read off the peak of tiny models."""
+    keys, values = recurrence.key_heads * recurrence.keys, recurrence.heads * recurrence.values
+    return float((6 * keys + 8 * values) * number)
+
+
+def recurrent_working(recurrence: Recurrence, tokens: int) -> float:
+    """Of the gradient of 256 tokens in chunks of 32, in float32: five states of each chunk, and what is beside them."""
+    keys, values = recurrence.keys, recurrence.values
+    of_token = 5 * keys * values / 32 + 8 * (keys + values) + 10 * 32
+    return 4.0 * recurrence.heads * min(tokens, 256) * of_token
+
+
 _CPU = Costs(
     device="cpu",
     runtime=410e6,
     saved=saved,
+    scores={"softcap": Size(numbers=2.0), "sinks": Size(numbers=2.0)},  # tanh and softmax; softmax with sinks, without
+    recurrent=recurrent,
+    recurrent_working=recurrent_working,
     reached=0.6,  # one case timed, with torch
     held=1.05,
     tokens_at_once=512,  # more are no faster on a CPU, and need more memory
     logits_at_once=2**22,
+    packs_experts=True,
     four_bit="MLX's affine 4-bit, groups of 64",
     four_bit_weight=Size(0.5, numbers=2 / 64),  # 4 bits, and a scale and a bias for 64 weights
 )

@@ -15,12 +15,13 @@ from backends.interface import Batch, Scores
 from backends.micro_batches import Rows, joined, parts, places_of, prefix_places, widened
 from backends.mlx_backend.attention import TiledAttention
 from backends.mlx_backend.costs import COSTS
+from backends.mlx_backend.delta_rule import DeltaRule
 from backends.mlx_backend.frozen import FrozenBlocks, frozen_blocks
 from backends.mlx_backend.head import Head
 from backends.mlx_backend.lora import Dropout
 from backends.mlx_backend.model import check_window
 from backends.mlx_backend.prefix import keeps_keys_and_values, prefix_caches
-from backends.predictions import ATTENTION, FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
+from backends.predictions import ATTENTION, DELTA_RULE, FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 
 # What a shortcut is tried on: three rows, each supervised at other positions, after prefixes of unequal length.
 _TOKENS = np.arange(1, 31, dtype=np.int32).reshape(3, 10)
@@ -47,6 +48,7 @@ class Forward:
         self._tokens_at_once = costs.tokens_at_once or sys.maxsize
         self.head = Head(model, costs.logits_at_once or sys.maxsize)
         self._attention = TiledAttention(model)
+        self._delta_rule = DeltaRule(model)
         self._frozen: FrozenBlocks | None = None
         self.left_out: dict[str, str] = {}
         self.train(False)
@@ -61,7 +63,8 @@ class Forward:
     @property
     def shortcuts(self) -> tuple[str, ...]:
         every = (SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, ATTENTION)
-        return tuple(name for name in every if name not in self.left_out)
+        delta_rule = (DELTA_RULE,) if self._delta_rule.used else ()
+        return (*(name for name in every if name not in self.left_out), *delta_rule)
 
     def train(self, on: bool) -> None:
         self.model.train(on)

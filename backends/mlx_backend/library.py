@@ -26,7 +26,8 @@ model.eval()
 _QUANTISED = """
 
 def four_bit(path, layer):
-    if not isinstance(layer, nn.Linear) or path.endswith(("gate", "router")) or layer.weight.shape[-1] % 32:
+    packable = hasattr(layer, "to_quantized") and not isinstance(layer, nn.Embedding)
+    if not packable or path.endswith(("gate", "router", "router.layer")) or layer.weight.shape[-1] % 32:
         return False
     return {"bits": 4, "group_size": 64 if layer.weight.shape[-1] % 64 == 0 else 32}
 

@@ -13,11 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
-from mlx_lm.models.rope_utils import SuScaledRoPE
 from mlx_lm.utils import _get_classes, load_model
 
 from backends.interface import BackendError, CheckedFolder, ModelSpec
 from backends.mlx_backend.patch import subclassed
+from backends.mlx_backend.rotary import as_transformers_rotates
 from backends.mlx_backend.tree import cannot, check_format, check_taken
 from backends.model_folder import folder_of
 
@@ -58,7 +58,7 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
     model.set_dtype(dtype)
     mx.eval(model.parameters())
     mx.clear_cache()  # of what was cast and quantised
-    _use_short_factors(model, loaded)
+    as_transformers_rotates(model, folder.text_config)
     model.freeze()
     scheme = _scheme(model)
     if spec.quantize == "4bit" and scheme == "none":
@@ -101,46 +101,24 @@ def _outside_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _quantisation(path: str, module: nn.Module) -> bool | dict[str, Any]:
-    """`nn.quantize` settings; as in bitsandbytes only linear layers, and not the choice of experts."""
-    if not isinstance(module, nn.Linear) or path.endswith(("gate", "router")):
+    """`nn.quantize` settings: linear layers, each expert's among them, and not the choice of experts."""
+    packable = hasattr(module, "to_quantized") and not isinstance(module, nn.Embedding)
+    if not packable or path.endswith(("gate", "router", "router.layer")):
         return False
     groups = [group for group in _GROUPS if module.weight.shape[-1] % group == 0]
     return {"bits": _BITS, "group_size": groups[0]} if groups else False
 
 
 def _scheme(model: nn.Module) -> str:
-    """The blocks' quantisation: `none`, `affine4/64`, or with counts where their linear layers differ."""
+    """The blocks' quantisation: `none`, `affine4/64`, `mxfp4/32`, or with counts where their linear layers differ."""
     modules = [module for block in model.layers for module in block.modules()]
-    quantised = Counter(f"{m.mode}{m.bits}/{m.group_size}" for m in modules if hasattr(m, "bits"))
+    quantised = Counter(
+        f"{m.mode}{m.bits if m.mode == 'affine' else ''}/{m.group_size}" for m in modules if hasattr(m, "bits")
+    )
     total = quantised.total() + sum(hasattr(m, "to_quantized") for m in modules)
     if len(quantised) == 1 and quantised.total() == total:
         return next(iter(quantised))
     return ", ".join(f"{kind} ({n} of {total} linear layers)" for kind, n in quantised.most_common()) or "none"
-
-
-class _LongRope(SuScaledRoPE):  # type: ignore[misc]
-    """Rotary embedding with its short factors up to the original length (Ding et al., 2024), as transformers has it.
-
-    mlx-lm takes the long factors at every length.
-    """
-
-    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        long = x.shape[-2] + offset > self.original_max_position_embeddings
-        scaled = x.at[..., : self.dim].multiply(self._scale)
-        freqs = self._freqs if long else self._short_freqs
-        rotated: mx.array = mx.fast.rope(
-            scaled, self.dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs
-        )
-        return rotated
-
-
-def _use_short_factors(model: nn.Module, config: Mapping[str, Any]) -> None:
-    scaling = config.get("rope_scaling") or {}
-    for module in model.modules():
-        if isinstance(module, SuScaledRoPE) and "short_factor" in scaling:
-            ratio = mx.array(scaling["short_factor"]) / mx.array(scaling["long_factor"])
-            module._short_freqs = module._freqs * ratio
-            module.__class__ = _LongRope
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

@@ -7,17 +7,19 @@ Measured on 8 heads of 64 with AVX-512 bfloat16: forward and backward together t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from backends.predictions import ATTENTION
+from backends.torch_backend.device import half_type
 
-_NAME = "causal_tiles"
+_NAME, _EXPANDED = "causal_tiles", "expanded_heads"
 # Queries of one head at a time; keys after the last of them are left out. More where a row is long: oneDNN compiles and
 # keeps a kernel for each number of keys.
 _QUERIES, _TILES = 64, 8
@@ -32,6 +34,30 @@ def use_tiles(model: Any) -> list[str]:
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     model.set_attn_implementation(_NAME)
     return [ATTENTION]
+
+
+def expand_heads(model: Any) -> bool:
+    """On NVIDIA's cards before compute capability 8.0 keys and values are repeated for each query head.
+
+    torch's kernel there knows no shared heads: asked for them, it would make all weights [T, T] of every head, and keep
+    them for the gradient. Returns whether it is so.
+    """
+    if model.config._attn_implementation != "sdpa" or half_type(model.device) != "float16":
+        return False
+    AttentionInterface.register(_EXPANDED, _expanded)
+    AttentionMaskInterface.register(_EXPANDED, sdpa_mask)
+    model.set_attn_implementation(_EXPANDED)
+    return True
+
+
+def _expanded(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
+) -> tuple[torch.Tensor, None]:
+    """As transformers calls it: [B, H, T, d], [B, G, S, d] twice -> [B, T, H, d]."""
+    repeats = query.shape[1] // key.shape[1]
+    plain = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # says nothing of shared heads
+    whole = (query, repeat_kv(key, repeats), repeat_kv(value, repeats))
+    return cast(tuple[torch.Tensor, None], sdpa_attention_forward(plain, *whole, *rest, **named))
 
 
 def _attention(

@@ -9,7 +9,9 @@ from dataclasses import replace
 
 from backends.interface import Device, LoraSpec, Modules, NumberType, Wanted
 from backends.predictions import (
+    A_NUMBER,
     ATTENTION,
+    DELTA_RULE,
     FROZEN_BLOCKS,
     HEAD,
     LORA,
@@ -17,6 +19,7 @@ from backends.predictions import (
     Architecture,
     Costs,
     Machine,
+    Recurrence,
     Size,
 )
 from backends.rate import SIZES, operations_per_second
@@ -25,7 +28,11 @@ NORMS = "own norms"
 GATED_LAYERS = "own gated layers"
 ROTARY = "own rotary positions"
 RECOMPUTED = "blocks computed again"
-SHORTCUTS = (SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, NORMS, GATED_LAYERS, ROTARY, ATTENTION, RECOMPUTED)
+DELTA_KERNEL = "gated delta rule by flash-linear-attention"
+SHORTCUTS = (
+    SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, NORMS, GATED_LAYERS, ROTARY, ATTENTION, DELTA_RULE, DELTA_KERNEL,
+    RECOMPUTED,
+)  # fmt: skip
 
 MACHINES = (
     Machine("RTX 4060, 8 GB", 7.6 * 2**30, 30e12, "NVIDIA: 15 shader TFLOPS, twice that in bf16"),
@@ -48,10 +55,21 @@ def saved(architecture: Architecture, adapted: Modules, lora: LoraSpec, number: 
     return (wide + inner * architecture.inner + lora.rank * len(leaves)) * number + words
 
 
+def recurrent(recurrence: Recurrence, number: int) -> float:
+    """Of transformers' chunks of 64 tokens, read off what autograd saves: float32 copies for each value head, four
+    matrices [64, 64] and the state of every chunk. flash-linear-attention's kernels save less."""
+    of_head = recurrence.keys * (20 + 6 * number) + recurrence.values * (24 + 4 * number) + 4 * 4 * 64
+    states = 4 * recurrence.keys * recurrence.values / 64
+    shared = recurrence.key_heads * recurrence.keys * 8 * (number - 1)  # before the convolution
+    return float(recurrence.heads * (of_head + states) + shared)
+
+
 _CPU = Costs(
     device="cpu",
     runtime=490e6,
     saved=saved,
+    scores={"softcap": Size(8.0), "sinks": A_NUMBER},  # eager attention: tanh and softmax; softmax
+    recurrent=recurrent,
     reached=0.6,  # one case timed
     update=6.0,  # the weights anew; all else for a few tensors at a time
     held=1.5,  # glibc keeps what lies freed between the tensors that stay: 1.4 to 1.6
@@ -79,6 +97,7 @@ _GPU = replace(
     four_bit_runtime=0.0,
     unpacked_weight=Size(fixed=0.06, numbers=1.0),  # bitsandbytes' kernel writes it at once; the scales beside it
     bfloat16_products=0.0,
+    expands_keys=True,
     maps_files=False,
 )
 COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": _GPU}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,11 +12,14 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from backends.torch_backend.costs import GATED_LAYERS, NORMS, ROTARY
+from backends.predictions import DELTA_RULE
+from backends.torch_backend.costs import DELTA_KERNEL, GATED_LAYERS, NORMS, ROTARY
 from backends.torch_backend.lora import LoraLinear
 from backends.torch_backend.patch import is_coded_as
 from backends.torch_backend.products import Again, Source
 from backends.torch_backend.rotary import use_own_rotary
+
+_DELTA_RULE = "torch_chunk_gated_delta_rule"  # the function, in transformers' module of each model that has it
 
 
 def use_own_layers(model: Any) -> list[str]:
@@ -32,6 +37,14 @@ def use_own_layers(model: Any) -> list[str]:
             module.forward = partial(_gated_layer, module)
             replaced.add(GATED_LAYERS)
     return [*sorted(replaced, reverse=True), *([ROTARY] if use_own_rotary(model) else [])]
+
+
+def delta_rule_of(model: Any) -> list[str]:
+    """Which form of the gated delta rule transformers runs in this model: a library's kernels, or its own in chunks."""
+    homes = {type(module).__module__ for module in model.modules()}
+    if not any(hasattr(sys.modules.get(home), _DELTA_RULE) for home in homes):
+        return []
+    return [DELTA_KERNEL if find_spec("fla") else DELTA_RULE]
 
 
 def _norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,8 @@ from backends.torch_backend.device import device_kind, half_type, says_no_memory
 from backends.torch_backend.quiet import quiet
 from backends.torch_backend.tree import auto_class, cannot, check_format, config_of
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels
+for _name in ("bitsandbytes", "transformers.integrations.hub_kernels"):
+    logging.getLogger(_name).setLevel(logging.ERROR)  # they report optional kernels
 
 
 def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
@@ -56,6 +57,8 @@ def _loaded(spec: ModelSpec, device: torch.device) -> tuple[Any, dict[str, Any]]
     if packed:
         _four_bit(device, dtype)  # raises where bitsandbytes cannot be had
         config.quantization_config = whole.quantization_config | {"bnb_4bit_compute_dtype": str(dtype).split(".")[1]}
+    elif quantised_by(folder.config) == "mxfp4":  # its kernels would be fetched from the hub, and have no gradient
+        config.quantization_config = whole.quantization_config | {"dequantize": True}
     try:
         model, info = auto_class(folder, config).from_pretrained(
             spec.path,

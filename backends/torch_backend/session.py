@@ -32,7 +32,7 @@ from backends.micro_batches import check_tokens, joined, own_part, parts
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 from backends.sampling import check_prompts, room_for_answers
-from backends.torch_backend.attention import use_tiles
+from backends.torch_backend.attention import expand_heads, use_tiles
 from backends.torch_backend.costs import COSTS, RECOMPUTED
 from backends.torch_backend.device import (
     bound_memory,
@@ -52,12 +52,12 @@ from backends.torch_backend.device import (
 from backends.torch_backend.forward import Forward
 from backends.torch_backend.generate import generate
 from backends.torch_backend.gradient import Gradient
-from backends.torch_backend.layers import use_own_layers
+from backends.torch_backend.layers import delta_rule_of, use_own_layers
 from backends.torch_backend.lora import Dropout, add_adapter, base_weight
 from backends.torch_backend.model import load_frozen, scheme_of
 from backends.torch_backend.optim import AdamW
 from backends.torch_backend.recompute import recompute_blocks
-from backends.torch_backend.tree import check_format, tree_of
+from backends.torch_backend.tree import check_experts, check_format, tree_of
 
 
 def probe() -> str | None:
@@ -86,6 +86,7 @@ def check(model: ModelSpec, lora: LoraSpec) -> None:
     folder = folder_of(model)
     check_format(folder)
     matched(tree_of(folder), folder.lora_modules(lora), "transformers", folder.path)
+    check_experts(model, folder)
 
 
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> TorchSession:
@@ -109,7 +110,8 @@ class TorchSession:
         with memory_guard(self._device), random_numbers(self._device, seed):
             self._model = load_frozen(model, self._device)
             self._adapter = add_adapter(self._model, self.lora_shapes, lora, self._dropout)
-            self._modules_replaced = [*use_own_layers(self._model), *use_tiles(self._model)]
+            self._block_shortcuts = [*use_own_layers(self._model), *use_tiles(self._model), *delta_rule_of(self._model)]
+            expand_heads(self._model)
             if model.checkpointing:
                 recompute_blocks(self._model, self._dropout)
             self._forward = Forward(self._model, self._device, costs.logits_at_once or sys.maxsize)
@@ -132,7 +134,7 @@ class TorchSession:
         frozen = [FROZEN_BLOCKS] if self._frozen_kept else []
         head = [HEAD] if self._forward.head.linear is not None else []
         again = [RECOMPUTED] if self._spec.checkpointing else []
-        return (*shared, *frozen, *head, LORA, *self._modules_replaced, *again)
+        return (*shared, *frozen, *head, LORA, *self._block_shortcuts, *again)
 
     def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
         total = float(sum(np.sum(batch.weights, dtype=np.float64) for batch in micro))

@@ -14,8 +14,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from backends.formats import quantised_by, refuse_format
-from backends.interface import BackendError, CheckedFolder
+from backends.interface import BackendError, CheckedFolder, LoraSpec, ModelSpec
 from backends.layer_names import Tensors, Tree
+from backends.text_blocks import expert_numbers
 from backends.torch_backend.quiet import quiet
 
 # PEFT refuses these layers in models of these types (peft.tuners.tuners_utils), since they are not called as layers
@@ -35,13 +36,25 @@ def config_of(folder: CheckedFolder) -> Any:
 
 def check_format(folder: CheckedFolder) -> None:
     """Raises BackendError where transformers' models of these weights are not trained here."""
-    refuse_format(folder, ("bitsandbytes",), "PyTorch here")
+    refuse_format(folder, ("bitsandbytes", "mxfp4"), "PyTorch here")
     settings = folder.config.get("quantization_config") or {}
     if quantised_by(folder.config) == "bitsandbytes" and not settings.get("load_in_4bit"):
         raise BackendError(
             f"{folder.path}: its weights are quantised by bitsandbytes to 8 bits, and 4 are trained on here; give the "
             "unquantised model (quantize: 4bit makes it small again)"
         )
+
+
+def check_experts(model: ModelSpec, folder: CheckedFolder) -> None:
+    """Raises BackendError where 4 bits would leave most of the blocks as they are."""
+    experts = expert_numbers(folder.shapes)
+    if model.quantize == "none" or not experts:
+        return
+    share = experts / (experts + sum(out * inputs for out, inputs in folder.lora_modules(LoraSpec(1, 1.0)).values()))
+    raise BackendError(
+        f"{folder.path}: bitsandbytes does not quantise experts, which are {share:.0%} of this model's blocks; set "
+        "quantize: none, use another backend, or choose a model without experts"
+    )
 
 
 def auto_class(folder: CheckedFolder, config: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from backends import registry
-from backends.interface import Device, LoraSpec, ModelSpec, Modules, Session
+from backends.interface import Device, Half, LoraSpec, ModelSpec, Modules, Session
 from backends.memory_plan import (
     Architecture,
     Costs,
@@ -61,6 +61,10 @@ class Workload:
         if memory is None or needed <= SPARE * memory:
             return kept
         return replace(kept, model=replace(self.model, checkpointing=True))
+
+    def held_as(self, half: Half, device: Device) -> Workload:
+        """The same with the type of numbers that the device will compute in."""
+        return replace(self, model=replace(self.model, dtype=self.model.number_type(device, half)))
 
     def memory(self, micro_tokens: int, costs: Costs) -> Footprint:
         micro = largest_micro(self.examples, self.batch_size, self.seed, micro_tokens)
@@ -148,6 +152,7 @@ def starting_tokens(job: Job, session: Session) -> Generator[Note, None, int]:
         return job.recipe.train.tokens_at_once
     work = workload(job.recipe, job.folder, job.prepared.train.examples)
     costs = registry.costs(job.backend, registry.device_kind(session.device))
+    work = work.held_as(registry.describe(job.backend, work.model.device)["half"], costs.device)
     if asked != "auto" and work.memory(asked, costs).step <= free:
         return asked
     fits = fitting_tokens(work, costs, free)
@@ -202,6 +207,7 @@ def forecast_here(work: Workload, backend: str, micro_tokens: int | None) -> For
     """On this machine, whose products are timed for a moment. `micro_tokens` None: as many as fit."""
     facts = registry.describe(backend, work.model.device)
     costs = registry.costs(backend, registry.device_kind(facts["device"]))
+    work = work.held_as(facts["half"], costs.device)
     free = registry.free_bytes(backend, work.model.device)
     rate = registry.measured_rate(backend, work.model.number_type(costs.device, facts["half"]), work.model.device)
     work = work.settled(costs, free, micro_tokens)

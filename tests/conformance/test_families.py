@@ -16,7 +16,7 @@ from tests.conformance.toy import DROPPING, LORA, Case, close, random_adapter, t
 pytest.importorskip("torch")
 pytest.importorskip("mlx.core")
 
-from tests.tiny_families import MODELS, published
+from tests.tiny_families import MAKERS_CONFIGS, MODELS, published
 
 Usable = Callable[[str], None]
 BATCH = toy_batch()
@@ -54,6 +54,19 @@ def test_a_published_model_is_the_same_in_both_libraries(
     assert theirs.loss == pytest.approx(ours.loss, rel=1e-4)
     assert theirs.grad_norm == pytest.approx(ours.grad_norm, rel=1e-3)
     close(other.get_state(), one.get_state(), 2e-3)
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS_CONFIGS))
+def test_a_config_that_transformers_wrote_is_the_same_model_in_mlx_lm(
+    name: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The other families' configs are as transformers writes them in every test."""
+    saved = published(name, tmp_path, as_saved=True)
+    assert (saved / "config.json").read_text() != (folder_of(name) / "config.json").read_text()
+    one, other = (Case(backend, saved).open() for backend in ("torch", "mlx"))
+    np.testing.assert_allclose(other.score(BATCH).logprob, one.score(BATCH).logprob, atol=1e-4)
+    makers = Case("mlx", folder_of(name)).open()
+    np.testing.assert_array_equal(makers.score(BATCH).logprob, other.score(BATCH).logprob)
 
 
 @pytest.mark.parametrize("name", SIZES)

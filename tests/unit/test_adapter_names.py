@@ -27,7 +27,10 @@ transformers = pytest.importorskip("transformers")
 from tests.tiny_families import published  # noqa: E402
 from tests.tiny_models import tiny_llama  # noqa: E402
 
-FAMILIES = ("gemma3", "mistral3", "qwen3_vl", "qwen3_5", "gemma4", "granite4", "granite4_h_moe", "lfm2", "qwen3_moe")
+FAMILIES = (
+    "gemma3", "mistral3", "qwen3_vl", "qwen3_5", "gemma4", "granite4", "granite4_h_moe", "lfm2", "qwen3_moe",
+    "granite4_h", "olmo3",
+)  # fmt: skip
 LORA = LoraSpec(4, 8.0)
 BATCH = toy_batch()
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

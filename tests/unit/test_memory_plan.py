@@ -186,7 +186,7 @@ def model_folder(folder: Path, tied: bool = True) -> Path:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_folder_says_its_sizes(tmp_path: Path, tied: bool) -> None:
-    expected, found = architecture(2), read_architecture(ModelFolder.open(model_folder(tmp_path, tied)))
+    expected, found = architecture(2, heads=4), read_architecture(ModelFolder.open(model_folder(tmp_path, tied)))
     assert replace(found, stored=0, modules={}) == replace(
         expected, stored=0, modules={}, other=expected.other * (1 if tied else 2)
     )

@@ -16,10 +16,11 @@ from backends.model_folder import ModelFolder
 from tests.conformance.toy import Case, toy_batch
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("mlx.core")
+mx = pytest.importorskip("mlx.core")
 
 from tests.tiny_families import published  # noqa: E402
 from tests.tiny_models import tiny_llama  # noqa: E402
+from tests.unit.test_adapter_names import chosen  # noqa: E402
 
 LORA, BATCH = LoraSpec(4, 8.0), toy_batch()
 INDEX = "model.safetensors.index.json"
@@ -73,11 +74,13 @@ def test_a_plain_folder_has_nothing_to_tell(tmp_path: Path) -> None:
     assert ModelFolder.open(tiny_llama(tmp_path)).notes == ()
 
 
-@pytest.mark.parametrize("bits", [3, 5, 6, "mixed_3_6", "unnamed"])
-def test_words_that_hold_no_whole_number_of_weights(bits: int | str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8, "mxfp4", "nvfp4", "mxfp8", "mixed_3_6", "unnamed"])
+def test_mlx_weights_are_trained_as_they_come(bits: int | str, tmp_path: Path) -> None:
+    from mlx_lm.utils import load_model
+
     base = tiny_llama(tmp_path / "base", hidden_size=192, head_dim=48)
     settings: dict[str, Any] = {"q_bits": bits} if isinstance(bits, int) else {"quant_predicate": "mixed_3_6"}
-    quantised(base, tmp_path / "packed", settings)
+    quantised(base, tmp_path / "packed", {"mode": bits} if str(bits)[2:4] == "fp" else settings)
     if bits == "unnamed":
         config = json.loads((tmp_path / "packed" / "config.json").read_text())
         shared = {key: config["quantization"][key] for key in ("group_size", "bits")}
@@ -85,12 +88,17 @@ def test_words_that_hold_no_whole_number_of_weights(bits: int | str, tmp_path: P
     modules = ModelFolder.open(tmp_path / "packed").lora_modules(LORA)
     assert modules == ModelFolder.open(base).lora_modules(LORA)
     session = Case("mlx", tmp_path / "packed").open()
-    assert np.isfinite(session.step([BATCH], 1e-3).loss)
+    plain, config = load_model(tmp_path / "packed")
+    theirs = chosen(np.array(plain(mx.array(BATCH.inputs)).astype(mx.float32)))
+    np.testing.assert_allclose(session.score(BATCH).logprob, theirs, atol=2e-3 if str(bits)[2:4] == "fp" else 1e-4)
+    if "fp" in str(bits):
+        assert session.scheme == f"{bits}/{config['quantization']['group_size']}"
+    first, second = (session.step([BATCH], 1e-2).loss for _ in range(2))
+    assert second < first
 
 
 def quantised(base: Path, target: Path, settings: dict[str, Any]) -> None:
     """mlx-lm's own conversion, without the tokenizer that it copies."""
-    import mlx.core as mx
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
     model, config = load_model(base, lazy=True)
@@ -99,7 +107,10 @@ def quantised(base: Path, target: Path, settings: dict[str, Any]) -> None:
         from mlx_lm.convert import mixed_quant_predicate_builder
 
         predicate = mixed_quant_predicate_builder(predicate, model)
-    model, config = quantize_model(model, config, 64, settings.get("q_bits", 4), quant_predicate=predicate)
+    if mode := settings.get("mode"):
+        model, config = quantize_model(model, config, None, None, mode=mode)
+    else:
+        model, config = quantize_model(model, config, 64, settings.get("q_bits", 4), quant_predicate=predicate)
     mx.eval(model.parameters())
     target.mkdir()
     save_model(target, model)
@@ -163,8 +174,3 @@ def test_a_folder_that_bitsandbytes_packed_is_trained_as_it_is(tmp_path: Path) -
     assert packed.step([BATCH], 1e-2).loss == pytest.approx(ours.step([BATCH], 1e-2).loss, rel=1e-5)
     with pytest.raises(BackendError, match=r"already quantised by bitsandbytes, which MLX.*use another backend"):
         registry.check_model("mlx", ModelSpec(tmp_path / "packed"), LORA)
-
-
-def test_experts_that_stay_as_they_are_are_not_called_quantised(tmp_path: Path) -> None:
-    session = Case("torch", published("qwen3_moe", tmp_path), "4bit").open()
-    assert session.scheme.startswith("nf4/64 double (") and "of the blocks' weights; the rest is not)" in session.scheme
