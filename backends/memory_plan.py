@@ -184,10 +184,14 @@ def _saved(
     """Of one token and block, the mean of all kinds of blocks."""
     recurrence, blocks = architecture.recurrence, architecture.blocks
     share = 1 - recurrence.blocks / blocks if recurrence else 1.0  # of the blocks that attend to keys
-    widths = {"queries": round(share * architecture.queries), "keys": round(share * architecture.keys)}
+    queries, keys = (round(share * width) for width in (architecture.queries, architecture.keys))
     scores = costs.scores.get(architecture.scores, Size()).bytes(number) * architecture.heads * micro.width
     recurrent = (1 - share) * costs.recurrent(recurrence, number) if recurrence else 0.0
-    return costs.saved(replace(architecture, **widths), adapted, lora, number) + share * scores + recurrent
+    return (
+        costs.saved(replace(architecture, queries=queries, keys=keys), adapted, lora, number)
+        + share * scores
+        + recurrent
+    )
 
 
 def _block_working(architecture: Architecture, micro: Micro, number: int, costs: Costs) -> float:
