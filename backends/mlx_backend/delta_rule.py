@@ -137,8 +137,8 @@ class _Solved(NamedTuple):
     keys: mx.array  # K K' [B, H, 1, N, C, C]
     inverse: mx.array  # X [B, H, R, N, C, C]
     reads: mx.array  # Q K' * D [B, H, R, N, C, C]
-    own: mx.array  # U of a state of 0 [B, H, R, N, C, Dv]
-    old: mx.array  # what U loses to the state: W [B, H, R, N, C, Dk], so that U = own - W S
+    alone: mx.array  # U of a state of 0 [B, H, R, N, C, Dv]
+    old: mx.array  # what U loses to the state: W [B, H, R, N, C, Dk], so that U = alone - W S
 
     @classmethod
     def of(cls, chunks: Chunks) -> _Solved:
@@ -151,8 +151,8 @@ class _Solved(NamedTuple):
         across, column = transposed(k), beta[..., None]
         keys = k @ across
         inverse = unit_inverse(column * (keys * between * below))
-        own, old = inverse @ (column * v), inverse @ (column * start * k)
-        return cls(between, start, between[..., -1, :, None], keys, inverse, q @ across * between, own, old)
+        alone, old = inverse @ (column * v), inverse @ (column * start * k)
+        return cls(between, start, between[..., -1, :, None], keys, inverse, q @ across * between, alone, old)
 
 
 def _run(chunks: Chunks, solved: _Solved, state: mx.array) -> tuple[mx.array, mx.array]:
@@ -167,7 +167,7 @@ def _states(chunks: Chunks, solved: _Solved, state: mx.array) -> tuple[mx.array,
     states, corrections = [], []
     for n in range(chunks.v.shape[3]):
         states.append(state)
-        corrections.append(solved.own[..., n, :, :] - solved.old[..., n, :, :] @ state)
+        corrections.append(solved.alone[..., n, :, :] - solved.old[..., n, :, :] @ state)
         state = solved.start[..., n, -1:, :] * state + written[..., n, :, :] @ corrections[-1]
     return mx.stack(states, axis=3), mx.stack(corrections, axis=3), state
 
@@ -190,7 +190,7 @@ def _run_backward(
     column, turned = beta[..., None], solved.inverse.swapaxes(-1, -2)
     grad_right, grad_right_old = turned @ grad_us, turned @ grad_old
     # (1 + L) U = right: the gradient by L is -(gradient by right) (solution)'
-    grad_system = -(grad_right @ transposed(solved.own) + grad_right_old @ transposed(solved.old)) * below
+    grad_system = -(grad_right @ transposed(solved.alone) + grad_right_old @ transposed(solved.old)) * below
     plain = solved.keys * solved.between * below
     grad_keys = column * grad_system * solved.between
     grad_old_keys = column * solved.start * grad_right_old

