@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, cast
 
 from backends.interface import (
@@ -60,6 +62,11 @@ def probe(name: str) -> str | None:
         return f'{error.name or error} cannot be imported; pip install "recipe-finetune[{name}]"'
     except Exception as error:  # a library that is there but broken: wrong driver, wrong processor
         return f'{name} does not start here ({error}); try pip install --force-reinstall "recipe-finetune[{name}]"'
+
+
+def installed(name: str) -> bool:
+    """Whether the framework of the backend's name is here. Loads none, so it may still not work (`probe`)."""
+    return not _row(name).automatic or find_spec(name) is not None
 
 
 def describe(name: str, device: Wanted = "auto") -> dict[str, Any]:
@@ -161,8 +168,9 @@ def shortcuts(name: str) -> tuple[str, ...]:
     return tuple(_predictions(name).SHORTCUTS)
 
 
+@cache
 def measured_rate(name: str, number_type: NumberType, device: Wanted = "auto") -> float:
-    """Floating-point operations per second of matrix products, timed now. The backend must be usable here."""
+    """Floating-point operations per second of matrix products, timed once in a process. The backend must be usable."""
     return _predictions(name).measured_rate(number_type, device)
 
 

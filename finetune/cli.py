@@ -99,6 +99,9 @@ def plan(
     file: RecipeFile,
     overrides: Overrides = None,
     compare: Annotated[bool, typer.Option("--compare", help="Compare the backends' log-probabilities.")] = False,
+    largest: Annotated[
+        bool, typer.Option("--largest", help="Name the longest row and the largest model that fit.")
+    ] = False,
 ) -> None:
     """Show the recipe, the rows, the steps, memory and time. Trains nothing."""
     from finetune.recipe.load import load_recipe
@@ -107,7 +110,7 @@ def plan(
     begin()
     from finetune.commands.plan import run
 
-    run(recipe, compare)
+    run(recipe, compare, largest)
 
 
 @app.command(rich_help_panel=TRAIN)

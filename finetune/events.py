@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Protocol, TypeVar
@@ -108,6 +108,35 @@ class Note(Passing):
     """A sentence for the user."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Outlook(Passing):
+    """What lies ahead of a run, said once before its base model is evaluated."""
+
+    title: str  # the model and what computes it
+    steps: int
+    validations: int  # in the whole run, the one before the first step included
+    seconds: Mapping[str, float]  # foretold, in order: "training", and the names of `Progress.what` in the whole run
+    chance: float | None = None  # accuracy of a label drawn blindly; None where there are no labels
+    majority: float | None = None  # of always the most frequent label, on the validation rows
+    memory: float | None = None  # bytes that the device can give; None: not known
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One validation row and its present answer."""
+
+    prompt: str
+    expected: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Samples(Passing):
+    """A few validation rows after a validation, the same rows each time."""
+
+    rows: tuple[Sample, ...]
 
 
 @dataclass(frozen=True)

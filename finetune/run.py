@@ -10,9 +10,10 @@ from typing import Any
 from backends import registry
 from backends.interface import Session, TrainState
 from finetune import connections
-from finetune.check.show import as_text, headline
+from finetune.check.show import as_text
 from finetune.check.survey import as_json, survey
 from finetune.check.told import leaked_into, read_told
+from finetune.check.verdict import headline
 from finetune.data.limit import limit_notes
 from finetune.disk.adapter import check_base, check_start, start_from
 from finetune.disk.adapter_check import loadings
@@ -27,15 +28,17 @@ from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held
 from finetune.evaluation.leaked import leaked_rows
 from finetune.evaluation.verdict import Watch, divergence, overfitting_verdict
 from finetune.evaluation.yardstick import Words, bag_of_words
-from finetune.events import Event, Note, checked, stoppable
+from finetune.events import Event, Note, Validated, checked, stoppable
 from finetune.recipe.specs import lora_spec
 from finetune.report.facts import facts_of
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
+from finetune.report.times import Times
 from finetune.training.budget import settle_recomputation, starting_tokens
 from finetune.training.job import Job, known_validation
 from finetune.training.keep import save_adapter
 from finetune.training.loop import Trainer
+from finetune.training.outlook import look_ahead, sampler_of
 
 NOT_REPEATABLE = (
     "this model uses an operation that has no repeatable kernel on this device: the same run again, or a resumed one, "
@@ -52,6 +55,7 @@ class Begun:
     base: Evaluation | None  # None where the recipe asks for none
     told: Mapping[str, Any]  # what `finetune check` found in the data
     words: Words | None  # how good the words alone are
+    times: Times
 
 
 class Run:
@@ -111,7 +115,9 @@ class Run:
         self._recomputed = settled.recipe.train.gradient_checkpointing is True if unsettled else None
         session = settled.open()
         self._write_environment(session)
-        base = yield from self._evaluate_base(session)
+        yield (ahead := look_ahead(settled, session))
+        times = Times.of(folder, ahead)
+        base = yield from self._evaluate_base(session, times)
         words = bag_of_words(job.prepared, folder.words) if base else None
         trainer = Trainer(
             session=session,
@@ -125,11 +131,12 @@ class Run:
             trainer.limit_micro_batches((yield from starting_tokens(settled, session)))
             if start:
                 start_from(session, start, lora_spec(job.recipe))
-        return Begun(trainer, None if saved is None else saved.state.step, base, told, words)
+        return Begun(trainer, None if saved is None else saved.state.step, base, told, words, times)
 
     def train(self, begun: Begun) -> Iterator[Event]:
         """All steps that are left; metrics.jsonl records them. Raises Interrupted, Diverged, MemoryExhausted."""
         trainer, step, repeatable = begun.trainer, begun.resumed_after, True
+        sampler = sampler_of(self.job)
         watch = Watch(self.job.folder.vocabulary, trainer.plan.warmup, trainer.state.history())
         with MetricsFile(self.folder.metrics) as metrics:
             metrics.truncate_after(-1 if step is None else step)
@@ -140,6 +147,8 @@ class Run:
             for event in trainer.events(known_validation(self.job, begun.base)):
                 metrics.record(event)
                 yield event
+                if isinstance(event, Validated) and trainer.validated:
+                    yield from sampler.samples(trainer.session, event.step, trainer.validated)
                 if notice := watch.look(event):
                     yield Note(event.step, notice)
                 if repeatable and not trainer.session.repeatable:
@@ -158,10 +167,10 @@ class Run:
     def report(self, begun: Begun) -> Generator[Event, None, Report]:
         """The tuned model evaluated, and the report written. Raises Interrupted, Diverged."""
         session = begun.trainer.session
-        tuned = yield from self._evaluate(session, "tuned model")
+        with begun.times.measuring("tuned model", self.folder):
+            tuned = yield from self._evaluate(session, "tuned model")
         save_evaluation(self.folder.evaluation("tuned"), tuned)
-        report = self._figures(begun, tuned)
-        write_report(self.folder, report)
+        write_report(self.folder, report := self._figures(begun, tuned))
         return report
 
     def _figures(self, begun: Begun, tuned: Evaluation) -> Report:
@@ -172,6 +181,7 @@ class Run:
         return Report(
             run=str(self.folder.path),
             facts=facts_of(job.recipe, job.prepared, events),
+            times=begun.times.of_events(events),
             adapter=str(self.folder.adapter),
             loads=loadings(self.folder.adapter, job.folder),
             backend=job.backend,
@@ -238,7 +248,7 @@ class Run:
         folder.write_json("check.json", values)  # last: it says that both are there
         return values
 
-    def _evaluate_base(self, session: Session) -> Generator[Event, None, Evaluation | None]:
+    def _evaluate_base(self, session: Session, times: Times) -> Generator[Event, None, Evaluation | None]:
         """The base model on the held-out rows: evaluated once per run, and kept for a resumed one."""
         if not self.job.recipe.evaluate.base:
             return None
@@ -246,7 +256,7 @@ class Run:
         saved = load_evaluation(self.folder.evaluation("base"), expected)
         if saved and (saved.compared == self.job.recipe.evaluate.answer or self.job.prepared.task != "generation"):
             return saved
-        with base_weights(session):
+        with base_weights(session), times.measuring("base model", self.folder):
             base = yield from self._evaluate(session, "base model")
         save_evaluation(self.folder.evaluation("base"), base)
         return base

@@ -24,7 +24,7 @@ from types import FrameType
 from finetune import crashes
 from finetune.crashes import STOPS
 from finetune.errors import ExitCode
-from finetune.streams import unguarded
+from finetune.terminal import awake, enter_page, in_background, key_settings, leave_page, restore_keys
 from finetune.text import one_line
 
 # After these a run can be half done. After INTERRUPTED and TERMINATED the child has said so itself.
@@ -59,6 +59,11 @@ def announce_model(path: Path) -> None:
     _announce(b"model", path)
 
 
+def announce_page(shown: bool) -> None:
+    """In the child: whether it has a page of its own on the terminal, which a crash would leave there."""
+    _announce(b"page", "shown" if shown else "")
+
+
 @contextmanager
 def reading(what: str) -> Iterator[None]:
     """In the child: libraries of native code read `what` now, a file that came from elsewhere."""
@@ -82,13 +87,15 @@ def process_id() -> int:
 
 def run(command: Sequence[str]) -> int:
     """Runs `command` as a child to its end and returns its exit code; explains a crash on standard error."""
-    killed_before = crashes.oom_kills()
+    killed_before, keys = crashes.oom_kills(), key_settings()
     ours, theirs = socket.socketpair()
     with ours, theirs:
         environment = {**os.environ, _SOCKET: str(theirs.fileno())}
+        if in_background():
+            environment["TTY_INTERACTIVE"] = "0"  # the terminal is another's, such as the shell's
         child = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
-        with _Signals(child) as asked, _awake(child.pid):
+        with _Signals(child, ours) as asked, awake(child.pid):
             child.wait()
             said, mapped = _announced(ours)
             path = Path(said["run"]) if "run" in said else None
@@ -96,7 +103,8 @@ def run(command: Sequence[str]) -> int:
                 child.returncode, asked.number, crashes.oom_kills() > killed_before, said, mapped
             )
             if child.returncode < 0 and sys.stderr.isatty():
-                print("\x1b[?25h", file=unguarded(sys.stderr))  # the live screen had hidden the cursor
+                restore_keys(keys)
+                leave_page(bool(said.get("page")))
             if reason or code in _EXPLAINED:
                 first = f"finetune: {reason}" if reason else f"exit code {code}: {ExitCode(code).meaning}."
                 print("\n".join(map(one_line, [first, *crashes.what_is_left(path, code)])), file=sys.stderr)
@@ -111,8 +119,8 @@ def listened_to() -> list[int]:
 class _Signals:
     """Hands signals on to the child; the supervisor outlives the child."""
 
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
-        self._child = child
+    def __init__(self, child: subprocess.Popen[bytes], ours: socket.socket) -> None:
+        self._child, self._ours = child, ours
         self.number = 0  # of the first signal; 0: none yet
 
     def __enter__(self) -> _Signals:
@@ -139,25 +147,13 @@ class _Signals:
     def _pause(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-Z stops both; `fg` and `bg` continue both."""
         self._child.send_signal(signal.SIGSTOP)
+        page = bool(_announced(self._ours, socket.MSG_PEEK)[0].get("page"))
+        if page:
+            leave_page()
         os.kill(os.getpid(), signal.SIGSTOP)
+        if page and not in_background():
+            enter_page()
         self._child.send_signal(signal.SIGCONT)
-
-
-@contextmanager
-def _awake(child: int) -> Iterator[None]:
-    """Keeps a Mac awake while the child lives; the display may sleep."""
-    if sys.platform != "darwin":
-        yield
-        return
-    command, helper = ["caffeinate", "-is", "-w", str(child)], None
-    with suppress(OSError):
-        helper = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    try:
-        yield
-    finally:
-        if helper is not None:
-            helper.terminate()
-            helper.wait()
 
 
 def _end_when_alone(end: socket.socket) -> None:
@@ -166,12 +162,12 @@ def _end_when_alone(end: socket.socket) -> None:
     os._exit(1)
 
 
-def _announced(ours: socket.socket) -> tuple[dict[str, str], list[Path]]:
-    """The last of each kind that the child named, "run", "model" and "reading"; and every model."""
+def _announced(ours: socket.socket, flags: int = 0) -> tuple[dict[str, str], list[Path]]:
+    """The last of each kind that the child named, "run", "model", "page" and "reading"; and every model."""
     ours.setblocking(False)  # a process that the child left behind may hold its end open
     said, models = {}, []
     with suppress(OSError):
-        for message in ours.recv(1 << 16).split(b"\0")[:-1]:
+        for message in ours.recv(1 << 16, flags).split(b"\0")[:-1]:
             kind, what = message.split(b" ", 1)
             said[kind.decode()] = os.fsdecode(what)
             models += [Path(os.fsdecode(what))] if kind == b"model" else []

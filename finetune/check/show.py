@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -14,14 +12,14 @@ from finetune.check.balance import Balance
 from finetune.check.duplicates import Duplicates
 from finetune.check.lengths import Lengths
 from finetune.check.personal import Personal
-from finetune.check.survey import Findings
+from finetune.check.survey import Findings, as_json
 from finetune.check.tokens import REMEDIES, Specials, TokenCheck
+from finetune.check.verdict import verdict
 from finetune.console import Console, lines, plain_page
-from finetune.data.left_out import THINKING, TOOLS
 from finetune.data.problems import listed
 from finetune.data.tokenizer import Tokenizer
 from finetune.report.row_tokens import highlighted
-from finetune.report.tables import account_notes, account_table
+from finetune.report.tables import account_notes, account_table, figures_table
 from finetune.text import from_here, shorten
 
 SHOWN = 10  # rows of a list
@@ -31,7 +29,9 @@ WIDTH = 70  # of a line of rows
 
 
 def show(console: Console, findings: Findings, tokenizer: Tokenizer) -> None:
-    """Every section in turn; the bad rows come first."""
+    """The verdict, then every section in turn; the bad rows come first."""
+    for part in verdict(findings, as_json(findings, tokenizer)):
+        console.print(part)
     for title, parts in sections(findings, tokenizer):
         console.rule(title, align="left")
         for part in parts:
@@ -51,13 +51,6 @@ def sections(findings: Findings, tokenizer: Tokenizer) -> Iterator[tuple[str, Se
         yield "balance", _balance(findings.balance, findings.label_lengths)
     yield "enough data?", [lines(*_told(findings.enough.level, findings.enough.reasons))]
     yield "personal data and secrets", _personal(findings.personal)
-
-
-def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold")
-    return table
 
 
 def _rows(findings: Findings) -> list[RenderableType]:
@@ -134,14 +127,19 @@ def _first(rows: Sequence[str]) -> list[str]:
 
 
 def _lengths(lengths: Lengths, beyond: str | None) -> list[RenderableType]:
-    table = _table("tokens", "rows", "")
+    table = figures_table("tokens", "rows", "")
     most = max(count for _, _, count in lengths.histogram)
     for low, high, count in lengths.histogram:
         label = f"{low}" if high == low + 1 else f"{low}-{high - 1}"
         table.add_row(label, f"{count:,}", Text("█" * round(BAR * count / most), "cyan"))
     table.columns[2].justify = "left"
-    ranks = ", ".join(f"{rank} %: {length:,}" for rank, length in lengths.percentiles.items() if rank < 100)
-    parts: list[RenderableType] = [table, Text(f"{ranks}, longest: {lengths.percentiles[100]:,}")]
+    ranks = figures_table("share of rows", "tokens, at most")
+    for rank, length in lengths.percentiles.items():
+        ranks.add_row(f"{rank} %" if rank < 100 else "longest row", f"{length:,}")
+    padding = figures_table("padding", "share of positions")
+    padding.add_row("in the batches of training", f"{lengths.padding:.1%}")
+    padding.add_row("in batches in the file's order", f"{lengths.padding_naive:.1%}")
+    parts: list[RenderableType] = [table, Text(), ranks, Text(), padding]
     for what, rows in (
         ("with a shortened prompt", lengths.shortened),
         ("without their end", lengths.cut),
@@ -150,9 +148,7 @@ def _lengths(lengths: Lengths, beyond: str | None) -> list[RenderableType]:
         if rows:
             text = f"{_counted(len(rows))} {what} at train.max_length {lengths.max_length}"
             parts.append(lines(text, *_first(rows)))
-    parts += [lines(beyond, style="yellow")] if beyond else []
-    naive = f"{lengths.padding_naive:.1%} in batches in the file's order"
-    return [*parts, Text(f"padding: {lengths.padding:.1%} of the positions; {naive}")]
+    return [*parts, *([lines(beyond, style="yellow")] if beyond else [])]
 
 
 def _duplicates(duplicates: Duplicates) -> list[RenderableType]:
@@ -178,6 +174,10 @@ def _balance(balance: Balance, lengths: dict[str, float]) -> list[RenderableType
     parts: list[RenderableType] = []
     if balance.labels:
         parts.append(_labels(balance, lengths))
+        if len(balance.labels["train"]) > LABELS_SHOWN:
+            parts.append(Text(f"the {LABELS_SHOWN} commonest of {len(balance.labels['train'])} labels", "dim"))
+        if any(balance.words.values()):
+            parts.append(Text("n/m: rows with the word under this label / others; !: the word alone tells it", "dim"))
     if balance.alike:
         train = balance.labels["train"]
         shown = [
@@ -198,8 +198,7 @@ def _balance(balance: Balance, lengths: dict[str, float]) -> list[RenderableType
 
 def _labels(balance: Balance, lengths: dict[str, float]) -> Table:
     splits, train = list(balance.labels), balance.labels["train"]
-    words = "words that predict the label (rows with this label / other labels; ! = by itself)"
-    table = _table("label", *splits, "median tokens", words)
+    table = figures_table("label", *splits, "median tokens", "words that predict it")
     table.columns[0].no_wrap = True  # a label that folds could begin a line of its own
     table.columns[-1].justify = "left"
     for label in sorted(train, key=lambda label: -train[label])[:LABELS_SHOWN]:
@@ -208,14 +207,12 @@ def _labels(balance: Balance, lengths: dict[str, float]) -> Table:
         )
         counts = (f"{balance.labels[split].get(label, 0):,}" for split in splits)
         table.add_row(lines(shorten(label, 40)), *counts, f"{lengths.get(label, 0):g}", lines(", ".join(telling)))
-    if len(train) > LABELS_SHOWN:
-        table.caption = f"the {LABELS_SHOWN} commonest of {len(train)} labels"
     return table
 
 
 def _groups(balance: Balance) -> Table:
     labels = list(balance.labels.get("train", {}))[:LABELS_SHOWN]
-    table = _table("group", "rows", "share", *(Text(shorten(label, 20)).plain for label in labels))
+    table = figures_table("group", "rows", "share", *(Text(shorten(label, 20)).plain for label in labels))
     table.columns[0].no_wrap = True
     for name, group in balance.groups.items():
         shares = (f"{group.labels.get(label, 0) / max(group.rows, 1):.0%}" for label in labels)
@@ -233,26 +230,3 @@ def _personal(personal: Personal) -> list[RenderableType]:
         shown = [f"{location} {value}" for location, value in finding.shown]
         texts += [f"{kind}: {finding.count:,} in {_counted(finding.rows)}", *_first(shown)]
     return [lines(*texts, style="yellow")]
-
-
-def _left_out(values: Mapping[str, Any], field: str) -> int:
-    """Rows of all splits. A check.json of an earlier version has none."""
-    return sum(split.get("left_out_fields", {}).get(field, 0) for split in values["splits"].values())
-
-
-def headline(values: Mapping[str, Any]) -> str:
-    """One line of what `as_json` gave, for the end of a run."""
-    pairs, specials = values["duplicates"], values["special_tokens"]
-    counts = {
-        "repeated": len(pairs["exact"]) + len(pairs["near"]),
-        "leaked from one split to another": len(pairs["leaks"]),
-        "with personal data": sum(kind["rows"] for kind in values["personal"].values()),
-        "with special tokens written out": 0 if specials["meant"] else len(specials["places"]),
-        "whose thoughts no text holds": _left_out(values, THINKING),
-        "whose tools no text holds": _left_out(values, TOOLS),
-        "faulty": values["faults"],
-    }
-    rows = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-    enough = values["enough"]
-    rows = f"rows: {rows}" if rows else "no repeated, leaked or faulty rows"
-    return f"{rows}; {enough['reasons'][0]} ({enough['level']})"

@@ -1,9 +1,8 @@
-"""`plan`: the whole run, shown before anything is loaded or trained."""
+"""`plan`: the whole run, shown before anything is loaded or trained. The answer comes first, its reasons after it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,137 +20,213 @@ from finetune.data.clock import now
 from finetune.data.collate import collate, micro_batches, step_indices
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
-from finetune.data.rows import Example
+from finetune.data.rows import Example, Prepared
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec
 from finetune.report.live_screen import with_progress
 from finetune.report.row_tokens import highlighted
-from finetune.report.tables import account_notes, account_table
-from finetune.text import duration, from_here
-from finetune.training.budget import Forecast, forecast_here, forecast_on, workload
+from finetune.report.tables import account_notes, account_table, figures_table
+from finetune.text import amount, duration, from_here
+from finetune.training.budget import Forecast, Workload, forecast_here, forecast_on, workload
 from finetune.training.job import beyond_context, refuse_unfit, set_up
+from finetune.training.largest import largest_model, longest_row
+from finetune.training.outlook import seconds_of_parts, validations
+
+POSITIONS = 2**20  # of a model that does not say how many it takes
 
 _AGREE = 1e-3  # nats per token, in float32; models of mlx-lm and transformers differ by 3e-4 at most
 
 
-def run(recipe: Recipe, compare: bool) -> None:
-    """Print the recipe, the prepared rows, the steps, the backends and the forecast."""
+def run(recipe: Recipe, compare: bool, largest: bool = False) -> None:
+    """Print the answer, the time, the memory, the rows, the steps, the backends and the recipe.
+
+    largest: also the longest row and the largest model that fit here.
+    """
     console = Console()
-    console.rule("recipe, every default written out")
-    console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
     setup = set_up(recipe)
     folder, tokenizer = setup.folder, setup.tokenizer
     try:
         backend = registry.choose(recipe.backend)
     except BackendError:  # the table of backends says why
-        pass
+        backend = ""
     else:
         setup.check_backend(backend)
     prepared = with_progress(prepare(recipe, tokenizer, base=None, clock=now()))
     refuse(prepared, recipe)
     refuse_unfit(setup, prepared)
-    console.rule("data, as they will be trained on")
+    for part in answer(recipe, folder, prepared, backend, largest):
+        console.print(part)
+    console.rule("rows", align="left")
+    console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")
     console.print(account_table(prepared))
     for note in (*folder.notes, *account_notes(prepared)):
         console.print(note, soft_wrap=True)
     if beyond := beyond_context(folder, prepared):
         console.print(beyond, soft_wrap=True)
-    console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")
     for example in prepared.train.examples[:2]:
         console.print()
         console.print(f"{from_here(example.location)}; supervised tokens are marked:", soft_wrap=True)
         console.print(highlighted(example, tokenizer))
-    console.rule("work")
-    console.print(steps_table(recipe, len(prepared.train.examples), prepared.train.examples))
-    modules = folder.lora_modules(lora_spec(recipe))
-    trainable = lora_spec(recipe).trainable(modules)
-    total = sum(int(np.prod(shape)) for shape in folder.shapes.values())
-    console.print(f"trainable: {trainable:,} parameters in {len(modules)} layers; the base's tensors hold {total:,}")
-    console.rule("backends on this machine")
-    console.print(backends_table(recipe))
-    console.rule("memory and time, before anything is loaded")
-    for part in forecast(recipe, folder, prepared.train.examples):
-        console.print(part)
+    console.rule("steps", align="left")
+    console.print(steps_table(recipe, folder, prepared.train.examples))
+    console.rule("backends on this machine", align="left")
+    console.print(backends_table(recipe, backend))
     if compare:
-        console.print(compare_backends(recipe, folder, prepared.train.examples[:4]))
+        console.rule("same rows, same base, in float32", align="left")
+        for part in compare_backends(recipe, folder, prepared.train.examples[:4]):
+            console.print(part)
+    console.rule("recipe, every default written out", align="left")
+    console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
 
 
-def steps_table(recipe: Recipe, rows: int, examples: Sequence[Example]) -> Table:
-    found = make_plan(recipe, rows)
+def answer(
+    recipe: Recipe, folder: ModelFolder, prepared: Prepared, backend: str, largest: bool = False
+) -> list[RenderableType]:
+    """Whether the run fits here and how long it takes; what both are made of; other machines.
+
+    backend: the one that is used here; empty: none works.
+    """
+    work = workload(recipe, folder, prepared.train.examples)
+    asked = None if recipe.train.micro_tokens == "auto" else recipe.train.micro_tokens
+    others = {machine.name: forecast_on(machine, work, name, asked) for name, machine in registry.machines()}
+    heading = Text("other machines (not measured: makers' rates, and an assumed share of them)", "bold")
+    machines: list[RenderableType] = [Text(), heading, machines_table(others)]
+    if not backend:
+        return [Text("no backend works here: see below", "bold red"), *machines]
+    here = forecast_here(work, backend, asked)
+    work = recomputing(work, here.recomputed)
+    seconds = seconds_of_parts(recipe, prepared, work, here.speeds)
+    parts: list[RenderableType] = [verdict(here, sum(seconds.values())), Text()]
+    parts += [Text("time", "bold"), time_table(recipe, prepared, seconds), Text()]
+    parts += [Text("memory", "bold"), memory_table(work, here)]
+    if largest and here.memory is not None:
+        parts += [Text(), Text("largest that fits here", "bold"), largest_table(folder, work, here, here.memory)]
+    return [*parts, *machines]
+
+
+def recomputing(work: Workload, again: bool) -> Workload:
+    return replace(work, model=replace(work.model, checkpointing=again))
+
+
+def verdict(here: Forecast, seconds: float) -> Text:
+    needed = amount(here.needed.peak)
+    memory = "" if here.memory is None else f" of {amount(here.memory)} free"
+    time = f"about {duration(seconds)} in all"
+    if here.fits is False:
+        return lines(f"does not fit here: it needs {needed}{memory}; {time} where it fits", style="bold red")
+    start = "fits here" if here.fits else "runs here"
+    return lines(f"{start} ({here.backend}): {needed}{memory}, {time}", style="bold green")
+
+
+def time_table(recipe: Recipe, prepared: Prepared, seconds: dict[str, float]) -> Table:
+    """The parts of the run, and how much of what each does."""
+    held_out, valid = len(prepared.held_out.examples), len(prepared.valid.examples)
+    steps = make_plan(recipe, len(prepared.train.examples)).steps
+    counts = {
+        "base model": f"{held_out:,} rows",
+        "training": f"{steps:,} steps",
+        "validation": f"{validations(recipe, prepared):,} x {valid:,} rows",
+        "tuned model": f"{held_out:,} rows",
+    }
+    table = figures_table("part", "work", "time")
+    for name, count in counts.items():
+        whole = sum(value for what, value in seconds.items() if what.partition(":")[0] == name)
+        if whole:
+            table.add_row(name, count, duration(whole))
+    table.add_row(Text("whole run", "bold"), "", Text(duration(sum(seconds.values())), "bold"))
+    return table
+
+
+def memory_table(work: Workload, here: Forecast) -> Table:
+    table = figures_table("part", "GB")
+    for name, value in vars(here.needed).items():
+        if value:
+            table.add_row(name.replace("_", " "), f"{value / 1e9:.2f}")
+    if here.recomputed:
+        table.add_row("blocks computed again in the backward pass", "yes")
+    table.add_row(Text("peak", "bold"), Text(f"{here.needed.peak / 1e9:.2f}", "bold"))
+    if here.memory is not None:
+        table.add_row("free", f"{here.memory / 1e9:.2f}")
+    if kept := work.kept_on_disk(here.device):
+        table.add_row("temporary file on disk (frozen blocks)", f"{kept / 1e9:.2f}")
+    return table
+
+
+def largest_table(folder: ModelFolder, work: Workload, here: Forecast, memory: float) -> Table:
+    """memory: bytes that are free here."""
+    costs = registry.costs(here.backend, here.device)
+    table = figures_table("what", "largest")
+    longest = longest_row(work, costs, memory, folder.positions or POSITIONS)
+    table.add_row("train.max_length, tokens", f"{longest:,}" if longest else "none")
+    table.add_row("model of configs/", largest_model(work, costs, memory) or "none")
+    return table
+
+
+def machines_table(forecasts: dict[str, Forecast]) -> Table:
+    table = figures_table("machine", "peak, GB", "of", "fits", "tokens", "training", "TFLOPS", "share")
+    for name, found in forecasts.items():
+        fits = Text("yes", "green") if found.fits else Text("no", "bold red")
+        memory = "?" if found.memory is None else f"{found.memory / 1e9:.1f}"
+        rate = f"{found.rate / 1e12:.3g}", f"{found.reached:.0%}"
+        time = duration(found.seconds)
+        tokens = lines(f"{found.tokens:,}", *(["recomputed"] if found.recomputed else []))
+        table.add_row(lines(name), f"{found.needed.peak / 1e9:.2f}", memory, fits, tokens, time, *rate)
+    return table
+
+
+def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Table:
+    rows, plan = len(examples), make_plan(recipe, len(examples))
     first = step_indices(rows, recipe.train.batch_size, recipe.seed, 0)
     micro = micro_batches([examples[i] for i in first], recipe.train.tokens_at_once)
-    table = Table(show_header=False)
-    table.add_row("optimiser steps", f"{found.steps} ({found.steps_per_epoch} an epoch of {rows} examples)")
-    table.add_row("validation", f"every {found.evaluate_every} steps")
+    modules, lora = folder.lora_modules(lora_spec(recipe)), recipe.lora
+    total = sum(int(np.prod(shape)) for shape in folder.shapes.values())
     minutes = recipe.train.checkpoint_minutes
-    timed = "" if minutes == "none" else f", and after {minutes:g} minutes without one"
-    table.add_row("checkpoint", f"every {found.checkpoint_every} steps{timed}")
-    table.add_row("warmup", f"{found.warmup} steps")
-    table.add_row("the first step", f"{len(first)} examples in micro-batches {[b.inputs.shape for b in micro]}")
-    lora = recipe.lora
-    table.add_row("adapter scale", f"alpha / rank = {lora.alpha:g} / {lora.rank} = {lora.alpha / lora.rank:g}")
+    shapes = ", ".join(f"{batch.inputs.shape[0]} x {batch.inputs.shape[1]}" for batch in micro)
+    figures = {
+        "optimiser steps": f"{plan.steps:,}",
+        "steps per epoch": f"{plan.steps_per_epoch:,}",
+        "steps between validations": f"{plan.evaluate_every:,}",
+        "steps between checkpoints": f"{plan.checkpoint_every:,}",
+        **({} if minutes == "none" else {"minutes between checkpoints, at most": f"{minutes:g}"}),
+        "warmup steps": f"{plan.warmup:,}",
+        "rows of the first step": f"{len(first):,}",
+        "its micro-batches, rows x tokens": shapes,
+        "adapter scale, alpha / rank": f"{lora.alpha:g} / {lora.rank} = {lora.alpha / lora.rank:g}",
+        "adapted layers": f"{len(modules):,}",
+        "trainable parameters": f"{lora_spec(recipe).trainable(modules):,}",
+        "numbers in the base's tensors": f"{total:,}",
+    }
+    table = figures_table("", "")
+    table.show_header = False
+    for name, figure in figures.items():
+        table.add_row(name, figure)
     return table
 
 
-def forecast(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Iterator[RenderableType]:
-    """A table of this machine and of others, and what the memory here is made of."""
-    work = workload(recipe, folder, examples)
-    asked = None if recipe.train.micro_tokens == "auto" else recipe.train.micro_tokens
-    forecasts: dict[str, Forecast] = {}
-    here: Forecast | None = None
-    with suppress(BackendError):
-        here = forecast_here(work, registry.choose(recipe.backend), asked)
-        forecasts[f"here ({here.backend})"] = here
-    forecasts |= {machine.name: forecast_on(machine, work, backend, asked) for backend, machine in registry.machines()}
-    yield _forecast_table(forecasts)
-    rates = ". ".join(f"{name}: {found.rate}" for name, found in forecasts.items())
-    yield lines(
-        "Times are for training alone. Those of other machines are estimates from their makers' rates of matrix "
-        f"products and an assumed share of them; none was measured. {rates}.",
-        style="dim",
-    )
-    if here:
-        parts = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in vars(here.needed).items() if value)
-        yield f"here, in GB: {parts}"
-        if kept := work.kept_on_disk(here.device):
-            yield f"frozen blocks' hidden states, kept in a temporary file: {kept / 1e9:.2f} GB"
-
-
-def _forecast_table(forecasts: Mapping[str, Forecast]) -> Table:
-    table = Table("machine", "peak memory", "of", "", "tokens at once", "per epoch")
-    marks: dict[bool | None, str | Text] = {None: "", True: "fits", False: Text("does not fit", "bold red")}
-    for name, found in forecasts.items():
-        memory = "?" if found.memory is None else f"{found.memory / 1e9:.1f} GB"
-        peak, time = f"{found.needed.peak / 1e9:.2f} GB", duration(found.seconds)
-        tokens = lines(f"{found.tokens:,}", *(["recomputed"] if found.recomputed else []))
-        table.add_row(lines(name), peak, memory, marks[found.fits], tokens, time)
-    return table
-
-
-def backends_table(recipe: Recipe) -> Table:
-    table = Table("backend", "here", "what it would do with this recipe")
-    try:
-        chosen = registry.choose(recipe.backend)
-    except BackendError:
-        chosen = ""
+def backends_table(recipe: Recipe, chosen: str) -> Table:
+    """Only what was chosen is loaded; where nothing was, each says why."""
+    table = figures_table("backend", "here", "what it would do with this recipe", texts=3)
     for name in registry.NAMES:
-        reason = registry.probe(name)
-        if reason is None:
+        reason = None if chosen else registry.probe(name)
+        if reason is not None:
+            table.add_row(name, "no", lines(reason))
+        elif name == chosen:
             first, *more = described(name, recipe.device)
             scheme = registry.four_bit(name)
             packed = f"weights in {scheme}" if scheme else "no 4-bit"
             weights = "weights as they are" if recipe.quantize == "none" else packed
-            table.add_row(name, "chosen" if name == chosen else "works", lines(f"{weights}; {first}", *more))
+            table.add_row(name, "chosen", lines(f"{weights}; {first}", *more))
         else:
-            table.add_row(name, "no", lines(reason))
+            here = "installed" if registry.installed(name) else "not installed"
+            table.add_row(name, here, "finetune doctor tells whether it works")
     return table
 
 
-def compare_backends(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Table:
-    """Log-probabilities of a few rows under every backend of `auto`, in float32: they should agree to about 1e-4."""
-    table = Table("backend", "mean log-probability", "largest difference from the first", title="Same rows, same base")
+def compare_backends(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> list[RenderableType]:
+    """What they say, and log-probabilities of a few rows under every backend of `auto`, in float32."""
+    table = figures_table("backend", "mean log-probability", "largest difference from the first")
     batch, first, worst = collate(examples), None, 0.0
     for name in registry.automatic():
         if registry.probe(name):
@@ -164,8 +239,7 @@ def compare_backends(recipe: Recipe, folder: ModelFolder, examples: Sequence[Exa
         mean, apart = found.sum() / max(batch.weights.sum(), 1), float(np.abs(found - first).max())
         table.add_row(name, f"{mean:.5f}", f"{apart:.1e}")
         worst = float(np.maximum(worst, apart))  # NaN stays
-    table.caption = _agreement(table.row_count, worst)
-    return table
+    return [lines(_agreement(table.row_count, worst), style="bold"), table]
 
 
 def _agreement(backends: int, worst: float) -> str:

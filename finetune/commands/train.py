@@ -14,7 +14,7 @@ from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Interrupted, stopped_by
 from finetune.events import Work, stoppable
 from finetune.recipe.schema import Recipe
-from finetune.report.live_screen import open_screen, with_progress
+from finetune.report.live_screen import STOPPING, open_screen, with_progress
 from finetune.report.report import Report
 from finetune.report.summary import print_account, print_report
 from finetune.run import Run
@@ -31,6 +31,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.quiet = False  # while a screen says that the run will stop
 
     @property
     def stopping(self) -> bool:
@@ -42,8 +43,9 @@ class StopFlag:
                 return
             raise KeyboardInterrupt
         self.signal = number
-        with suppress(OSError):  # nobody reads it any more; and print is unsafe in a handler
-            os.write(2, b"stopping after this step; press Ctrl-C again to stop at once\n")
+        if not self.quiet:
+            with suppress(OSError):  # nobody reads it any more; and print is unsafe in a handler
+                os.write(2, f"{STOPPING}\n".encode())
 
     @contextmanager
     def listening(self) -> Iterator[StopFlag]:
@@ -71,7 +73,7 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
                 if _finished(stopped):  # by the process that had the lock
                     return
             ready = making_ready(recipe, run=stopped.path if stopped else None)
-            job = with_progress(stoppable(ready, stop, "preparing the data"))
+            job = with_progress(stoppable(ready, stop, "preparing the data"), stop)
             if folder is None:
                 folder = create(job.recipe, name)  # with the format and the task that were recognised
                 lock = held.enter_context(locked(folder.path, process_id()))
@@ -95,7 +97,7 @@ def _finished(run: RunFolder) -> bool:
 
 def show_run(run: Run, stop: StopFlag, resume: bool) -> Report:
     """Every event of the run on the screen. Raises Interrupted, after a checkpoint, once `stop` has its signal."""
-    with closing(run.events(resume)) as events, open_screen() as screen:
+    with closing(run.events(resume)) as events, open_screen(stop=stop) as screen:
         work = Work(events)
         for event in work:
             screen.show(event)

@@ -1,120 +1,150 @@
-"""The screen of a run: on a terminal a few lines that stay in place; elsewhere the plain screen."""
+"""The screen of a run: on a terminal a page of its own, redrawn in place; elsewhere the plain screen."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
-from rich.columns import Columns
-from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
 from finetune.console import Console, lines
-from finetune.events import Event, Progress, Result, RunStarted, StepDone, Work
-from finetune.report.plot import sparkline
+from finetune.events import Event, Note, Outlook, Progress, Result, Samples, StepDone, Work
+from finetune.report.frame import Frame
 from finetune.report.screen import PlainScreen, Status, sentence
-from finetune.report.tables import epoch_table
 from finetune.streams import guard
-from finetune.text import amount, duration
+from finetune.supervisor import announce_page
+from finetune.terminal import HeldOutput, silent_keys
+from finetune.text import shorten
 
-REFRESH = 0.1  # seconds between two frames
-CHROME = 15  # lines of a frame beside the newest epochs, on a terminal 40 columns wide
+FRAMES = 1  # per second; a frame of a large window takes some 30 ms of a processor, which training needs
+STILL = 16  # lines of the frame that stays after a failure
+STOPPING = "stopping after this step; press Ctrl-C again to stop at once"
 
 
-class Curve:
-    """The loss so far as one line of blocks, as wide as the terminal allows."""
+class Stoppable(Protocol):
+    """Whoever hears the signals that ask a run to stop."""
 
-    def __init__(self, losses: list[float]) -> None:
-        self._losses = losses
+    quiet: bool  # whether it says nothing itself
 
-    def __rich_console__(self, console: Any, options: ConsoleOptions) -> RenderResult:
-        if self._losses and not options.ascii_only:
-            yield Text(sparkline(self._losses, min(options.max_width, 80)), "cyan", no_wrap=True, overflow="crop")
+    @property
+    def stopping(self) -> bool: ...
 
 
 class LiveScreen:
-    """Redraws on every event, at most ten times per second; leaves the last frame on the screen when the run fails."""
+    """A page of its own beside what the terminal showed before: whatever is typed, printed or resized meanwhile, the
+    terminal is as it was at the end. After a failure the last frame is printed there.
+    """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, stop: Stoppable | None = None) -> None:
         self._status = Status()
         self._notes: list[str] = []
+        self._console, self._stop = console, stop
+        self._held, self._over = ExitStack(), False
+        self._output = HeldOutput()
+        self._live = Live(
+            console=console,
+            screen=True,
+            get_renderable=self._frame,
+            refresh_per_second=FRAMES,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+    def __enter__(self) -> LiveScreen:
+        if self._stop:
+            self._stop.quiet = True
+        self._held.enter_context(silent_keys())
+        self._held.enter_context(self._output)
+        announce_page(True)
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over = True
+        self._live.refresh()  # an empty page: a terminal that has only one keeps nothing of it
+        self._live.stop()
+        announce_page(False)
+        self._held.close()
+        if self._stop:
+            self._stop.quiet = False
+        if error is not None and (self._status.last or self._status.validations):
+            self._console.print(Frame(self._status, self._notes, min(STILL, self._console.size.height - 1)))
+        self._output.release()
+
+    def show(self, event: Event) -> None:
+        self._status.update(event)
+        if isinstance(event, StepDone | Progress | Outlook | Samples):
+            return  # with the next frame
+        if (text := sentence(event)) is not None:
+            self._notes = [text]
+        self._live.refresh()
+
+    def _frame(self) -> RenderableType:
+        if self._over:
+            return Text()
+        notes = [*self._notes, *self._output.last_line()][-1:]
+        stopping = [STOPPING] if self._stop and self._stop.stopping else []
+        return Frame(self._status, [*(notes or [""] * len(stopping)), *stopping])
+
+
+class BarScreen:
+    """One line for the work in hand, of which nothing stays."""
+
+    def __init__(self, console: Console, stop: Stoppable | None = None) -> None:
+        self._stop = stop
+        self._held = ExitStack()
         self._bars = Bars(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=20),
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
             console=console,
-            expand=True,
+            transient=True,
         )
-        self._tasks: dict[str, TaskID] = {}
-        self._console = console
-        self._drawn = 0.0
-        self._live = Live(console=console, refresh_per_second=4, vertical_overflow="crop")
+        self._task: TaskID | None = None
+        self._what = ""
 
-    def __enter__(self) -> LiveScreen:
-        self._live.start(refresh=False)
+    def __enter__(self) -> BarScreen:
+        if self._stop:
+            self._stop.quiet = True
+        self._held.enter_context(silent_keys())
+        self._bars.start()
         guard()  # what is printed meanwhile goes through rich, which would read its colours
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.update(self._frame(), refresh=False)
-        self._live.transient = error is None  # the report that follows has the same table
-        self._live.stop()
+        self._bars.stop()
+        self._held.close()
+        if self._stop:
+            self._stop.quiet = False
 
     def show(self, event: Event) -> None:
-        self._status.update(event)
-        often = isinstance(event, StepDone | Progress)
-        if isinstance(event, Progress):
-            self._bar(event.what, event.done, event.total)
-        elif isinstance(event, RunStarted | StepDone):
-            self._bar("training", event.step, self._status.steps)
-        elif (text := sentence(event)) is not None:
-            self._notes = [*self._notes, text][-2:]
-        if not often or time.monotonic() - self._drawn >= REFRESH:
-            self._drawn = time.monotonic()
-            self._live.update(self._frame(), refresh=not often)
-
-    def _bar(self, what: str, done: int, total: int) -> None:
-        """Moves the bar of the present work, and removes the bars of earlier work."""
-        for name in [name for name in self._tasks if name not in (what, "training")]:
-            self._bars.remove_task(self._tasks.pop(name))
-        if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total)
-        self._bars.update(self._tasks[what], completed=done, total=total)
-
-    def _frame(self) -> RenderableType:
-        parts: list[RenderableType] = [self._bars]
-        if self._status.last is not None:
-            parts += [Columns(self._figures(self._status.last), padding=(0, 3)), Curve(list(self._status.losses))]
-        if self._status.validations:
-            newest = max(3, self._console.size.height - CHROME)
-            parts += [Text(), epoch_table(self._status.validations, newest)]
-        # The ellipsis of rich is a character that a terminal without Unicode cannot show.
-        overflow: Literal["crop", "ellipsis"] = "crop" if self._console.options.ascii_only else "ellipsis"
-        return Group(*parts, *(lines(note, style="dim", no_wrap=True, overflow=overflow) for note in self._notes))
-
-    def _figures(self, last: StepDone) -> list[RenderableType]:
-        figures = {
-            "loss": f"{last.loss:.4f}",
-            "ETA": duration(self._status.seconds_left),
-            "epoch": f"{last.epoch:.2f}",
-            "lr": f"{last.learning_rate:.2e}",
-            "grad norm": f"{last.grad_norm:.3g}",
-            "tokens/s": f"{self._status.tokens_per_second:,.0f}",
-            "memory": amount(last.peak_bytes),
-        }
-        return [Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in figures.items()]
+        if isinstance(event, Note):
+            self._bars.console.print(lines(event.text, style="dim"), soft_wrap=True)
+        if not isinstance(event, Progress):
+            return
+        if event.what != self._what:
+            if self._task is not None:
+                self._bars.remove_task(self._task)
+            self._task, self._what = self._bars.add_task(shorten(event.what, 40), total=event.total), event.what
+        if self._task is not None:
+            stopping = self._stop is not None and self._stop.stopping
+            described = "stopping" if stopping else shorten(event.what, 40)
+            self._bars.update(self._task, description=described, completed=event.done, total=event.total)
 
 
 class Screen(Protocol):
-    """Shows events; a context manager around the run."""
+    """Shows events; a context manager around the work."""
 
     def show(self, event: Event) -> None: ...
 
@@ -125,16 +155,16 @@ class Screen(Protocol):
     ) -> None: ...
 
 
-def open_screen(console: Console | None = None) -> Screen:
-    """The screen that suits the console; its default is standard error. Rich honours NO_COLOR."""
+def open_screen(console: Console | None = None, stop: Stoppable | None = None) -> Screen:
+    """The screen of a run that suits the console; its default is standard error. Rich honours NO_COLOR."""
     console = console or Console(stderr=True)
-    return LiveScreen(console) if console.is_interactive else PlainScreen(console)
+    return LiveScreen(console, stop) if console.is_interactive else PlainScreen(console)
 
 
-def with_progress(events: Generator[Event, None, Result]) -> Result:
+def with_progress(events: Generator[Event, None, Result], stop: Stoppable | None = None) -> Result:
     """What the work returns, its progress on the screen while it goes on."""
-    work = Work(events)
-    with open_screen() as screen:
+    work, console = Work(events), Console(stderr=True)
+    with BarScreen(console, stop) if console.is_interactive else PlainScreen(console) as screen:
         for event in work:
             screen.show(event)
     return work.result

@@ -20,6 +20,7 @@ from finetune.evaluation.verdict import Overfitting, comparison_verdict
 from finetune.evaluation.yardstick import Words
 from finetune.events import Validated
 from finetune.report.facts import Facts
+from finetune.report.times import Times
 
 _REMEDY = "delete it, and the model is evaluated again"
 
@@ -41,6 +42,7 @@ class Report:
 
     run: str
     facts: Facts
+    times: Times
     adapter: str | None
     backend: str
     device: str
@@ -71,6 +73,7 @@ class Report:
         return {
             "run": self.run,
             "facts": asdict(self.facts),
+            "time": asdict(self.times),
             "adapter": self.adapter,
             "loads": [asdict(loading) for loading in self.loads],
             "backend": self.backend,

@@ -18,17 +18,19 @@ from finetune.events import (
     Note,
     Progress,
     RunStarted,
+    Samples,
     StepDone,
     StoppedEarly,
     Validated,
 )
+from finetune.report.pace import Pace
 from finetune.text import amount, duration
 
 PAUSE = 10.0  # seconds between two lines about the same work ...
 PARTS = 20  # ... but never fewer lines about steps than this in a whole run
 
 RECENT = 20  # steps over which the speed is measured
-CURVE = 2000  # steps whose loss is drawn
+CURVE = 4000  # points of the loss that are kept; of more steps, each is the mean of several
 
 
 @dataclass
@@ -36,25 +38,46 @@ class Status:
     """Where a run is. Give it every event in order."""
 
     clock: Callable[[], float] = time.monotonic  # seconds
-    steps: int = 0  # in the whole run
-    first_step: int = 0  # done before this process began
     last: StepDone | None = None
-    losses: deque[float] = field(default_factory=lambda: deque(maxlen=CURVE))
+    peak_bytes: int = 0
+    losses: list[tuple[float, float]] = field(default_factory=list)  # (step, loss)
     validations: list[Validated] = field(default_factory=list)
-    _began: float = 0.0
+    samples: Samples | None = None
+    first_samples: Samples | None = None  # those of the base model
     _recent: deque[StepDone] = field(default_factory=lambda: deque(maxlen=RECENT))
+    _together: int = 1  # steps for each point of `losses`
+    _sums: list[float] = field(default_factory=list)  # losses of the next point
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.clock)
 
     def update(self, event: Event) -> None:
-        if isinstance(event, RunStarted):
-            self.steps, self.first_step = event.steps, event.step
-        elif isinstance(event, StepDone):
-            if self.last is None:  # the validation before the first step is not part of the pace
-                self._began = self.clock() - event.seconds
+        self.pace.update(event)
+        if isinstance(event, StepDone):
             self.last = event
-            self.losses.append(event.loss)
+            self.peak_bytes = max(self.peak_bytes, event.peak_bytes)
             self._recent.append(event)
+            self._draw(event)
         elif isinstance(event, Validated):
             self.validations.append(event)
+        elif isinstance(event, Samples):
+            if event.step == 0:
+                self.first_samples = event
+            self.samples = event
+
+    def _draw(self, event: StepDone) -> None:
+        self._sums.append(event.loss)
+        if len(self._sums) >= self._together:
+            self.losses.append((event.step, sum(self._sums) / len(self._sums)))
+            self._sums = []
+        if len(self.losses) >= CURVE:
+            pairs = zip(self.losses[::2], self.losses[1::2], strict=True)
+            self.losses = [(x1, (y0 + y1) / 2) for (_, y0), (x1, y1) in pairs]
+            self._together *= 2
+
+    @property
+    def steps(self) -> int:
+        return self.pace.steps
 
     @property
     def tokens_per_second(self) -> float:
@@ -63,11 +86,8 @@ class Status:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace of this process so far, validations included. None before its first step."""
-        done = self.last.step - self.first_step if self.last else 0
-        if self.last is None or done <= 0:
-            return None
-        return (self.clock() - self._began) / done * (self.steps - self.last.step)
+        """Of the whole run. None while nothing is known."""
+        return self.pace.seconds_left
 
 
 class PlainScreen:

@@ -54,7 +54,7 @@ def as_text(report: Report) -> str:
 
 
 def _render(console: Console, report: Report) -> None:
-    for line in report.facts.lines():
+    for line in (*report.facts.lines(), *report.times.lines()):
         console.print(line, soft_wrap=True)
     console.print(epoch_table(report.validations))
     console.print(report.overfitting.message)

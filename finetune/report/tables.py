@@ -41,9 +41,17 @@ class Answered(Protocol):
 Pair = tuple[Answered, Answered]  # the same row under the base and under the tuned model
 
 
+def figures_table(*headings: str, texts: int = 1) -> Table:
+    """The first `texts` columns hold words, the others figures."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i < texts else "right", overflow="fold")
+    return table
+
+
 def account_table(prepared: Prepared) -> Table:
     """What became of the rows of each split. `account_notes` names those that were shortened or left out."""
-    table = Table("split", "rows", "whole", "used", "tokens", "supervised", "shortened", "left out")
+    table = figures_table("split", "rows", "whole", "used", "tokens", "supervised", "shortened", "left out")
     for split in prepared.splits:
         figures = (f"{split.account[key]:,}" for key in ("rows", "good", "used", "tokens", "supervised_tokens"))
         table.add_row(split.name, *figures, f"{len(split.shortened):,}", f"{len(split.left_out):,}")
@@ -145,7 +153,7 @@ def changed_rows_table(fixed: Sequence[Pair], broken: Sequence[Pair]) -> Table:
     shown = [("fixed", "green", pair) for pair in fixed[:ROWS_SHOWN]]
     shown += [("broken", "red", pair) for pair in broken[:ROWS_SHOWN]]
     table = Table.grid(padding=(0, 1))
-    texts = _distinct([base.prompt for _, _, (base, _) in shown])
+    texts = distinct([base.prompt for _, _, (base, _) in shown])
     for (kind, style, (base, tuned)), text in zip(shown, texts, strict=True):
         shown_answers = {"expected": base.expected, "base": base.predicted, "tuned": tuned.predicted}
         answers = ", ".join(f"{name}: {shorten(answer or '', 60)}" for name, answer in shown_answers.items())
@@ -208,7 +216,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _distinct(prompts: Sequence[str]) -> list[str]:
+def distinct(prompts: Sequence[str]) -> list[str]:
     """Prompts without the template around them: without what all of them begin or end with, up to a space."""
     if len(set(prompts)) < 2:
         return list(prompts)

@@ -84,16 +84,26 @@ class Workload:
         forward pass is computed in the first epoch alone.
         """
         shape = self.architecture
-        lengths = np.array([len(example.tokens) - 1 for example in self.examples], np.float64)
-        tokens = lengths.sum()
+        lengths = [len(example.tokens) - 1 for example in self.examples]
         supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in self.examples)
         frozen = first_adapted(self.adapted)
         adapted = shape.blocks - frozen
-        block = 2.0 * shape.linear / shape.blocks * tokens + 2.0 * shape.queries * (lengths**2).sum()
-        lora = 6.0 * self.lora.trainable(self.adapted) * tokens
+        lora = 6.0 * self.lora.trainable(self.adapted) * sum(lengths)
         passes = 2.0 + self.model.checkpointing
         head = 4.0 * shape.vocabulary * shape.hidden * supervised
-        return float(block * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head)
+        return self._block(lengths) * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head
+
+    def scoring(self, lengths: Sequence[int], supervised: int) -> float:
+        """Floating-point operations of one forward pass of rows of so many tokens, and the head where it is read."""
+        shape = self.architecture
+        lora = 2.0 * self.lora.trainable(self.adapted) * sum(lengths)
+        return self._block(lengths) * shape.blocks + lora + 2.0 * shape.vocabulary * shape.hidden * supervised
+
+    def _block(self, lengths: Sequence[int]) -> float:
+        """Of one block's forward pass."""
+        shape, tokens = self.architecture, np.array(lengths, np.float64)
+        products = 2.0 * shape.linear / shape.blocks * tokens.sum()
+        return float(products + 2.0 * shape.queries * (tokens**2).sum())
 
 
 def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Workload:
@@ -186,6 +196,20 @@ def settle_recomputation(job: Job, earlier: bool | None) -> Generator[Note, None
 
 
 @dataclass(frozen=True)
+class Speeds:
+    """How fast a backend is on a device, in floating-point operations per second."""
+
+    training: float
+    scoring: float
+    writing: float  # answers, token by token
+
+
+def speeds_of(costs: Costs, rate: float) -> Speeds:
+    """rate: of matrix products, in floating-point operations per second."""
+    return Speeds(rate * costs.reached, rate * costs.reached, rate * costs.reached)
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What a run needs on one machine."""
 
@@ -194,9 +218,11 @@ class Forecast:
     needed: Footprint
     memory: float | None  # bytes that the machine can give; None: not known
     tokens: int  # at a time
-    seconds: float  # per epoch
     recomputed: bool  # whether activations are
-    rate: str  # of matrix products: where it comes from, and the share of it that steps are taken to reach
+    seconds: float  # of training
+    rate: float  # of matrix products, floating-point operations per second
+    reached: float  # the share of it that steps are taken to reach
+    speeds: Speeds
 
     @property
     def fits(self) -> bool | None:
@@ -209,10 +235,9 @@ def forecast_here(work: Workload, backend: str, micro_tokens: int | None) -> For
     costs = registry.costs(backend, registry.device_kind(facts["device"]))
     work = work.held_as(facts["half"], costs.device)
     free = registry.free_bytes(backend, work.model.device)
-    rate = registry.measured_rate(backend, work.model.number_type(costs.device, facts["half"]), work.model.device)
     work = work.settled(costs, free, micro_tokens)
     tokens = micro_tokens or (MICRO_TOKENS if free is None else _fitting_with_model(work, costs, free))
-    return _forecast(work, backend, costs, free, tokens, rate, f"measured now, {rate / 1e12:.2g} TFLOPS")
+    return _forecast(work, backend, costs, free, tokens, rate_here(backend, work))
 
 
 def forecast_on(machine: Machine, work: Workload, backend: str, micro_tokens: int | None) -> Forecast:
@@ -220,16 +245,21 @@ def forecast_on(machine: Machine, work: Workload, backend: str, micro_tokens: in
     costs = registry.costs(backend, "gpu")
     work = work.settled(costs, machine.memory, micro_tokens)
     tokens = micro_tokens or _fitting_with_model(work, costs, machine.memory)
-    return _forecast(work, backend, costs, machine.memory, tokens, machine.rate, machine.source)
+    return _forecast(work, backend, costs, machine.memory, tokens, machine.rate)
 
 
-def _forecast(
-    work: Workload, backend: str, costs: Costs, memory: float | None, tokens: int, rate: float, source: str
-) -> Forecast:
-    seconds = work.operations() / (rate * costs.reached)
-    source = f"{source}; {costs.reached:.0%} of it"
+def rate_here(backend: str, work: Workload) -> float:
+    """Floating-point operations per second of matrix products, timed once by this process."""
+    facts = registry.describe(backend, work.model.device)
+    kind = registry.device_kind(facts["device"])
+    return registry.measured_rate(backend, work.model.number_type(kind, facts["half"]), work.model.device)
+
+
+def _forecast(work: Workload, backend: str, costs: Costs, memory: float | None, tokens: int, rate: float) -> Forecast:
+    speeds = speeds_of(costs, rate)
+    seconds = work.epochs * work.operations() / speeds.training
     needed, again = work.memory(tokens, costs), work.model.checkpointing
-    return Forecast(backend, costs.device, needed, memory, tokens, seconds, again, source)
+    return Forecast(backend, costs.device, needed, memory, tokens, again, seconds, rate, costs.reached, speeds)
 
 
 def _fitting_with_model(work: Workload, costs: Costs, memory: float) -> int:

@@ -79,6 +79,7 @@ class Trainer:
         self.plan: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
         self.state = LoopState(self.recipe.train.tokens_at_once)
         self.best: Mapping[str, FloatArray] | None = None  # the adapter of the best validation
+        self.validated: Evaluation | None = None  # the last validation, with its rows
         self.saved_at = time.monotonic()  # seconds; of the last checkpoint, or the beginning
 
     def limit_micro_batches(self, tokens: int) -> None:
@@ -178,7 +179,7 @@ class Trainer:
     def _validate(self, step: int, known: Evaluation | None) -> Iterator[Event]:
         """Raises Interrupted when asked to stop on the way, Diverged for a loss that is not finite."""
         started = time.perf_counter()
-        evaluation = known or (yield from self._evaluate(step))
+        evaluation = self.validated = known or (yield from self._evaluate(step))
         if not math.isfinite(evaluation.loss):
             raise Diverged(f"step {step}: the validation loss is {evaluation.loss}; lower train.learning_rate")
         better = evaluation.loss < self.state.best_loss

@@ -61,6 +61,7 @@ def told(run: RunFolder) -> tuple[Any, ...]:
               for one in read(run.metrics)]  # fmt: skip
     report = json.loads(run.report.read_text())
     report["facts"] |= {"seconds": 0, "tokens_per_second": 0, "peak_bytes": 0}
+    report["time"] = {}
     report["comparison"] |= {"bag_of_words_seconds": 0}
     report["validations"] = [one | {"seconds": 0.0} for one in report["validations"]]
     return [e if not hasattr(e, "path") else type(e) for e in events], report | {"run": "", "adapter": ""}

@@ -18,6 +18,7 @@ from tests.end_to_end.test_run import RECIPE
 pty = pytest.importorskip("pty", reason="a terminal as POSIX has it")
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 SHOW, HIDE = b"\x1b[?25h", b"\x1b[?25l"
+ENTER, LEAVE = b"\x1b[?1049h", b"\x1b[?1049l"  # a page of its own
 
 
 class Terminal:
@@ -56,8 +57,15 @@ def started(work: Work) -> Terminal:
 
 def test_control_c_stops_after_the_step(work: Work) -> None:
     terminal = started(work)
+    time.sleep(0.3)
+    terminal.type(b"stray\r")
     terminal.type(b"\x03")
     assert terminal.ended() == 130, terminal.shown
+    assert b"stray" not in terminal.shown and b"^C" not in terminal.shown
+    assert terminal.shown.count(ENTER) == terminal.shown.count(LEAVE) == 1
+    after = terminal.shown[terminal.shown.index(LEAVE) :]
+    assert b"now: " in after and after.count(b"ETA") == 1, "the last frame, once"
+    assert b"press Ctrl-C again" not in after
     (run,) = work.runs()
     assert f"finetune resume {run.relative_to(work.folder)}".encode() in terminal.shown
     assert terminal.shown.rindex(SHOW) > terminal.shown.rindex(HIDE)
@@ -72,6 +80,7 @@ def test_a_crash_gives_the_cursor_back(work: Work, number: int) -> None:
     psutil.Process(terminal.pid).children()[0].send_signal(number)
     assert terminal.ended() == 1
     assert terminal.shown.rindex(SHOW) > terminal.shown.rindex(HIDE)
+    assert terminal.shown.rindex(LEAVE) > terminal.shown.rindex(ENTER)
     assert b"Resume it with: finetune resume" in terminal.shown
 
 

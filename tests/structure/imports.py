@@ -18,7 +18,7 @@ PACKAGES = ("backends", "finetune")
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("text", "options", "backends"),
     ("errors", "streams"),
-    ("console", "connections"),
+    ("console", "connections", "terminal"),
     ("recipe", "events"),
     ("data",),
     ("disk",),

@@ -115,6 +115,7 @@ def test_the_root_holds_the_run_and_what_everyone_needs(house: House) -> None:
         "text",
         "connections",
         "streams",
+        "terminal",
         "console",
     }
 

@@ -28,7 +28,7 @@ def test_the_table_holds_figures_and_what_is_long_stands_below(tmp_path: Path, m
     monkeypatch.setenv("COLUMNS", "80")
     found = prepared(tmp_path, 7)
     page = plain_page(lambda console: console.print(account_table(found)))
-    assert "1,234,567" in page and LONG[:10] not in page and len(page.splitlines()) == 6
+    assert "1,234,567" in page and LONG[:10] not in page and len(page.splitlines()) == 4
     shortened, *left_out = account_notes(found)
     assert shortened == f"train, shortened: {', '.join(f'rows.jsonl:{i}' for i in range(1, 6))}, and 2 more"
     assert left_out[0] == "train, left out:" and left_out[-1] == "  and 2 more" and len(left_out) == 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +14,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.table import Table
 
 from backends import rate, registry
 from backends.interface import LoraSpec
 from backends.model_folder import ModelFolder
-from finetune.commands.plan import compare_backends
-from finetune.commands.plan import forecast as table
-from finetune.console import Console
+from finetune.commands.plan import answer, compare_backends, steps_table
+from finetune.console import Console, plain_page
 from finetune.data.collate import micro_batches, step_indices
-from finetune.data.rows import Example
+from finetune.data.rows import Example, Prepared, Split
 from finetune.events import Work
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import MICRO_TOKENS
 from finetune.training import budget
 from finetune.training.budget import (
     LEAST,
+    Speeds,
     Workload,
     fitting_tokens,
     forecast_here,
@@ -35,6 +37,7 @@ from finetune.training.budget import (
     largest_micro,
     starting_tokens,
 )
+from finetune.training.outlook import seconds_of_parts
 from tests.unit.test_memory_plan import FLOAT, HALF, architecture, model_folder
 
 GPU = registry.costs("torch", "gpu")
@@ -125,23 +128,97 @@ def test_this_machine_is_timed() -> None:
     found = forecast_here(work(), "reference", 4096)
     assert found.fits
     assert found.seconds > 0
-    assert found.rate.startswith("measured") and found.rate.endswith("60% of it")
+    assert found.rate > 1e8 and found.speeds.training == found.rate * found.reached
+    assert found.seconds == pytest.approx(3.0 * work().operations() / found.speeds.training)
+
+
+def rows(count: int, task: str = "classification") -> Prepared:
+    """Rows with one supervised token, of two labels."""
+    train, valid, test = (
+        Split(name, n, tuple(replace(e, answer="ab"[i % 2], answer_start=39) for i, e in enumerate(examples([40] * n))))
+        for name, n in (("train", count), ("valid", 6), ("test", 8))
+    )
+    labels: dict[str, Any] = {"labels": ("a", "b"), "label_tokens": ((1,), (2,))} if task == "classification" else {}
+    return Prepared(task=task, format="prompt", template="plain", train=train, valid=valid, test=test, **labels)  # type: ignore[arg-type]
+
+
+def planned(folder: Path, backend: str = "reference", **sections: Any) -> str:
+    values = {
+        "model": {"path": "m"}, "data": {"train": "t"}, "backend": "reference", "train": {"micro_tokens": "auto"},
+        **sections,
+    }  # fmt: skip
+    console = Console(width=120, record=True, file=io.StringIO())
+    for part in answer(check_recipe(values), ModelFolder.open(model_folder(folder)), rows(20), backend):
+        console.print(part)
+    return console.export_text()
 
 
 @pytest.mark.parametrize(("layers", "kept"), [("all", False), (1, True)])
-def test_the_plan_shows_every_machine(tmp_path: Path, layers: Any, kept: bool) -> None:
-    values = {
-        "model": {"path": "m"}, "data": {"train": "t"}, "backend": "reference", "lora": {"layers": layers},
-        "train": {"micro_tokens": "auto"},
-    }  # fmt: skip
-    console = Console(width=200, record=True, file=io.StringIO())
-    for part in table(check_recipe(values), ModelFolder.open(model_folder(tmp_path)), examples([40] * 20)):
-        console.print(part)
-    text = console.export_text()
+def test_the_plan_says_first_whether_it_fits_and_how_long_it_takes(tmp_path: Path, layers: Any, kept: bool) -> None:
+    text = planned(tmp_path, lora={"layers": layers})
+    assert re.match(r"fits here \(reference\): [\d.]+ [MG]B of [\d.]+ GB free, about .+ in all\n", text)
     assert all(machine.name in text for _, machine in registry.machines())
-    assert text.count("fits") == len(registry.machines()) + 1
-    assert "here (reference)" in text and "estimates from their makers' rates" in text
-    assert ("kept in a temporary file" in text) == kept
+    assert ("temporary file on disk" in text) == kept
+    for line in (r"base model +8 rows", r"training +6 steps", r"validation +\d x 6 rows", r"tuned model +8 rows"):
+        assert re.search(line, text), line
+    assert re.search(r"\npeak +[\d.]+\nfree +[\d.]+\n", text)
+
+
+def test_the_plan_says_first_that_it_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "free_bytes", lambda name, device: 1000)
+    assert planned(tmp_path).startswith("does not fit here: it needs ")
+
+
+def test_the_plan_without_a_backend_tells_of_other_machines(tmp_path: Path) -> None:
+    text = planned(tmp_path, backend="")
+    assert text.startswith("no backend works here") and "RTX 4090" in text and "whole run" not in text
+
+
+def test_numbers_stand_at_the_right_and_no_table_has_a_caption(tmp_path: Path) -> None:
+    values = {"model": {"path": "m"}, "data": {"train": "t"}, "backend": "reference"}
+    folder = ModelFolder.open(model_folder(tmp_path))
+    made = answer(check_recipe(values), folder, rows(20), "reference")
+    shown = [*made, steps_table(check_recipe(values), folder, rows(20).train.examples)]
+    tables = [part for part in shown if isinstance(part, Table)]
+    assert len(tables) == 4
+    for table in tables:
+        assert table.caption is None
+        assert [column.justify for column in table.columns] == ["left", *["right"] * (len(table.columns) - 1)]
+
+
+# the time of a whole run
+
+
+def parts_of(prepared: Prepared, **sections: Any) -> dict[str, float]:
+    values = {"model": {"path": "m"}, "data": {"train": "t"}, **sections}
+    speeds = Speeds(1e9, 1e9, 1e9)
+    made = work(examples=prepared.train.examples)
+    return seconds_of_parts(check_recipe(values), prepared, made, speeds)
+
+
+def test_every_part_of_a_run_has_its_time() -> None:
+    found = parts_of(rows(20))
+    assert list(found) == [
+        "base model: loss", "base model: labels", "training", "validation: loss", "validation: labels",
+        "tuned model: loss", "tuned model: labels",
+    ]  # fmt: skip
+    assert all(value > 0 for value in found.values())
+    assert "base model: loss" not in parts_of(rows(20), evaluate={"base": False})
+    assert "base model: answers" in parts_of(rows(20, "generation"))
+    assert "base model: answers" not in parts_of(rows(20, "generation"), evaluate={"generate": False})
+
+
+def test_twice_the_epochs_are_twice_the_training_and_more_validations() -> None:
+    one, two = (parts_of(rows(20), train={"epochs": n}) for n in (2, 4))
+    assert two["training"] == pytest.approx(2 * one["training"])
+    assert two["validation: loss"] == pytest.approx(5 / 3 * one["validation: loss"])
+    assert two["base model: loss"] == one["base model: loss"] == one["tuned model: loss"]
+
+
+def test_a_validation_that_the_base_has_made_takes_no_time() -> None:
+    apart = rows(20)
+    same = replace(apart, test=None)
+    assert parts_of(same)["validation: loss"] == pytest.approx(3 / 4 * parts_of(apart)["validation: loss"])
 
 
 def test_memory_here_is_asked_for_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,4 +313,5 @@ def test_a_comparison_of_backends_ends_with_what_it_means(
     example = Example(tokens, np.ones(4, np.float32), "a:1", "b", "c", 2, 4)
     folder: Any = SimpleNamespace(path=Path("m"), remote_code=False)
     settings = check_recipe({"model": {"path": "m"}, "data": {"train": "a.jsonl"}})
-    assert verdict in str(compare_backends(settings, folder, [example]).caption)
+    first, _ = compare_backends(settings, folder, [example])
+    assert verdict in " ".join(plain_page(lambda console: console.print(first)).split())

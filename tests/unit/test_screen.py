@@ -165,23 +165,33 @@ def played(page: Console, events: list[Event], fail: bool = False) -> str:
     return page.file.getvalue()
 
 
+def plain(shown: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_live_screen_fits(width):
     shown = played(console(width, terminal=True), run(400), fail=True)
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
-    frames = plain.replace("\r", "\n").split("\n")
-    assert max(cell_len(line) for line in frames) <= width
-    last = plain[plain.rindex("training") :]
-    assert len(last.splitlines()) <= 24
-    for part in ("400/400", "loss 0.0050", "ETA", "lr 1.00e-04", "grad norm 0.5", "tokens/s 1,800", "1.4 GB", "█", "▁"):
-        assert part in last
-    for part in ("epoch", "perpl.", "label", "1.2300*", "not shown"):  # the best row stays while others scroll off
+    inside, left = shown.split("\x1b[?1049l")  # the page of its own, and what is printed when it is gone
+    frames = [plain(frame).rstrip("\n").split("\n") for frame in inside.split("\x1b[H")[1:]]
+    assert len(frames) > 10
+    assert max(cell_len(line) for frame in frames for line in frame) <= width
+    assert {len(frame) for frame in frames} <= {1, 24}, "a frame fills the window, and no more"
+    last = plain(left)
+    assert len(last.splitlines()) == 16
+    assert max(cell_len(line) for line in last.splitlines()) <= width
+    for part in ("400/400", "ETA", "lr", "1.00e-04", "loss", "now: ", "└"):
         assert part in last
 
 
-def test_the_screen_clears_itself_before_the_report_but_stays_on_failure():
-    assert played(console(terminal=True), run()).endswith("\x1b[2K")
-    assert not played(console(terminal=True), run(), fail=True).endswith("\x1b[2K")
+def test_the_page_is_left_empty_and_nothing_of_it_stays_but_after_a_failure():
+    shown = played(console(terminal=True), run())
+    inside, left = shown.split("\x1b[?1049l")
+    assert inside.startswith("\x1b[?1049h") or "\x1b[?1049h" in inside[:40]
+    assert plain(left) == ""
+    assert not plain(inside[inside.rindex("\x1b[H") :]).strip(), "for a terminal that has one page only"
+    assert "\x1b[?25h" in shown[shown.rindex("\x1b[?25l") :]
+    assert "400/400" not in plain(left)
 
 
 def test_no_colour(monkeypatch):
@@ -264,6 +274,7 @@ def test_a_pseudo_terminal():
     text = shown.decode()
     assert "40/40" in text
     assert "\x1b[?25h" in text[text.rindex("\x1b[?25l") :]  # the cursor is back
+    assert text.count("\x1b[?1049h") == text.count("\x1b[?1049l") == 1
     assert "Traceback" not in text
 
 

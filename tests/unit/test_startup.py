@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from backends import registry
+from finetune.commands.plan import backends_table
+from finetune.recipe.load import check_recipe
 
 FRAMEWORKS = {"torch", "mlx", "mlx_lm", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers"}
 SCIENCE = {"numpy", "scipy", "matplotlib", "datasets", "pandas", "pyarrow", "safetensors", "psutil"}
@@ -104,3 +109,15 @@ def test_a_look_at_the_machine_reads_no_data_and_draws_nothing(folder: Path) -> 
     found = loaded(folder, "doctor", code=0)
     assert not packages(found) & {"matplotlib", "datasets", "ruamel", "pyarrow"}
     assert not {one for one in found if one.startswith("finetune.data")}
+
+
+def test_a_plan_loads_only_the_backend_that_it_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[str] = []
+    monkeypatch.setattr(registry, "probe", lambda name: probed.append(name))
+    recipe = check_recipe({"model": {"path": "m"}, "data": {"train": "t"}})
+    table = backends_table(recipe, "reference")
+    assert set(probed) == {"reference"}, "described"
+    assert list(table.columns[1].cells) == [
+        "chosen" if name == "reference" else "installed" if find_spec(name) else "not installed"
+        for name in registry.NAMES
+    ]

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from finetune.check.show import headline
 from finetune.check.survey import as_json
 from finetune.check.tokens import special_pattern
+from finetune.check.verdict import headline
 from finetune.data.tokenizer import load_tokenizer
 from tests.unit.check.surveys import MODEL, page, recipe, rows, surveyed, write
 from tests.unit.data.toy_tokenizers import CHATML, byte_level

@@ -32,13 +32,14 @@ def test_clean_data_have_no_faults_and_every_section(tmp_path, tokenizer):
     for said in (
         "read as prompt",
         "supervised tokens in brackets",
-        "padding:",
+        "padding",
         "duplicates",
         "enough data?",
         "personal",
     ):
         assert said in text
     assert "[<|eos|>]" in text
+    assert text.startswith("ready to train on 36 rows\ndata: too little, "), "the verdict comes first"
     assert json.loads(json.dumps(as_json(found, tokenizer)))["splits"]["train"]["rows"] == 36
 
 
@@ -60,6 +61,7 @@ def test_bad_rows_are_shown_with_everything_that_can_be_said_of_the_others(tmp_p
     assert [place.rsplit(":", 1)[1] for place, _ in found.bad] == ["8", "10"]
     assert found.faults == 2 and found.tokens.rows == 38
     assert "2 bad rows, to be fixed" in page(found, tokenizer)
+    assert page(found, tokenizer).startswith("2 to fix before training\n")
     skipped = surveyed(tokenizer, recipe(str(tmp_path / "a.jsonl"), data={"on_error": "skip"}))
     assert skipped.faults == 1 and "2 of 36 rows (5.6%) would be left out" in skipped.broken[0][1]
     allowed = surveyed(tokenizer, recipe(str(tmp_path / "a.jsonl"), data={"on_error": "skip", "max_dropped": 0.06}))

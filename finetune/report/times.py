@@ -1,0 +1,67 @@
+"""How long the parts of a run were foretold to take, and how long they took: time.json, and a line of the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar
+
+from finetune.disk.run_files import read_json
+from finetune.disk.run_folder import RunFolder
+from finetune.events import Event, Outlook, StepDone, Validated
+from finetune.report.pace import TRAINING, VALIDATION
+from finetune.text import duration
+
+
+@dataclass
+class Times:
+    """Seconds of each part of a run."""
+
+    __pydantic_config__: ClassVar = {"allow_inf_nan": False}
+
+    foretold: dict[str, float]
+    measured: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: RunFolder, outlook: Outlook) -> Times:
+        """Those that the run wrote when it began; of a new one, those foretold now. Raises Incompatible."""
+        saved = read_json(run.path / "time.json", Times, "delete it, and only what is measured from now on is told")
+        if saved:
+            return saved
+        parts: dict[str, float] = {}
+        for what, seconds in outlook.seconds.items():
+            name = what.partition(":")[0]
+            parts[name] = round(parts.get(name, 0.0) + seconds, 3)
+        return cls(parts)
+
+    @contextmanager
+    def measuring(self, part: str, run: RunFolder) -> Iterator[None]:
+        """Inside, the part is done; then time.json is written."""
+        began = time.perf_counter()
+        yield
+        self.measured[part] = round(time.perf_counter() - began, 3)
+        run.write_json("time.json", asdict(self))
+
+    def of_events(self, events: Iterable[Event]) -> Times:
+        """And of the steps and validations that metrics.jsonl tells of, in every process of the run."""
+        seconds = {TRAINING: 0.0, VALIDATION: 0.0}
+        for event in events:
+            if isinstance(event, StepDone | Validated):
+                seconds[TRAINING if isinstance(event, StepDone) else VALIDATION] += event.seconds
+        return Times(self.foretold, self.measured | {part: round(value, 3) for part, value in seconds.items()})
+
+    def lines(self) -> list[str]:
+        """Of the parts that were foretold and measured; nothing where there is none."""
+        both = [part for part in self.foretold if part in self.measured]
+        if not both:
+            return []
+        foretold, measured = (sum(values[part] for part in both) for values in (self.foretold, self.measured))
+        change = f" ({100 * (measured / foretold - 1):+.0f} %)" if foretold else ""
+        parts = ", ".join(f"{part} {_pair(self.measured, self.foretold, part)}" for part in both)
+        return [f"time: {duration(measured)}, foretold {duration(foretold)}{change}; {parts}"]
+
+
+def _pair(measured: Mapping[str, float], foretold: Mapping[str, float], part: str) -> str:
+    return f"{duration(measured[part])} (foretold {duration(foretold[part])})"

@@ -1,0 +1,97 @@
+"""How long a whole run will take, part by part, foretold from sizes alone; and what else lies ahead of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from backends import registry
+from backends.interface import PROMPTS_TOGETHER, BackendError, Session
+from finetune.data.rows import Example, Prepared
+from finetune.data.tokenizer import answer_text
+from finetune.evaluation.samples import Sampler
+from finetune.events import Outlook
+from finetune.recipe.schedule import make_plan
+from finetune.recipe.schema import Recipe
+from finetune.training.budget import Speeds, Workload, rate_here, speeds_of, workload
+from finetune.training.job import Job
+
+
+def look_ahead(job: Job, session: Session) -> Outlook:
+    """Of a run on this machine, whose matrix products are timed for a moment."""
+    examples = job.prepared.train.examples
+    free = session.free_bytes()
+    return Outlook(
+        step=0,
+        title=f"{job.recipe.model.path} on {job.backend} ({session.device}), {len(examples):,} rows",
+        steps=make_plan(job.recipe, len(examples)).steps,
+        validations=validations(job.recipe, job.prepared),
+        seconds=_foretold(job, session),
+        chance=1 / len(job.prepared.labels) if job.prepared.labels else None,
+        majority=_majority(job.prepared),
+        memory=None if free is None else free + session.peak_bytes(),
+    )
+
+
+def _foretold(job: Job, session: Session) -> dict[str, float]:
+    """Nothing of a model that no files describe, as the toys of the reference backend."""
+    try:
+        work = workload(job.recipe, job.folder, job.prepared.train.examples)
+    except BackendError:
+        return {}
+    costs = registry.costs(job.backend, registry.device_kind(session.device))
+    return seconds_of_parts(job.recipe, job.prepared, work, speeds_of(costs, rate_here(job.backend, work)))
+
+
+def sampler_of(job: Job) -> Sampler:
+    """Writes answers only where the recipe's own evaluation does."""
+    asked, stop = job.recipe.evaluate, job.prepared.stop_tokens
+    most = asked.max_tokens if asked.generate else 0
+    return Sampler(job.prepared, most, lambda tokens: answer_text(job.tokenizer, tokens, stop))
+
+
+def validations(recipe: Recipe, prepared: Prepared) -> int:
+    """In the whole run, the one before the first step included."""
+    plan = make_plan(recipe, len(prepared.train.examples))
+    return sum(plan.evaluates_after(step) for step in {*range(0, plan.steps, plan.evaluate_every), plan.steps})
+
+
+def seconds_of_parts(recipe: Recipe, prepared: Prepared, work: Workload, speeds: Speeds) -> dict[str, float]:
+    """In the order of the run; the keys are "training" and the names of `Progress.what`."""
+    plan = make_plan(recipe, len(prepared.train.examples))
+    times = validations(recipe, prepared)
+    measured = _evaluation(recipe, prepared, prepared.held_out.examples, work, speeds)
+    validated = _evaluation(recipe, prepared, prepared.valid.examples, work, speeds)
+    if prepared.held_out is prepared.valid and recipe.evaluate.base and not recipe.lora.start_from:
+        times -= 1  # the first is the base model's
+    parts = {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
+    parts["training"] = work.operations() * plan.steps / plan.steps_per_epoch / speeds.training
+    parts |= {f"validation: {name}": t * times for name, t in validated.items() if name != "answers"}
+    return parts | {f"tuned model: {name}": t for name, t in measured.items()}
+
+
+def _evaluation(
+    recipe: Recipe, prepared: Prepared, examples: Sequence[Example], work: Workload, speeds: Speeds
+) -> dict[str, float]:
+    """Seconds of each kind of evaluation of these rows."""
+    supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in examples)
+    parts = {"loss": work.scoring([len(example) - 1 for example in examples], supervised) / speeds.scoring}
+    prompts = [len(example.prompt_tokens) for example in examples]
+    if prepared.task == "classification":
+        tokens = sum(map(len, prepared.label_tokens))
+        parts["labels"] = work.scoring([n + tokens for n in prompts], tokens * len(prompts)) / speeds.scoring
+    elif prepared.task == "generation" and recipe.evaluate.generate:
+        steps = -(-len(prompts) // PROMPTS_TOGETHER) * recipe.evaluate.max_tokens
+        reading = work.scoring(prompts, len(prompts)) / speeds.scoring
+        parts["answers"] = reading + work.scoring([1], 1) * steps * min(PROMPTS_TOGETHER, len(prompts)) / speeds.writing
+    return parts
+
+
+def _majority(prepared: Prepared) -> float | None:
+    """The share right of a model that always gives the most frequent label of the validation rows."""
+    answers = Counter(example.answer for example in prepared.valid.examples)
+    if not prepared.labels or not answers:
+        return None
+    return max(answers.values()) / sum(answers.values())
