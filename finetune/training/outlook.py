@@ -61,15 +61,19 @@ def validations(recipe: Recipe, prepared: Prepared) -> int:
 def seconds_of_parts(recipe: Recipe, prepared: Prepared, work: Workload, speeds: Speeds) -> dict[str, float]:
     """In the order of the run; the keys are "training" and the names of `Progress.what`."""
     plan = make_plan(recipe, len(prepared.train.examples))
-    times = validations(recipe, prepared)
     measured = _evaluation(recipe, prepared, prepared.held_out.examples, work, speeds)
     validated = _evaluation(recipe, prepared, prepared.valid.examples, work, speeds)
-    if prepared.held_out is prepared.valid and recipe.evaluate.base and not recipe.lora.start_from:
-        times -= 1  # the first is the base model's
+    by_base = prepared.held_out is prepared.valid and recipe.evaluate.base and not recipe.lora.start_from
+    untrained = 0 if by_base else 1  # validations before the first step; the base model's may serve
+    trained = validations(recipe, prepared) - 1
+    # Once a model has learned that labels follow, the most probable token is one of them, and nothing more is asked.
+    learned = ("loss",) if all(len(label) == 1 for label in prepared.label_tokens) else ("loss", "labels")
     parts = {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
     parts["training"] = work.operations() * plan.steps / plan.steps_per_epoch / speeds.training
-    parts |= {f"validation: {name}": t * times for name, t in validated.items() if name != "answers"}
-    return parts | {f"tuned model: {name}": t for name, t in measured.items()}
+    for name in ("loss", "labels"):
+        if times := (untrained + trained * (name in learned)) * (name in validated):
+            parts[f"validation: {name}"] = validated[name] * times
+    return parts | {f"tuned model: {name}": t for name, t in measured.items() if name in (*learned, "answers")}
 
 
 def _evaluation(

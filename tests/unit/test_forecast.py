@@ -200,9 +200,12 @@ def test_every_part_of_a_run_has_its_time() -> None:
     found = parts_of(rows(20))
     assert list(found) == [
         "base model: loss", "base model: labels", "training", "validation: loss", "validation: labels",
-        "tuned model: loss", "tuned model: labels",
+        "tuned model: loss",
     ]  # fmt: skip
     assert all(value > 0 for value in found.values())
+    longer = replace(rows(20), label_tokens=((1, 3), (2,)))
+    assert "tuned model: labels" in parts_of(longer), "a longer label is scored each time"
+    assert parts_of(longer)["validation: labels"] > 3 * found["validation: labels"]
     assert "base model: loss" not in parts_of(rows(20), evaluate={"base": False})
     assert "base model: answers" in parts_of(rows(20, "generation"))
     assert "base model: answers" not in parts_of(rows(20, "generation"), evaluate={"generate": False})
