@@ -155,7 +155,8 @@ def test_without_an_outlook_the_steps_are_counted_alone() -> None:
 def filled(labels: bool = True) -> Status:
     clock = Clock()
     status = Status(clock)
-    rows = tuple(Sample(f"<ask> row {i} of the file <end>", "good", ("bad", "good")[i % 2]) for i in range(3))
+    texts = ("a fine film", "dull and long", "not bad")
+    rows = tuple(Sample(f"<ask> {text} <end>", "good", ("bad", "good")[i % 2]) for i, text in enumerate(texts))
     give(status, clock, [(outlook(labels), 0.0), *base(clock)[1:]])
     give(status, clock, [(validated(0, 0.5 if labels else None), 0.0), (Samples(0, rows), 0.0)])
     for number in range(1, 16):
@@ -194,7 +195,7 @@ def test_what_a_large_frame_shows(width: int, height: int) -> None:
     for part in (
         "a model on torch (cpu), 600 rows", "so far", "ETA ", "✓ base model", "● training 15/20", "validation 2/3",
         "○ tuned model", "loss", "lr", "1.00e-04", "tokens/s", "s/step", "1.4 GB of 8.0 GB", "83.0%", "majority",
-        "40.0%", "chance", "25.0%", "└", "step 20", "now: step 16 of 20", "a note", "answers after step 10", "row 0 of",
+        "40.0%", "chance", "25.0%", "└", "step 20", "now: step 16 of 20", "a note", "answers after step 10", "a fine film",
         "expected good", "base bad", "now good", "1.9000*",
     ):  # fmt: skip
         assert part in text, part
