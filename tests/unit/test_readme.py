@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.events import RunStarted, StepDone
 from finetune.recipe.load import load_recipe
 from tests.assets import make_demo_svg, readme_commands
 from tests.end_to_end.test_run import FILES
@@ -115,8 +116,9 @@ def test_ci_finds_the_test_command() -> None:
     assert checks == ["ruff check .", "ruff format --check .", "mypy", "pytest"]
 
 
-def test_pictures_load_nothing_from_elsewhere() -> None:
-    drawn = (ROOT / "tests" / "assets" / "demo.svg").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["demo.svg", "live.svg"])
+def test_pictures_load_nothing_from_elsewhere(name: str) -> None:
+    drawn = (ROOT / "tests" / "assets" / name).read_text(encoding="utf-8")
     assert set(re.findall(r"https?://[^\s\"')]+", drawn)) == {"http://www.w3.org/2000/svg"}
     assert "@font-face" not in drawn and "@import" not in drawn
 
@@ -132,6 +134,15 @@ def test_the_picture_is_drawn_from_what_the_demo_prints() -> None:
     drawn = make_demo_svg.picture(output).replace("&#160;", " ")
     assert all(words in drawn for words in ("accuracy  50.0%", "A text.", "Another.", "1 fixed, 1 broken", "Better:"))
     assert "Hidden." not in drawn and "precision" not in drawn
+
+
+def test_the_picture_of_the_screen_is_drawn_from_what_a_run_says() -> None:
+    told = [
+        (0.0, RunStarted(0, 9, 9, False)),
+        *((n, StepDone(n, n / 9, 3.0 / n, 1.0, 1e-3, 9, 9, 1.0, 10**9)) for n in range(1, 10)),
+    ]
+    drawn = make_demo_svg.live_picture(told).replace("&#160;", " ")
+    assert all(words in drawn for words in ("training 6/9", "now: step 7 of 9", "0.5000")) and "7/9" not in drawn
 
 
 def test_the_scripts_say_how_they_are_used() -> None:
