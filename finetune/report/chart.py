@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import ConsoleOptions, RenderResult
 from rich.text import Text
 
 from finetune.report.plot import WIDE
@@ -95,7 +96,7 @@ class Chart:
     percent: bool = False  # values are shares, and the axis goes no further than 0 to 1
     height: int | None = None  # lines; None: all that there is room for
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Any, options: ConsoleOptions) -> RenderResult:
         height = max((self.height or options.height or 12) - 2, 1)  # a line for the title, one for the steps
         low, high, log = self._range()
         scale = (lambda value: math.log10(value)) if log else (lambda value: value)

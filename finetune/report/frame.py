@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.columns import Columns
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import ConsoleOptions, RenderableType, RenderResult
 from rich.layout import Layout
 from rich.table import Table
 from rich.text import Text
@@ -37,7 +38,7 @@ class Frame:
     def __init__(self, status: Status, notes: Sequence[str], height: int | None = None) -> None:
         self._status, self._notes, self._height = status, notes, height
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Any, options: ConsoleOptions) -> RenderResult:
         width, height = options.max_width, self._height or options.height or console.size.height
         whole, cut = Layout(), overflow(options)
         head, foot = Header(self._status), Foot(self._status, self._notes, 1 if height < LOW else 2)

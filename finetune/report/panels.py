@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import ConsoleOptions, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.segment import Segment
 from rich.table import Table
@@ -36,7 +36,7 @@ class Header:
     def __init__(self, status: Status) -> None:
         self._status = status
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Any, options: ConsoleOptions) -> RenderResult:
         pace = self._status.pace
         title = Table.grid(expand=True, padding=(0, 1))
         title.add_column(ratio=1, no_wrap=True, overflow=overflow(options))
@@ -90,7 +90,7 @@ class Foot:
     def __init__(self, status: Status, notes: Sequence[str], height: int) -> None:
         self._status, self._notes, self._height = status, notes, height
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Any, options: ConsoleOptions) -> RenderResult:
         cut = overflow(options)
         if self._height > 1:
             yield lines(self._notes[0] if self._notes else "", style="dim", no_wrap=True, overflow=cut)
@@ -113,7 +113,7 @@ class Answers:
     def __init__(self, status: Status, cut: Overflow) -> None:
         self._status, self._cut = status, cut
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Any, options: ConsoleOptions) -> RenderResult:
         now, base = self._status.samples, self._status.first_samples
         if now is None:
             return
@@ -127,7 +127,7 @@ class Answers:
             room -= len(shown)
             yield from shown
 
-    def _prompt(self, console: Console, prompt: str, width: int) -> list[Text]:
+    def _prompt(self, console: Any, prompt: str, width: int) -> list[Text]:
         text = lines(shorten(prompt, width if width >= 60 else PROMPT * width - 10), style="italic")
         return list(text.wrap(console, width))[:PROMPT]
 

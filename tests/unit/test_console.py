@@ -259,7 +259,7 @@ def test_a_bypass_is_seen() -> None:
 
 
 def test_no_module_prints_past_the_guard() -> None:
-    """Only `finetune.console` has a console of rich, and only it and the supervisor reach beneath the guard."""
+    """Only `finetune.console` has a console of rich, and only it and `finetune.terminal` reach beneath the guard."""
     found = set()
     for file in sorted((ROOT / "finetune").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -271,7 +271,7 @@ def test_no_module_prints_past_the_guard() -> None:
     assert {one for one in found if one[1] in past} == {
         ("console.py", "Console"),
         ("console.py", "unguarded"),
-        ("supervisor.py", "unguarded"),  # shows the cursor again
+        ("terminal.py", "unguarded"),  # leaves a page of its own, shows the cursor again
         ("streams.py", "beneath"),
         ("template_child.py", "buffer"),  # the pipes of a child
     }
