@@ -35,6 +35,8 @@ class Sampler:
     def samples(self, session: Session, step: int, evaluation: Evaluation) -> Generator[Progress | Samples, None, None]:
         """Says them; nothing where there are none."""
         known = [evaluation.results[i] for i in self._rows]
+        if not known:
+            return
         if all(row.predicted is not None for row in known):
             yield Samples(step, tuple(map(_known, known)))
         elif self.max_tokens and self.prepared.task == "generation" and self._affordable():

@@ -69,6 +69,13 @@ def test_nothing_is_written_that_the_recipe_does_not_want(tmp_path: Path, task: 
     assert said(Sampler(rows(task), most, decode), live) == [] and live.asked == []
 
 
+def test_without_validation_rows_nothing_is_said(tmp_path: Path) -> None:
+    made = prepared(valid=0)
+    sampler, found = Sampler(made, 50, decode), said(Sampler(rows("text"), 0, decode), session(tmp_path))
+    evaluation = result_of(evaluate(session(tmp_path), rows("text"), rows("text").valid, name="v", micro_tokens=256))
+    assert found == [] and list(sampler.samples(session(tmp_path), 0, evaluation)) == []
+
+
 def test_writing_takes_no_more_than_its_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr(samples.time, "monotonic", lambda: clock[0])
