@@ -122,6 +122,15 @@ class Outlook(Passing):
     majority: float | None = None  # of always the most frequent label, on the validation rows
     memory: float | None = None  # bytes that the device can give; None: not known
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of "base model", "training", "validation" and "tuned model", as far as they are foretold."""
+        parts: dict[str, float] = {}
+        for what, seconds in self.seconds.items():
+            name = what.partition(":")[0]
+            parts[name] = parts.get(name, 0.0) + seconds
+        return parts
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.columns import Columns
-from rich.console import ConsoleOptions, RenderableType, RenderResult
+from rich.console import ConsoleOptions, Group, RenderableType, RenderResult
 from rich.layout import Layout
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +18,7 @@ from finetune.report.panels import ANSWERS, NARROW, Answers, Foot, Header, Overf
 from finetune.report.plot import smooth
 from finetune.report.screen import Status
 from finetune.report.tables import epoch_table
-from finetune.text import amount
+from finetune.text import amount, duration
 
 WIDE, LOW = 100, 24  # columns from which panels stand side by side; lines below which only the most needed is shown
 SIDE = 44  # columns of the figures and the epochs, side by side with the chart
@@ -55,8 +55,16 @@ class Frame:
         if compact or width < NARROW:
             return self._compact(width, height)
         if not status.validations and status.last is None:
-            return GAP
+            return self._ahead()
         return self._wide(width, height, cut) if width >= WIDE else self._narrow(width, height, cut)
+
+    def _ahead(self) -> RenderableType:
+        """Before the first figures: how long each part is foretold to take."""
+        outlook = self._status.pace.outlook
+        if not (outlook and outlook.seconds):
+            return GAP
+        times = [(name, duration(seconds)) for name, seconds in outlook.parts.items()]
+        return Group(Text("foretold", "bold"), _grid(times, FIGURES))
 
     def _compact(self, width: int, height: int) -> RenderableType:
         if self._status.last is None:
@@ -83,7 +91,7 @@ class Frame:
         left, right, middle = Layout(), Layout(), Layout()
         figures, validations = self._figures(), list(self._status.validations)
         epochs = min(len(validations), max(height - len(figures) - HEADINGS - 1, 2)) + HEADINGS
-        free = height - len(figures) - 1 - epochs
+        free = height - len(figures) - 1 - epochs - 1
         beside = self._status.samples is not None and free >= ANSWERS  # under the epochs
         answers = ANSWERS if self._status.samples and not beside else 0
         charts: list[Layout] = [Layout(self._loss(), ratio=3)]
@@ -94,7 +102,7 @@ class Frame:
         left.split_column(*charts)
         table = _epochs(validations, epochs - HEADINGS)
         last = Layout(Answers(self._status, cut)) if beside else Layout(GAP)
-        right.split_column(Layout(_grid(figures, TABLE), size=len(figures) + 1), Layout(table, size=epochs), last)
+        right.split_column(Layout(_grid(figures, TABLE), size=len(figures) + 1), Layout(table, size=epochs + 1), last)
         middle.split_row(Layout(left), Layout(GAP, size=2), Layout(right, size=max(SIDE, width // 4)))
         return middle
 

@@ -30,11 +30,7 @@ class Times:
         saved = read_json(run.path / "time.json", Times, "delete it, and only what is measured from now on is told")
         if saved:
             return saved
-        parts: dict[str, float] = {}
-        for what, seconds in outlook.seconds.items():
-            name = what.partition(":")[0]
-            parts[name] = round(parts.get(name, 0.0) + seconds, 3)
-        return cls(parts)
+        return cls({part: round(seconds, 3) for part, seconds in outlook.parts.items()})
 
     @contextmanager
     def measuring(self, part: str, run: RunFolder) -> Iterator[None]:

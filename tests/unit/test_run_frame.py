@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import sys
 
 import pytest
@@ -201,6 +202,14 @@ def test_what_a_large_frame_shows(width: int, height: int) -> None:
         assert part in text, part
     assert "<ask>" not in text, "what all prompts begin with says nothing"
     assert any("⠀" < char <= "⣿" for char in text)
+
+
+def test_before_the_first_figures_the_page_tells_what_is_foretold() -> None:
+    status = Status(Clock())
+    status.update(outlook())
+    text = "\n".join(drawn(status, 80, 24))
+    for line in (r"base model +20 s", r"training +40 s", r"validation +15 s", r"tuned model +20 s"):
+        assert re.search(rf"^{line}", text, re.MULTILINE), line
 
 
 def test_a_low_window_has_what_matters_most() -> None:
