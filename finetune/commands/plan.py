@@ -157,6 +157,7 @@ def memory_table(work: Workload, here: Forecast) -> Table:
 def largest_table(folder: ModelFolder, work: Workload, here: Forecast, memory: float) -> Table:
     """memory: bytes that are free here."""
     costs = registry.costs(here.backend, here.device)
+    work = recomputing(work, True) if work.unsettled else work
     table = figures_table("what", "largest")
     longest = longest_row(work, costs, memory, folder.positions or POSITIONS)
     table.add_row("train.max_length, tokens", f"{longest:,}" if longest else "none")

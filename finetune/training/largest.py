@@ -15,9 +15,9 @@ STEP = 8  # tokens; batches are padded to so many
 MODELS = {
     "Qwen/Qwen3-0.6B": (28, 1024, 3072, 2048, 1024, 151936, True),
     "Qwen/Qwen3-1.7B": (28, 2048, 6144, 2048, 1024, 151936, True),
-    "Qwen/Qwen3-4B": (36, 2560, 9728, 4096, 1024, 151936, True),
-    "Qwen/Qwen3-8B": (36, 4096, 12288, 4096, 1024, 151936, False),
-    "Qwen/Qwen3-14B": (40, 5120, 17408, 5120, 1024, 151936, False),
+    "Qwen/Qwen3-4B-Instruct-2507": (36, 2560, 9728, 4096, 1024, 151936, True),
+    "mistralai/Ministral-3-8B-Instruct-2512-BF16": (34, 4096, 14336, 4096, 1024, 131072, False),
+    "mistralai/Ministral-3-14B-Instruct-2512-BF16": (40, 5120, 16384, 4096, 1024, 131072, False),
 }
 
 
