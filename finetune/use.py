@@ -97,12 +97,9 @@ def generate(
 
     opened, recipe = open_existing(folder)
     begin()
-    from finetune.commands.chat import answer_row, run
+    from finetune.commands.chat import run
 
-    if row is not None:
-        answer_row(opened, recipe, row, base, temperature, max_tokens, backend)
-    else:
-        run(opened, recipe, question, columns or [], system, tools, base, temperature, max_tokens, backend)
+    run(opened, recipe, question, columns or [], system, tools, base, temperature, max_tokens, backend, row)
 
 
 def chat(

@@ -89,8 +89,12 @@ def run(
     temperature: float,
     max_tokens: int,
     backend: str | None,
+    row: str | None = None,
 ) -> None:
-    """Answer `prompt`, or talk where it is None. columns, system and tools go with every question."""
+    """Answer `prompt`, or the row at FILE:LINE, or talk where both are None. The rest goes with every question."""
+    if row is not None:
+        _answer_row(opened, recipe, row, base, temperature, max_tokens, backend)
+        return
     speaker = Speaker(opened, recipe, beside(columns, system, tools), base, backend)
     if prompt is None:
         _talk(speaker, f"{opened.path.name}: {'base' if base else 'tuned'} model", temperature, max_tokens)
@@ -99,7 +103,7 @@ def run(
         print(speaker.answer(tokens, max_tokens, temperature, speaker.recipe.seed))
 
 
-def answer_row(
+def _answer_row(
     opened: RunFolder, recipe: Recipe, row: str, base: bool, temperature: float, max_tokens: int, backend: str | None
 ) -> None:
     """Answer the prompt that the row at FILE:LINE has under the run's recipe; an answer in it is not read."""
