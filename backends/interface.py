@@ -186,22 +186,10 @@ class TrainState:
     moments: Mapping[str, FloatArray]  # `<adapter name>.exp_avg` and `.exp_avg_sq`, shaped as the adapter
 
 
-class Session(Protocol):
-    """One model with one adapter on one device."""
+class Reader(Protocol):
+    """A model that is read and not trained: what evaluation needs of one."""
 
-    device: str  # "cpu", "cuda: NVIDIA GeForce RTX 4070", "gpu: Apple M3"
-    scheme: str  # what the frozen weights are: "none", "nf4/64 double", "affine4/64", ...
-    shortcuts: tuple[str, ...]  # what it computes in another way than the plain model, for speed or memory, in words
-    lora_shapes: Modules
-    repeatable: bool  # True: equal steps from equal states give equal bytes. A step may find that they do not
     shares_prefixes: bool  # True: a batch's prefixes are computed once; False: they are repeated for each row
-
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        """One AdamW update from the mean loss over all micro-batches.
-
-        Raises OutOfMemory, NonFinite, or ValueError for a token that the model does not have; then the state is as
-        it was.
-        """
 
     def score(self, batch: Batch) -> Scores:
         """Dropout off, nothing changed. Raises OutOfMemory, or ValueError for a token that the model does not have."""
@@ -217,6 +205,23 @@ class Session(Protocol):
         """A completion for each prompt, without the stop token; greedy at temperature 0.
 
         Raises OutOfMemory, or ValueError for an empty prompt or a token that the model does not have.
+        """
+
+
+class Session(Reader, Protocol):
+    """One model with one adapter on one device."""
+
+    device: str  # "cpu", "cuda: NVIDIA GeForce RTX 4070", "gpu: Apple M3"
+    scheme: str  # what the frozen weights are: "none", "nf4/64 double", "affine4/64", ...
+    shortcuts: tuple[str, ...]  # what it computes in another way than the plain model, for speed or memory, in words
+    lora_shapes: Modules
+    repeatable: bool  # True: equal steps from equal states give equal bytes. A step may find that they do not
+
+    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+        """One AdamW update from the mean loss over all micro-batches.
+
+        Raises OutOfMemory, NonFinite, or ValueError for a token that the model does not have; then the state is as
+        it was.
         """
 
     def base_weight(self, module: str) -> FloatArray:

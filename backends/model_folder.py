@@ -191,6 +191,27 @@ class ModelFolder:
         """The shapes of layers that bitsandbytes has packed into bytes; empty where it has not."""
         return bitsandbytes_shapes(self.weights) if quantised_by(self.config) == "bitsandbytes" else {}
 
+    @cached_property
+    def whole_shapes(self) -> Shapes:
+        """The shapes of the model's own tensors; of those that are packed, as they are when they are unpacked."""
+        whole = {}
+        for name, shape in self.shapes.items():
+            module, _, part = name.rpartition(".")
+            if ".weight." in name and name.partition(".weight.")[0] in self._unpacked:
+                continue  # beside a layer that bitsandbytes has packed
+            if part in ("scales", "biases") and f"{module}.scales" in self.shapes:
+                continue  # beside one that MLX has
+            if part == "weight" and module in self.packed:
+                shape = self._unpacked.get(module) or (shape[0], self._inputs(module, shape[1]))
+            whole[name] = shape
+        return whole
+
+    @cached_property
+    def packed(self) -> frozenset[str]:
+        """The layers whose weights stand quantised in the files, by MLX or by bitsandbytes."""
+        ends = (".scales", ".weight.absmax")
+        return frozenset(name.removesuffix(end) for name in self.shapes for end in ends if name.endswith(end))
+
     def _inputs(self, module: str, columns: int) -> int:
         """The inputs of a linear layer whose weight has so many columns; MLX packs 32 / bits of them into a word."""
         scales = self.shapes.get(f"{module}.scales")

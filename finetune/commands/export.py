@@ -14,15 +14,16 @@ from finetune.console import Console
 from finetune.data.rows import Split
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import new_folder, remove
+from finetune.disk.exports import Made, remember
 from finetune.disk.identity import check_held_out
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import EnvironmentProblem, ExportFailed, Incompatible, RecipeError
 from finetune.evaluation.evaluate import Evaluation, base_weights
 from finetune.export.choose import check_options, precision, target_of
+from finetune.export.gguf_export import BASE
 from finetune.export.making import Making, Target
 from finetune.export.measure import Measured, chosen, evaluated, measured
 from finetune.export.prompt import travelling_template
-from finetune.export.record import Made, remember
 from finetune.export.verify import Check, checks_table, model_checks, probe_check, prompt_check, sentence, token_check
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
@@ -56,8 +57,8 @@ def run(
     target = target_of(to, kind, bits, adapter_alone, job)
     path = output or opened.path / "exports" / target.name
     _check_output(path)
-    making = _made_ready(opened, job, adapter)
-    measures, notes = _run_measured(making, rows_measured), list(making.travels.notes)
+    making = made_ready(opened, job, adapter)
+    measures, notes = run_measured(making, rows_measured), list(making.travels.notes)
     nearest, always = precision(target, job, making.session), making.always
     console = Console()
     with new_folder(path) as hidden:
@@ -72,7 +73,7 @@ def run(
     _finish(console, opened, target, path, checks, notes)
 
 
-def _made_ready(opened: RunFolder, job: Job, adapter: Any) -> Making:
+def made_ready(opened: RunFolder, job: Job, adapter: Any) -> Making:
     always = opened.always() or {}
     assert job.prepared.renderer is not None
     travels = travelling_template(job.prepared.renderer, job.prepared.format, job.tokenizer, always, opened.path.name)
@@ -81,7 +82,7 @@ def _made_ready(opened: RunFolder, job: Job, adapter: Any) -> Making:
     return Making(job, session, adapter, travels, always)
 
 
-def _run_measured(making: Making, rows: Split) -> tuple[Evaluation, Measured]:
+def run_measured(making: Making, rows: Split) -> tuple[Evaluation, Measured]:
     job, session = making.job, making.session
     stops = job.prepared.stop_tokens
     tuned = with_progress(measured(session, job, rows, "the run's model", stops))
@@ -111,7 +112,7 @@ def verified(
         found = with_progress(measured(export.session, job, rows, "export", export.stops))
     except OSError as error:  # of a library or its server: the disk was written to before
         raise EnvironmentProblem(f"{target.name}: what was written cannot be loaded ({error})") from error
-    target.tidy(path)
+    (path / BASE).unlink(missing_ok=True)  # needed by the verification alone
     return [*checks, *model_checks(base, tuned, found, nearest)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,22 +32,32 @@ def tensor_pieces(tensors: Mapping[str, FloatArray]) -> Iterator[bytes | memoryv
         yield np.asarray(tensors[name], "<f4", order="C").reshape(-1).view(np.uint8).data
 
 
-def read_tensors(file: Path) -> dict[str, FloatArray]:
-    """Every tensor as float32, of a file that was validated: bfloat16, which numpy does not have, too.
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """Each tensor's entry, and where the tensors begin. Of a file that was validated."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + size
+
+
+def read_tensor(file: Path, name: str, header: tuple[Mapping[str, Any], int] | None = None) -> FloatArray:
+    """A tensor as float32, of a file that was validated: bfloat16, which numpy does not have, too. No other is read.
 
     Raises ValueError for numbers of another kind, naming the tensor.
     """
-    data = file.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    tensors: dict[str, FloatArray] = {}
-    for name, facts in json.loads(data[8:start]).items():
-        if name == "__metadata__":
-            continue
-        if facts["dtype"] not in _NUMBERS:
-            raise ValueError(f"{name:.200} holds numbers of type {facts['dtype']}")
-        begin, end = facts["data_offsets"]
-        numbers = np.frombuffer(data[start + begin : start + end], _NUMBERS[facts["dtype"]])
-        if facts["dtype"] == "BF16":  # the upper half of a float32
-            numbers = (numbers.astype("<u4") << 16).view("<f4")
-        tensors[name] = numbers.astype(np.float32).reshape(facts["shape"])
-    return tensors
+    entries, start = header or read_header(file)
+    facts = entries[name]
+    if facts["dtype"] not in _NUMBERS:
+        raise ValueError(f"{name:.200} holds numbers of type {facts['dtype']}")
+    begin, end = facts["data_offsets"]
+    kind = np.dtype(_NUMBERS[facts["dtype"]])
+    numbers = np.fromfile(file, kind, (end - begin) // kind.itemsize, offset=start + begin)
+    if facts["dtype"] == "BF16":  # the upper half of a float32
+        numbers = (numbers.astype("<u4") << 16).view("<f4")
+    return numbers.astype(np.float32, copy=False).reshape(facts["shape"])
+
+
+def read_tensors(file: Path) -> dict[str, FloatArray]:
+    """Every tensor, as `read_tensor` reads it."""
+    header = read_header(file)
+    return {name: read_tensor(file, name, header) for name in header[0]}

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from backends.interface import Session, TrainState
+from backends.interface import Reader, Session, TrainState
 from finetune.data.rows import Example, Prepared, Split
 from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.errors import Diverged
@@ -90,7 +90,7 @@ class Evaluation:
 
 
 def evaluate(
-    session: Session,
+    session: Reader,
     prepared: Prepared,
     split: Split,
     *,
@@ -194,7 +194,7 @@ def _summarise(prepared: Prepared, results: tuple[RowResult, ...], losses: RowLo
 
 
 def evaluate_held_out(
-    session: Session, recipe: Recipe, prepared: Prepared, tokenizer: Tokenizer, name: str
+    session: Reader, recipe: Recipe, prepared: Prepared, tokenizer: Tokenizer, name: str
 ) -> Generator[Progress, None, Evaluation]:
     """The rows of the final figures, evaluated as the recipe says: the same for the base model and the tuned model.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from backends.interface import Session
+from backends.interface import Reader
 from finetune.data.rows import Prepared
 from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.evaluation.scoring import label_logprobs, write_answers
@@ -22,7 +22,7 @@ class Prediction:
 
 
 def predict(
-    session: Session, recipe: Recipe, prepared: Prepared, tokenizer: Tokenizer, max_tokens: int
+    session: Reader, recipe: Recipe, prepared: Prepared, tokenizer: Tokenizer, max_tokens: int
 ) -> Generator[Progress, None, list[Prediction]]:
     """Of each row of `prepared.held_out`, as evaluation has them. Raises MemoryExhausted, which names the row."""
     examples = prepared.held_out.examples

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.interface import PROMPTS_TOGETHER, Batch, FloatArray, IntArray, OutOfMemory, Session
+from backends.interface import PROMPTS_TOGETHER, Batch, FloatArray, IntArray, OutOfMemory, Reader
 from finetune.data.collate import evaluation_batches, halve, label_batches
 from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted
@@ -30,7 +30,7 @@ class RowLosses(NamedTuple):
 
 
 def scored(
-    session: Session, batches: Iterable[tuple[list[int], Batch]], examples: Sequence[Example], per_example: int = 1
+    session: Reader, batches: Iterable[tuple[list[int], Batch]], examples: Sequence[Example], per_example: int = 1
 ) -> Iterator[ScoredBatch]:
     """The scores of every batch; a batch that does not fit in memory is halved.
 
@@ -57,7 +57,7 @@ def scored(
 
 
 def row_losses(
-    session: Session, examples: Sequence[Example], micro_tokens: int, what: str = "loss"
+    session: Reader, examples: Sequence[Example], micro_tokens: int, what: str = "loss"
 ) -> Generator[Progress, None, RowLosses]:
     """The loss of each example. `what` names the progress."""
     n = len(examples)
@@ -79,7 +79,7 @@ def row_losses(
 
 
 def choose_labels(
-    session: Session,
+    session: Reader,
     examples: Sequence[Example],
     label_tokens: Sequence[Sequence[int]],
     micro_tokens: int,
@@ -100,7 +100,7 @@ def choose_labels(
 
 
 def label_logprobs(
-    session: Session,
+    session: Reader,
     examples: Sequence[Example],
     label_tokens: Sequence[Sequence[int]],
     micro_tokens: int,
@@ -120,7 +120,7 @@ def label_logprobs(
 
 
 def write_answers(
-    session: Session,
+    session: Reader,
     examples: Sequence[Example],
     stop: frozenset[int],
     max_tokens: int,

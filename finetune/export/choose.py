@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from backends import registry
 from backends.interface import Session
 from finetune.errors import RecipeError
 from finetune.export.families import family_of
-from finetune.export.folders import MergedFolder, QuantisedFolder
+from finetune.export.folders import BITS, MergedFolder, QuantisedFolder
 from finetune.export.gguf_export import GgufAdapter, GgufFile
 from finetune.export.gguf_types import KINDS as GGUF_TYPES
 from finetune.export.making import Target
-from finetune.export.mlx_folder import BITS
 from finetune.export.modelfile import OllamaFolder
 from finetune.export.packages import optional
 from finetune.export.weights import KINDS, base_kind
@@ -21,8 +18,9 @@ from finetune.text import harmless
 from finetune.training.job import Job
 
 FORMATS = ("merged", "mlx", "gguf", "ollama")
-_PLAIN = tuple(kind for kind, _ in KINDS.values())  # from the finest to the coarsest
+_PLAIN = tuple(KINDS)
 _USUAL = "q8_0"
+_FINER = {"q4_k_m": "q5_k_m", "q5_k_m": "q6_k", "q6_k": "q8_0", "q8_0": "f16"}
 
 
 def check_options(to: str, kind: str | None, bits: int | None, adapter_alone: bool) -> None:
@@ -45,13 +43,17 @@ def target_of(to: str, kind: str | None, bits: int | None, adapter_alone: bool, 
     if to in ("gguf", "ollama"):  # before anything is measured
         _check_gguf(kind, job)
     if adapter_alone:
-        return GgufAdapter(kind or "f16")
-    if to == "gguf":
-        return GgufFile(kind or _USUAL)
-    if to == "ollama":
-        return OllamaFolder(kind or _USUAL)
-    numbers: Any = kind or base_kind(job.folder.weights)
-    return MergedFolder(numbers, to if to == "mlx" else None) if bits is None else QuantisedFolder(bits, numbers)
+        finer = "use --to gguf without --adapter: the adapter was trained on weights of 4 bits"
+        return GgufAdapter("gguf-adapter", "adapter", finer, kind or "f16")  # type: ignore[arg-type]
+    if to in ("gguf", "ollama"):
+        kind = kind or _USUAL
+        finer = f"use --type {_FINER[kind]}" if kind in _FINER else ""
+        return (GgufFile if to == "gguf" else OllamaFolder)(f"{to}-{kind}", kind, finer)
+    numbers = kind or base_kind(job.folder.weights)
+    if bits is None:
+        return MergedFolder(f"merged-{numbers}", numbers, "", to if to == "mlx" else None)
+    finer = "use --bits 8, or --to merged" if bits < 8 else "use --to merged"
+    return QuantisedFolder(f"mlx-{bits}bit", f"{bits}bit", finer, bits, numbers)  # type: ignore[arg-type]
 
 
 def _check_gguf(kind: str | None, job: Job) -> None:
@@ -66,11 +68,11 @@ def precision(target: Target, job: Job, session: Session) -> str:
     kind = target.kind
     if isinstance(target, GgufAdapter):  # on weights that are not quantised, as a base's GGUF has them
         kind = "f16" if session.scheme == "none" else kind
-    elif isinstance(target, GgufFile | OllamaFolder) and kind == "f32":
+    elif isinstance(target, GgufFile) and kind == "f32":
         kind = "f16"  # llama.cpp reads some functions from tables of 16 bits
     if kind not in _PLAIN:
         return kind
     half = registry.describe(job.backend, job.recipe.device)["half"]
     number = model_spec(job.recipe, job.folder).number_type(registry.device_kind(session.device), half)
-    computed = next(short for short, name in KINDS.values() if name == number)
+    computed = next(short for short, name in KINDS.items() if name == number)
     return max(kind, computed, key=_PLAIN.index)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import secrets
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -17,11 +15,11 @@ import numpy as np
 
 from backends.interface import Batch, Scores
 from finetune.errors import EnvironmentProblem
-from finetune.export.packages import optional
+from finetune.export.packages import optional, processors
 from finetune.text import harmless
 
 _CONTEXT = 4096  # positions, where the caller names none
-_SILENT, _ERRORS = -1, 1  # how much llama.cpp prints
+_ERRORS = 1  # how much llama.cpp prints
 _BIAS = 1e4  # makes a token the sampled one; what is reported are the model's own probabilities
 
 
@@ -34,8 +32,8 @@ class Engine:
 
     shares_prefixes = False  # it keeps the last prompt by itself
 
-    def __init__(self, file: Path, adapter: Path | None = None, context: int = _CONTEXT, threads: int = -1) -> None:
-        """context: positions of the longest row and its answer. threads: -1 is one for each processor.
+    def __init__(self, file: Path, adapter: Path | None = None, context: int = _CONTEXT, threads: int = 0) -> None:
+        """context: positions of the longest row and its answer. threads: 0 is one for each processor that it may use.
 
         Raises EnvironmentProblem where the file cannot be loaded.
         """
@@ -44,10 +42,9 @@ class Engine:
         settings = _settings(library, file, adapter, context, threads, self._key)
         try:
             self._server: Any = library.Server(settings)
-        except Exception:  # the binding raises RuntimeError and what C++ threw, without the reason
-            raise EnvironmentProblem(f"{file}: llama.cpp cannot load it: {_reason(library, settings)}") from None
+        except Exception as error:  # the binding raises RuntimeError and what C++ threw; llama.cpp has printed why
+            raise EnvironmentProblem(f"{file}: llama.cpp cannot load it: {error!s:.200}") from None
         self._address = urlsplit(self._server.listening_address)
-        self.overrun = 0  # answers that went on past a token which ends them in training
         self._filler = self.tokenise("a", special=False)[-1]  # a token that is a whole character
 
     def score(self, batch: Batch) -> Scores:
@@ -70,7 +67,7 @@ class Engine:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
-        """A completion for each prompt, ended where the file ends it, or by a token of `stop`: see `overrun`."""
+        """A completion for each prompt, ended where the file ends it, or by a token of `stop`."""
         if not max_tokens:
             return [[] for _ in prompts]
         answers = []
@@ -80,7 +77,6 @@ class Engine:
             tokens = [int(token) for token in answer["tokens"]]
             ended = answer.get("stop_type") == "eos"
             at = next((i for i, token in enumerate(tokens) if token in stop), len(tokens))
-            self.overrun += at < len(tokens) - 1 or (at < len(tokens) and not ended)
             answers.append(tokens[: min(at, len(tokens) - ended)])
         return answers
 
@@ -98,12 +94,6 @@ class Engine:
         """The prompt that the file's chat template writes for an answer to these messages."""
         body = {"messages": list(messages)} | ({"tools": list(tools)} if tools else {})
         return str(self._ask("/apply-template", body)["prompt"])
-
-    def chat(self, messages: Sequence[Mapping[str, Any]], max_tokens: int) -> tuple[str, bool]:
-        """The greedy answer as other programs ask for it, and whether a token of the file ended it."""
-        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0}
-        choice = self._ask("/v1/chat/completions", body)["choices"][0]
-        return str(choice["message"]["content"]), choice["finish_reason"] == "stop"
 
     def _next(self, tokens: Sequence[int], target: int) -> tuple[float, int]:
         """The log-probability of `target` after these tokens, and the most probable token."""
@@ -141,37 +131,11 @@ def _settings(library: Any, file: Path, adapter: Path | None, context: int, thre
     settings = library.CommonParams()
     settings.model.path = str(file)
     settings.n_ctx, settings.n_parallel, settings.warmup, settings.fit_params = context, 1, False, False
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-    settings.verbosity, settings.api_keys, settings.offline = _SILENT, [key], True
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads or processors()
+    settings.verbosity, settings.api_keys, settings.offline = _ERRORS, [key], True
     settings.cache_ram_mib, settings.swa_full = 0, True  # the last prompt is kept whole, and no other
     settings.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.cache_type_k = settings.cache_type_v = library.ggml_type.GGML_TYPE_F32
     if adapter is not None:
         settings.lora_adapters = [library.CommonAdapterLoraInfo(str(adapter), 1.0)]
     return settings
-
-
-def _reason(library: Any, settings: Any) -> str:
-    """Why the file cannot be loaded: it is tried once more, and what llama.cpp prints is caught."""
-    settings.verbosity = _ERRORS
-    with tempfile.TemporaryFile() as printed:
-        try:
-            before = [os.dup(number) for number in (1, 2)]
-        except OSError:  # closed, and so nothing can be caught
-            return "it does not say why"
-        try:
-            for number in (1, 2):
-                os.dup2(printed.fileno(), number)
-            library.Server(settings)
-        except Exception as error:
-            last = str(error)
-        else:
-            last = "it could be loaded at the second try; try again"
-        finally:
-            for number, old in zip((1, 2), before, strict=True):
-                os.dup2(old, number)
-                os.close(old)
-        printed.seek(0)
-        lines = printed.read().decode(errors="replace").splitlines()
-    told = [line.partition("error")[2].strip(": ") for line in lines if "error" in line]
-    return harmless((told or [last])[0])[:300]

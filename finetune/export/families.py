@@ -44,6 +44,7 @@ _KINDS = {
     "olmo2": _Kind("olmo2", head=True, whole_heads=True),
     "smollm3": _Kind("smollm3", permuted=True),
     "granite": _Kind("granite", permuted=True),
+    "lfm2": _Kind("lfm2"),
 }
 _LARGEST = {"gemma2": 46, "gemma3_text": 62}  # blocks of the 27B models, whose attention llama.cpp scales otherwise
 
@@ -61,6 +62,8 @@ class Family:
 
     def converted(self, name: str, tensor: FloatArray) -> FloatArray:
         """A tensor of the checkpoint as the file holds it. [out, in], [out]; also `lora_B` [out, r] of a module."""
+        if tensor.ndim == 3:  # a convolution of each channel by itself
+            return tensor[:, 0]
         heads = self.permuted.get(name.rsplit(".", 2)[-2])
         if heads:
             return permuted(tensor, heads)
@@ -97,7 +100,7 @@ def _family(folder: ModelFolder) -> Family:
     config = _config(folder)
     _check(str(kind_name), kind, config)
     rope, factors = rotary(config, _head_size(config))
-    keys = _sizes(config) | rope | _extras(str(kind_name), config)
+    keys = _sizes(config) | rope | _extras(str(kind_name), config, folder)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if kind.permuted else {}
     names = _names(folder, kind, config)
     whole = {f"{kind.architecture}.{key}": value for key, value in keys.items()}
@@ -120,7 +123,7 @@ def _head_size(config: Any) -> int:
 
 def _check(name: str, kind: _Kind, config: Any) -> None:
     """Raises Refused for a setting that llama.cpp does not know, or takes as another."""
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", kind.activation)
     if activation not in (kind.activation, {"silu": "swish"}.get(kind.activation)):
         raise Refused(f"its activation is {activation}, and llama.cpp computes {kind.activation} for {name}")
     if getattr(config, "use_bidirectional_attention", None):
@@ -165,12 +168,14 @@ def _sizes(config: Any) -> Keys:
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": size,
         "attention.value_length": size,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.layer_norm_rms_epsilon": float(
+            config.norm_eps if hasattr(config, "norm_eps") else config.rms_norm_eps
+        ),
         "vocab_size": config.vocab_size,
     }
 
 
-def _extras(name: str, config: Any) -> Keys:
+def _extras(name: str, config: Any, folder: ModelFolder) -> Keys:
     if name == "granite":
         return {
             "attention.scale": float(config.attention_multiplier),
@@ -186,19 +191,25 @@ def _extras(name: str, config: Any) -> Keys:
         }
     if name == "gemma3_text":
         return {"attention.sliding_window": config.sliding_window}
+    if name == "lfm2":  # blocks without attention have no heads; the config may not tell how wide the others are
+        heads = [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
+        return {
+            "attention.head_count_kv": heads,
+            "shortconv.l_cache": config.conv_L_cache,
+            "feed_forward_length": folder.whole_shapes["model.layers.0.feed_forward.w1.weight"][0],
+        }
     return {}
 
 
 def _names(folder: ModelFolder, kind: _Kind, config: Any) -> dict[str, str]:
-    """Every tensor's name in the file; packed weights (`.scales`) by the name that they have when unpacked."""
+    """Every tensor's name in the file."""
     gguf = optional("gguf")
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind.architecture)
     table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     names = {}
-    for name in folder.shapes:
+    for name in folder.whole_shapes:
         module, _, what = name.rpartition(".")
-        packing = what in ("scales", "biases") and f"{module}.weight" in folder.shapes
-        if packing or name.endswith(_BUFFERS) or (module == "lm_head" and config.tie_word_embeddings):
+        if name.endswith(_BUFFERS) or (module == "lm_head" and config.tie_word_embeddings):
             continue
         written = table.get_name(module)
         if (

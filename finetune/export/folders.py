@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from backends import registry
 from backends.interface import LoraSpec, OptimSpec
@@ -15,17 +18,17 @@ from finetune.data.conversation import Conversation
 from finetune.data.rows import Message
 from finetune.data.template_sandbox import render
 from finetune.data.tokenizer import encode, load_tokenizer
-from finetune.export.making import Making
-from finetune.export.merge import write_merged, write_tokenizer
-from finetune.export.mlx_folder import quantise
+from finetune.disk.safetensors_file import read_header, read_tensor
+from finetune.errors import EnvironmentProblem
+from finetune.export.making import Making, Target
+from finetune.export.merge import tensors, write_merged, write_tokenizer
 from finetune.export.verify import Check
-from finetune.export.weights import Kind, Written, check_weights
+from finetune.export.weights import Kind, file_check
 from finetune.recipe.specs import model_spec
 from finetune.text import command_line
 from finetune.training.job import Job
 
-_ROUNDING = {"f32": 1e-9, "f16": 5e-4, "bf16": 3e-3}  # root mean square of a tensor's change, over its size
-_READER = "mlx"
+BITS = (4, 6, 8)
 
 
 class LoadedFolder:
@@ -48,56 +51,41 @@ class LoadedFolder:
 
 
 @dataclass(frozen=True)
-class MergedFolder:
+class MergedFolder(Target):
     """`--to merged`, and `--to mlx` without `--bits`: what transformers, vLLM and mlx-lm load."""
 
-    kind: Kind
     reader: str | None = None  # the backend that verifies it; None: the run's
-    finer = ""
-
-    @property
-    def name(self) -> str:
-        return f"merged-{self.kind}"
 
     def write(self, to: Path, making: Making) -> list[Check]:
-        written = write_merged(to, making.session, making.job.folder, making.adapter, self.kind)
-        write_tokenizer(to, making.job.folder, making.job.tokenizer, making.travels.template)
-        return [file_check(to, written, _ROUNDING[self.kind])]
+        folder, kind = making.job.folder, cast(Kind, self.kind)
+        write_merged(to, making.session, folder, making.adapter, kind)
+        write_tokenizer(to, folder, making.job.tokenizer, making.travels.template)
+        held = {
+            name: (kind.upper(), partial(read_tensor, file, name))
+            for file in to.glob("model*.safetensors")
+            for name in read_header(file)[0]
+        }
+        return [file_check(held, tensors(making.session, folder, making.adapter))]
 
     def open(self, path: Path, job: Job) -> LoadedFolder:
         return LoadedFolder(path, job, self.reader or job.backend)
 
-    def tidy(self, path: Path) -> None:
-        """There is nothing but the export."""
-
     def commands(self, path: Path) -> list[str]:
-        served = command_line("vllm", "serve", str(path))
-        return [served, command_line("mlx_lm.server", "--model", str(path))]
+        number = ("--dtype", "float32") if self.kind == "f32" else ()  # vLLM's own choice for it is float16
+        served = command_line("vllm", "serve", str(path), *number, *_trust(path))
+        return [served, command_line("mlx_lm.server", "--model", str(path), *_trust(path))]
 
 
 @dataclass(frozen=True)
-class QuantisedFolder:
+class QuantisedFolder(Target):
     """`--to mlx --bits n`: quantised on the grid of the training, so the original weights are what is merged into."""
 
-    bits: int
-    numbers: Kind  # of what is not quantised
-
-    @property
-    def kind(self) -> str:
-        return f"{self.bits}bit"
-
-    @property
-    def name(self) -> str:
-        return f"mlx-{self.bits}bit"
-
-    @property
-    def finer(self) -> str:
-        return "use --bits 8, or --to merged" if self.bits < 8 else "use --to merged"
+    bits: int = BITS[0]
+    numbers: Kind = "f32"  # of what is not quantised
 
     def write(self, to: Path, making: Making) -> list[Check]:
-        merged, quantised = to / "merged", to / "quantised"
+        job, merged, quantised = making.job, to / "merged", to / "quantised"
         merged.mkdir()
-        job = making.job
         write_merged(merged, making.session, job.folder, making.adapter, self.numbers, original=True)
         write_tokenizer(merged, job.folder, job.tokenizer, making.travels.template)
         quantise(merged, quantised, self.bits, job.folder.remote_code)
@@ -110,22 +98,30 @@ class QuantisedFolder:
         return [Check("file", f"{count:,} tensors", "whole", "yes")]
 
     def open(self, path: Path, job: Job) -> LoadedFolder:
-        return LoadedFolder(path, job, _READER)
-
-    def tidy(self, path: Path) -> None:
-        """There is nothing but the export."""
+        return LoadedFolder(path, job, "mlx")
 
     def commands(self, path: Path) -> list[str]:
-        return [command_line("mlx_lm.server", "--model", str(path))]
+        return [command_line("mlx_lm.server", "--model", str(path), *_trust(path))]
 
 
-def file_check(folder: Path, written: dict[str, Written], rounding: float) -> Check:
-    """The weights read again from the disk, and what their type has changed."""
-    wrong = check_weights(sorted(folder.glob("model*.safetensors")), written)
-    worst = max(written, key=lambda name: written[name].error)
-    if written[worst].error > rounding:
-        wrong.append(f"{worst} lost more than its type allows")
-    on = f"{len(written):,} tensors"
-    if wrong:
-        return Check("file", on, f"{len(wrong)} differ", "no", "; ".join(wrong[:3]))
-    return Check("file", on, f"rounding changed {written[worst].error:.1e} of a tensor at most", "yes", worst)
+def _trust(path: Path) -> tuple[str, ...]:
+    """What servers need for a model that comes with code of its own."""
+    return ("--trust-remote-code",) if any(path.glob("*.py")) else ()
+
+
+def quantise(merged: Path, to: Path, bits: int, remote_code: bool) -> None:
+    """Writes the folder `to`, which must not exist. Raises EnvironmentProblem where mlx-lm is missing or fails."""
+    try:
+        from mlx_lm import convert
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f'{error.name or error} cannot be imported; pip install "recipe-finetune[mlx]"'
+        ) from None
+    trust = {"trust_remote_code": True} if remote_code else {}  # mlx-lm 0.31 has no such parameter
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            convert(str(merged), str(to), quantize=True, q_bits=bits, q_group_size=64, **trust)
+    except Exception as error:  # whatever a model's own code makes of weights it was not written for
+        raise EnvironmentProblem(
+            f"mlx-lm cannot quantise this model ({type(error).__name__}: {error!s:.200})"
+        ) from error

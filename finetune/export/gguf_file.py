@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +18,28 @@ from finetune.export.gguf_types import KINDS, packed, packed_bytes, type_of
 from finetune.export.packages import optional
 from finetune.export.rotary import Keys
 from finetune.export.vocabulary import vocabulary
+from finetune.export.weights import fill
 
-
-@dataclass(frozen=True)
-class Written:
-    """What a file holds."""
-
-    types: Mapping[str, int]  # type -> how many tensors
-    narrow: int  # matrices whose rows are no multiple of 256 (32) numbers, written in a larger type than asked for
-
-
+FACTORS = "rope_freqs.weight"
 Plan = dict[str, tuple[tuple[int, ...], str]]  # tensor of the file -> shape, type
 
 
 def write_model(
     file: Path, folder: ModelFolder, tensors: Iterable[tuple[str, FloatArray]], template: str, kind: str
-) -> Written:
+) -> int:
     """Writes every tensor of the model, which come by their names in the checkpoint, in any order.
 
-    folder: of the base. template: the chat template that travels. kind: of `KINDS`. Raises EnvironmentProblem for a
-    model or a tokenizer that cannot be written exactly, Incompatible where tensors are missing or not the model's.
+    Returns how many matrices have rows too narrow for the type, and so are in a larger one. folder: of the base.
+    template: the chat template that travels. kind: of `KINDS`. Raises EnvironmentProblem for a model or a tokenizer
+    that cannot be written exactly, Incompatible where tensors are missing or not the model's.
     """
     family = family_of(folder)
-    shapes = {written: _shape(folder, name) for name, written in family.names.items()}
+    shapes = {written: _two_sided(folder.whole_shapes[name]) for name, written in family.names.items()}
     if family.factors is not None:
-        shapes["rope_freqs.weight"] = family.factors.shape
+        shapes[FACTORS] = family.factors.shape
     head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
     blocks = family.keys[f"{family.architecture}.block_count"]
     chosen = {name: type_of(name, shape, kind, blocks, head) for name, shape in shapes.items()}
-    plan = {name: (shape, chosen[name][0]) for name, shape in shapes.items()}
     keys = {
         "general.type": "model",
         "general.name": family.architecture.rstrip("0123456789"),  # llama.cpp reads meaning into some names
@@ -55,14 +48,29 @@ def write_model(
         **family.keys,
         **vocabulary(folder, template),
     }
-    _write(file, family.architecture, keys, plan, _converted(family, tensors))
-    return Written(Counter(kind for _, kind in plan.values()), sum(narrow for _, narrow in chosen.values()))
+    plan = {name: (shape, chosen[name][0]) for name, shape in shapes.items()}
+    _write(file, family.architecture, keys, plan, of_file(family, tensors))
+    return sum(narrow for _, narrow in chosen.values())
+
+
+def _two_sided(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What `Family.converted` makes of it."""
+    return (shape[0], shape[2]) if len(shape) == 3 else tuple(shape)
+
+
+def of_file(family: Family, tensors: Iterable[tuple[str, FloatArray]]) -> Iterator[tuple[str, FloatArray]]:
+    """The model's tensors under the file's names, as it holds them."""
+    if family.factors is not None:
+        yield FACTORS, family.factors
+    for name, tensor in tensors:
+        if name in family.names:
+            yield family.names[name], family.converted(name, tensor)
 
 
 def write_adapter(
     file: Path, folder: ModelFolder, tensors: Mapping[str, FloatArray], alpha: float, kind: str = "f16"
-) -> Written:
-    """Writes an adapter for the GGUF file of its base.
+) -> dict[str, FloatArray]:
+    """Writes an adapter for the GGUF file of its base; its tensors under the file's names, as it holds them.
 
     tensors: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r]. kind: f32, f16 or bf16.
     """
@@ -75,69 +83,44 @@ def write_adapter(
             raise Incompatible(f"{file}: the model has no layer {module:.120}, which the adapter changes")
         second = factor == "lora_B"
         written[f"{family.names[target]}.{factor.lower()}"] = family.converted(target, tensor) if second else tensor
-    plan = {name: (tensor.shape, KINDS[kind][0]) for name, tensor in written.items()}
     keys = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)}
     keys["general.file_type"] = KINDS[kind][2]
+    plan = {name: (tensor.shape, KINDS[kind][0]) for name, tensor in written.items()}
     _write(file, family.architecture, keys, plan, written.items())
-    return Written(Counter(kind for _, kind in plan.values()), 0)
-
-
-def _shape(folder: ModelFolder, name: str) -> tuple[int, ...]:
-    """The shape of a tensor as the model multiplies with it; MLX packs several numbers of a row into one."""
-    shape, module = folder.shapes[name], name.removesuffix(".weight")
-    groups = folder.shapes.get(f"{module}.scales")
-    if groups is None:
-        return tuple(shape)
-    settings: dict[str, Any] = folder.config.get("quantization") or {}
-    special = settings.get(module)
-    size = special.get("group_size") if isinstance(special, dict) else None
-    return (shape[0], groups[1] * int(size or settings.get("group_size", 64)))
-
-
-def _converted(family: Family, tensors: Iterable[tuple[str, FloatArray]]) -> Iterator[tuple[str, FloatArray]]:
-    if family.factors is not None:
-        yield "rope_freqs.weight", family.factors
-    for name, tensor in tensors:
-        if name in family.names:
-            yield family.names[name], family.converted(name, tensor)
+    return written
 
 
 def _write(file: Path, architecture: str, keys: Keys, plan: Plan, tensors: Iterable[tuple[str, FloatArray]]) -> None:
     gguf = optional("gguf")
     writer = gguf.GGUFWriter(file, architecture)
     try:
+        adds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         for key, value in keys.items():
-            _add(writer, key, value)
+            adds.get(type(value), writer.add_array)(key, value)
         for name, (shape, kind) in plan.items():
             number = gguf.GGMLQuantizationType[kind]
             writer.add_tensor_info(name, shape, np.dtype(np.float32), packed_bytes(shape, kind), raw_dtype=number)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        _write_numbers(writer.fout[0], int(writer.data_alignment), plan, tensors, file)
+        places, end, step = {}, writer.fout[0].tell(), int(writer.data_alignment)
     finally:
         writer.close()
-
-
-def _add(writer: Any, key: str, value: Any) -> None:
-    adds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    adds.get(type(value), writer.add_array)(key, value)
-
-
-def _write_numbers(
-    opened: Any, alignment: int, plan: Plan, tensors: Iterable[tuple[str, FloatArray]], file: Path
-) -> None:
-    """Each tensor at its place, which the header has said; so they may come in any order."""
-    places, end = {}, -(-opened.tell() // alignment) * alignment
     for name, (shape, kind) in plan.items():
-        places[name] = end
-        end += -(-packed_bytes(shape, kind) // alignment) * alignment
-    opened.truncate(end)
-    for name, tensor in tensors:
-        if name not in places or tensor.shape != plan[name][0]:
-            raise Incompatible(f"{file}: {name} has the shape {list(tensor.shape)}, and not that of the model's config")
-        numbers = np.ascontiguousarray(packed(np.asarray(tensor, np.float32), plan[name][1], name))
-        opened.seek(places.pop(name))
-        opened.write(numbers.reshape(-1).view(np.uint8).data)
-    if places:
-        raise Incompatible(f"{file}: {len(places)} tensors of the model are missing, the first is {next(iter(places))}")
+        start = -(-end // step) * step
+        places[name], end = (file, start), start + packed_bytes(shape, kind)
+    os.truncate(file, -(-end // step) * step)
+    shapes = {name: shape for name, (shape, _) in plan.items()}
+    fill(places, shapes, tensors, lambda name, numbers: packed(np.asarray(numbers, np.float32), plan[name][1], name))
+
+
+def tensors_of(file: Path) -> dict[str, tuple[str, Callable[[], FloatArray]]]:
+    """Each tensor's type, and how its numbers are read."""
+    gguf = optional("gguf")
+
+    def read(tensor: Any) -> FloatArray:
+        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        shaped: FloatArray = numbers.reshape(tensor.shape.tolist()[::-1])
+        return shaped
+
+    return {one.name: (one.tensor_type.name, partial(read, one)) for one in gguf.GGUFReader(file).tensors}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from backends.interface import FloatArray
 from finetune.errors import EnvironmentProblem
-from finetune.export.packages import optional
+from finetune.export.packages import optional, processors
+from finetune.export.weights import cast
 
 # kind -> the type of most matrices, of those that matter most (None: the same), and llama.cpp's number for the mixture
 KINDS: dict[str, tuple[str, str | None, int]] = {
@@ -37,7 +38,7 @@ def type_of(name: str, shape: Sequence[int], kind: str, blocks: int, head: str) 
     head: the tensor that gives the logits, "output.weight" or, where it is tied, "token_embd.weight".
     """
     usual, better, _ = KINDS[kind]
-    if len(shape) < 2:
+    if len(shape) < 2 or name.endswith(".shortconv.conv.weight"):  # llama.cpp convolves with no other
         return "F32", False
     wanted = usual
     if better:
@@ -47,9 +48,9 @@ def type_of(name: str, shape: Sequence[int], kind: str, blocks: int, head: str) 
         elif match and match[2] == "attn_qkv":
             wanted = _QKV[usual]
     chosen = wanted
-    if chosen != "Q8_0" and name == head and "_K" in chosen and shape[-1] % _block(chosen):
+    if chosen != "Q8_0" and name == head and "_K" in chosen and shape[-1] % _sizes(chosen)[0]:
         chosen = "Q8_0"
-    while shape[-1] % _block(chosen):
+    while shape[-1] % _sizes(chosen)[0]:
         chosen = _NARROWER[chosen]
     return chosen, chosen != wanted
 
@@ -60,30 +61,29 @@ def _more_bits(block: int, blocks: int) -> bool:
     return block < eighth or block >= 7 * blocks // 8 or (block - eighth) % 3 == 2
 
 
-def _block(kind: str) -> int:
-    """How many numbers of a row are packed together."""
+def _sizes(kind: str) -> tuple[int, int]:
+    """How many numbers of a row are packed together, and into how many bytes."""
     gguf = optional("gguf")
-    return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0])
+    count, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return int(count), int(size)
 
 
 def packed_bytes(shape: Sequence[int], kind: str) -> int:
-    gguf = optional("gguf")
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    return int(np.prod(shape)) // int(block) * int(size)
+    count, size = _sizes(kind)
+    return prod(shape) // count * size
 
 
 def packed(tensor: FloatArray, kind: str, name: str) -> NDArray[Any]:
     """The numbers as the file holds them. Raises EnvironmentProblem, which names the tensor, where they do not fit."""
-    gguf = optional("gguf")
     if not np.isfinite(tensor).all():
         raise EnvironmentProblem(f"{name} holds numbers that are not finite; no file was written")
+    if kind in ("F32", "F16", "BF16"):
+        return cast(tensor, kind.lower(), name)  # type: ignore[arg-type]
+    gguf = optional("gguf")
     number = gguf.GGMLQuantizationType[kind]
     if kind.endswith("_K"):
         return _packed_by_threads(tensor, int(number))
-    with np.errstate(over="ignore"):  # refused below
-        numbers: NDArray[Any] = gguf.quants.quantize(tensor, number)
-    if kind == "F16" and not np.isfinite(numbers).all():
-        raise EnvironmentProblem(f"{name} holds numbers beyond those of float16; use --type bf16 or q8_0")
+    numbers: NDArray[Any] = gguf.quants.quantize(tensor, number)
     return numbers
 
 
@@ -91,5 +91,5 @@ def _packed_by_threads(tensor: FloatArray, number: int) -> NDArray[Any]:
     """Types that numpy does not pack; the library frees the interpreter while it works."""
     pack = optional("libgguf", ", or use --type q8_0, which does not need it").quantize_rows
     parts = np.array_split(tensor, max(1, min(len(tensor), tensor.size // _ROWS)))
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(processors()) as pool:
         return np.concatenate(list(pool.map(lambda part: pack(part, number), parts)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from backends.interface import Session
 from finetune.disk.adapter import Adapter
@@ -26,29 +26,22 @@ class Making:
     always: Mapping[str, str | None]  # what every training row had beside its question
 
 
-class Target(Protocol):
+@dataclass(frozen=True)
+class Target(ABC):
     """One kind of export."""
 
-    @property
-    def name(self) -> str:
-        """Of its folder, where the user names none."""
+    name: str  # of its folder, where the user names none
+    kind: str  # the type of its numbers: how near to the run's model it must be
+    finer: str = ""  # what to use where it loses too much; empty where nothing loses less
 
-    @property
-    def kind(self) -> str:
-        """The type of its numbers: how near to the run's model it must be."""
-
-    @property
-    def finer(self) -> str:
-        """What to use where it loses too much; empty where nothing loses less."""
-
+    @abstractmethod
     def write(self, to: Path, making: Making) -> list[Check]:
         """Everything into the folder `to`, which is empty; how the files were checked. Raises FinetuneError."""
 
+    @abstractmethod
     def open(self, path: Path, job: Job) -> Exported:
         """The export as a program loads it. Raises FinetuneError."""
 
-    def tidy(self, path: Path) -> None:
-        """Takes away what only the verification needed."""
-
+    @abstractmethod
     def commands(self, path: Path) -> list[str]:
         """What serves it."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.interface import PROMPTS_TOGETHER, Batch, Scores, Session
+from backends.interface import PROMPTS_TOGETHER, Batch, Reader, Scores
 from finetune.data.collate import evaluation_batches
 from finetune.data.rows import Example, Message, Split
 from finetune.data.tokenizer import answer_text
@@ -27,7 +27,7 @@ class Exported(Protocol):
     """An export as a program loads it: a session of its own, and the ways from texts to tokens."""
 
     @property
-    def session(self) -> Session: ...
+    def session(self) -> Reader: ...
 
     @property
     def stops(self) -> Collection[int]:
@@ -55,14 +55,11 @@ class Measured:
 
 
 class _Remembering:
-    """A session that scores each batch once: rows are scored for their tokens and again for their loss."""
+    """A reader that scores each batch once: rows are scored for their tokens and again for their loss."""
 
-    def __init__(self, inner: Session) -> None:
-        self._inner = inner
-        self._known: dict[bytes, Scores] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+    def __init__(self, inner: Reader) -> None:
+        self._inner, self._known = inner, dict[bytes, Scores]()
+        self.shares_prefixes, self.generate = inner.shares_prefixes, inner.generate
 
     def score(self, batch: Batch) -> Scores:
         parts = (batch.inputs, batch.targets, batch.weights, *batch.prefixes)
@@ -80,7 +77,7 @@ def chosen(split: Split, rows: int) -> Split:
 
 
 def evaluated(
-    session: Session, job: Job, split: Split, name: str, stops: Collection[int]
+    session: Reader, job: Job, split: Split, name: str, stops: Collection[int]
 ) -> Generator[Progress, None, Evaluation]:
     """The rows measured as the run measures its held-out rows, with answers that end at `stops`."""
     asked = job.recipe.evaluate
@@ -99,10 +96,10 @@ def evaluated(
 
 
 def measured(
-    session: Session, job: Job, split: Split, name: str, stops: Collection[int]
+    session: Reader, job: Job, split: Split, name: str, stops: Collection[int]
 ) -> Generator[Progress, None, Measured]:
     """The rows under one model. `stops`: what ends its answers. `name` says in the progress what is measured."""
-    remembering: Any = _Remembering(session)
+    remembering = _Remembering(session)
     logprobs, greedy = yield from _tokens(remembering, job, split.examples, f"{name}: tokens")
     evaluation = yield from evaluated(remembering, job, split, name, stops)
     answers = yield from _answers(session, job, split.examples[:ANSWERED], f"{name}: answers", stops)
@@ -112,7 +109,7 @@ def measured(
 
 
 def _tokens(
-    session: Session, job: Job, examples: Sequence[Example], what: str
+    session: Reader, job: Job, examples: Sequence[Example], what: str
 ) -> Generator[Progress, None, tuple[tuple[NDArray[np.float32], ...], tuple[NDArray[np.int32], ...]]]:
     logprobs: list[Any] = [None] * len(examples)
     greedy: list[Any] = [None] * len(examples)
@@ -135,7 +132,7 @@ def longest_answer(job: Job) -> int:
 
 
 def _answers(
-    session: Session, job: Job, examples: Sequence[Example], what: str, stops: Collection[int]
+    session: Reader, job: Job, examples: Sequence[Example], what: str, stops: Collection[int]
 ) -> Generator[Progress, None, list[list[int]]]:
     """What the model writes, greedily, until a token of `stops`; nothing where the rows are plain text."""
     answers: list[list[int]] = []

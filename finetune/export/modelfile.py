@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
 from pathlib import Path
 
 from finetune.data.chat_template import ChatRenderer
@@ -10,7 +10,7 @@ from finetune.data.conversation import Conversation
 from finetune.data.rows import Message
 from finetune.data.template_sandbox import render
 from finetune.data.tokenizer import begin_tokens
-from finetune.export.gguf_export import MODEL, GgufFile, LoadedGguf
+from finetune.export.gguf_export import MODEL, GgufFile
 from finetune.export.go_template import GoTemplate, go_template
 from finetune.export.making import Making
 from finetune.export.prompt import asked_rows
@@ -22,35 +22,18 @@ _CONTEXT = 4096  # positions, at least: Ollama's own default cuts long prompts
 _READS_JINJA = "0.30.0"  # from this version on Ollama renders the file's own chat template with llama.cpp
 
 
-@dataclass(frozen=True)
-class OllamaFolder:
+class OllamaFolder(GgufFile):
     """A GGUF file as `GgufFile` writes and verifies it, beside a Modelfile."""
 
-    kind: str
-
-    @property
-    def name(self) -> str:
-        return f"ollama-{self.kind}"
-
-    @property
-    def finer(self) -> str:
-        return GgufFile(self.kind).finer
-
     def write(self, to: Path, making: Making) -> list[Check]:
-        checks = GgufFile(self.kind).write(to, making)
         template = _template(making)
         (to / "Modelfile").write_text(modelfile(making, template), encoding="utf-8")
         said = "says the same for Ollama" if template else f"left to Ollama {_READS_JINJA} and newer"
-        return [*checks, Check("Modelfile", "its TEMPLATE", said, "yes")]
-
-    def open(self, path: Path, job: Job) -> LoadedGguf:
-        return GgufFile(self.kind).open(path, job)
-
-    def tidy(self, path: Path) -> None:
-        """There is nothing but the export."""
+        return [*super().write(to, making), Check("Modelfile", "its TEMPLATE", said, "yes")]
 
     def commands(self, path: Path) -> list[str]:
-        model = path.resolve().parent.parent.name.lower() if path.parent.name == "exports" else path.name.lower()
+        named = path.resolve().parent.parent if path.parent.name == "exports" else path
+        model = re.sub(r"[^a-z0-9_-]+", "-", named.name.lower()).strip("-")[-80:] or "model"  # Ollama takes no others
         made = command_line("ollama", "create", model, "-f", str(path / "Modelfile"))
         return [made, command_line("ollama", "run", model)]
 

@@ -1,8 +1,9 @@
-"""The optional packages that read and write GGUF, loaded when they are needed."""
+"""The optional packages that read and write GGUF, loaded when they are needed, and the processors for them."""
 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 from finetune.errors import EnvironmentProblem
@@ -19,3 +20,9 @@ def optional(name: str, instead: str = "") -> Any:
         raise EnvironmentProblem(
             f'a GGUF file needs the package {name} ({error!s:.120}): pip install "recipe-finetune[gguf]"{instead}'
         ) from None
+
+
+def processors() -> int:
+    """Those that this process may run on: more threads would wait for each other."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(allowed(0)) if allowed else os.cpu_count() or 1

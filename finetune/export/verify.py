@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,10 +14,10 @@ from backends.interface import FloatArray
 from finetune.data.rows import Message
 from finetune.data.tokenizer import encode, encode_prompt, special_texts
 from finetune.evaluation.evaluate import Evaluation
-from finetune.evaluation.intervals import mcnemar_exact
 from finetune.evaluation.verdict import SIGNIFICANT
 from finetune.export.measure import Exported, Kept, Measured, share_kept
 from finetune.export.prompt import PROBES, as_the_run_asks, asked_rows
+from finetune.report.report import compare
 from finetune.text import shorten
 from finetune.training.job import Job
 
@@ -165,15 +165,13 @@ def _kept(share: Kept | None, tuned: Evaluation) -> Check:
 def _task(tuned: Evaluation, export: Evaluation) -> Iterator[Check]:
     if tuned.accuracy is None or export.accuracy is None:
         return
-    pairs = list(zip(tuned.results, export.results, strict=True))
-    fixed = sum(ours.correct is False and bool(theirs.correct) for ours, theirs in pairs)
-    broken = sum(bool(ours.correct) and theirs.correct is False for ours, theirs in pairs)
-    p = mcnemar_exact(fixed, broken)
+    changed = compare(tuned, export)
+    p = changed.p_value or 0.0
     name = "accuracy" if tuned.labels else "exact match"
     result = f"{tuned.accuracy:.1%} of the run, {export.accuracy:.1%} exported (p = {p:.2g})"
-    worse = broken > fixed and p < SIGNIFICANT
-    where = next((ours.location for ours, theirs in pairs if ours.correct and not theirs.correct), "")
-    yield Check(name, f"{len(pairs)} rows", result, "no" if worse else "yes", where)
+    worse = len(changed.broken) > len(changed.fixed) and p < SIGNIFICANT
+    where = changed.broken[0][0].location if changed.broken else ""
+    yield Check(name, f"{tuned.rows} rows", result, "no" if worse else "yes", where)
 
 
 def _answers(tuned: Measured, export: Measured, bounds: Limits) -> Iterator[Check]:
@@ -193,11 +191,11 @@ def _answers(tuned: Measured, export: Measured, bounds: Limits) -> Iterator[Chec
         yield Check("ends of answers", f"{len(ends)} rows", result, "yes" if ended >= bounds.ended else "no")
 
 
-_REMEDIES: dict[str, Callable[[str], str]] = {
-    "file": lambda finer: "the disk or its driver changed what was written: check the disk, and export again",
-    "tokens": lambda finer: "this form of model reads texts otherwise than the run's tokenizer: use --to merged",
-    "prompts": lambda finer: "the run's prompt cannot be written by a chat template: use `finetune chat`",
-    "ends of answers": lambda finer: "the export does not know the token that ends an answer: please report it",
+_REMEDIES = {
+    "file": "the disk or its driver changed what was written: check the disk, and export again",
+    "tokens": "this form of model reads texts otherwise than the run's tokenizer: use --to merged",
+    "prompts": "the run's prompt cannot be written by a chat template: use `finetune chat`",
+    "ends of answers": "the export does not know the token that ends an answer: please report it",
 }
 
 
@@ -207,8 +205,7 @@ def sentence(checks: Iterable[Check], what: str, finer: str) -> str | None:
     if failed is None:
         return None
     where = f", the first at {failed.where}" if failed.where else ""
-    remedy = _REMEDIES.get(failed.name)
-    advice = remedy(finer) if remedy else finer or "the file does not compute what the run computes: please report it"
+    advice = _REMEDIES.get(failed.name) or finer or "the file does not compute what the run computes: please report it"
     return f"{what} does not do what the run's model does: {failed.name}: {failed.result}{where}; {advice}"
 
 

@@ -1,12 +1,10 @@
-"""Numbers in safetensors files, one tensor in memory at a time: read as float32, written as any of three types."""
+"""Numbers of a merged model in files, one tensor in memory at a time, and the files checked against the numbers."""
 
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,68 +12,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.interface import FloatArray
+from finetune.disk.safetensors_file import read_header
 from finetune.errors import EnvironmentProblem, Incompatible
+from finetune.export.verify import Check
 
 Kind = Literal["f32", "f16", "bf16"]
-KINDS: dict[str, tuple[Kind, str]] = {
-    "F32": ("f32", "float32"),
-    "F16": ("f16", "float16"),
-    "BF16": ("bf16", "bfloat16"),
-}
+KINDS: dict[Kind, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # from the finest to the coarsest
 LARGEST = 4_000_000_000  # bytes of tensors in one file
-_ENTRY = 160  # bytes of a tensor in a header, beside its name, at most
 _LARGEST_HALF = float(np.finfo(np.float16).max)
+_ONE = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8}  # what rounding may change of a number, over the number
+_TINY = 6e-8  # and beside it: float16 has no smaller number
+# What packing may change of a tensor: the root of the mean square of the changes, over that of the numbers.
+_ALL = {"Q8_0": 0.01, "Q6_K": 0.03, "Q5_K": 0.06, "Q5_0": 0.06, "Q5_1": 0.06, "Q4_K": 0.12}
 
 
-@dataclass(frozen=True)
-class Written:
-    """What was written of one tensor."""
-
-    shape: tuple[int, ...]
-    checksum: int  # crc32 of its bytes
-    error: float  # root of the mean square of what rounding changed, over that of the numbers
-
-
-def read_header(file: Path) -> tuple[Mapping[str, Any], int]:
-    """Each tensor's entry, and where the tensors begin. Of a file that was checked before."""
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + size
-
-
-_header = cache(read_header)  # by the file: a model's weights are read once, tensor by tensor
-
-
-def raw_bytes(file: Path, name: str) -> NDArray[np.uint8]:
-    """The bytes of a tensor as they stand in the file, mapped."""
-    header, begin = _header(file)
-    start, end = header[name]["data_offsets"]
-    if start == end:
-        return np.zeros(0, np.uint8)
-    return np.memmap(file, np.uint8, "r", begin + start, (end - start,))
-
-
-def kind_of(file: Path, name: str) -> Kind:
-    """The type of a tensor's numbers. Raises EnvironmentProblem for one that an export cannot hold."""
-    stated = str(_header(file)[0][name]["dtype"])
-    if stated not in KINDS:
-        raise EnvironmentProblem(
-            f"{file}: {name} holds {stated}, and only float32, float16 and bfloat16 are exported; train on a model in "
-            "one of these"
-        )
-    return KINDS[stated][0]
-
-
-def read_tensor(file: Path, name: str) -> FloatArray:
-    """A tensor's numbers. Raises EnvironmentProblem as `kind_of` does."""
-    raw = raw_bytes(file, name)
-    shape = tuple(_header(file)[0][name]["shape"])
-    kind = kind_of(file, name)
-    if kind == "bf16":
-        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    numbers: FloatArray = raw.view("<f4" if kind == "f32" else "<f2").astype(np.float32).reshape(shape)
-    return numbers
+def base_kind(files: Iterable[Path]) -> Kind:
+    """The type of the most numbers that are not packed: what a model is held in."""
+    bytes_of: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+    for entry in (entry for file in files for entry in read_header(file)[0].values()):
+        if (kind := entry["dtype"].lower()) in bytes_of:
+            bytes_of[kind] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    if not any(bytes_of.values()):
+        raise Incompatible("the model's files hold no float32, float16 or bfloat16")
+    return max(bytes_of, key=lambda kind: bytes_of[kind])
 
 
 def cast(numbers: FloatArray, kind: Kind, name: str) -> NDArray[Any]:
@@ -94,106 +53,90 @@ def cast(numbers: FloatArray, kind: Kind, name: str) -> NDArray[Any]:
     return rounded
 
 
-def _error(numbers: FloatArray, rounded: NDArray[Any]) -> float:
-    back = (rounded.astype(np.uint32) << 16).view(np.float32) if rounded.dtype == np.uint16 else rounded
-    size = float(np.sqrt(np.mean(np.square(numbers, dtype=np.float64)))) if numbers.size else 0.0
-    change = np.subtract(back, numbers, dtype=np.float64)
-    return float(np.sqrt(np.mean(np.square(change)))) / size if size else 0.0
-
-
 def write_weights(
-    folder: Path, tensors: Iterable[tuple[str, FloatArray]], names: Iterable[str], kind: Kind, largest: int = LARGEST
-) -> dict[str, Written]:
-    """The tensors in `model.safetensors`, or in several files and an index where they are larger than `largest` bytes.
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, FloatArray]],
+    kind: Kind,
+    largest: int = LARGEST,
+) -> None:
+    """`model.safetensors`, or several files and an index where the tensors have more than `largest` bytes.
 
-    names: those that may come, which say how much room a header needs.
+    Raises as `fill` does.
     """
-    room = 64 + sum(len(json.dumps(name)) + _ENTRY for name in names)
-    files: list[_File] = []
-    done: dict[str, Written] = {}
-    try:
-        for name, numbers in tensors:
-            rounded = cast(numbers, kind, name)
-            if not files or (files[-1].size and files[-1].size + rounded.nbytes > largest):
-                files.append(_File(folder / f"part-{len(files)}", room, kind))
-            checksum = files[-1].add(name, rounded)
-            done[name] = Written(numbers.shape, checksum, _error(numbers, rounded))
-    finally:
-        for file in files:
-            file.close()
-    _name(folder, files)
-    return done
+    files: list[dict[str, Any]] = [{}]
+    end = total = 0
+    for name, shape in shapes.items():
+        size = prod(shape) * (4 if kind == "f32" else 2)
+        if files[-1] and end + size > largest:
+            files.append({})
+            end = 0
+        files[-1][name] = {"dtype": kind.upper(), "shape": list(shape), "data_offsets": [end, end + size]}
+        end, total = end + size, total + size
+    places: dict[str, tuple[Path, int]] = {}
+    for number, entries in enumerate(files, 1):
+        part = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+        path = folder / f"model{part}.safetensors"
+        head = json.dumps({"__metadata__": {"format": "pt"}} | entries, separators=(",", ":")).encode()
+        head += b" " * (-len(head) % 8)
+        path.write_bytes(len(head).to_bytes(8, "little") + head)
+        places |= {name: (path, 8 + len(head) + entry["data_offsets"][0]) for name, entry in entries.items()}
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: file.name for name, (file, _) in places.items()},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    fill(places, shapes, tensors, lambda name, numbers: cast(numbers, kind, name))
 
 
-def _name(folder: Path, files: list[_File]) -> None:
-    if len(files) == 1:
-        files[0].path.rename(folder / "model.safetensors")
-        return
-    places: dict[str, str] = {}
-    for number, file in enumerate(files, 1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        file.path.rename(folder / name)
-        places |= dict.fromkeys(file.entries, name)
-    index = {"metadata": {"total_size": sum(file.size for file in files)}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def fill(
+    places: Mapping[str, tuple[Path, int]],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, FloatArray]],
+    pack: Callable[[str, FloatArray], NDArray[Any]],
+) -> None:
+    """Writes each tensor at its place, which a header has said before: they may come in any order.
+
+    places: file and first byte. Raises Incompatible where a tensor is missing or has another shape.
+    """
+    waiting = dict(places)
+    for name, numbers in tensors:
+        if name not in waiting or numbers.shape != tuple(shapes[name]):
+            raise Incompatible(f"{name} has the shape {list(numbers.shape)}, and not that of the model's config")
+        file, start = waiting.pop(name)
+        with file.open("r+b") as opened:
+            opened.seek(start)
+            opened.write(np.ascontiguousarray(pack(name, numbers)).reshape(-1).view(np.uint8).data)
+    if waiting:
+        raise Incompatible(f"{len(waiting)} tensors of the model are missing, the first is {next(iter(waiting))}")
 
 
-class _File:
-    """A safetensors file that grows by one tensor at a time: room for its header is kept free until the end."""
-
-    def __init__(self, path: Path, room: int, kind: Kind) -> None:
-        self.path, self.size = path, 0  # bytes of its tensors
-        self.entries: dict[str, Any] = {}
-        self._room = room + -room % 8
-        self._type = kind.upper()
-        self._opened = path.open("xb")
-        self._opened.seek(8 + self._room)
-
-    def add(self, name: str, numbers: NDArray[Any]) -> int:
-        """The checksum of the bytes."""
-        data = numbers.reshape(-1).view(np.uint8).data
-        offsets = [self.size, self.size + numbers.nbytes]
-        self.entries[name] = {"dtype": self._type, "shape": list(numbers.shape), "data_offsets": offsets}
-        self._opened.write(data)
-        self.size += numbers.nbytes
-        return zlib.crc32(data)
-
-    def close(self) -> None:
-        header = json.dumps({"__metadata__": {"format": "pt"}} | self.entries, separators=(",", ":")).encode()
-        self._opened.seek(0)
-        self._opened.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        self._opened.close()
+def file_check(
+    held: Mapping[str, tuple[str, Callable[[], FloatArray]]], wanted: Iterable[tuple[str, FloatArray]], note: str = ""
+) -> Check:
+    """The tensors read again from the disk, beside the numbers that were to be written. held: their types too."""
+    left, wrong, worst, where = dict(held), [], 0.0, ""
+    for name, numbers in wanted:
+        kind, read = left.pop(name, ("", None))
+        found = read() if read else None
+        if found is None or found.shape != numbers.shape:
+            wrong.append(name)
+            continue
+        change = np.abs(np.subtract(found, numbers, dtype=np.float64))
+        error = _size(change) / (_size(numbers) or 1.0)
+        if error > worst:
+            worst, where = error, name
+        one = (change <= _ONE[kind] * np.abs(numbers) + _TINY).all() if kind in _ONE else error <= _ALL[kind]
+        if not one:
+            wrong.append(name)
+    wrong += sorted(left)
+    on = f"{len(held):,} tensors"
+    if wrong:
+        return Check("file", on, f"{len(wrong)} differ", "no", ", ".join(wrong[:3]))
+    return Check("file", on, f"rounding changed {worst:.1e} of a tensor at most{note}", "yes", where)
 
 
-def check_weights(files: Iterable[Path], written: Mapping[str, Written]) -> list[str]:
-    """What the files hold otherwise than it was written, in words; read again from the disk."""
-    return [f"{name} {why}" for name, why in _differences(files, written)]
-
-
-def _differences(files: Iterable[Path], written: Mapping[str, Written]) -> Iterator[tuple[str, str]]:
-    missing = dict(written)
-    for file in files:
-        header, _ = read_header(file)
-        for name, entry in header.items():
-            wanted = missing.pop(name, None)
-            if wanted is None:
-                yield name, "was not written, or stands there twice"
-            elif tuple(entry["shape"]) != wanted.shape:
-                yield name, f"has the shape {entry['shape']}, and not {list(wanted.shape)}"
-            elif zlib.crc32(raw_bytes(file, name).data) != wanted.checksum:
-                yield name, "has other bytes than were written"
-    for name in missing:
-        yield name, "is not there"
-
-
-def base_kind(files: Iterable[Path]) -> Kind:
-    """The type of the largest tensor that is not packed: what a model's numbers are held in."""
-    sizes = {kind: 0 for kind, _ in KINDS.values()}
-    for file in files:
-        for entry in _header(file)[0].values():
-            if entry["dtype"] in KINDS:
-                start, end = entry["data_offsets"]
-                sizes[KINDS[entry["dtype"]][0]] += end - start
-    if not any(sizes.values()):
-        raise Incompatible("the model's files hold no float32, float16 or bfloat16")
-    return max(sizes, key=lambda kind: sizes[kind])
+def _size(numbers: NDArray[Any]) -> float:
+    """The root of the mean square."""
+    return float(np.sqrt(np.mean(np.square(numbers, dtype=np.float64)))) if numbers.size else 0.0

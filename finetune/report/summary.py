@@ -11,6 +11,7 @@ from typing import Any
 from finetune.console import Console, lines, plain_page
 from finetune.data.beside import always_filled
 from finetune.data.rows import Prepared
+from finetune.disk import exports
 from finetune.disk.adapter_check import in_words
 from finetune.disk.atomic import write_file
 from finetune.disk.held_out import described
@@ -112,7 +113,7 @@ def account_of(prepared: Prepared) -> dict[str, Any]:
 
 def write_report(run: RunFolder, report: Report) -> None:
     """report.txt (the tables), rows.jsonl, the plots; and report.json last, which marks the run as finished."""
-    write_file(run.path / "report.txt", as_text(report))
+    exports.write_report(run, as_text(report))
     write_file(run.path / "rows.jsonl", _rows(report))
     steps = [event for event in read(run.metrics) if isinstance(event, StepDone)]
     title = f"{run.path.name}: loss of {Path(report.facts.model).name}"

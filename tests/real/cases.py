@@ -11,6 +11,7 @@ from typing import Any
 
 BUILT_IN = "builtin:reviews-base"
 STORIES = "stories260K"
+SMOLLM2, GEMMA3 = "smollm2", "gemma3"  # real models, see real_data.py
 BANKING_TEST_ROWS = 77  # of 3,080, one an intent: every measurement runs each row once for each of the 77 labels
 Settings = dict[str, Any]
 
@@ -36,6 +37,16 @@ def sst2(data: Path, out: Path) -> Mapping[str, Path]:
     for split, part in (("train", "train"), ("valid", "dev"), ("test", "test")):
         lines = lines_of(data / "sst2" / f"stsa.binary.{part}")
         files[split] = write_labelled(out / f"sst2-{split}.jsonl", [(line[2:].strip(), int(line[0])) for line in lines])
+    return files
+
+
+def part_of_sst2(data: Path, out: Path) -> Mapping[str, Path]:
+    """All rows to train on, 49 to validate on and 203 for the figures: the files are sorted by label."""
+    files = dict(sst2(data, out))
+    for split, every in (("valid", 18), ("test", 9)):
+        part = out / f"sst2-part-{split}.jsonl"
+        part.write_text("\n".join(lines_of(files[split])[::every]) + "\n", encoding="utf-8")
+        files[split] = part
     return files
 
 
@@ -72,6 +83,11 @@ def banking77(data: Path, out: Path) -> Mapping[str, Path]:
 LABELS = {"prompt": {"template": "{text} Overall this is a", "completion": " {label}"}}
 SHORT = {"steps": 60, "batch_size": 8, "learning_rate": 2e-3, "max_length": 512, "checkpoint_every": 30}
 OFTEN = {"every": 30}
+REVIEW: Settings = {
+    "prompt": {"template": "Review: {text}\nSentiment:", "completion": " {label}"},
+    "lora": {"rank": 16, "alpha": 32.0},
+    "train": {"steps": 60, "batch_size": 16, "learning_rate": 5e-4, "max_length": 128},
+}
 CASES: dict[str, Case] = {
     "sst2": Case(
         sst2,
@@ -125,5 +141,19 @@ CASES: dict[str, Case] = {
             "evaluate": OFTEN | {"max_tokens": 16},
         },
         note="rows without a user's turn are left out; validated on conversations with tool calls",
+    ),
+    "sst2-smollm2": Case(part_of_sst2, REVIEW, SMOLLM2, note="203 of 1,821 test rows"),
+    "sst2-gemma3": Case(part_of_sst2, REVIEW, GEMMA3, note="203 of 1,821 test rows"),
+    "shawgpt-smollm2": Case(
+        as_they_are(
+            train="shawgpt/ai-assistant-openai_data_training-data.jsonl",
+            valid="shawgpt/ai-assistant-openai_data_validation-data.jsonl",
+        ),
+        {
+            "lora": {"rank": 8, "alpha": 16.0},
+            "train": {"steps": 15, "batch_size": 4, "learning_rate": 5e-4, "max_length": 512},
+            "evaluate": {"max_tokens": 48},
+        },
+        SMOLLM2,
     ),
 }

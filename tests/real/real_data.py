@@ -15,8 +15,9 @@ All rows are used unless the table says otherwise. FOLDER of --data holds, uncha
     shawgpt/ai-assistant-openai_data_{training,validation}-data.jsonl     the same, its OpenAI fine-tuning
     chat/{toy,weather}_chat_fine_tuning.jsonl                             openai/openai-cookbook
 
-FOLDER of --models holds stories260K (karpathy/tinyllamas, converted to a transformers folder). All other cases
-tune the model shipped in the package.
+FOLDER of --models holds stories260K (karpathy/tinyllamas, converted to a transformers folder), and for the cases whose
+names end so smollm2 (HuggingFaceTB/SmolLM2-135M-Instruct) and gemma3 (google/gemma-3-270m). All other cases tune the
+model shipped in the package.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from cases import CASES, Case, Settings
+from cases import BUILT_IN, CASES, STORIES, Case, Settings
 from rich.table import Table
 from ruamel.yaml import YAML
 
@@ -167,7 +168,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument(
+        "--cases", default=",".join(name for name, case in CASES.items() if case.model in (BUILT_IN, STORIES))
+    )
     parser.add_argument("--backends", default="torch,mlx")
     parser.add_argument("--quantize", help="none, 4bit or none,4bit, instead of what the case has")
     parser.add_argument("--out", type=Path, default=Path("real-data"))

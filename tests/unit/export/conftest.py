@@ -25,10 +25,13 @@ def exportable_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def runs(exportable_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     @cache
-    def run(backend: str, quantize: str = "none", kind: str = "classification") -> RunFolder:
+    def train(backend: str, quantize: str, kind: str, held_out: int) -> RunFolder:
         if reason := registry.probe(backend):
             pytest.skip(reason)
         folder = tmp_path_factory.mktemp("run") / "work"
-        return trained_run(folder, exportable_model, backend, kind, quantize=quantize)
+        return trained_run(folder, exportable_model, backend, kind, held_out, quantize=quantize)
+
+    def run(backend: str, quantize: str = "none", kind: str = "classification", held_out: int = 12) -> RunFolder:
+        return train(backend, quantize, kind, held_out)
 
     return run

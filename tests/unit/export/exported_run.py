@@ -36,11 +36,13 @@ def rows_of(kind: str, first: int, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def trained_run(folder: Path, model: Path, backend: str, kind: str = "classification", **sections: Any) -> RunFolder:
-    """A run's folder with its adapter, without the records of training. kind: of its rows."""
+def trained_run(
+    folder: Path, model: Path, backend: str, kind: str = "classification", held_out: int = 12, **sections: Any
+) -> RunFolder:
+    """A run's folder with its adapter, without the records of training. kind: of its rows. held_out: their number."""
     work = Work(folder, model)
     train = str(work.lines("train.jsonl", rows_of(kind, 0, 26)))
-    test = str(work.lines("test.jsonl", rows_of(kind, 100, 12)))
+    test = str(work.lines("test.jsonl", rows_of(kind, 100, held_out)))
     values: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": train, "test": test, "format": kind},

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from backends.interface import FloatArray
 from backends.model_folder import ModelFolder
 from finetune.export.engine import Engine
-from finetune.export.gguf_file import Written, write_model
+from finetune.export.gguf_file import write_model
 from tests.tiny_models import family
 
 WITH_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -38,7 +38,7 @@ def tensors(folder: Path) -> Iterator[tuple[str, FloatArray]]:
         yield from reversed(load_file(file).items())
 
 
-def write(folder: Path, file: Path, kind: str = "f32", template: str = "") -> Written:
+def write(folder: Path, file: Path, kind: str = "f32", template: str = "") -> int:
     return write_model(file, ModelFolder.open(folder), tensors(folder), template, kind)
 
 
@@ -63,3 +63,10 @@ def distance(file: Path, wanted: list[FloatArray]) -> float:
         assert len(told) == len(row)
         worst = max(worst, max(abs(value - row[token]) for token, value in told.items()))
     return float(worst)
+
+
+def chat(reader: Engine, messages: Any, max_tokens: int) -> tuple[str, bool]:
+    """The greedy answer as other programs ask for it, and whether a token of the file ended it."""
+    body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0}
+    choice = reader._ask("/v1/chat/completions", body)["choices"][0]
+    return str(choice["message"]["content"]), choice["finish_reason"] == "stop"

@@ -15,6 +15,7 @@ from backends.model_folder import ModelFolder
 from finetune.errors import EnvironmentProblem
 from finetune.export import gguf_file
 from finetune.export.families import Family, family_of
+from tests.tiny_families import MODELS, published
 from tests.tiny_models import FAMILIES, family, model_with_tokenizer
 from tests.unit.export.gguf_models import distance, expected, model, write
 
@@ -29,6 +30,7 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
 }
+LFM2 = {"layer_types": ["conv", "full_attention"], "block_multiple_of": 32, "block_ff_dim": 128}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in FAMILIES},
     "tied": ("llama", {"tie_word_embeddings": True}),
@@ -48,6 +50,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "partial rotary": ("phi3", {"rope_parameters": HALF}),
     "padded vocabulary": ("llama", {"vocab_size": 384}),
     "local theta, global scale": ("gemma3_text", {"rope_parameters": GEMMA3_ROPE}),
+    "short convolutions": ("lfm2", LFM2),
+    "short convolutions, linear rope": ("lfm2", LFM2 | {"rope_parameters": LINEAR}),
+    "short convolutions, longer": ("lfm2", LFM2 | {"conv_L_cache": 4, "layer_types": ["full_attention", "conv"]}),
     "without position in every fourth": ("smollm3", {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]}),
 }  # fmt: skip
 
@@ -110,6 +115,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another family": ("gpt_neox", {}, "model_type gpt_neox"),
     "gemma, the first": ("gemma", {"head_dim": 16}, "model_type gemma"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma4", "granite4_h", "gpt_oss"])
+def test_models_that_are_not_written_are_refused_as_their_makers_publish_them(name: str, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=MODELS[name][0] + ".* with --to merged, and use llama.cpp's own"):
+        family_of(ModelFolder.open(published(name, tmp_path)))
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -16,11 +16,11 @@ from finetune.data.tokenizer import answer_text, encode_prompt, load_tokenizer
 from finetune.disk.adapter import Adapter, read_adapter
 from finetune.errors import EnvironmentProblem, ExportFailed
 from finetune.export import families, gguf_export, gguf_file, merge, packages, vocabulary
-from finetune.export.gguf_export import GgufFile
+from finetune.export.gguf_export import LoadedGguf
 from finetune.export.prompt import asked_rows
 from finetune.recipe.load import load_recipe
 from tests.unit.export.exported_run import Runs, made
-from tests.unit.export.gguf_models import engine, write
+from tests.unit.export.gguf_models import chat, engine, write
 from tests.unit.export.test_travelling_prompt import KINDS, prepared, travelling
 from tests.unit.toy_run import load_job
 
@@ -53,23 +53,30 @@ def test_the_adapter_alone_does_the_same_on_its_base(runs: Runs) -> None:
     assert told(path)["holds"]
 
 
-@pytest.mark.parametrize("rows", ["classification", "alpaca", "chat"])
-def test_answers_of_the_chat_endpoint_are_the_answers_of_the_run(runs: Runs, rows: str) -> None:
-    run = runs("torch", "none", rows)
+ASKED = ["classification", "prompt", "alpaca", "chat"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "count"),
+    [*((rows, 12) for rows in ASKED), *(pytest.param(rows, 50, marks=pytest.mark.slow) for rows in ASKED)],
+)
+def test_answers_of_the_chat_endpoint_are_the_answers_of_the_run(runs: Runs, rows: str, count: int) -> None:
+    run = runs("torch", "none", rows, count)
     path = run.path / "exports" / "gguf-f16"
-    path = path if path.exists() else made(run, "gguf", "f16")
+    path = path if path.exists() else made(run, "gguf", "f16", rows=12)
     assert told(path)["holds"]
     job = load_job(load_recipe(run.recipe))
     session = job.open()
     session.set_state(TrainState(0, read_adapter(run.adapter).tensors, {}))
-    engine = GgufFile("f16").open(path, job).session
+    engine = LoadedGguf(job, path / "model.gguf").session
     stop, tokenizer = job.prepared.stop_tokens, job.tokenizer
     assert job.prepared.renderer is not None
     asked = list(asked_rows(job.prepared.renderer, job.prepared.format, job.prepared.held_out.records, {}))
     prompts = [example.prompt_tokens.tolist() for example in job.prepared.held_out.examples]
+    assert len(asked) == len(prompts) == count
     answers = []
     for (_, messages, *_), tokens in zip(asked, session.generate(prompts, 12, stop), strict=True):
-        text, ended = engine.chat(messages, 12)
+        text, ended = chat(engine, messages, 12)
         answers.append(answer_text(tokenizer, tokens, stop))
         assert text.strip() == answers[-1] and ended == (len(tokens) < 12)
     assert {"positive", "negative"} <= set(answers)

@@ -17,11 +17,12 @@ from backends.model_folder import ModelFolder
 from finetune.data.collate import evaluation_batches
 from finetune.data.tokenizer import encode_prompt
 from finetune.disk.adapter import Adapter, read_adapter
+from finetune.disk.safetensors_file import read_tensor
 from finetune.errors import EnvironmentProblem, ExitCode, ExportFailed, RecipeError
 from finetune.export import folders, merge
-from finetune.export.mlx_folder import quantise
+from finetune.export.folders import quantise
 from finetune.export.prompt import asked_rows
-from finetune.export.weights import cast, read_tensor, write_weights
+from finetune.export.weights import cast, write_weights
 from finetune.recipe.load import load_recipe
 from tests.conformance.toy import toy_batch
 from tests.tiny_models import family, model_with_tokenizer
@@ -73,6 +74,18 @@ def test_the_original_weights_are_not_what_a_quantised_run_was_trained_on(
 
 
 original = merge.tensors
+
+
+def test_quantising_again_on_the_grid_of_the_training_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `mlx_lm.fuse` does by default: rounding to the same grid takes most of the tuning away."""
+    monkeypatch.setattr(folders, "write_merged", lambda *given, original: _write_merged(*given))
+    run = runs("mlx", "4bit")
+    with pytest.raises(ExportFailed):
+        made(run, "mlx", None, 4)
+    told = json.loads((run.path / "exports" / "mlx-4bit.failed" / "export.json").read_text())
+    assert "no" in {check["holds"] for check in told["checks"]}
+    monkeypatch.undo()
+    made(run, "mlx", None, 4)  # merged into the original weights before
 
 
 @pytest.mark.parametrize("rows", ["text", "prompt", "chat"])
@@ -251,7 +264,8 @@ def test_weights_are_sharded_and_read_as_transformers_reads_them(tmp_path: Path,
     torch, safetensors = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
     rng = np.random.default_rng(1)
     tensors = {f"t{i}.weight": rng.standard_normal((8, 16)).astype(np.float32) for i in range(5)}
-    write_weights(tmp_path, tensors.items(), tensors, kind, largest=3 * 8 * 16 * 2)
+    shapes = {name: one.shape for name, one in tensors.items()}
+    write_weights(tmp_path, shapes, tensors.items(), kind, largest=3 * 8 * 16 * 2)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted({*index["weight_map"].values()})
     assert len(files) > 1 and files[0] == f"model-00001-of-0000{len(files)}.safetensors"
@@ -262,6 +276,16 @@ def test_weights_are_sharded_and_read_as_transformers_reads_them(tmp_path: Path,
         assert np.array_equal(read_tensor(tmp_path / file, name), read.float().numpy())
 
 
+def test_servers_are_told_what_they_would_not_do_by_themselves(tmp_path: Path) -> None:
+    """vLLM serves float32 as float16, and no server runs a model's own code, unless it is asked to."""
+    half, whole = (folders.MergedFolder(f"merged-{kind}", kind).commands(tmp_path) for kind in ("f16", "f32"))
+    assert half == [f"vllm serve {tmp_path}", f"mlx_lm.server --model {tmp_path}"]
+    assert whole[0] == f"vllm serve {tmp_path} --dtype float32" and whole[1] == half[1]
+    (tmp_path / "modeling_own.py").write_text("")
+    for target in (folders.MergedFolder("merged-f16", "f16"), folders.QuantisedFolder("mlx-4bit", "4bit")):
+        assert all(line.endswith(" --trust-remote-code") for line in target.commands(tmp_path))
+
+
 def test_numbers_beyond_float16_are_refused() -> None:
     with pytest.raises(EnvironmentProblem, match="--type bf16"):
         cast(np.array([1e5], np.float32), "f16", "a.weight")
@@ -269,6 +293,6 @@ def test_numbers_beyond_float16_are_refused() -> None:
 
 def test_safetensors_itself_reads_what_is_written(tmp_path: Path) -> None:
     tensors = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b.bias": np.zeros((0,), np.float32)}
-    write_weights(tmp_path, tensors.items(), tensors, "f32")
+    write_weights(tmp_path, {name: one.shape for name, one in tensors.items()}, tensors.items(), "f32")
     for name, value in load_file(tmp_path / "model.safetensors").items():
         np.testing.assert_array_equal(value, tensors[name])

@@ -16,6 +16,7 @@ import pytest
 from finetune.data.conversation import Conversation
 from finetune.data.template_sandbox import render
 from finetune.export.go_template import GoTemplate, go_template
+from finetune.export.modelfile import OllamaFolder
 from tests.unit.chat_families import FAMILIES, tokenizer_of
 from tests.unit.export.exported_run import Runs, made
 from tests.unit.export.test_travelling_prompt import KINDS, PROBES, asked_rows, prepared, travelling
@@ -80,6 +81,21 @@ def test_an_ollama_folder_has_a_file_and_a_modelfile(runs: Runs) -> None:
     assert lines[1].startswith('TEMPLATE """') and lines[1].endswith('"""') and "Label:" in lines[1]
     assert "PARAMETER temperature 0" in lines and "PARAMETER num_ctx 128" in lines
     assert "ollama create" in (run.path / "exports.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("runs/Reviews-20261127/exports/ollama-q8_0", "reviews-20261127"),
+        ("runs/my run (2)/exports/ollama-q8_0", "my-run-2"),
+        ("out/Qwen2.5..new", "qwen2-5-new"),
+        ("runs/\u8bc4\u8bba/exports/ollama-q8_0", "model"),
+        ("out/" + "a" * 200, "a" * 80),
+    ],
+)
+def test_ollama_is_given_a_name_that_it_takes(folder: str, name: str, tmp_path: Path) -> None:
+    created, asked = OllamaFolder("ollama-q8_0", "q8_0").commands(tmp_path / folder)
+    assert created.startswith(f"ollama create {name} -f ") and asked == f"ollama run {name}"
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from finetune.disk.exports import FILE, Made, remember, write_report
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import Incompatible
-from finetune.export.record import FILE, Made, remember
 
 
 def made(folder: Path, verified: str = "error 1e-5") -> Made:
@@ -35,6 +35,20 @@ def test_an_export_that_is_gone_is_forgotten(tmp_path: Path) -> None:
     remember(run, made(tmp_path / "b"))
     assert str(tmp_path / "a") not in (tmp_path / "exports.txt").read_text()
     assert not (tmp_path / "report.txt").exists()
+
+
+def test_a_report_that_is_written_anew_keeps_the_exports_that_are_there(tmp_path: Path) -> None:
+    run, report = RunFolder(tmp_path), tmp_path / "report.txt"
+    write_report(run, "old figures\n")
+    assert report.read_text() == "old figures\n"
+    remember(run, made(tmp_path / "a"))
+    gone = made(tmp_path / "b")
+    remember(run, gone)
+    (tmp_path / "b").rmdir()
+    write_report(run, "new figures\n")
+    told = report.read_text()
+    assert told.startswith("new figures\n\nexports, each verified") and told.count(f"{tmp_path / 'a'} (f16)") == 1
+    assert "old figures" not in told and gone.path not in told
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '[{"path": 1}]', "[1]"])

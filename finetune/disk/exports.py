@@ -26,14 +26,24 @@ class Made:
 
 def remember(run: RunFolder, made: Made) -> None:
     """Raises DiskError, and Incompatible for an exports.json that no run writes."""
-    before = read_json(run.path / FILE, list[Made], "remove it, and export again") or []
-    exports = [one for one in before if one.path != made.path and Path(one.path).exists()] + [made]
+    exports = [one for one in _exports(run) if one.path != made.path] + [made]
     run.write_json(FILE, [asdict(one) for one in exports])
     write_file(run.path / COMMANDS, "\n".join(_as_text(one) for one in exports))
     report = run.path / "report.txt"
     if report.exists():
-        text = report.read_text(encoding="utf-8").partition(_MARK)[0]
-        write_file(report, text + _MARK + "".join(f"  {one.path} ({one.kind}): {one.verified}\n" for one in exports))
+        write_report(run, report.read_text(encoding="utf-8").partition(_MARK)[0])
+
+
+def write_report(run: RunFolder, text: str) -> None:
+    """report.txt: these figures, and the exports that were made. Raises as `remember` does."""
+    exports = [f"  {one.path} ({one.kind}): {one.verified}\n" for one in _exports(run)]
+    write_file(run.path / "report.txt", text + "".join([_MARK, *exports] if exports else []))
+
+
+def _exports(run: RunFolder) -> list[Made]:
+    """Those that are still there."""
+    made = read_json(run.path / FILE, list[Made], "remove it, and export again") or []
+    return [one for one in made if Path(one.path).exists()]
 
 
 def _as_text(made: Made) -> str:
