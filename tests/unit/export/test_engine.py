@@ -146,6 +146,14 @@ def test_nothing_is_printed(file: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr() == ("", "")
 
 
+def test_no_more_threads_than_processors_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages.os, "sched_getaffinity", lambda process: {3}, raising=False)
+    assert packages.processors() == 1
+    monkeypatch.delattr(packages.os, "sched_getaffinity")
+    monkeypatch.setattr(packages.os, "cpu_count", lambda: 6)
+    assert packages.processors() == 6
+
+
 def test_a_missing_package_is_said_with_the_way_to_install_it() -> None:
     with pytest.raises(
         EnvironmentProblem, match=r'needs the package gguf_of_nobody .*pip install "recipe-finetune\[gguf\]"'
