@@ -26,7 +26,6 @@ ALLOWED = {
     ("finetune/export/choose.py", "mlx"): "the format of an export",
     ("finetune/export/folders.py", "mlx"): "the format of an export, which that backend reads",
     ("finetune/export/merge.py", "torch"): "a key of config.json that older readers know",
-    ("finetune/export/mlx_folder.py", "mlx"): "the format of an export",
 }
 
 
