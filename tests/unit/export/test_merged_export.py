@@ -77,18 +77,6 @@ def test_the_original_weights_are_not_what_a_quantised_run_was_trained_on(
 original = merge.tensors
 
 
-def test_quantising_again_on_the_grid_of_the_training_is_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `mlx_lm.fuse` does by default: rounding to the same grid takes most of the tuning away."""
-    monkeypatch.setattr(folders, "write_merged", lambda *given, original: _write_merged(*given))
-    run = runs("mlx", "4bit")
-    with pytest.raises(ExportFailed):
-        made(run, "mlx", None, 4)
-    told = json.loads((run.path / "exports" / "mlx-4bit.failed" / "export.json").read_text())
-    assert "no" in {check["holds"] for check in told["checks"]}
-    monkeypatch.undo()
-    made(run, "mlx", None, 4)  # merged into the original weights before
-
-
 @pytest.mark.parametrize("rows", ["text", "prompt", "chat"])
 def test_rows_of_every_task_verify_an_export(runs: Runs, rows: str) -> None:
     path = made(runs("torch", "none", rows), "merged", "bf16")
