@@ -65,7 +65,8 @@ def main() -> None:
         told = [found.get(name, "-") for name in SHOWN]
         verdict = sentence(checks, form, target.finer) or "holds"
         table.add_row(form, f"{size:.1f}", f"{written - started:.0f}", f"{ended - written:.0f}", *told, verdict)
-        print(form, f"{size:.1f} MB", *told, verdict, sep=" | ", file=sys.stderr, flush=True)
+        seconds = f"{written - started:.0f} + {ended - written:.0f} s"
+        print(form, f"{size:.1f} MB", seconds, *told, verdict, sep=" | ", file=sys.stderr, flush=True)
     Console(width=240).print(table)
 
 

@@ -69,7 +69,7 @@ class Plain:
         logprob = self._torch.log_softmax(logits, -1).numpy()[None, np.arange(batch.inputs.shape[1]), batch.targets[0]]
         return type("Scores", (), {"logprob": logprob})
 
-    def generate(self, *_: Any) -> Any:
+    def generate(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError
 
 
