@@ -54,7 +54,8 @@ def read_tensor(file: Path, name: str, header: tuple[Mapping[str, Any], int] | N
     numbers = np.fromfile(file, kind, (end - begin) // kind.itemsize, offset=start + begin)
     if facts["dtype"] == "BF16":  # the upper half of a float32
         numbers = (numbers.astype("<u4") << 16).view("<f4")
-    return numbers.astype(np.float32, copy=False).reshape(facts["shape"])
+    whole: FloatArray = numbers.astype(np.float32, copy=False).reshape(facts["shape"])
+    return whole
 
 
 def read_tensors(file: Path) -> dict[str, FloatArray]:
