@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from backends import registry
 from backends.interface import Session, TrainState
 from finetune import connections
+from finetune.check.analysis import analysing, questions_of
 from finetune.check.show import as_text
 from finetune.check.survey import as_json, survey
 from finetune.check.told import leaked_into, read_told
@@ -24,6 +25,7 @@ from finetune.disk.identity import check_identity, identity_of, read_identity
 from finetune.disk.lock import Lock
 from finetune.disk.metrics import MetricsFile, read
 from finetune.disk.run_folder import ENVIRONMENT, RunFolder, environment
+from finetune.evaluation.analysis import Questions
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
 from finetune.evaluation.leaked import leaked_rows
 from finetune.evaluation.verdict import Watch, divergence, overfitting_verdict
@@ -56,6 +58,7 @@ class Begun:
     told: Mapping[str, Any]  # what `finetune check` found in the data
     words: Words | None  # how good the words alone are
     times: Times
+    questions: Questions  # what is asked beside the held-out rows themselves
 
 
 class Run:
@@ -110,6 +113,7 @@ class Run:
         write_held_out(folder, job.prepared)
         folder.write_json("data.json", account_of(job.prepared))
         told = yield from self._check_data()
+        asked = questions_of(job)
         job.prepared.forget_records()
         settled = yield from settle_recomputation(job, self._recomputed)
         self._recomputed = settled.recipe.train.gradient_checkpointing is True if unsettled else None
@@ -131,7 +135,7 @@ class Run:
             trainer.limit_micro_batches((yield from starting_tokens(settled, session)))
             if start:
                 start_from(session, start, lora_spec(job.recipe))
-        return Begun(trainer, None if saved is None else saved.state.step, base, told, words, times)
+        return Begun(trainer, None if saved is None else saved.state.step, base, told, words, times, asked)
 
     def train(self, begun: Begun) -> Iterator[Event]:
         """All steps that are left; metrics.jsonl records them. Raises Interrupted, Diverged, MemoryExhausted."""
@@ -170,7 +174,10 @@ class Run:
         with begun.times.measuring("tuned model", self.folder):
             tuned = yield from self._evaluate(session, "tuned model")
         save_evaluation(self.folder.evaluation("tuned"), tuned)
-        write_report(self.folder, report := self._figures(begun, tuned))
+        with begun.times.measuring("errors", self.folder):
+            errors = analysing(self.job, session, begun.questions, begun.base, tuned)
+            analysis = yield from stoppable(errors, self, "analysing the errors")
+        write_report(self.folder, report := replace(self._figures(begun, tuned), analysis=analysis))
         return report
 
     def _figures(self, begun: Begun, tuned: Evaluation) -> Report:

@@ -113,14 +113,15 @@ def count_groups(splits: Sequence[Split], groups: Groups) -> dict[str, Group]:
         raise RecipeError(f"data.groups: no row has a column {groups}; name a column, or give each group its words")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
-        for name in _groups_of(record, groups):
+        for name in groups_of(record, groups):
             counts[name][record.answer or ""] += 1
     if not isinstance(groups, str):
         counts.update({name: Counter() for name in groups if name not in counts})
     return {name: Group(one.total(), one.total() / len(records), dict(one)) for name, one in sorted(counts.items())}
 
 
-def _groups_of(record: Record, groups: Groups) -> Iterator[str]:
+def groups_of(record: Record, groups: Groups) -> Iterator[str]:
+    """The groups that a row is of: one of a column, any number of those with words."""
     if isinstance(groups, str):
         yield record.values.get(groups, "").strip() or "(none)"
         return

@@ -30,7 +30,7 @@ _NOT_IDENTITY = {
     "output", "backend", "device", "model.path", "model.revision", "model.dtype", "data.train", "data.valid",
     "data.test", "data.encoding", "data.limit", "data.max_dropped", "data.long_rows", "train.micro_tokens",
     "train.gradient_checkpointing", "train.checkpoint_minutes", "evaluate.generate", "evaluate.max_tokens",
-    "evaluate.answer", "evaluate.base",
+    "evaluate.answer", "evaluate.base", "evaluate.forgetting", "evaluate.swaps",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.recipe.schema import AnswerPart
 
 # A sign after a word or a figure is a dash; commas part groups of three figures.
-_NUMBER = re.compile(r"(?:(?<![\w.])[-+\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3}(?!\w))?")
+NUMBER = re.compile(r"(?:(?<![\w.])[-+\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3}(?!\w))?")
 _FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)
 _MOST_FIGURES = 1000
 
@@ -27,11 +27,14 @@ def part_of(answer: str, compared: AnswerPart) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
-    found = _NUMBER.findall(text)
-    if not found:
-        return None
+    found = NUMBER.findall(text)
+    return plain_number(found[-1]) if found else None
+
+
+def plain_number(written: str) -> str | None:
+    """What `NUMBER` finds, in one way of writing: 1,000.0 and 1000 are the same."""
     try:
-        number = Decimal(found[-1].replace(",", "").replace("\u2212", "-"))
+        number = Decimal(written.replace(",", "").replace("\u2212", "-"))
     except InvalidOperation:
         return None
     if abs(number.adjusted()) > _MOST_FIGURES:

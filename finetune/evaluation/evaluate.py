@@ -40,6 +40,7 @@ class RowResult:
     loss: float  # mean negative log-likelihood of its supervised tokens, nats
     tokens: int  # supervised
     compared: tuple[str | None, str | None] | None = None  # parts of both answers; None: the answers as they are
+    ended: bool | None = None  # whether a written answer ended by itself; None: none was written, or it is not known
 
     @property
     def judged(self) -> tuple[str | None, str | None]:
@@ -108,6 +109,7 @@ def evaluate(
     examples = split.examples
     losses = yield from row_losses(session, examples, micro_tokens, f"{name}: loss")
     predicted: list[str | None] = [None] * len(examples)
+    ended: list[bool | None] = [None] * len(examples)
     expected = [example.answer or "" for example in examples]
     part: AnswerPart = "all"
     if prepared.task == "classification":
@@ -118,11 +120,12 @@ def evaluate(
     elif prepared.task == "generation" and max_tokens and decode:
         stop = prepared.stop_tokens
         answers = yield from write_answers(session, examples, stop, max_tokens, decode, f"{name}: answers")
-        predicted = [*answers]
+        predicted = [answer.text for answer in answers]
+        ended = [answer.ended for answer in answers]
         # Read as the written ones are; of an answer that lost its end, the tokens do not tell the whole.
         expected = [e.answer or "" if e.cut else decode(e.answer_tokens.tolist()) for e in examples]
         part = compared
-    results = _results(examples, expected, predicted, part, losses)
+    results = _results(examples, expected, predicted, ended, part, losses)
     evaluation = _summarise(prepared, results, losses)
     return evaluation if part == "all" else replace(evaluation, compared=part, unread=_unread(results))
 
@@ -131,6 +134,7 @@ def _results(
     examples: Sequence[Example],
     expected: Sequence[str],
     predicted: Sequence[str | None],
+    ended: Sequence[bool | None],
     part: AnswerPart,
     losses: RowLosses,
 ) -> tuple[RowResult, ...]:
@@ -149,6 +153,7 @@ def _results(
             loss=float(losses.loss[i] / losses.tokens[i]),
             tokens=int(losses.tokens[i]),
             compared=None if part == "all" else pairs[i],
+            ended=ended[i],
         )
         for i, example in enumerate(examples)
     )

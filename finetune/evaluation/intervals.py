@@ -58,6 +58,31 @@ def mcnemar_exact(fixed: int, broken: int) -> float:
     return min(1.0, p)
 
 
+def fisher_exact(right: int, wrong: int, right_there: int, wrong_there: int) -> float:
+    """Two-sided p-value of "both shares are the same" (Fisher, 1922): all tables of these sums that are no likelier."""
+    here, there, rights = right + wrong, right_there + wrong_there, right + right_there
+    possible = range(max(0, rights - there), min(here, rights) + 1)
+    whole = _log_ways(here + there, rights)
+    likely = [_log_ways(here, k) + _log_ways(there, rights - k) - whole for k in possible]
+    most = likely[right - possible.start] + 1e-9  # for rounding: equally likely tables count
+    return min(1.0, math.fsum(math.exp(one) for one in likely if one <= most))
+
+
+def _log_ways(n: int, k: int) -> float:
+    """The logarithm of n over k."""
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The same, corrected for their number (Holm, 1979): below 0.05 the chance of any false one is below 0.05."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = highest
+    return corrected
+
+
 def weighted_mean_interval(values: ArrayLike, weights: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
     """Normal interval of sum(w v) / sum(w) over n independent rows; for a mean loss, w are a row's tokens.
 

@@ -54,13 +54,14 @@ def leaked_rows(base: Evaluation | None, tuned: Evaluation, locations: Collectio
     measure = ("accuracy" if tuned.labels else "exact match") if judged else "loss"
 
     def both(which: Sequence[int]) -> tuple[Figure | None, Figure]:
-        before = None if base is None else _figure([base.results[i] for i in which], judged)
-        return before, _figure([tuned.results[i] for i in which], judged)
+        before = None if base is None else figure_of([base.results[i] for i in which], judged)
+        return before, figure_of([tuned.results[i] for i in which], judged)
 
     return Leaked(measure, rows, rows - len(clean), both(range(rows)), both(clean) if clean else None)
 
 
-def _figure(rows: Sequence[RowResult], judged: bool) -> Figure:
+def figure_of(rows: Sequence[RowResult], judged: bool) -> Figure:
+    """judged: by the share that is right; else by the loss per token."""
     if judged:
         right = sum(bool(row.correct) for row in rows)
         return Figure(right / len(rows), wilson_interval(right, len(rows)))

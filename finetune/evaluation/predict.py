@@ -31,7 +31,7 @@ def predict(
         answers = yield from write_answers(
             session, examples, stop, max_tokens, lambda tokens: answer_text(tokenizer, tokens, stop)
         )
-        return [Prediction(answer) for answer in answers]
+        return [Prediction(answer.text) for answer in answers]
     micro_tokens = recipe.train.tokens_at_once
     logprobs = yield from label_logprobs(session, examples, prepared.label_tokens, micro_tokens)  # [n, labels]
     likely = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))

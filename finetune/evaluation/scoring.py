@@ -29,6 +29,13 @@ class RowLosses(NamedTuple):
     first: NDArray[np.int64]  # the most probable token of all where the answer begins; -1 where that is not scored
 
 
+class Written(NamedTuple):
+    """An answer that a model has written."""
+
+    text: str
+    ended: bool  # by itself, and not by the limit of tokens
+
+
 def scored(
     session: Reader, batches: Iterable[tuple[list[int], Batch]], examples: Sequence[Example], per_example: int = 1
 ) -> Iterator[ScoredBatch]:
@@ -126,15 +133,36 @@ def write_answers(
     max_tokens: int,
     decode: Callable[[Sequence[int]], str],
     what: str = "answers",
-) -> Generator[Progress, None, list[str]]:
-    """The greedy completion of each example's prompt, as text. Raises MemoryExhausted, which names the example."""
-    answers = [""] * len(examples)
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Generator[Progress, None, list[Written]]:
+    """The completion of each example's prompt, as text; greedy at temperature 0.
+
+    Raises MemoryExhausted, which names the example.
+    """
+    tokens = yield from write_tokens(session, examples, stop, max_tokens, what, temperature, seed)
+    return [Written(decode(answer), len(answer) < max_tokens) for answer in tokens]
+
+
+def write_tokens(
+    session: Session,
+    examples: Sequence[Example],
+    stop: frozenset[int],
+    max_tokens: int,
+    what: str = "answers",
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Generator[Progress, None, list[list[int]]]:
+    """The same as tokens, without the one that ends each."""
+    answers: list[list[int]] = [[]] * len(examples)
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_tokens))
     together, done = PROMPTS_TOGETHER, 0
     while done < len(by_length):
         rows = by_length[done : done + together]
         try:
-            written = session.generate([examples[i].prompt_tokens.tolist() for i in rows], max_tokens, stop)
+            prompts = [examples[i].prompt_tokens.tolist() for i in rows]
+            drawn = (temperature, seed + done) if temperature else ()
+            written = session.generate(prompts, max_tokens, stop, *drawn)
         except OutOfMemory as error:
             if len(rows) == 1:
                 message = f"{examples[rows[0]].location}: not enough memory to write its answer ({error})"
@@ -142,7 +170,7 @@ def write_answers(
             together = len(rows) // 2
             continue
         for i, tokens in zip(rows, written, strict=True):
-            answers[i] = decode(tokens)
+            answers[i] = tokens
         done += len(rows)
         yield Progress(0, what, done, len(by_length))
     return answers

@@ -16,6 +16,8 @@ MEASURES: dict[AnswerPart, str] = {  # names of the share that is right
     "json": "same JSON",
 }
 Groups = str | dict[str, list[str]]
+Word = Annotated[str, Field(min_length=1)]
+Swaps = Literal["none", "pronouns"] | list[Annotated[list[Word], Field(min_length=2, max_length=2)]]
 MICRO_TOKENS = 4096  # more make a step hardly any faster
 
 
@@ -65,7 +67,8 @@ class Data(Section):
     long_rows: Literal["cut", "split"] = "cut"
     """Plain text beyond train.max_length: cut off there, or split into rows of that length that overlap."""
     groups: Groups | None = None
-    """Who the rows are about, for `finetune check`: a column's name, or words for each group (women: [she, her])."""
+    """Who the rows are about, for `finetune check` and the report: a column's name, or words for each group (women:
+    [she, her])."""
 
     @field_validator("encoding")
     @classmethod
@@ -159,6 +162,11 @@ class Evaluate(Section):
     Where there is no such part the row is wrong."""
     base: bool = True
     """Measure the base model too, on the same rows."""
+    forgetting: bool = True
+    """Measure what the tuned model forgot, on general text that comes with the program."""
+    swaps: Swaps = "none"
+    """Ask held-out rows again with words swapped, which should change no answer: none, pronouns (English), or pairs of
+    words ([[she, he], [Anna, Ali]])."""
 
 
 class Recipe(Section):

@@ -15,6 +15,7 @@ from finetune.disk.run_files import read_json
 from finetune.errors import Incompatible
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import mcnemar_exact
+from finetune.evaluation.kinds import Analysis
 from finetune.evaluation.leaked import Leaked
 from finetune.evaluation.verdict import Overfitting, comparison_verdict
 from finetune.evaluation.yardstick import Words
@@ -58,6 +59,7 @@ class Report:
     validations: tuple[Validated, ...]
     best_step: int
     limited: tuple[str, ...] = ()  # what data.limit left of each split
+    analysis: Analysis | None = None  # kinds of error, groups, and what was forgotten
     loads: tuple[Loading, ...] = ()  # whether PEFT and mlx-lm would load the adapter's folder
 
     def to_json(self) -> dict[str, Any]:
@@ -84,6 +86,7 @@ class Report:
             "base": self.base and self.base.summary(),
             "tuned": self.tuned.summary(),
             "comparison": comparison,
+            "analysis": self.analysis and self.analysis.to_json(rows=False),
             "leaked": self.leaked and self.leaked.to_json(),
             "overfitting": asdict(self.overfitting),
             "divergence": self.divergence,

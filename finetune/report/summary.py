@@ -18,6 +18,8 @@ from finetune.disk.held_out import described
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, RowResult
+from finetune.evaluation.groups import sentences
+from finetune.evaluation.kinds import Analysis
 from finetune.events import StepDone
 from finetune.report.plot import confusion_plot, loss_plot
 from finetune.report.report import Comparison, Report
@@ -28,6 +30,7 @@ from finetune.report.tables import (
     comparison_table,
     confusion_table,
     epoch_table,
+    kinds_table,
     per_class_table,
 )
 from finetune.training.job import Job, beyond_context
@@ -67,6 +70,8 @@ def _render(console: Console, report: Report) -> None:
         console.print(comparison_table({}, report.tuned.summary(), title=report.held_out))
     if report.comparison and report.comparison.words:
         console.print(report.comparison.words.cost)
+    if report.analysis:
+        render_analysis(console, report.analysis)
     if report.leaked:
         console.print(lines(report.leaked.message, style="bold red"))
     console.print(f"data: {report.check} (check.txt)")
@@ -76,10 +81,27 @@ def _render(console: Console, report: Report) -> None:
         f"base weights: {report.scheme}; {report.backend} on {report.device}",
         f"adapter: {report.adapter} ({'; '.join([_adapter_step(report.best_step), *in_words(report.loads)])})",
         f"load it as it was measured: {report.adapter}/README.md",
-        f"everything else: {report.run} (report.json, rows.jsonl, loss.png, metrics.jsonl)",
+        f"everything else: {report.run} (report.json, rows.jsonl, kinds.json, loss.png, metrics.jsonl)",
     )
     for fact in facts:
         console.print(fact, soft_wrap=True)
+
+
+def render_analysis(console: Console, analysis: Analysis) -> None:
+    """Which errors, for whom, and what was forgotten."""
+    if any(kind.occurs for kind in analysis.kinds):
+        console.print(kinds_table(analysis.kinds))
+    if none := [kind.name for kind in analysis.kinds if not kind.occurs and kind.labels is None]:
+        console.print(f"in no answer: {', '.join(none)}", soft_wrap=True)
+    if any(kind.labels is None for kind in analysis.kinds) and not analysis.language:
+        console.print("misspelt words were not looked for: there is no list of this language", soft_wrap=True)
+    for sentence in sentences(analysis.slices):
+        console.print(lines(sentence, style="bold red"))
+    if analysis.swaps:
+        console.print(analysis.swaps.message)
+    if analysis.forgetting:
+        style = "bold red" if analysis.forgetting.verdict == "forgot" else ""
+        console.print(lines(analysis.forgetting.message, style=style))
 
 
 def _adapter_step(best_step: int) -> str:
@@ -115,6 +137,9 @@ def write_report(run: RunFolder, report: Report) -> None:
     """report.txt (the tables), rows.jsonl, the plots; and report.json last, which marks the run as finished."""
     exports.write_report(run, as_text(report))
     write_file(run.path / "rows.jsonl", _rows(report))
+    if report.analysis:
+        values = json.dumps(report.analysis.to_json(), ensure_ascii=False)
+        write_file(run.path / "kinds.json", f"{values}\n")
     steps = [event for event in read(run.metrics) if isinstance(event, StepDone)]
     title = f"{run.path.name}: loss of {Path(report.facts.model).name}"
     loss_plot(steps, list(report.validations), run.path / "loss.png", title, _chance(report.tuned))

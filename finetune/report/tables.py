@@ -14,6 +14,7 @@ from rich.text import Text
 from finetune.console import lines
 from finetune.data.rows import Prepared
 from finetune.evaluation.intervals import worst_confusions
+from finetune.evaluation.kinds import Kind
 from finetune.events import Validated
 from finetune.recipe.schema import MEASURES
 from finetune.text import from_here, one_line, shorten
@@ -145,6 +146,22 @@ def confusion_table(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> T
         styles = ("bold green" if i == j else "red" if count else "dim" for j, count in enumerate(row))
         cells = [Text(f"{count:,}", style) for count, style in zip(row, styles, strict=True)]
         table.add_row(_cell(f"{i + 1} {label}", 26), *cells)
+    return table
+
+
+def kinds_table(kinds: Sequence[Kind]) -> Table:
+    """How many held-out rows each kind of error has, before and after; without the kinds of no row."""
+    before = any(kind.base for kind in kinds)
+    interval = lines("tuned, 95 %", "interval, %")
+    table = _table("kind of error", "of", *(["base"] if before else []), "tuned", interval, *(["p"] if before else []))
+    for kind in kinds:
+        if not kind.occurs:
+            continue
+        name = kind.name if kind.labels is None else f"{kind.labels[0]} taken for {kind.labels[1]}"
+        base = [f"{kind.base.count:,}" if kind.base else "-"] if before else []
+        cells = [f"{kind.measured:,}", *base, f"{kind.tuned.count:,}"]
+        p_value = [] if not before else ["-" if kind.p_value is None else f"{kind.p_value:.2g}"]
+        table.add_row(_cell(name, 40), *cells, _interval(kind.tuned.interval, True), *p_value)
     return table
 
 

@@ -126,6 +126,13 @@ def whole_run(world: World, values: Values) -> Any:
     return files, [type(event).__name__ for event in events if type(event).__name__ != "Progress"]
 
 
+def analysis(world: World, values: Values) -> Any:
+    """What is said of the errors."""
+    job = world.job(values)
+    told = run_to_report(job, create(job.recipe, "run")).analysis
+    return told and told.to_json()
+
+
 def checkpoints(world: World, values: Values) -> Any:
     """The steps of the checkpoints that a run leaves."""
     job = world.job(values)
@@ -270,6 +277,8 @@ CASES = {
     "evaluate.max_tokens": Case(whole_run, 1, OPEN),
     "evaluate.answer": Case(whole_run, "json", OPEN),
     "evaluate.base": Case(whole_run, False),
+    "evaluate.forgetting": Case(analysis, False),
+    "evaluate.swaps": Case(analysis, [["fine", "warm"]]),
     "seed": Case(steps, 1),
     "backend": Case(backend, "torch"),
     "device": Case(device, "cpu"),

@@ -14,7 +14,7 @@ from finetune.data.rows import Example, Prepared, Split
 from finetune.evaluation import evaluate as module
 from finetune.evaluation.answers import part_of
 from finetune.evaluation.evaluate import Evaluation, evaluate
-from finetune.evaluation.scoring import RowLosses
+from finetune.evaluation.scoring import RowLosses, Written
 from finetune.recipe.schema import AnswerPart
 from finetune.report.report import compare
 from finetune.report.tables import comparison_table
@@ -84,7 +84,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch, answers: Sequence[tuple[str, str]
 
     def written(*_: Any) -> Any:
         yield from ()
-        return [answer for _, answer in answers]
+        return [Written(answer, True) for _, answer in answers]
 
     monkeypatch.setattr(module, "row_losses", losses)
     monkeypatch.setattr(module, "write_answers", written)

@@ -117,7 +117,7 @@ def test_an_evaluation_comes_back_as_it_was_saved(tmp_path: Path, recipe: Recipe
     assert load_evaluation(tmp_path / "one.json") == found
     values = json.loads((tmp_path / "one.json").read_text())
     keys = ["place", "prompt", "expected", "predicted", "correct", "loss", "tokens"]
-    assert [list(row) for row in values["results"]] == [[*keys, "compared"]] * 9
+    assert [list(row) for row in values["results"]] == [[*keys, "compared", "ended"]] * 9
     for row in values["results"]:
         del row["compared"]
     (tmp_path / "one.json").write_text(json.dumps(values))

@@ -1,0 +1,192 @@
+"""Did it forget? The loss on general text, and on the base's own answers, before and after, with an interval."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from statistics import NormalDist
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from backends.interface import IntArray, Session
+from finetune.data.rows import Example
+from finetune.data.tokenizer import Tokenizer, begin_tokens, encode, with_begin
+from finetune.evaluation.evaluate import Evaluation, base_weights
+from finetune.evaluation.intervals import weighted_mean_interval
+from finetune.evaluation.scoring import RowLosses, row_losses, write_tokens
+from finetune.events import Progress
+
+FILE = "general.jsonl"  # 200 short pieces of our own writing, of five kinds in turn
+LONGEST = 64  # tokens of a piece; what lies beyond is not read
+MOST_ANSWERED = 32  # pieces that the base goes on with itself
+ANSWERED = 16  # tokens of a greedy answer to the first half of a piece
+FEWEST = 20  # pieces, to say anything
+MARGIN = 0.1  # nats per token: a smaller rise is of no account
+SIGNIFICANT = 0.01  # p-values below this, of a rise beyond the margin
+Verdict = Literal["forgot", "some", "none", "too short to say"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of the loss on the same pieces, in nats per token: above 0 where the tuned model does worse."""
+
+    name: str  # all, answers (the base's own greedy ones), or the kind: encyclopaedic, dialogue, code, ...
+    pieces: int
+    base: float  # nats per token
+    tuned: float
+    change: float
+    interval: tuple[float, float]  # of the change, 95 %
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """The kept adapter against the base on general text that is not of the recipe's data."""
+
+    __pydantic_config__: ClassVar = {"allow_inf_nan": False}
+
+    verdict: Verdict  # some: beyond the margin, and yet less than was gained on the held-out rows
+    changes: tuple[Change, ...]  # none where the run was too short; else "all" first, then by kind, "answers" last
+    margin: float  # nats per token: a smaller rise is of no account
+    p_value: float | None  # of "it rises by no more than the margin", one-sided
+    p_more: float | None  # of "it rises by no more than the loss on the held-out rows fell"; None without a base
+    gain: float | None  # by how much the loss on the held-out rows fell, nats per token; None without a base
+    message: str  # a plain sentence
+
+
+def measuring(
+    session: Session, tokenizer: Tokenizer, stop: frozenset[int], most: int, micro_tokens: int, vocabulary: int | None
+) -> Generator[Progress, None, tuple[Change, ...]]:
+    """Both models on as many pieces as `most` tokens allow; the kinds take turns. Nothing where they are too few.
+
+    vocabulary: pieces with a token beyond it are left out. Raises MemoryExhausted.
+    """
+    kinds, examples = pieces(tokenizer, vocabulary)
+    count = _affordable(examples, most)
+    if count < FEWEST:
+        return ()
+    kinds, examples = kinds[:count], examples[:count]
+    with base_weights(session):
+        before = yield from row_losses(session, examples, micro_tokens, "general text: base model")
+        answers = yield from _answers(session, examples[: min(MOST_ANSWERED, count // 4)], stop)
+        own = yield from row_losses(session, answers, micro_tokens, "its own answers: base model")
+    after = yield from row_losses(session, examples, micro_tokens, "general text: tuned model")
+    named = {"all": list(range(count))}
+    for number, kind in enumerate(kinds):
+        named.setdefault(kind, []).append(number)
+    changes = [change_of(name, before, after, rows) for name, rows in named.items()]
+    if answers:
+        tuned = yield from row_losses(session, answers, micro_tokens, "its own answers: tuned model")
+        changes.append(change_of("answers", own, tuned, range(len(answers))))
+    return tuple(changes)
+
+
+def pieces(tokenizer: Tokenizer, vocabulary: int | None) -> tuple[list[str], list[Example]]:
+    """The kind of each piece, and the piece."""
+    file = resources.files("finetune") / "assets" / FILE
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    begin = begin_tokens(tokenizer)
+    kinds, examples = [], []
+    for row, encoded in zip(rows, encode(tokenizer, [row["text"] for row in rows]), strict=True):
+        tokens = np.array(with_begin(encoded.tokens, begin)[:LONGEST], np.int32)
+        if len(tokens) > 2 * len(begin) + 2 and (vocabulary is None or int(np.max(tokens)) < vocabulary):
+            kinds.append(row["kind"])
+            examples.append(_example(tokens, max(len(begin), 1), f"{FILE}:{len(kinds)}"))
+    return kinds, examples
+
+
+def _example(tokens: IntArray, start: int, location: str) -> Example:
+    """Supervised from token `start` on."""
+    return Example(tokens, (np.arange(len(tokens)) >= start).astype(np.float32), location)
+
+
+def _affordable(examples: Sequence[Example], most: int) -> int:
+    """How many pieces both models can read for so many tokens; a quarter of them are gone on with too."""
+    each = np.array([2.4 * len(example) + ANSWERED for example in examples])
+    return int((each.cumsum() <= most).sum())
+
+
+def _answers(
+    session: Session, examples: Sequence[Example], stop: frozenset[int]
+) -> Generator[Progress, None, list[Example]]:
+    """How the model itself goes on from the first half of each piece; those that end at once are left out."""
+    halves = [replace(example, answer_start=max(len(example) // 2, 1)) for example in examples]
+    written = yield from write_tokens(session, halves, stop, ANSWERED, "its own answers: writing")
+    return [
+        _example(np.array([*half.prompt_tokens, *tokens], np.int32), len(half.prompt_tokens), half.location)
+        for half, tokens in zip(halves, written, strict=True)
+        if tokens
+    ]
+
+
+def change_of(name: str, before: RowLosses, after: RowLosses, rows: Sequence[int]) -> Change:
+    """Of those rows; each row's tokens belong together."""
+    chosen = np.array(rows)
+    tokens = before.tokens[chosen]
+    base, tuned = (float(one.loss[chosen].sum() / tokens.sum()) for one in (before, after))
+    each = (after.loss[chosen] - before.loss[chosen]) / tokens
+    low, high = weighted_mean_interval(each, tokens) if len(chosen) > 1 else (tuned - base, tuned - base)
+    return Change(name, len(chosen), base, tuned, tuned - base, (low, high))
+
+
+def judge(changes: Sequence[Change], base: Evaluation | None, tuned: Evaluation) -> Forgetting:
+    """The verdict and its sentence. base, tuned: on the held-out rows."""
+    fall = None if base is None else _fall(base, tuned)
+    gain = None if fall is None else fall.change
+    if not changes:
+        return Forgetting("too short to say", (), MARGIN, None, None, gain, _TOO_SHORT)
+    rise = changes[0]
+    p_value = beyond(rise, MARGIN)
+    p_more = None if fall is None else beyond(rise, fall.change, _error(fall))
+    verdict: Verdict = "none" if p_value >= SIGNIFICANT else "forgot"
+    if verdict == "forgot" and p_more is not None and p_more >= SIGNIFICANT:
+        verdict = "some"
+    message = _sentence(verdict, changes, gain)
+    return Forgetting(verdict, tuple(changes), MARGIN, p_value, p_more, gain, message)
+
+
+def _fall(base: Evaluation, tuned: Evaluation) -> Change:
+    """By how much the loss on the held-out rows falls: here a fall is above 0."""
+    differences = [before.loss - after.loss for before, after in zip(base.results, tuned.results, strict=True)]
+    gain = base.loss - tuned.loss
+    known = (
+        weighted_mean_interval(differences, [row.tokens for row in tuned.results]) if tuned.rows > 1 else (gain, gain)
+    )
+    return Change("held-out rows", tuned.rows, base.loss, tuned.loss, gain, known)
+
+
+def beyond(change: Change, limit: float, error: float = 0.0) -> float:
+    """The one-sided p-value of "it rises by no more than the limit", which has a standard error of its own."""
+    whole = math.hypot(_error(change), error)
+    return float(change.change <= limit) if whole == 0 else 1 - NormalDist().cdf((change.change - limit) / whole)
+
+
+def _error(change: Change) -> float:
+    return (change.interval[1] - change.interval[0]) / (2 * NormalDist().inv_cdf(0.975))
+
+
+_TOO_SHORT = (
+    f"Forgetting: not measured; {FEWEST} pieces of general text would cost too large a share of so short a run."
+)
+_SAID: dict[Verdict, str] = {
+    "none": "No forgetting to speak of",
+    "some": "It forgot less than it gained",
+    "forgot": "Forgot",
+}
+
+
+def _sentence(verdict: Verdict, changes: Sequence[Change], gain: float | None) -> str:
+    whole, kinds = changes[0], [change for change in changes[1:] if change.name != "answers"]
+    low, high = whole.interval
+    worst = max(kinds, key=lambda change: change.change)
+    most = "" if verdict == "none" else f"; most on {worst.name}: {worst.change:+.3f}"
+    gained = "" if gain is None else f"; on the held-out rows the loss falls by {gain:.3f}"
+    remedy = " Lower train.learning_rate or train.epochs, or mix general rows into the data."
+    return (
+        f"{_SAID[verdict]}: loss on {whole.pieces} pieces of general text {whole.base:.3f} before, {whole.tuned:.3f} "
+        f"after (95 % interval of the change: {low:+.3f} to {high:+.3f} nats per token{most}){gained}."
+        f"{remedy if verdict == 'forgot' else ''}"
+    )
