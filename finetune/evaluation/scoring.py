@@ -145,7 +145,7 @@ def write_answers(
 
 
 def write_tokens(
-    session: Session,
+    session: Reader,
     examples: Sequence[Example],
     stop: frozenset[int],
     max_tokens: int,
