@@ -21,6 +21,7 @@ from finetune.evaluation.yardstick import Words
 from finetune.events import Validated
 from finetune.report.facts import Facts
 from finetune.report.times import Times
+from finetune.training.race import Race
 
 _REMEDY = "delete it, and the model is evaluated again"
 
@@ -58,6 +59,7 @@ class Report:
     validations: tuple[Validated, ...]
     best_step: int
     limited: tuple[str, ...] = ()  # what data.limit left of each split
+    race: Race | None = None  # that chose the learning rate; None where the recipe names one
     loads: tuple[Loading, ...] = ()  # whether PEFT and mlx-lm would load the adapter's folder
 
     def to_json(self) -> dict[str, Any]:
@@ -90,6 +92,7 @@ class Report:
             "best_step": self.best_step,
             "limited": list(self.limited),
             "validations": [asdict(validated) for validated in self.validations],
+            **({"race": asdict(self.race)} if self.race else {}),
             **connections.account(),
         }
 
