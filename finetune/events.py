@@ -156,6 +156,14 @@ class CheckpointDue(Passing):
     """
 
 
+@dataclass(frozen=True)
+class EndKnown(Passing):
+    """With `epochs: auto`: the validations, or the bound, say where the run ends, and the rate falls from now on."""
+
+    steps: int  # in the whole run
+    validations: int  # to come
+
+
 class Work(Generic[Said, Result]):
     """Long work, to be iterated over: its events, one by one. After the last, `result` is what the work returned."""
 

@@ -16,7 +16,7 @@ from finetune.check.survey import as_json, survey
 from finetune.check.told import leaked_into, read_told
 from finetune.check.verdict import headline
 from finetune.data.limit import limit_notes
-from finetune.disk.adapter import check_base, check_start, start_from
+from finetune.disk.adapter import check_base, check_start
 from finetune.disk.adapter_check import loadings
 from finetune.disk.atomic import write_file
 from finetune.disk.checkpoint import Checkpoint, Checkpoints, load_newest
@@ -36,11 +36,13 @@ from finetune.report.facts import facts_of
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
 from finetune.report.times import Times
-from finetune.training.budget import settle_recomputation, starting_tokens
+from finetune.training.budget import settle_recomputation
 from finetune.training.job import Job, known_validation
 from finetune.training.keep import save_adapter
 from finetune.training.loop import Trainer
 from finetune.training.outlook import look_ahead, sampler_of
+from finetune.training.race import Race
+from finetune.training.ready import ready_trainer
 
 NOT_REPEATABLE = (
     "this model uses an operation that has no repeatable kernel on this device: the same run again, or a resumed one, "
@@ -59,6 +61,7 @@ class Begun:
     words: Words | None  # how good the words alone are
     times: Times
     questions: Questions  # what is asked beside the held-out rows themselves
+    race: Race | None  # None where the recipe names the learning rate
 
 
 class Run:
@@ -123,19 +126,9 @@ class Run:
         times = Times.of(folder, ahead)
         base = yield from self._evaluate_base(session, times)
         words = bag_of_words(job.prepared, folder.words) if base else None
-        trainer = Trainer(
-            session=session,
-            prepared=job.prepared,
-            recipe=job.recipe,
-            checkpoints=Checkpoints(folder.checkpoints, identity),
-        )
-        if saved is not None:
-            trainer.restore(saved)
-        else:
-            trainer.limit_micro_batches((yield from starting_tokens(settled, session)))
-            if start:
-                start_from(session, start, lora_spec(job.recipe))
-        return Begun(trainer, None if saved is None else saved.state.step, base, told, words, times, asked)
+        checkpoints = Checkpoints(folder.checkpoints, identity)
+        trainer, race = yield from ready_trainer(settled, session, folder, checkpoints, saved, self)
+        return Begun(trainer, None if saved is None else saved.state.step, base, told, words, times, asked, race)
 
     def train(self, begun: Begun) -> Iterator[Event]:
         """All steps that are left; metrics.jsonl records them. Raises Interrupted, Diverged, MemoryExhausted."""
@@ -200,11 +193,12 @@ class Run:
             tuned=tuned,
             comparison=compare(begun.base, tuned, begun.words) if begun.base else None,
             leaked=leaked_rows(begun.base, tuned, leaked_into(begun.told, job.prepared.held_out.name)),
-            overfitting=overfitting_verdict(validations),
+            overfitting=overfitting_verdict(validations, trainer.plan.steps < trainer.longest.steps),
             divergence=divergence(events, job.folder.vocabulary, trainer.plan.warmup),
             validations=validations,
             best_step=trainer.state.best_step,
             limited=limit_notes(job.prepared),
+            race=begun.race,
         )
 
     def _write_environment(self, session: Session | None = None) -> None:

@@ -128,7 +128,7 @@ def _enough(recipe: Recipe, prepared: Prepared, trainable: int, balance: Balance
         held_out=len(prepared.held_out.examples) or len(prepared.valid.examples),
         supervised_tokens=prepared.train.account["supervised_tokens"],
         trainable=trainable,
-        epochs=plan.steps / plan.steps_per_epoch,
+        epochs=plan.foretold / plan.steps_per_epoch,
     )
 
 

@@ -53,9 +53,9 @@ lora:
 quantize: 4bit              # none | 4bit
 
 train:
-  epochs: 3
+  epochs: auto              # as many as lower the validation loss, 6 at most; or a number
   batch_size: 16            # examples in one optimiser step, on every machine
-  learning_rate: 2e-4{rate}
+  learning_rate: auto       # the best of four in a short race before the run; or a number, such as 2e-4
   max_length: {max_length:<13} # the longest row has about {longest} words
   early_stopping: 2         # stop after two validations without a better loss
 """
@@ -140,7 +140,6 @@ def _recipe(rows: Sequence[Row], look: Look, data: str, output: Path, model: str
         held_out=_held_out(data, bool(look.labels)),
         columns=_columns(rows, look),
         template=_written(_template(rows, look)),
-        rate="       # for small models 1e-3 is a better start" if model.startswith(BUILTIN) else "",
         max_length=next((size for size in (128, 256, 512, 1024, 2048) if 2 * words < size), 4096),
         longest=words,
     )

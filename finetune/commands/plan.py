@@ -33,6 +33,7 @@ from finetune.training.budget import Forecast, Workload, forecast_here, forecast
 from finetune.training.job import beyond_context, refuse_unfit, set_up
 from finetune.training.largest import largest_model, longest_row
 from finetune.training.outlook import seconds_of_parts, validations
+from finetune.training.race import foretold_race
 
 POSITIONS = 2**20  # of a model that does not say how many it takes
 
@@ -71,6 +72,9 @@ def run(recipe: Recipe, compare: bool, largest: bool = False) -> None:
         console.print(highlighted(example, tokenizer))
     console.rule("steps", align="left")
     console.print(steps_table(recipe, folder, prepared.train.examples))
+    if recipe.train.learning_rate == "auto":
+        for line in foretold_race(recipe, folder, prepared, backend):
+            console.print(line, soft_wrap=True)
     console.rule("backends on this machine", align="left")
     console.print(backends_table(recipe, backend))
     if compare:
@@ -186,7 +190,7 @@ def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]
     minutes = recipe.train.checkpoint_minutes
     shapes = ", ".join(f"{batch.inputs.shape[0]} x {batch.inputs.shape[1]}" for batch in micro)
     figures = {
-        "optimiser steps": f"{plan.steps:,}",
+        "optimiser steps" + ", at most" * plan.open_end: f"{plan.steps:,}",
         "steps per epoch": f"{plan.steps_per_epoch:,}",
         "steps between validations": f"{plan.evaluate_every:,}",
         "steps between checkpoints": f"{plan.checkpoint_every:,}",

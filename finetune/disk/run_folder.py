@@ -87,6 +87,11 @@ class RunFolder:
         """How good the words alone are, which is measured once."""
         return self.path / "words.json"
 
+    @property
+    def race(self) -> Path:
+        """The race that chose the learning rate, where the recipe leaves it open."""
+        return self.path / "race.json"
+
     def always(self) -> dict[str, str | None] | None:
         """What every training row had beside its question (`data.beside.Always`); None where the run has recorded none.
 

@@ -32,10 +32,11 @@ class Overfitting:
     message: str
 
 
-def overfitting_verdict(validations: Sequence[Validated]) -> Overfitting:
+def overfitting_verdict(validations: Sequence[Validated], enough: bool = False) -> Overfitting:
     """Overfitting: the validation loss ends above its minimum while the training loss kept falling.
 
-    `validations` is the epoch table in order, with or without the row before training; it must not be empty.
+    `validations` is the epoch table in order, with or without the row before training; it must not be empty. enough:
+    the run ended because an epoch more would have brought little (`epochs: auto`).
     """
     best = min(validations, key=lambda validated: validated.loss)  # the first of equals
     last = validations[-1]
@@ -51,7 +52,7 @@ def overfitting_verdict(validations: Sequence[Validated]) -> Overfitting:
             f"{_epoch(last)}, while training loss falls from {_train_loss(before):.4g} to {_train_loss(last):.4g}. "
         )
         return Overfitting("overfitting", best.epoch, best.loss, message + _where_to_stop(best))
-    return Overfitting("none", best.epoch, best.loss, _no_overfitting(best, last, rose))
+    return Overfitting("none", best.epoch, best.loss, _no_overfitting(best, last, rose, enough))
 
 
 def _where_to_stop(best: Validated) -> str:
@@ -60,14 +61,15 @@ def _where_to_stop(best: Validated) -> str:
     return "No epoch beat the model before training: lower the learning rate, or train on more data."
 
 
-def _no_overfitting(best: Validated, last: Validated, rose: bool) -> str:
+def _no_overfitting(best: Validated, last: Validated, rose: bool, enough: bool) -> str:
     if rose:
         return (
             f"No overfitting, but validation loss rises from {best.loss:.4g} at {_epoch(best)} to {last.loss:.4g} at "
             f"{_epoch(last)} and training loss does not fall: lower the learning rate."
         )
     if best is last:
-        return f"No overfitting: validation loss is lowest, {best.loss:.4g}, at the end; more training may help."
+        more = "it hardly fell any more, and the run ended by itself" if enough else "more training may help"
+        return f"No overfitting: validation loss is lowest, {best.loss:.4g}, at the end; {more}."
     return (
         f"No overfitting: validation loss is lowest, {best.loss:.4g}, at {_epoch(best)} and stays near it "
         f"({last.loss:.4g} at the end)."

@@ -1,52 +1,92 @@
-"""When things happen, and the learning rate: pure functions of the recipe and the number of rows."""
+"""When things happen, and the learning rate: pure functions of the recipe, the number of rows and the validations."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from finetune.recipe.schema import Recipe
 
 DEFAULT_EPOCHS = 3
+MOST_EPOCHS = 6  # that `epochs: auto` makes
+FALLS = 0.02  # of the lowest validation loss so far: an epoch that lowers it by less is not worth another like it
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The run in optimiser steps."""
+    """The run in optimiser steps. With `epochs: auto` it is the longest that the run may be, until `known_end`."""
 
     steps: int
     steps_per_epoch: int
     evaluate_every: int
     checkpoint_every: int
     warmup: int
+    falls_after: int  # the steps done before the rate begins to fall
+    open_end: bool = False
+
+    @property
+    def foretold(self) -> int:
+        """The steps that the run is taken to have where that is not known yet."""
+        return DEFAULT_EPOCHS * self.steps_per_epoch if self.open_end else self.steps
 
     def evaluates_after(self, step: int) -> bool:
-        return step == self.steps or step % self.evaluate_every == 0
+        return step == self.steps or step % self.evaluate_every == 0 or (self.open_end and self.ends_epoch(step))
 
     def checkpoints_after(self, step: int) -> bool:
         return step == self.steps or step % self.checkpoint_every == 0
+
+    def ends_epoch(self, step: int) -> bool:
+        return step % self.steps_per_epoch == 0
 
 
 def make_plan(recipe: Recipe, rows: int) -> Plan:
     """`rows` are the examples trained on; the short last step of an epoch counts as a step."""
     train = recipe.train
     per_epoch = math.ceil(rows / train.batch_size)
-    steps = train.steps if train.steps is not None else per_epoch * (train.epochs or DEFAULT_EPOCHS)
+    open_end = train.epochs == "auto"
+    planned = DEFAULT_EPOCHS if train.epochs is None or train.epochs == "auto" else train.epochs
+    steps = train.steps if train.steps is not None else per_epoch * planned
+    warmup = round(train.warmup * steps)
     return Plan(
-        steps=steps,
+        steps=per_epoch * MOST_EPOCHS if open_end else steps,
         steps_per_epoch=per_epoch,
         evaluate_every=recipe.evaluate.every or per_epoch,
         checkpoint_every=train.checkpoint_every or per_epoch,
-        warmup=round(train.warmup * steps),
+        warmup=warmup,
+        falls_after=per_epoch * (MOST_EPOCHS - 1) if open_end else warmup,
+        open_end=open_end,
     )
+
+
+def known_end(recipe: Recipe, plan: Plan, validations: Iterable[tuple[int, float]]) -> Plan:
+    """The plan once validations, as (step, loss) in order, say where it ends; before they do, and without an open end,
+    the same plan.
+
+    The rate stays at its peak while each epoch lowers the validation loss by FALLS, and falls over the epoch after the
+    first that does not. A constant rate ends with that one.
+    """
+    if not plan.open_end:
+        return plan
+    lowest = math.inf
+    for step, loss in validations:
+        if not plan.ends_epoch(step):
+            continue
+        if step and loss > lowest * (1.0 - FALLS):
+            falls = 0 if recipe.train.schedule == "constant" else plan.steps_per_epoch
+            return replace(plan, steps=min(step + falls, plan.steps), falls_after=step)
+        lowest = min(lowest, loss)
+    return plan
 
 
 def learning_rate(recipe: Recipe, plan: Plan, step: int) -> float:
     """The rate of the step after `step` done ones: linear warmup, then constant, linear or cosine to zero."""
     peak = recipe.train.learning_rate
+    if isinstance(peak, str):
+        raise ValueError("the race of rates comes before the first step")
     if step < plan.warmup:
         return peak * (step + 1) / plan.warmup
-    progress = (step - plan.warmup) / max(plan.steps - plan.warmup, 1)  # [0, 1)
+    progress = max(step - plan.falls_after, 0) / max(plan.steps - plan.falls_after, 1)  # [0, 1)
     if recipe.train.schedule == "linear":
         return peak * (1.0 - progress)
     if recipe.train.schedule == "cosine":

@@ -107,8 +107,9 @@ class Lora(Section):
 
 
 class Train(Section):
-    epochs: Positive | None = None
-    """Passes over the data; 3 unless steps is given."""
+    epochs: Positive | Literal["auto"] | None = None
+    """Passes over the data; 3 unless steps is given. auto: as many as lower the validation loss by 2 % each, then one
+    over which the rate falls to zero; 6 at most."""
     steps: Positive | None = None
     """Optimiser steps, instead of epochs."""
     batch_size: Positive = 16
@@ -117,7 +118,8 @@ class Train(Section):
     """Tokens, padding counted, that are in memory at once: fewer where they would not fit; auto: as many as fit.
     A matter of memory alone, never of the result."""
     # With the largest rate and decay their product still fits float32.
-    learning_rate: Annotated[float, Field(gt=0.0, le=1e37)] = 2e-4
+    learning_rate: Annotated[float, Field(gt=0.0, le=1e37)] | Literal["auto"] = "auto"
+    """The highest rate. auto: the best of four in a short race on the training rows, judged on validation rows."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: Share = 0.05
     """The share of all steps over which the rate rises from zero."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from finetune.events import Event, Outlook, Progress, RunStarted, Samples, StepDone, StoppedEarly, Validated
+from finetune.events import EndKnown, Event, Outlook, Progress, RunStarted, Samples, StepDone, StoppedEarly, Validated
 
 BASE, TRAINING, VALIDATION, TUNED = "base model", "training", "validation", "tuned model"
 PHASES = (BASE, TRAINING, VALIDATION, TUNED)
@@ -56,6 +56,10 @@ class Pace:
         elif isinstance(event, RunStarted):
             self.steps = event.steps
             self._train(event.step)
+        elif isinstance(event, EndKnown):
+            self.steps = event.steps
+            if self.outlook:
+                self.outlook = replace(self.outlook, validations=self.validations + event.validations)
         elif isinstance(event, StepDone):
             self._recent.append(event.seconds)
             self._train(event.step)

@@ -22,6 +22,7 @@ from finetune.evaluation.yardstick import Words
 from finetune.events import Validated
 from finetune.report.facts import Facts
 from finetune.report.times import Times
+from finetune.training.race import Race
 
 _REMEDY = "delete it, and the model is evaluated again"
 
@@ -60,6 +61,7 @@ class Report:
     best_step: int
     limited: tuple[str, ...] = ()  # what data.limit left of each split
     analysis: Analysis | None = None  # kinds of error, groups, and what was forgotten
+    race: Race | None = None  # that chose the learning rate; None where the recipe names one
     loads: tuple[Loading, ...] = ()  # whether PEFT and mlx-lm would load the adapter's folder
 
     def to_json(self) -> dict[str, Any]:
@@ -93,6 +95,7 @@ class Report:
             "best_step": self.best_step,
             "limited": list(self.limited),
             "validations": [asdict(validated) for validated in self.validations],
+            **({"race": asdict(self.race)} if self.race else {}),
             **connections.account(),
         }
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from finetune.console import Console
 from finetune.events import (
     CheckpointSaved,
+    EndKnown,
     Event,
     Finished,
     MemorySplit,
@@ -169,6 +170,8 @@ def sentence(event: Event) -> str | None:
     """What either screen says of an event that is neither a step, a validation nor progress; None: nothing."""
     if isinstance(event, Note):
         return event.text
+    if isinstance(event, EndKnown):
+        return f"step {event.step}: the end is known; from now on the rate falls, to zero at step {event.steps}"
     if isinstance(event, CheckpointSaved):
         return f"checkpoint of step {event.step}: {event.path}"
     if isinstance(event, MemorySplit):

@@ -60,6 +60,8 @@ def as_text(report: Report) -> str:
 def _render(console: Console, report: Report) -> None:
     for line in (*report.facts.lines(), *report.times.lines()):
         console.print(line, soft_wrap=True)
+    for line in report.race.lines() if report.race else ():
+        console.print(line)
     console.print(epoch_table(report.validations))
     console.print(report.overfitting.message)
     if report.divergence:

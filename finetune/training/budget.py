@@ -116,7 +116,7 @@ def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -
         adapted=folder.lora_modules(lora_spec(recipe)),
         examples=examples,
         batch_size=recipe.train.batch_size,
-        epochs=plan.steps / plan.steps_per_epoch,
+        epochs=plan.foretold / plan.steps_per_epoch,
         seed=recipe.seed,
         unsettled=recipe.train.gradient_checkpointing == "auto",
     )

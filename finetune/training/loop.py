@@ -18,6 +18,7 @@ from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.events import (
     CheckpointDue,
     CheckpointSaved,
+    EndKnown,
     Event,
     Finished,
     MemorySplit,
@@ -28,7 +29,7 @@ from finetune.events import (
     Validated,
     Work,
 )
-from finetune.recipe.schedule import Plan, learning_rate, make_plan
+from finetune.recipe.schedule import Plan, known_end, learning_rate, make_plan
 from finetune.recipe.schema import Recipe
 
 _ROWS_NAMED = 4  # of a step that diverged
@@ -76,7 +77,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.stopping = False  # set by whoever takes the events: stop after this step, or within this validation
-        self.plan: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
+        self.longest: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
+        self.plan = self.longest  # as far as it is known: with `epochs: auto` the validations say where it ends
         self.state = LoopState(self.recipe.train.tokens_at_once)
         self.best: Mapping[str, FloatArray] | None = None  # the adapter of the best validation
         self.validated: Evaluation | None = None  # the last validation, with its rows
@@ -95,6 +97,7 @@ class Trainer:
         check_tensors(saved, folder, _REMEDY)
         self.session.set_state(saved.state)
         self.best = saved.best
+        self._look_for_end()
 
     def events(self, untrained: Evaluation | None = None) -> Iterator[Event]:
         """Train to the end. Raises Interrupted, Diverged or MemoryExhausted, after the last good checkpoint.
@@ -106,7 +109,7 @@ class Trainer:
         if self._lacks_validation(step):  # a new run, or one that was stopped during a validation
             yield from self._finish_step(step, untrained if step == 0 else None)
         while step < self.plan.steps and not self.state.stopped_early:
-            yield from self._step(step)
+            yield from self.step(step)
             step += 1
             yield from self._finish_step(step)
         yield Finished(step, self.state.best_step, self.state.best_loss)
@@ -126,6 +129,9 @@ class Trainer:
                 raise
             patience = self.recipe.train.early_stopping
             self.state.stopped_early = patience is not None and self.state.without_better >= patience
+            if self.longest.open_end and self.plan.falls_after == step < self.plan.steps:
+                to_come = sum(map(self.plan.evaluates_after, range(step + 1, self.plan.steps + 1)))
+                yield EndKnown(step, self.plan.steps, to_come)
         if self.state.stopped_early:
             yield StoppedEarly(step, self.state.best_step, self.state.best_loss)
         interrupted = self.stopping
@@ -134,8 +140,8 @@ class Trainer:
         if interrupted:
             raise Interrupted(f"stopped after step {step}")
 
-    def _step(self, step: int) -> Iterator[Event]:
-        """One optimiser step, repeated with smaller micro-batches while memory runs out."""
+    def step(self, step: int) -> Iterator[Event]:
+        """One optimiser step after `step` done ones, repeated with smaller micro-batches while memory runs out."""
         rows = self.prepared.train.examples
         indices = step_indices(len(rows), self.recipe.train.batch_size, self.recipe.seed, step)
         examples = [rows[i] for i in indices]
@@ -200,7 +206,11 @@ class Trainer:
             self.state.best_step, self.state.best_loss = step, evaluation.loss
             self.best = self.session.get_state().adapter
         self.state.validations.append(replace(event, seconds=0.0))
+        self._look_for_end()
         yield event
+
+    def _look_for_end(self) -> None:
+        self.plan = known_end(self.recipe, self.longest, ((one.step, one.loss) for one in self.state.validations))
 
     def _evaluate(self, step: int) -> Generator[Progress, None, Evaluation]:
         """All validation rows. Raises Interrupted between two batches when asked to stop."""

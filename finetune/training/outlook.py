@@ -55,7 +55,9 @@ def sampler_of(job: Job) -> Sampler:
 def validations(recipe: Recipe, prepared: Prepared) -> int:
     """In the whole run, the one before the first step included."""
     plan = make_plan(recipe, len(prepared.train.examples))
-    return sum(plan.evaluates_after(step) for step in {*range(0, plan.steps, plan.evaluate_every), plan.steps})
+    steps = plan.foretold
+    every = {*range(0, steps, plan.evaluate_every), *(range(0, steps, plan.steps_per_epoch) if plan.open_end else ())}
+    return sum(plan.evaluates_after(step) for step in {*every, steps})
 
 
 def seconds_of_parts(recipe: Recipe, prepared: Prepared, work: Workload, speeds: Speeds) -> dict[str, float]:
@@ -69,7 +71,7 @@ def seconds_of_parts(recipe: Recipe, prepared: Prepared, work: Workload, speeds:
     # Once a model has learned that labels follow, the most probable token is one of them, and nothing more is asked.
     learned = ("loss",) if all(len(label) == 1 for label in prepared.label_tokens) else ("loss", "labels")
     parts = {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
-    parts["training"] = work.operations() * plan.steps / plan.steps_per_epoch / speeds.training
+    parts["training"] = work.operations() * plan.foretold / plan.steps_per_epoch / speeds.training
     for name in ("loss", "labels"):
         if times := (untrained + trained * (name in learned)) * (name in validated):
             parts[f"validation: {name}"] = validated[name] * times

@@ -61,6 +61,8 @@ def test_still_falling_is_no_overfitting():
     found = overfitting_verdict(table((None, 2.0), (1.5, 1.4), (1.2, 1.1)))
     assert (found.verdict, found.best_epoch) == ("none", 2.0)
     assert "more training may help" in found.message
+    ended = overfitting_verdict(table((None, 2.0), (1.5, 1.4), (1.2, 1.39)), enough=True)
+    assert ended.verdict == "none" and "more training" not in ended.message and "ended by itself" in ended.message
 
 
 def test_noise_below_one_per_cent_is_no_overfitting():

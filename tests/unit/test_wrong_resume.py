@@ -97,7 +97,7 @@ def test_the_same_run_goes_on(work: Work) -> None:
         ("  rank: 2", "  rank: 4", "lora.rank: the checkpoint has 2, this run has 4"),
         ("  alpha: 4.0", "  alpha: 8.0", "lora.alpha"),
         ("seed: 0", "seed: 1", "seed"),
-        ("  learning_rate: 0.0002", "  learning_rate: 0.0001", "train.learning rate"),
+        ("  learning_rate: auto", "  learning_rate: 0.0001", "train.learning rate"),
         ("  steps: 3", "  steps: 5", "train.steps"),
         ("  targets: all", "  targets: [q_proj]", "lora.targets"),
     ],

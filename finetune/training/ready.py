@@ -1,0 +1,38 @@
+"""A run's trainer, ready for its next step: where it starts from, how much it computes at once, at which rate."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+
+from backends.interface import Session
+from finetune.disk.adapter import start_from
+from finetune.disk.checkpoint import Checkpoint, Checkpoints
+from finetune.disk.run_folder import RunFolder
+from finetune.events import Event, Stoppable, stoppable
+from finetune.recipe.specs import lora_spec
+from finetune.training.budget import starting_tokens
+from finetune.training.job import Job
+from finetune.training.loop import Trainer
+from finetune.training.race import Race, choose_rate, with_rate
+
+
+def ready_trainer(
+    job: Job, session: Session, run: RunFolder, checkpoints: Checkpoints, saved: Checkpoint | None, by: Stoppable
+) -> Generator[Event, None, tuple[Trainer, Race | None]]:
+    """The trainer, and the race that chose its rate. saved: what a resumed run goes on from. by: who may stop the race.
+
+    Raises Incompatible where the adapter to start from does not fit, or a file is not what a run writes; Interrupted;
+    Diverged where no rate of a race learns.
+    """
+    recipe = job.recipe
+    if recipe.lora.start_from:
+        start_from(session, Path(recipe.lora.start_from), lora_spec(recipe))
+    limit = (yield from starting_tokens(job, session)) if saved is None else recipe.train.tokens_at_once
+    race = yield from stoppable(choose_rate(job, session, run, limit), by, "choosing the learning rate")
+    trainer = Trainer(session, job.prepared, with_rate(recipe, race), checkpoints)
+    if saved is None:
+        trainer.limit_micro_batches(limit)
+    else:
+        trainer.restore(saved)
+    return trainer, race
