@@ -39,3 +39,6 @@ ExportFolder = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Instead of a folder in the run's exports/.")
 ]
 VerifiedRows = Annotated[int, typer.Option("--rows", min=2, help="Held-out rows that it is verified on.")]
+WithoutRows = Annotated[
+    bool, typer.Option("--without-rows", help="Leave every text of the data out of the page, labels too.")
+]

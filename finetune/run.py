@@ -180,7 +180,7 @@ class Run:
         events = read(self.folder.metrics)
         return Report(
             run=str(self.folder.path),
-            facts=facts_of(job.recipe, job.prepared, events),
+            facts=facts_of(job, events, trainer.session.device),
             times=begun.times.of_events(events),
             adapter=str(self.folder.adapter),
             loads=loadings(self.folder.adapter, job.folder),

@@ -24,6 +24,7 @@ from finetune.options import (
     Temperature,
     Tools,
     VerifiedRows,
+    WithoutRows,
 )
 
 MOST = 16_000_000  # characters of a prompt
@@ -44,6 +45,52 @@ def evaluate(
     from finetune.commands.evaluate import run
 
     run(opened, recipe, data, backend)
+
+
+def compare(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="The folders of two or more runs, in their order.")
+    ],
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure all runs anew, on the held-out rows of the first.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Measure all runs anew, on the rows of this file.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="The page; compare.html in the last run if not given.")
+    ] = None,
+    without_rows: WithoutRows = False,
+    backend: Backend = None,
+) -> None:
+    """Compare runs: errors fixed, what changed, what to add."""
+    from finetune.disk.run_folder import open_existing
+
+    if len(folders) < 2:
+        raise RecipeError("compare needs two runs or more: finetune compare RUN RUN")
+    for folder in folders:
+        open_existing(folder)
+    begin()
+    from finetune.commands.compare import run
+
+    run(folders, measure, data, html, not without_rows, backend)
+
+
+def report(
+    folder: RunPath,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Instead of report.html in the run's folder.")
+    ] = None,
+    without_rows: WithoutRows = False,
+) -> None:
+    """Write a run's page anew, or without its data."""
+    from finetune.disk.run_folder import open_existing
+
+    open_existing(folder)
+    begin()
+    from finetune.commands.report import run
+
+    run(folder, output, not without_rows)
 
 
 def predict(

@@ -28,7 +28,7 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
     """Prints both models side by side and writes eval.json."""
     adapter = read_adapter(opened.adapter)
     recorded = measured_again(recipe, backend, opened) if data is None else None
-    job = recorded or _of_files(opened, recipe, data, backend)
+    job = recorded or job_of_files(opened, recipe, data, backend)
     check_base(opened.adapter, job.folder)
     session = job.open(adapter)
     base, tuned = with_progress(_evaluate_both(job, session))
@@ -38,7 +38,7 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
     write_file(opened.path / "eval.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def _of_files(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> Job:
+def job_of_files(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> Job:
     """The rows of `data`; without it those of the recipe's files, which must be what the run measured."""
     labels = None
     if data is not None:

@@ -59,10 +59,12 @@ def read_json_lines(file: Path, kind: type[T], remedy: str) -> list[T] | None:
     return rows
 
 
-def check_values(values: Any, kind: type[T], where: str, remedy: str) -> T:
+def check_values(
+    values: Any, kind: type[T], where: str, remedy: str, extra: Literal["forbid", "ignore"] = "forbid"
+) -> T:
     """Values that came from JSON, as a `kind`. Raises Incompatible, with `where` they stand, for what no run writes."""
     try:
-        told: T = _validated(kind, json.dumps(values), "forbid")
+        told: T = _validated(kind, json.dumps(values), extra)
     except ValidationError as error:
         raise _refusal(error, where, remedy) from None
     return told

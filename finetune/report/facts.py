@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from finetune.data.rows import Prepared
 from finetune.events import Event, StepDone
-from finetune.recipe.schema import Recipe
 from finetune.text import amount, duration
+from finetune.training.budget import foretold_peak
+from finetune.training.job import Job
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Facts:
     seconds: float  # of the steps, validations and evaluations not counted
     tokens_per_second: float  # padding not counted
     peak_bytes: int
+    foretold_bytes: int | None = None  # the peak, from sizes alone; None where they do not say
 
     def lines(self) -> Sequence[str]:
         data = "; ".join(f"{split} {source} ({self.rows[split]:,} rows)" for split, source in self.data.items())
@@ -32,8 +33,9 @@ class Facts:
         return f"model: {self.model}", f"data: {data}", f"training: {took}"
 
 
-def facts_of(recipe: Recipe, prepared: Prepared, events: Iterable[Event]) -> Facts:
+def facts_of(job: Job, events: Iterable[Event], device: str) -> Facts:
     """events: those of metrics.jsonl."""
+    recipe, prepared = job.recipe, job.prepared
     steps = [event for event in events if isinstance(event, StepDone)]
     seconds = sum(step.seconds for step in steps)
     named = {"train": recipe.data.train, "valid": recipe.data.valid, "test": recipe.data.test}
@@ -49,4 +51,5 @@ def facts_of(recipe: Recipe, prepared: Prepared, events: Iterable[Event]) -> Fac
         seconds=round(seconds, 3),
         tokens_per_second=round(sum(step.useful_tokens for step in steps) / seconds, 1) if seconds else 0.0,
         peak_bytes=max((step.peak_bytes for step in steps), default=0),
+        foretold_bytes=foretold_peak(job, device),
     )

@@ -21,6 +21,9 @@ from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.groups import sentences
 from finetune.evaluation.kinds import Analysis
 from finetune.events import StepDone
+from finetune.recipe.load import load_recipe
+from finetune.report.finished import at_the_end
+from finetune.report.page.run_page import run_page
 from finetune.report.plot import confusion_plot, loss_plot
 from finetune.report.report import Comparison, Report
 from finetune.report.tables import (
@@ -34,6 +37,8 @@ from finetune.report.tables import (
     per_class_table,
 )
 from finetune.training.job import Job, beyond_context
+
+PAGE = "report.html"
 
 
 def print_account(job: Job, run: RunFolder) -> None:
@@ -83,7 +88,7 @@ def _render(console: Console, report: Report) -> None:
         f"base weights: {report.scheme}; {report.backend} on {report.device}",
         f"adapter: {report.adapter} ({'; '.join([_adapter_step(report.best_step), *in_words(report.loads)])})",
         f"load it as it was measured: {report.adapter}/README.md",
-        f"everything else: {report.run} (report.json, rows.jsonl, kinds.json, loss.png, metrics.jsonl)",
+        f"everything else: {report.run} (report.html, report.json, rows.jsonl, kinds.json, metrics.jsonl)",
     )
     for fact in facts:
         console.print(fact, soft_wrap=True)
@@ -136,17 +141,20 @@ def account_of(prepared: Prepared) -> dict[str, Any]:
 
 
 def write_report(run: RunFolder, report: Report) -> None:
-    """report.txt (the tables), rows.jsonl, the plots; and report.json last, which marks the run as finished."""
+    """The report as tables, plots and a page, and its rows; report.json last, which marks the run as finished."""
     exports.write_report(run, as_text(report))
     write_file(run.path / "rows.jsonl", _rows(report))
     if report.analysis:
         values = json.dumps(report.analysis.to_json(), ensure_ascii=False)
         write_file(run.path / "kinds.json", f"{values}\n")
-    steps = [event for event in read(run.metrics) if isinstance(event, StepDone)]
+    events = read(run.metrics)
+    steps = [event for event in events if isinstance(event, StepDone)]
     title = f"{run.path.name}: loss of {Path(report.facts.model).name}"
     loss_plot(steps, list(report.validations), run.path / "loss.png", title, _chance(report.tuned))
     if report.tuned.confusion:
         confusion_plot(report.tuned.confusion, report.tuned.labels, run.path / "confusion.png")
+    finished = at_the_end(run, load_recipe(run.recipe), report, events)
+    write_file(run.path / PAGE, run_page(finished))
     run.write_json("report.json", report.to_json())
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from backends import registry
-from backends.interface import Device, Half, LoraSpec, ModelSpec, Modules, Session
+from backends.interface import BackendError, Device, Half, LoraSpec, ModelSpec, Modules, Session
 from backends.memory_plan import (
     Architecture,
     Costs,
@@ -266,3 +266,18 @@ def _fitting_with_model(work: Workload, costs: Costs, memory: float) -> int:
     """`fitting_tokens` where the model is not loaded yet."""
     least = work.memory(LEAST, costs)
     return fitting_tokens(work, costs, memory - (least.training - least.step))
+
+
+def foretold_peak(job: Job, device: str) -> int | None:
+    """Bytes at most, as `plan` says them before anything is loaded; None where what is free decides, or sizes do not
+    say.
+    """
+    train = job.recipe.train
+    if "auto" in (train.micro_tokens, train.gradient_checkpointing) or not job.prepared.train.examples:
+        return None
+    try:
+        work = workload(job.recipe, job.folder, job.prepared.train.examples)
+        costs = registry.costs(job.backend, registry.device_kind(device))
+        return round(work.memory(job.recipe.train.tokens_at_once, costs).peak)
+    except BackendError:
+        return None

@@ -31,6 +31,7 @@ FILES = {
     "recipe.yaml", "environment.json", "identity.json", "data.json", "metrics.jsonl", "evaluation-base.json",
     "evaluation-tuned.json", "rows.jsonl", "report.json", "report.txt", "loss.png", "confusion.png", "adapter",
     "checkpoints", "check.json", "check.txt", "words.json", "held-out.jsonl", "time.json", "kinds.json",
+    "report.html",
 }  # fmt: skip
 ADAPTER = {
     "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors", "tokenizer.json",

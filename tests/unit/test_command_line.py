@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "finetune"
 PANELS = {
     "Start": ["demo", "init", "check", "plan"],
     "Train": ["train", "resume"],
-    "Use": ["eval", "predict", "generate", "chat", "export", "runs"],
+    "Use": ["eval", "compare", "report", "predict", "generate", "chat", "export", "runs"],
     "Tools": ["doctor", "schema"],
 }
 
@@ -58,7 +58,7 @@ def test_completion_is_printed_for_a_shell(shell: str) -> None:
 
 def test_completion_offers_the_commands() -> None:
     answer = finetune(_FINETUNE_COMPLETE="complete_bash", COMP_WORDS="finetune re", COMP_CWORD="1")
-    assert answer.stdout.split() == ["resume"]
+    assert answer.stdout.split() == ["resume", "report"]
 
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "commands").glob("[!_]*.py")), ids=lambda file: file.stem)

@@ -1,0 +1,254 @@
+"""The page of one run: what each of its sections shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.evaluation.evaluate import Evaluation, RowResult
+from finetune.evaluation.intervals import worst_confusions
+from finetune.recipe.schema import MEASURES
+from finetune.report.differences import beyond_defaults, flat, in_words
+from finetune.report.finished import FinishedRun
+from finetune.report.page.chart import loss_chart
+from finetune.report.page.render import marked, render
+from finetune.report.page.words import changed_words, cut
+from finetune.report.tables import distinct
+from finetune.text import amount, duration, shorten
+
+MOST_ROWS = 20  # fixed rows that are shown, and as many broken ones
+MOST_WRONG = 10  # rows that are wrong before and after
+MOST_LABELS = 12  # in a whole confusion matrix; of a larger one only the most frequent confusions are shown
+WORST = 15  # of those
+MOST_CLASSES = 40
+SHORT = 30  # characters of answers that stand beside each other
+WIDE, NARROW = (1000, 340, 160), (360, 280, 60)  # of a chart: width, height, bands
+
+_VERDICTS = {
+    "Better": "good", "Fixed": "good", "Worse": "bad", "Mixed": "fair", "Not good yet": "fair",
+}  # fmt: skip
+
+
+def run_page(run: FinishedRun, rows: bool = True) -> str:
+    """The whole page. rows: whether texts of the data are shown (`redact` has taken them out where not)."""
+    return render("run.html", view(run, rows))
+
+
+def view(run: FinishedRun, rows: bool = True) -> dict[str, Any]:
+    """What the template shows, by section."""
+    measure = measure_of(run.tuned)
+    return {
+        "run": run,
+        "told": run.told,
+        "rows_shown": rows,
+        "model": model_name(run),
+        "data": Path(run.recipe.data.train).name if rows else "",
+        "verdict": verdict(run),
+        "measure": measure,
+        "bars": bars(run, measure),
+        "table": table(run, measure),
+        "charts": [loss_chart(run.steps, run.validations, *size) for size in (WIDE, NARROW)],
+        "validations": run.validations,
+        "labels": labels(run.tuned, run.base),
+        "changed": changed(run) if run.base else None,
+        "analysis": run.analysis,
+        "checked": checked(run),
+        "cost": cost(run),
+        "recipe": recipe(run),
+    }
+
+
+def verdict(run: FinishedRun) -> dict[str, Any]:
+    """The first word, how to colour it, and the sentences after it."""
+    judged = run.tuned.accuracy is not None
+    if run.told.comparison is None:
+        only = ["The base model was not measured."]
+        return {"word": "Measured", "style": "fair", "sentences": only, "by": "accuracy" if judged else "loss"}
+    word, _, rest = run.told.comparison.verdict.partition(": ")
+    by = "accuracy" if judged and not rest.startswith("loss") else "loss"
+    return {"word": word, "style": _VERDICTS.get(word, "fair"), "sentences": [sentence(rest)], "by": by}
+
+
+def sentence(text: str) -> str:
+    """Begun with a capital; a p-value stays on one line."""
+    return f"{text[:1].upper()}{text[1:]}".replace("p < ", "p\u00a0<\u00a0").replace("p = ", "p\u00a0=\u00a0")
+
+
+def measure_of(tuned: Evaluation) -> str:
+    if tuned.accuracy is None:
+        return "loss"
+    return "accuracy" if tuned.labels else MEASURES[tuned.compared]
+
+
+def model_name(run: FinishedRun) -> str:
+    """A folder by its last part, a hub id whole."""
+    path = run.recipe.model.path
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def bars(run: FinishedRun, measure: str) -> list[dict[str, Any]]:
+    """Shares with their intervals, base and tuned, on a scale from 0 to 1."""
+    told = []
+    for key, bounds, name in (("accuracy", "interval", measure), ("macro_f1", "macro_f1_interval", "macro F1")):
+        lines = [
+            {"model": model, "value": getattr(one, key), "interval": getattr(one, bounds), "of": f"{model}.{key}",
+             "bounds_of": f"{model}.{bounds}"}
+            for model, one in (("base", run.base), ("tuned", run.tuned))
+            if one is not None and getattr(one, key) is not None
+        ]  # fmt: skip
+        if lines:
+            told.append({"name": name, "lines": lines})
+    return told
+
+
+def table(run: FinishedRun, measure: str) -> list[dict[str, Any]]:
+    """Every measure, before and after."""
+    names = {"accuracy": measure, "macro_f1": "macro F1", "loss": "loss, nats/token", "perplexity": "perplexity",
+             "token_accuracy": "token accuracy"}  # fmt: skip
+    bounds = {"accuracy": "interval", "macro_f1": "macro_f1_interval"}
+    told = []
+    for key, name in names.items():
+        base, tuned = (getattr(one, key) if one else None for one in (run.base, run.tuned))
+        if tuned is not None:
+            told.append(
+                {
+                    "key": key,
+                    "name": name,
+                    "base": base,
+                    "tuned": tuned,
+                    "share": "accuracy" in key,
+                    "intervals": [getattr(one, bounds.get(key, ""), None) if one else None
+                                  for one in (run.base, run.tuned)],
+                    "bounds": bounds.get(key),
+                    "better": None if base in (None, tuned) else (tuned > base) == (key not in ("loss", "perplexity")),
+                }
+            )  # fmt: skip
+    return told
+
+
+def labels(tuned: Evaluation, base: Evaluation | None) -> dict[str, Any] | None:
+    """The confusions and the figures of single labels; None where there are no labels."""
+    if not tuned.confusion:
+        return None
+    names = [shorten(label, 60) for label in tuned.labels]
+    whole = len(names) <= MOST_LABELS
+    pairs = worst_confusions(tuned.confusion, len(names) ** 2)
+    before = {one["label"]: one["f1"] for one in base.classes} if base else {}
+    return {
+        "names": names,
+        "matrix": tuned.confusion if whole else None,
+        "totals": [max(sum(row), 1) for row in tuned.confusion],
+        "worst": pairs[:WORST],
+        "confusions": len(pairs),
+        "classes": [(i, names[i], one, before.get(one["label"])) for i, one in enumerate(tuned.classes[:MOST_CLASSES])],
+        "more": max(len(names) - MOST_CLASSES, 0),
+    }
+
+
+def changed(run: FinishedRun) -> dict[str, Any]:
+    """Rows that were fixed, broken, and wrong both times, with the words of the answers that changed."""
+    assert run.base is not None
+    pairs = list(zip(run.base.results, run.tuned.results, strict=True))
+    fixed = [i for i, (base, tuned) in enumerate(pairs) if base.correct is False and tuned.correct]
+    broken = [i for i, (base, tuned) in enumerate(pairs) if base.correct and tuned.correct is False]
+    wrong = [i for i, (base, tuned) in enumerate(pairs) if base.correct is False and tuned.correct is False]
+    shown = fixed[:MOST_ROWS] + broken[:MOST_ROWS] + wrong[:MOST_WRONG]
+    prompts = dict(zip(shown, distinct([pairs[i][1].prompt for i in shown]), strict=True))
+    return {
+        "fixed": [row(i, *pairs[i], prompts[i]) for i in fixed[:MOST_ROWS]],
+        "broken": [row(i, *pairs[i], prompts[i]) for i in broken[:MOST_ROWS]],
+        "wrong": [row(i, *pairs[i], prompts[i]) for i in wrong[:MOST_WRONG]],
+        "shown": bool(shown),
+        "counts": (len(fixed), len(broken)),
+        "still": len(wrong),
+        "judged": run.tuned.accuracy is not None,
+    }
+
+
+def row(number: int, base: RowResult, tuned: RowResult, prompt: str) -> dict[str, Any]:
+    before, after = changed_words(cut(base.predicted or ""), cut(tuned.predicted or ""))
+    return {
+        "number": number + 1,
+        "location": tuned.location,
+        "prompt": cut(prompt),
+        "expected": cut(tuned.expected or ""),
+        "base": marked(before, "del"),
+        "tuned": marked(after, "ins"),
+        "short": max(map(len, (tuned.expected or "", base.predicted or "", tuned.predicted or ""))) <= SHORT,
+    }
+
+
+def checked(run: FinishedRun) -> dict[str, Any] | None:
+    """What was found in the data, as counts. None where the run has not recorded it."""
+    found = run.checked
+    if found is None:
+        return None
+    problems = {
+        "repeated rows": len(found.duplicates.exact) + len(found.duplicates.near),
+        "rows leaked from one split to another": len(found.duplicates.leaks),
+        "rows with personal data": sum(kind.rows for kind in found.personal.values()),
+        "bad rows": len(found.bad_rows),
+        "faults in the tokens": found.faults,
+    }
+    return {
+        "splits": found.splits,
+        "problems": problems,
+        "level": found.enough.level,
+        "reasons": found.enough.reasons,
+        "labels": balance(found.balance.labels),
+    }
+
+
+def balance(labels_of: Mapping[str, Mapping[str, int]]) -> list[tuple[str, list[tuple[str, int, float]]]]:
+    """(split, [(label, rows, share of the largest)]) of each split, the most frequent labels first."""
+    told = []
+    for split, counts in labels_of.items():
+        if not counts:
+            continue
+        most = max(counts.values(), default=1)
+        frequent = sorted(counts.items(), key=lambda count: -count[1])[:MOST_LABELS]
+        told.append((split, [(shorten(label, 60), count, count / max(most, 1)) for label, count in frequent]))
+    return told
+
+
+def cost(run: FinishedRun) -> list[dict[str, Any]]:
+    """What the run took, beside what was foretold where the run has recorded that."""
+    facts, time = run.told.facts, run.told.time
+    lines: list[dict[str, Any]] = []
+    if facts is not None and facts.steps:
+        lines = [
+            _cost(
+                "training", "facts.seconds", facts.seconds, duration, time.foretold.get("training") if time else None
+            ),
+            _cost("memory at most", "facts.peak_bytes", facts.peak_bytes, amount, facts.foretold_bytes),
+            _cost("speed", "facts.tokens_per_second", facts.tokens_per_second, lambda rate: f"{rate:,.0f} tokens/s"),
+            _cost("steps", "facts.steps", facts.steps, lambda steps: f"{steps:,}"),
+        ]
+    if time is not None:
+        parts = [part for part in time.measured if part != "training" or not lines]
+        of = "time.measured."
+        lines += [_cost(part, of + part, time.measured[part], duration, time.foretold.get(part)) for part in parts]
+    return lines
+
+
+def _cost(
+    name: str, of: str, value: float, shown: Callable[[float], str], foretold: float | None = None
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "of": of,
+        "value": value,
+        "shown": shown(value),
+        "foretold": None if foretold is None else shown(foretold),
+        "ratio": value / foretold if foretold else None,
+    }
+
+
+def recipe(run: FinishedRun) -> dict[str, Any]:
+    return {
+        "beyond": [
+            (key, in_words(default), cut(in_words(value))) for key, default, value in beyond_defaults(run.recipe)
+        ],
+        "all": [(key, cut(in_words(value))) for key, value in flat(run.recipe).items()],
+    }
