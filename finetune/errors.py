@@ -26,6 +26,7 @@ class ExitCode(IntEnum):
     BACKEND = 7, "the backend does not work here, or cannot do what the recipe asks"
     INCOMPATIBLE = 8, "files that do not belong together, or a broken file"
     EXPORT = 9, "an export that does not do what the run's model does"
+    CASES = 10, "fewer cases of a suite pass than --at-least asks for"
     INTERRUPTED = 130, "stopped by Ctrl-C (SIGINT)"
     TERMINATED = 143, "stopped by SIGTERM, or by SIGHUP when its terminal closed"
 
@@ -97,6 +98,12 @@ class ExportFailed(FinetuneError):
     """An export was written and read back, and does not do what the run's model does."""
 
     exit_code = ExitCode.EXPORT
+
+
+class CasesFailed(FinetuneError):
+    """The tuned model passes fewer cases of a suite than it was asked to."""
+
+    exit_code = ExitCode.CASES
 
 
 class Interrupted(Exception):

@@ -27,6 +27,14 @@ System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="Th
 Tools = Annotated[
     Path | None, typer.Option("--tools", metavar="FILE", help="The tools that the model may call: a JSON list.")
 ]
+SuiteFile = Annotated[
+    str | None,
+    typer.Option("--suite", metavar="FILE", help='A JSON object a line: {"prompt": ..., "checks": {"contains": ...}}.'),
+]
+AtLeast = Annotated[
+    float | None,
+    typer.Option("--at-least", metavar="SHARE", help="Of the suite's cases; else exit code 10 (the interval's end)."),
+]
 ExportTo = Annotated[
     str, typer.Option("--to", metavar="FORMAT", help="merged, mlx, gguf or ollama.", show_default=False)
 ]

@@ -43,6 +43,7 @@ from finetune.training.loop import Trainer
 from finetune.training.outlook import look_ahead, sampler_of
 from finetune.training.race import Race
 from finetune.training.ready import ready_trainer
+from finetune.training.suites import ask_suite
 
 NOT_REPEATABLE = (
     "this model uses an operation that has no repeatable kernel on this device: the same run again, or a resumed one, "
@@ -170,7 +171,9 @@ class Run:
         with begun.times.measuring("errors", self.folder):
             errors = analysing(self.job, session, begun.questions, begun.base, tuned)
             analysis = yield from stoppable(errors, self, "analysing the errors")
-        write_report(self.folder, report := replace(self._figures(begun, tuned), analysis=analysis))
+        suite = yield from stoppable(ask_suite(self.job, session), self, "asking the suite")
+        report = replace(self._figures(begun, tuned), analysis=analysis, suite=suite)
+        write_report(self.folder, report)
         return report
 
     def _figures(self, begun: Begun, tuned: Evaluation) -> Report:

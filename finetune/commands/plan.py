@@ -34,6 +34,7 @@ from finetune.training.job import beyond_context, refuse_unfit, set_up
 from finetune.training.largest import largest_model, longest_row
 from finetune.training.outlook import seconds_of_parts, validations
 from finetune.training.race import foretold_race
+from finetune.training.suites import read_suite
 
 POSITIONS = 2**20  # of a model that does not say how many it takes
 
@@ -203,6 +204,8 @@ def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]
         "trainable parameters": f"{lora_spec(recipe).trainable(modules):,}",
         "numbers in the base's tensors": f"{total:,}",
     }
+    if recipe.evaluate.suite:
+        figures["cases of the suite"] = f"{len(read_suite(recipe.evaluate.suite)):,}"
     table = figures_table("", "")
     table.show_header = False
     for name, figure in figures.items():

@@ -17,10 +17,12 @@ from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import STOPPING, open_screen, with_progress
 from finetune.report.report import Report
 from finetune.report.summary import print_account, print_report
+from finetune.report.tracker import tracking
 from finetune.run import Run
 from finetune.supervisor import announce_run, listened_to, process_id
 from finetune.text import command_line, one_line
-from finetune.training.job import making_ready, refuse_unused_accelerator
+from finetune.training.job import refuse_unused_accelerator
+from finetune.training.suites import ready_with_suite
 
 
 class StopFlag:
@@ -72,7 +74,7 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
                 lock = held.enter_context(locked(stopped.path, process_id()))
                 if _finished(stopped):  # by the process that had the lock
                     return
-            ready = making_ready(recipe, run=stopped.path if stopped else None)
+            ready = ready_with_suite(recipe, stopped.path if stopped else None)
             job = with_progress(stoppable(ready, stop, "preparing the data"), stop)
             if folder is None:
                 folder = create(job.recipe, name)  # with the format and the task that were recognised
@@ -97,9 +99,11 @@ def _finished(run: RunFolder) -> bool:
 
 def show_run(run: Run, stop: StopFlag, resume: bool) -> Report:
     """Every event of the run on the screen. Raises Interrupted, after a checkpoint, once `stop` has its signal."""
-    with closing(run.events(resume)) as events, open_screen(stop=stop) as screen:
+    tracker = tracking(run.job.recipe.tracker, run.folder)
+    with closing(run.events(resume)) as events, tracker as track, open_screen(stop=stop) as screen:
         work = Work(events)
         for event in work:
             screen.show(event)
+            track(event)
             run.stopping = stop.stopping
     return work.result

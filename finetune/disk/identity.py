@@ -27,10 +27,10 @@ CLOCK, PARTING = "clock", "parting"
 KIND = 2  # of identity. The first, of 0.1.0, has no "kind", samples of the weights, and one digest of all rows
 # Keys that change where or how fast a run goes, or whose effect the digests of rows and files already hold.
 _NOT_IDENTITY = {
-    "output", "backend", "device", "model.path", "model.revision", "model.dtype", "data.train", "data.valid",
+    "output", "backend", "device", "tracker", "model.path", "model.revision", "model.dtype", "data.train", "data.valid",
     "data.test", "data.encoding", "data.limit", "data.max_dropped", "data.long_rows", "train.micro_tokens",
     "train.gradient_checkpointing", "train.checkpoint_minutes", "evaluate.generate", "evaluate.max_tokens",
-    "evaluate.answer", "evaluate.base", "evaluate.forgetting", "evaluate.swaps",
+    "evaluate.answer", "evaluate.base", "evaluate.forgetting", "evaluate.swaps", "evaluate.suite",
 }  # fmt: skip
 
 

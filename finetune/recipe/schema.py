@@ -169,6 +169,8 @@ class Evaluate(Section):
     swaps: Swaps = "none"
     """Ask held-out rows again with words swapped, which should change no answer: none, pronouns (English), or pairs of
     words ([[she, he], [Anna, Ali]])."""
+    suite: str | None = None
+    """A file of cases (JSON lines: a prompt, and checks of its answer) that both models are asked at the end."""
 
 
 class Recipe(Section):
@@ -186,6 +188,8 @@ class Recipe(Section):
     backend: Literal["auto", "mlx", "torch", "reference"] = "auto"
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU where there is one; cpu: the processor all the same."""
+    tracker: Literal["none", "tensorboard", "trackio"] = "none"
+    """Send losses and rates there too; both keep them on this machine."""
     output: str = "runs"
     """The folder in which each run makes its own folder."""
 

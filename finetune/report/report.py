@@ -17,6 +17,7 @@ from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import mcnemar_exact
 from finetune.evaluation.kinds import Analysis
 from finetune.evaluation.leaked import Leaked
+from finetune.evaluation.suite import SuiteResult
 from finetune.evaluation.verdict import Overfitting, comparison_verdict
 from finetune.evaluation.yardstick import Words
 from finetune.events import Validated
@@ -62,6 +63,7 @@ class Report:
     limited: tuple[str, ...] = ()  # what data.limit left of each split
     analysis: Analysis | None = None  # kinds of error, groups, and what was forgotten
     race: Race | None = None  # that chose the learning rate; None where the recipe names one
+    suite: SuiteResult | None = None  # None where the recipe names none
     loads: tuple[Loading, ...] = ()  # whether PEFT and mlx-lm would load the adapter's folder
 
     def to_json(self) -> dict[str, Any]:
@@ -92,6 +94,7 @@ class Report:
             "leaked": self.leaked and self.leaked.to_json(),
             "overfitting": asdict(self.overfitting),
             "divergence": self.divergence,
+            "suite": self.suite and self.suite.figures(),
             "best_step": self.best_step,
             "limited": list(self.limited),
             "validations": [asdict(validated) for validated in self.validations],

@@ -20,6 +20,7 @@ from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.groups import sentences
 from finetune.evaluation.kinds import Analysis
+from finetune.evaluation.suite import SuiteResult
 from finetune.events import StepDone
 from finetune.recipe.load import load_recipe
 from finetune.report.finished import at_the_end
@@ -81,6 +82,8 @@ def _render(console: Console, report: Report) -> None:
         render_analysis(console, report.analysis)
     if report.leaked:
         console.print(lines(report.leaked.message, style="bold red"))
+    if report.suite:
+        print_suite(console, report.suite)
     console.print(f"data: {report.check} (check.txt)")
     for note in report.limited:
         console.print(note)
@@ -126,6 +129,13 @@ def print_comparison(console: Console, base: Evaluation, tuned: Evaluation, comp
     console.print(lines(comparison.verdict, style="bold"))
 
 
+def print_suite(console: Console, suite: SuiteResult) -> None:
+    """A line for each case that the tuned model fails, and how many both pass."""
+    for failure in suite.failures():
+        console.print(failure, soft_wrap=True)
+    console.print(lines(suite.summary(), style="bold"))
+
+
 def account_of(prepared: Prepared) -> dict[str, Any]:
     """What became of every row, for data.json."""
     splits = {"train": prepared.train, "valid": prepared.valid, "test": prepared.test}
@@ -147,6 +157,8 @@ def write_report(run: RunFolder, report: Report) -> None:
     if report.analysis:
         values = json.dumps(report.analysis.to_json(), ensure_ascii=False)
         write_file(run.path / "kinds.json", f"{values}\n")
+    if report.suite:
+        run.write_json("suite.json", report.suite.to_json())
     events = read(run.metrics)
     steps = [event for event in events if isinstance(event, StepDone)]
     title = f"{run.path.name}: loss of {Path(report.facts.model).name}"

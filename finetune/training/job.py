@@ -22,6 +22,7 @@ from finetune.disk.adapter import Adapter
 from finetune.disk.identity import check_model, clock_of, parting_of
 from finetune.errors import DataError, Incompatible, RecipeError
 from finetune.evaluation.evaluate import Evaluation
+from finetune.evaluation.suite import Suite
 from finetune.events import Progress
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
@@ -73,6 +74,7 @@ class Job(Setup):
 
     backend: str
     prepared: Prepared
+    suite: Suite | None = None  # the cases that both models are asked at the end
 
     def open(self, adapter: Adapter | None = None) -> Session:
         """The live session, with `adapter` in it if one is given; heavy from here on."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +20,16 @@ import pytest
 from backends.interface import BackendError
 from backends.model_folder import ModelFolder
 from finetune.data.collate import micro_batches, step_indices
-from finetune.disk.run_folder import create
+from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import FinetuneError
+from finetune.events import Validated
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schedule import learning_rate, make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import model_spec
+from finetune.report.tracker import tracking
 from finetune.training.job import Job, find_folder
+from finetune.training.suites import ready_with_suite
 from tests.unit.test_recipe import keys
 from tests.unit.toy_run import load_job, result_of, run_to_report
 
@@ -65,7 +70,7 @@ class World:
         tree: dict[str, Any] = {}
         for key, value in (start | values).items():
             *section, name = key.split(".")
-            if key in ("data.train", "data.valid", "data.test") and value is not None:
+            if key in ("data.train", "data.valid", "data.test", "evaluate.suite") and value is not None:
                 value = str(self.folder / f"{value}.jsonl")
             (tree.setdefault(section[0], {}) if section else tree)[name] = value
         return check_recipe(tree)
@@ -204,6 +209,25 @@ def output(world: World, values: Values) -> Any:
     return create(world.recipe(values), "run").path.parent
 
 
+def suite(world: World, values: Values) -> Any:
+    """The cases that the models are to be asked."""
+    world.write("cases", [{"text": "a film", "checks": {"one_of": ["good", "bad"]}}])
+    job = result_of(ready_with_suite(world.recipe(values), None))
+    return job.suite and [case.row for case in job.suite.cases]
+
+
+def tracked(world: World, values: Values) -> Any:
+    """What the package of the tracker, which need not be installed, is told."""
+    told: list[Any] = []
+    package = types.ModuleType("trackio")
+    vars(package).update(init=lambda **named: None, finish=lambda: None, log=lambda *figures, **named: told.append(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "trackio", package)
+        with tracking(world.recipe(values).tracker, RunFolder(world.folder)) as track:
+            track(Validated(0, 0.0, None, 1.0, 2.0, 0.5, None, True, 0.1))
+    return told
+
+
 def survey(world: World, values: Values) -> Any:
     """What `finetune check` says of the groups."""
     from finetune.check.balance import weigh
@@ -279,9 +303,11 @@ CASES = {
     "evaluate.base": Case(whole_run, False),
     "evaluate.forgetting": Case(analysis, False),
     "evaluate.swaps": Case(analysis, [["fine", "warm"]]),
+    "evaluate.suite": Case(suite, "cases"),
     "seed": Case(steps, 1),
     "backend": Case(backend, "torch"),
     "device": Case(device, "cpu"),
+    "tracker": Case(tracked, "trackio"),
     "output": Case(output, "elsewhere"),
 }
 

@@ -15,7 +15,7 @@ KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and is
 
 def test_every_code_has_a_name_and_a_meaning() -> None:
     rows = [(code.value, code.name, code.meaning) for code in ExitCode]
-    assert len(rows) == 12
+    assert len(rows) == 13
     assert all(meaning and not meaning.endswith(".") for _, _, meaning in rows)
     assert len({meaning for *_, meaning in rows}) == len(rows)
 
@@ -27,7 +27,7 @@ def test_a_signal_ends_with_128_more_than_its_number() -> None:
 
 def test_no_two_kinds_of_errors_end_alike() -> None:
     codes = [kind.exit_code for kind in KINDS]
-    assert sorted(codes) == list(range(1, 10))
+    assert sorted(codes) == list(range(1, 11))
 
 
 def ended(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
