@@ -1,9 +1,9 @@
 """No connection that was not asked for: what this process wants of the network is watched, and refused.
 
-Nothing but a hub id in the recipe needs the network. An audit hook of Python sees each name that is looked up and each
-address that a socket connects or sends to. What leads beyond this machine is refused, but for the hub's hosts while a
-model or data are fetched from there. What a library in C or Rust sends over sockets of its own (torch.distributed,
-hf_xet) the hook cannot see.
+Nothing but a hub id in the recipe, and the data of `benchmark`'s tasks, needs the network. An audit hook of Python sees
+each name that is looked up and each address that a socket connects or sends to. What leads beyond this machine is
+refused, but for the hub's hosts while a model or data are fetched from there. What a library in C or Rust sends over
+sockets of its own (torch.distributed, hf_xet) the hook cannot see.
 """
 
 from __future__ import annotations
