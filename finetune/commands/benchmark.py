@@ -104,12 +104,13 @@ def _hub() -> Iterator[None]:
 
 
 def _show(console: Console, told: Sequence[Figure], tasks: Sequence[str]) -> None:
-    table = Table("task", "metric", "rows", "base", "tuned", "change", "McNemar", box=box.SIMPLE_HEAD)
+    table = Table("task", "metric", "rows", "base", "tuned", "change", "McNemar, Holm", box=box.SIMPLE_HEAD)
     others = [figure for figure in told if figure.task not in tasks]
     for figure in [*(figure for figure in told if figure.task in tasks), *others[:_SHOWN]]:
         low, high = figure.change
-        clear = low > 0 or high < 0 if figure.p_value is None else figure.p_value < SIGNIFICANT
-        p = "" if figure.p_value is None else f"p = {figure.p_value:.2g}"
+        by_test = figure.corrected is not None and figure.corrected < SIGNIFICANT
+        clear = by_test or (figure.p_value is None and (low > 0 or high < 0))
+        p = "" if figure.corrected is None else f"p = {figure.corrected:.2g}"
         cells = (
             figure.task, figure.metric, f"{figure.rows:,}", _cell(figure.base), _cell(figure.tuned),
             f"{low:+.3f} to {high:+.3f}", p,
@@ -118,7 +119,7 @@ def _show(console: Console, told: Sequence[Figure], tasks: Sequence[str]) -> Non
     console.print(table)
     if len(others) > _SHOWN:
         console.print(f"{len(others) - _SHOWN} more figures of single tasks are in benchmark.json")
-    console.print("Intervals of 95 %. Several tasks were measured: one in twenty differs by chance alone.")
+    console.print("Intervals of 95 %; p-values of McNemar's exact test, corrected for their number (Holm).")
 
 
 def _cell(share: Share) -> str:

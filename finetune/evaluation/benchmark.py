@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune.evaluation.intervals import mcnemar_exact, weighted_mean_interval, wilson_interval
+from finetune.evaluation.intervals import holm, mcnemar_exact, weighted_mean_interval, wilson_interval
 
 Interval = tuple[float, float]
 Values = Mapping[tuple[str, int], float]  # (task, row of it) -> what a metric says of the row
@@ -34,6 +34,7 @@ class Figure:
     fixed: int | None  # rows that are right or wrong: wrong before, right now; None where the metric is a mean
     broken: int | None
     p_value: float | None  # McNemar's exact test
+    corrected: float | None = None  # the same, for the number of figures that were asked for (Holm)
 
 
 def figures(requested: Sequence[str], base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[Figure]:
@@ -50,6 +51,9 @@ def figures(requested: Sequence[str], base: Mapping[str, Any], tuned: Mapping[st
             rows = {row: value for row, value in values.items() if row[0] in leaves}
             if rows:
                 told.append(_figure(name, metric, rows, after[metric]))
+    asked = [i for i, figure in enumerate(told) if figure.task in requested and figure.p_value is not None]
+    for i, p_value in zip(asked, holm([told[i].p_value or 0.0 for i in asked]), strict=True):
+        told[i] = replace(told[i], corrected=p_value)
     return told
 
 

@@ -235,7 +235,14 @@ def test_a_group_is_all_rows_of_its_tasks_paired() -> None:
     both = told["both"]
     assert (both.rows, both.fixed, both.broken, both.base.value, both.tuned.value) == (6, 3, 1, 2 / 6, 4 / 6)
     assert both.p_value == pytest.approx(0.625) and both.change[0] < 2 / 6 < both.change[1]
+    assert both.corrected == both.p_value and told["two"].corrected is None  # one figure was asked for
     assert told["two"].fixed == told["two"].broken == 1 and told["two"].p_value == 1
+
+
+def test_several_tasks_are_corrected_for_their_number() -> None:
+    base, tuned = samples({"one": [0] * 8, "two": [0] * 6}), samples({"one": [1] * 8, "two": [1] * 6})
+    told = {figure.task: figure for figure in figures(["one", "two"], base, tuned)}
+    assert told["one"].corrected == pytest.approx(2 * 2 / 2**8) and told["two"].corrected == pytest.approx(2 / 2**6)
 
 
 def test_a_mean_of_shares_has_no_right_and_wrong() -> None:
