@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,21 @@ def session(backend: str, model: Path, tuned: bool = False) -> Session:
     return live
 
 
-def asked(model: Any, data: Path, **settings: Any) -> Any:
+@cache
+def tasks_of_lm_eval() -> Any:
+    """Read once: there are thousands."""
+    from finetune.evaluation.harness import task_manager
+
+    return task_manager()
+
+
+def asked(model: Any, data: Path) -> Any:
     from lm_eval import simple_evaluate
 
-    from finetune.evaluation.harness import local_data, task_manager
+    from finetune.evaluation.harness import local_data
 
     with local_data(data):
-        return simple_evaluate(model, tasks=TASKS, task_manager=task_manager(), bootstrap_iters=0, **settings)
+        return simple_evaluate(model, tasks=TASKS, task_manager=tasks_of_lm_eval(), bootstrap_iters=0)
 
 
 def ours(live: Session, folder: Path, longest: int) -> Any:
@@ -185,7 +194,8 @@ def test_texts_are_written_and_whole_texts_scored_as_by_the_transformers_class(m
         mine.generate_until(requests(("a", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 4})))
 
 
-def test_the_command(model: Path, tmp_path: Path) -> None:
+def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.commands.benchmark.task_manager", tasks_of_lm_eval)
     work = Work(tmp_path / "work", model)
     rows = [{"prompt": f"what is {i}?", "completion": "a film"} for i in range(8)]
     work.lines("rows.jsonl", rows)
