@@ -14,7 +14,7 @@ from finetune.begin import begin
 from finetune.errors import explain
 from finetune.options import Alone, Backend, Overrides, RecipeFile, RunPath
 from finetune.streams import guard, outlive_readers
-from finetune.use import chat, compare, evaluate, export, generate, predict, report, runs
+from finetune.use import chat, compare, evaluate, export, generate, predict, report, runs, suspects
 
 START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
 
@@ -135,6 +135,7 @@ app.command("eval", rich_help_panel=USE)(evaluate)
 app.command(rich_help_panel=USE)(compare)
 app.command(rich_help_panel=USE)(report)
 app.command(rich_help_panel=USE)(predict)
+app.command(rich_help_panel=USE)(suspects)
 app.command(rich_help_panel=USE)(generate)
 app.command(rich_help_panel=USE)(chat)
 app.command(rich_help_panel=USE)(export)
