@@ -13,7 +13,7 @@ from finetune.disk.adapter import start_from
 from finetune.disk.checkpoint import Checkpoints
 from finetune.errors import DataError, Interrupted
 from finetune.evaluation.evaluate import Evaluation, evaluate_held_out
-from finetune.events import Event, StepDone, Validated
+from finetune.events import Event, Progress, StepDone, Validated
 from finetune.recipe.specs import lora_spec
 from finetune.report.report import compare
 from finetune.training.budget import starting_tokens
@@ -59,7 +59,8 @@ def _in_time(trainer: Trainer, seconds: float) -> Generator[Event, None, bool]:
     measuring = 0.0  # seconds, as the validations tell
     try:
         for event in trainer.events():
-            yield event
+            trained = isinstance(event, StepDone)
+            yield Progress(event.step, "training again", event.step, trainer.plan.steps) if trained else event
             if isinstance(event, Validated):
                 measuring = event.seconds * held_out / max(valid, 1)
             trainer.stopping = time.monotonic() + measuring > end

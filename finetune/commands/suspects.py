@@ -24,6 +24,7 @@ from finetune.report.live_screen import with_progress
 from finetune.report.report import load_evaluation
 from finetune.report.row_files import as_text
 from finetune.text import duration, from_here, shorten
+from finetune.training.budget import settle_recomputation
 from finetune.training.job import Job, making_ready
 
 SHOWN = 20  # rows in the table
@@ -42,6 +43,8 @@ def run(opened: RunFolder, recipe: Recipe, minutes: float | None, backend: str |
     job = with_progress(making_ready(recipe, backend, opened.path))
     check_rows(opened.path, job.prepared, "Put the rows back as they were, or train a new run on the rows as they are")
     check_base(opened.adapter, job.folder)
+    if minutes is not None:
+        job = with_progress(settle_recomputation(job, opened.recomputed()))
     session = job.open()
     untrained = session.get_state()
     session.set_state(TrainState(0, adapter.tensors, {}))

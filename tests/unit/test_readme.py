@@ -102,8 +102,8 @@ def test_every_command_that_the_readme_shows_is_one() -> None:
 
 def test_every_file_of_a_run_is_told() -> None:
     text = README.read_text(encoding="utf-8").split("## What a run leaves")[1].split("\n## ")[0]
-    told = set(re.findall(r"[\w-]+\.(?:jsonl|json|txt|png|yaml|html)|\w+(?=/)", text))
-    assert told == FILES | {"eval.json", "exports", "exports.txt", "race.json"}
+    told = set(re.findall(r"[\w-]+\.(?:jsonl|json|txt|png|yaml|html|csv)|\w+(?=/)", text))
+    assert told == FILES | {"eval.json", "exports", "exports.txt", "race.json", "suspects.csv"}
 
 
 def test_ci_finds_the_test_command() -> None:
