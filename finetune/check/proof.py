@@ -9,16 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from backends.interface import Session, TrainState
-from finetune.disk.adapter import start_from
 from finetune.disk.checkpoint import Checkpoints
+from finetune.disk.run_folder import RunFolder
 from finetune.errors import DataError, Interrupted
 from finetune.evaluation.evaluate import Evaluation, evaluate_held_out
 from finetune.events import Event, Progress, StepDone, Validated
-from finetune.recipe.specs import lora_spec
 from finetune.report.report import compare
-from finetune.training.budget import starting_tokens
 from finetune.training.job import Job
 from finetune.training.loop import Trainer
+from finetune.training.ready import ready_trainer
 
 
 def foretold(events: Collection[Event]) -> float:
@@ -26,47 +25,57 @@ def foretold(events: Collection[Event]) -> float:
     return sum(event.seconds for event in events if isinstance(event, StepDone | Validated))
 
 
+class _Deadline:
+    """Says when the time is over, and how much of it is kept for what comes last."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self.kept = 0.0  # seconds
+
+    @property
+    def stopping(self) -> bool:
+        return time.monotonic() + self.kept > self._end
+
+
 def without_rows(
-    job: Job, session: Session, locations: Collection[str], seconds: float
+    job: Job, session: Session, run: RunFolder, locations: Collection[str], seconds: float
 ) -> Generator[Event, None, Evaluation | None]:
-    """The held-out rows under the model that is trained without some rows. None where `seconds` do not suffice.
+    """The held-out rows under the model that is trained without some rows, at the run's own rate. None where `seconds`
+    do not suffice.
 
     session: of the base; its adapter is another afterwards. Nothing is left on the disk. Raises DataError where no row
     would be left, Diverged, MemoryExhausted.
     """
-    train = job.prepared.train
+    train, deadline = job.prepared.train, _Deadline(seconds)
     rest = tuple(example for example in train.examples if example.location not in locations)
     if not rest:
         raise DataError("every training row is suspect: there is nothing left to train on; look at the rows first")
-    recipe = job.recipe.model_copy(update={"train": job.recipe.train.model_copy(update={"checkpoint_minutes": "none"})})
+    settings = job.recipe.train.model_copy(update={"checkpoint_minutes": "none"})
+    recipe = job.recipe.model_copy(update={"train": settings})
     fewer = replace(job, recipe=recipe, prepared=replace(job.prepared, train=replace(train, examples=rest)))
     with tempfile.TemporaryDirectory(prefix="finetune-proof-") as folder:
-        trainer = Trainer(session, fewer.prepared, recipe, Checkpoints(Path(folder), {}))
-        trainer.limit_micro_batches((yield from starting_tokens(fewer, session)))
-        if recipe.lora.start_from:
-            start_from(session, Path(recipe.lora.start_from), lora_spec(recipe))
-        if not (yield from _in_time(trainer, seconds)):
+        checkpoints = Checkpoints(Path(folder), {})
+        try:
+            trainer, _ = yield from ready_trainer(fewer, session, run, checkpoints, None, deadline)
+            yield from _trained(trainer, deadline)
+        except Interrupted:
             return None
     assert trainer.best is not None  # the validation before the first step is always a best one
     session.set_state(TrainState(trainer.state.best_step, trainer.best, {}))
     return (yield from evaluate_held_out(session, recipe, fewer.prepared, job.tokenizer, "model without the suspects"))
 
 
-def _in_time(trainer: Trainer, seconds: float) -> Generator[Event, None, bool]:
-    """Trains. Whether that ended before `seconds` had passed, and time is left to measure the held-out rows."""
-    end = time.monotonic() + seconds
+def _trained(trainer: Trainer, deadline: _Deadline) -> Generator[Event, None, None]:
+    """All steps. Raises Interrupted where no time would be left to measure the held-out rows."""
     held_out, valid = len(trainer.prepared.held_out.examples), len(trainer.prepared.valid.examples)
-    measuring = 0.0  # seconds, as the validations tell
-    try:
-        for event in trainer.events():
-            trained = isinstance(event, StepDone)
-            yield Progress(event.step, "training again", event.step, trainer.plan.steps) if trained else event
-            if isinstance(event, Validated):
-                measuring = event.seconds * held_out / max(valid, 1)
-            trainer.stopping = time.monotonic() + measuring > end
-    except Interrupted:
-        return False
-    return True
+    for event in trainer.events():
+        if isinstance(event, StepDone):
+            yield Progress(event.step, "training again", event.step, trainer.plan.steps)
+        else:
+            yield event
+        if isinstance(event, Validated):
+            deadline.kept = event.seconds * held_out / max(valid, 1)  # as the validations tell
+        trainer.stopping = deadline.stopping
 
 
 def verdict(rows: int, removed: int, whole: Evaluation, without: Evaluation) -> str:

@@ -55,7 +55,7 @@ def run(opened: RunFolder, recipe: Recipe, minutes: float | None, backend: str |
     _show(suspects, len(rows_judged(job.prepared)), file)
     if minutes is not None:
         session.set_state(untrained)
-        _prove(job, session, suspects, tuned, minutes)
+        _prove(opened, job, session, suspects, tuned, minutes)
 
 
 def _refuse_too_short(opened: RunFolder, minutes: float) -> None:
@@ -69,13 +69,15 @@ def _refuse_too_short(opened: RunFolder, minutes: float) -> None:
         )
 
 
-def _prove(job: Job, session: Session, suspects: Sequence[Suspect], tuned: Evaluation, minutes: float) -> None:
+def _prove(
+    opened: RunFolder, job: Job, session: Session, suspects: Sequence[Suspect], tuned: Evaluation, minutes: float
+) -> None:
     trained = {example.location for example in job.prepared.train.examples}
     removed = trained & {suspect.location for suspect in suspects if suspect.doubt > 0}
     if not removed:
         print("Proof: no row speaks against its answer, so nothing is trained without one.")
         return
-    without = with_progress(without_rows(job, session, removed, 60 * minutes))
+    without = with_progress(without_rows(job, session, opened, removed, 60 * minutes))
     if without is None:
         print(f"Proof: not ended within {minutes:g} minutes, so it says nothing; allow more with --prove")
         return

@@ -330,7 +330,7 @@ def test_no_time_and_no_rows_end_a_proof_without_a_verdict(work: Work) -> None:
 
     opened, recipe = open_existing(work.folder / "run")
     job = result_of(making_ready(recipe, None, opened.path))
-    assert result_of(without_rows(job, job.open(), {"none"}, 0.0)) is None
+    assert result_of(without_rows(job, job.open(), opened, {"none"}, 0.0)) is None
     everything = {example.location for example in job.prepared.train.examples}
     with pytest.raises(DataError, match="every training row is suspect"):
-        result_of(without_rows(job, job.open(), everything, 60.0))
+        result_of(without_rows(job, job.open(), opened, everything, 60.0))
