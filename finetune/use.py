@@ -124,7 +124,7 @@ def suspects(
     ] = None,
     backend: Backend = None,
 ) -> None:
-    """List training rows that hurt a run: wrong labels, contradictions."""
+    """List rows that hurt: wrong labels, contradictions."""
     from finetune.disk.run_folder import open_existing
 
     opened, recipe = open_existing(folder)
