@@ -14,7 +14,19 @@ from finetune.begin import begin
 from finetune.errors import explain
 from finetune.options import Alone, Backend, Overrides, RecipeFile, RunPath
 from finetune.streams import guard, outlive_readers
-from finetune.use import benchmark, chat, compare, duel, evaluate, export, generate, predict, report, runs
+from finetune.use import (
+    benchmark,
+    chat,
+    compare,
+    duel,
+    evaluate,
+    export,
+    generate,
+    predict,
+    report,
+    runs,
+    suspects,
+)
 
 START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
 
@@ -137,6 +149,7 @@ app.command(rich_help_panel=USE)(report)
 app.command(rich_help_panel=USE)(duel)
 app.command(rich_help_panel=USE)(benchmark)
 app.command(rich_help_panel=USE)(predict)
+app.command(rich_help_panel=USE)(suspects)
 app.command(rich_help_panel=USE)(generate)
 app.command(rich_help_panel=USE)(chat)
 app.command(rich_help_panel=USE)(export)

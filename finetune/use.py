@@ -137,6 +137,24 @@ def predict(
     run(opened, recipe, data, output, force, max_tokens, backend)
 
 
+def suspects(
+    folder: RunPath,
+    prove: Annotated[
+        float | None,
+        typer.Option("--prove", metavar="MINUTES", min=0.1, help="Train again without them, within this time."),
+    ] = None,
+    backend: Backend = None,
+) -> None:
+    """List rows that hurt: wrong labels, contradictions."""
+    from finetune.disk.run_folder import open_existing
+
+    opened, recipe = open_existing(folder)
+    begin()
+    from finetune.commands.suspects import run
+
+    run(opened, recipe, prove, backend)
+
+
 def generate(
     folder: RunPath,
     prompt: Annotated[

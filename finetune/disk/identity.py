@@ -172,9 +172,14 @@ def check_model(run: Path, folder: ModelFolder) -> None:
 
 def check_held_out(run: Path, prepared: Prepared, remedy: str) -> None:
     """Raises Incompatible where the rows that a run held out are others now; an identity of 0.1.0 does not say."""
+    check_rows(run, prepared, remedy, only=prepared.held_out.name)
+
+
+def check_rows(run: Path, prepared: Prepared, remedy: str, only: str | None = None) -> None:
+    """As `check_held_out`, of every split, or of that one."""
     saved = known_identity(run)
     if saved is not None and "rows" in saved:
-        lines = row_differences(saved, {"rows": rows_of(prepared)}, only=prepared.held_out.name)
+        lines = row_differences(saved, {"rows": rows_of(prepared)}, only)
         if lines:
             raise Incompatible(f"{run}:", *listed(lines), f"{remedy}.")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,14 +16,13 @@ from finetune.data.rows import Example, Prepared
 from finetune.disk.atomic import write_file
 from finetune.disk.identity import split_digest
 from finetune.disk.run_files import read_json
+from finetune.evaluation.words import WordCounts
 from finetune.text import harmless, shorten
 
 if TYPE_CHECKING:
     from finetune.evaluation.evaluate import Evaluation
 
 MOST_ROWS = 5_000  # of each side, drawn at random; more take longer than they help
-MOST_READ = 10_000  # characters of a row
-_CELLS = 2**23  # words times labels in the table
 _NAMED = 5  # labels
 
 
@@ -77,31 +75,9 @@ def _drawn(rows: Sequence[Example]) -> Sequence[Example]:
 
 
 def guess_by_words(train: Sequence[Example], asked: Sequence[Example], labels: Sequence[str]) -> list[str]:
-    """Naive Bayes, add-one smoothed, on which words a prompt has. Words of every row (the template's) tell nothing.
-
-    Labels that no row of `train` has are never guessed.
-    """
-    answers = {str(row.answer) for row in train}
-    labels = [label for label in labels if label in answers]
-    number = {label: i for i, label in enumerate(labels)}
-    truth = np.array([number[str(row.answer)] for row in train])  # [n]
-    rows = [_words(row.prompt) for row in train]
-    frequent = Counter(word for row in rows for word in row).most_common()
-    telling = [word for word, count in frequent if count < len(rows)][: _CELLS // len(labels)]
-    column = {word: i for i, word in enumerate(telling)}
-    k, words = len(labels), len(column)
-    cells = [
-        column[word] * k + t for row, t in zip(rows, truth.tolist(), strict=True) for word in row if word in column
-    ]
-    counts = np.bincount(np.array(cells, np.int64), minlength=words * k).reshape(words, k)
-    table = np.log((counts + 1) / (counts.sum(axis=0) + words + 1))  # [words, k] log p(word | label)
-    prior = np.log((np.bincount(truth, minlength=k) + 1) / (len(truth) + k))  # [k]
-    seen = [[column[word] for word in _words(row.prompt) if word in column] for row in asked]
-    return [labels[int((prior + table[sorted(row)].sum(axis=0)).argmax())] for row in seen]
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text[:MOST_READ].casefold()))
+    """The label that naive Bayes on the words of `train` gives to each of `asked`."""
+    counts = WordCounts(train, labels)
+    return [counts.labels[label] for label in counts.logprobs(asked).argmax(axis=1).tolist()]
 
 
 def majority(evaluation: Evaluation) -> tuple[str, float] | None:

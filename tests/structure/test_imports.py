@@ -40,6 +40,7 @@ LATE = {
     ("finetune/use.py", "finetune.commands.report"): _LIGHT,
     ("finetune/use.py", "finetune.commands.runs"): _LIGHT,
     ("finetune/use.py", "finetune.commands.suite"): _LIGHT,
+    ("finetune/use.py", "finetune.commands.suspects"): _LIGHT,
     ("finetune/use.py", "finetune.disk.run_folder"): f"{_LIGHT}; it is needed before a command is loaded",
     ("finetune/errors.py", "backends.interface"): "numpy: only an error from behind the boundary needs it",
     (

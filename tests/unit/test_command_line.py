@@ -16,7 +16,19 @@ PACKAGE = Path(__file__).parents[2] / "finetune"
 PANELS = {
     "Start": ["demo", "init", "check", "plan"],
     "Train": ["train", "resume"],
-    "Use": ["eval", "compare", "report", "duel", "benchmark", "predict", "generate", "chat", "export", "runs"],
+    "Use": [
+        "eval",
+        "compare",
+        "report",
+        "duel",
+        "benchmark",
+        "predict",
+        "suspects",
+        "generate",
+        "chat",
+        "export",
+        "runs",
+    ],
     "Tools": ["doctor", "schema"],
 }
 

@@ -23,7 +23,8 @@ from finetune.evaluation.intervals import (
     wilson_interval,
 )
 from finetune.evaluation.verdict import comparison_verdict
-from finetune.evaluation.yardstick import MOST_READ, MOST_ROWS, Words, bag_of_words, majority, never_predicted
+from finetune.evaluation.words import MOST_READ
+from finetune.evaluation.yardstick import MOST_ROWS, Words, bag_of_words, majority, never_predicted
 from finetune.report.tables import comparison_table
 
 
