@@ -20,8 +20,8 @@ _SHARPEST = 8.0  # log2 of the greatest and, negated, the least factor
 def log_shares(logprobs: Floats) -> Floats:
     """The same, with shares that add up to 1 in each row. [n, k]"""
     top = logprobs.max(axis=1, keepdims=True)
-    sums: Floats = np.log(np.exp(logprobs - top).sum(axis=1, keepdims=True))
-    return logprobs - top - sums
+    shares: Floats = logprobs - top - np.log(np.exp(logprobs - top).sum(axis=1, keepdims=True))
+    return shares
 
 
 def as_sure_as_right(logprobs: Floats, accuracy: float) -> Floats:
