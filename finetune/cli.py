@@ -12,21 +12,10 @@ import typer
 
 from finetune.begin import begin
 from finetune.errors import explain
+from finetune.examine import benchmark, compare, duel, evaluate, report, suspects
 from finetune.options import Alone, Backend, Overrides, RecipeFile, RunPath
 from finetune.streams import guard, outlive_readers
-from finetune.use import (
-    benchmark,
-    chat,
-    compare,
-    duel,
-    evaluate,
-    export,
-    generate,
-    predict,
-    report,
-    runs,
-    suspects,
-)
+from finetune.use import chat, export, generate, predict, runs
 
 START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
 

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("export",),
     ("run",),
     ("commands",),
-    ("use",),
+    ("examine", "use"),
     ("cli",),
     ("__main__",),
 )
