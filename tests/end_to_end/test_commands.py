@@ -122,6 +122,7 @@ def test_what_is_wrong_is_said_in_one_message_with_its_own_exit_code(work: Work)
         assert len(message.splitlines()) <= 2, (command, message)
 
 
+@pytest.mark.slow  # in one process: unit/test_wrong_resume.py, faults/test_disk_full.py
 def test_a_run_that_is_not_finished_or_not_the_same_is_refused(work: Work) -> None:
     (done,) = work.several(["train", work.recipe(QUICK)])
     done.good()
@@ -164,6 +165,7 @@ def test_doctor_and_plan_tell_of_every_backend(work: Work) -> None:
     assert re.match(r"fits here \(\w+\): .* free, about .* in all\n", plan.out)
 
 
+@pytest.mark.slow  # in one process: unit/test_wrong_resume.py, faults/test_disk_full.py
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(work: Work) -> None:
     work.recipe(QUICK)
     limit = 20_000  # bytes a file; a checkpoint takes more

@@ -107,6 +107,7 @@ def test_weights_are_held_once(
     assert growth(backend, models, kept, quantize, dtype) < max(MARGIN * expected, expected + LEAST)
 
 
+@pytest.mark.slow
 def test_quantising_on_torch_does_not_hold_the_float_weights(models: dict[str, Path]) -> None:
     pytest.importorskip("bitsandbytes")
     found = growth("torch", models, "float32", "4bit", "bfloat16")
