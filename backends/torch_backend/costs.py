@@ -71,7 +71,7 @@ _CPU = Costs(
     scores={"softcap": Size(8.0), "sinks": A_NUMBER},  # eager attention: tanh and softmax; softmax
     recurrent=recurrent,
     reached=0.6,  # one case timed
-    update=6.0,  # the weights anew; all else for a few tensors at a time
+    update=13.0,  # a checkpoint copies weights and moments, 12; an update makes the weights anew, in groups: 6
     held=1.5,  # glibc keeps what lies freed between the tensors that stay: 1.4 to 1.6
     tokens_at_once=1024,  # more are no faster on a CPU, and need more memory
     logits_at_once=2**23,
@@ -88,6 +88,7 @@ _CPU = Costs(
 _GPU = replace(
     _CPU,
     device="gpu",
+    update=6.0,  # a checkpoint's copy lies beside it, in the machine's memory
     runtime=450e6,
     reached=0.35,  # assumed
     held=1.1,

@@ -55,6 +55,7 @@ def trained(make_work: Callable[[], Work], backend: str) -> Trained:
     return work, backend, run
 
 
+@ONE_BACKEND
 def test_a_run_leaves_what_was_promised(trained: Trained) -> None:
     _, backend, run = trained
     assert {path.name for path in run.iterdir()} == FILES
@@ -74,6 +75,7 @@ def test_a_run_leaves_what_was_promised(trained: Trained) -> None:
     assert "\x1b" not in (run / "report.txt").read_text()
 
 
+@ONE_BACKEND
 def test_a_finished_run_says_so(trained: Trained) -> None:
     work, backend, run = trained
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -81,9 +83,7 @@ def test_a_finished_run_says_so(trained: Trained) -> None:
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-@pytest.mark.parametrize(
-    "backend", ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlx", "reference"))], indirect=True
-)
+@ONE_BACKEND
 def test_the_run_can_be_measured_and_asked(trained: Trained) -> None:
     work, backend, run = trained
     end = ["--backend", backend]
@@ -107,7 +107,7 @@ def test_the_run_can_be_measured_and_asked(trained: Trained) -> None:
     assert chat.good().out.startswith(f"{run.name}: tuned model.")
 
 
-@ONE_BACKEND
+@pytest.mark.slow
 def test_the_saved_recipe_runs_again_to_the_same_losses(trained: Trained) -> None:
     work, _, run = trained
     work.finetune("train", str(run / "recipe.yaml")).good()
@@ -147,7 +147,8 @@ def test_four_bit_training_leaves_the_same_files(work: Work, name: str) -> None:
     assert json.loads((run / "report.json").read_text())["scheme"] != "none"
 
 
-@pytest.mark.parametrize(("first", "second"), [("torch", "mlx"), pytest.param("mlx", "torch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [("torch", "mlx"), ("mlx", "torch")])
 def test_a_run_begun_on_one_backend_goes_on_on_the_other(work: Work, first: str, second: str) -> None:
     for name in (first, second):
         if reason := registry.probe(name):

@@ -102,6 +102,7 @@ def newest_of(run: Path) -> str:
     return max(path.name for path in (run / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", cases(1, 5))
 def test_a_damaged_checkpoint_falls_back_and_ends_the_same(stopped: Stopped, tmp_path: Path, seed: int) -> None:
     last = newest_of(stopped[2])

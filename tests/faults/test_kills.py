@@ -98,6 +98,7 @@ def test_whole_runs_killed_at_random_moments(trained: tuple[Work, str, Path, flo
     same(again, run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGSEGV, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 9, 7))])
 def test_a_native_crash_loses_no_run(work: Work, number: int) -> None:
     """The training process is ended by a signal: the supervisor says what is left, and the run goes on."""

@@ -60,6 +60,7 @@ def test_nohup_keeps_its_promise() -> None:
     assert said == ["2 15 1\n", "2 15\n"]
 
 
+@pytest.mark.slow
 def test_hung_up_the_run_finishes_its_step_and_goes_on_later(work: Work) -> None:
     making = newest(work, 0)
     answer = stopped(work, work.start("train", work.recipe(RECIPE), *COMMAND), making, 3, signal.SIGHUP)

@@ -33,6 +33,7 @@ def whole(make_work: Callable[[], Work]) -> tuple[Work, Path, float]:
     return work, work.runs()[0], time.monotonic() - began
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases(1, 30))
 def test_at_any_moment(whole: tuple[Work, Path, float], case: int) -> None:
     work, run, seconds = whole

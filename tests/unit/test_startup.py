@@ -47,6 +47,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_what_is_loaded_is_seen(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(RECIPE.replace("rnk", "rank").replace("rows", "absent"))
     assert "numpy" in packages(loaded(folder, "train", "recipe.yaml", code=2))

@@ -47,7 +47,11 @@ def typed(file: Path, *keys: tuple[bytes, bytes]) -> str:
         os.write(end, pressed)
         before = len(shown)
         while awaited not in shown[before:]:
-            ready, _, _ = select.select([end], [], [], max(until - time.monotonic(), 0))
+            patience = max(until - time.monotonic(), 0)
+            ready, _, _ = select.select([end], [], [], min(patience, 1) if pressed == CONTROL_C else patience)
+            if not ready and pressed == CONTROL_C and patience:  # it came between two looks: as a person, again
+                os.write(end, pressed)
+                continue
             assert ready, shown
             shown += os.read(end, 4096)
     with contextlib.suppress(OSError):
