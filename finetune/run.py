@@ -36,13 +36,13 @@ from finetune.report.facts import facts_of
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
 from finetune.report.times import Times
-from finetune.training.budget import settle_recomputation
 from finetune.training.job import Job, known_validation
 from finetune.training.keep import save_adapter
 from finetune.training.loop import Trainer
 from finetune.training.outlook import look_ahead, sampler_of
 from finetune.training.race import Race
 from finetune.training.ready import ready_trainer
+from finetune.training.settle import settle_recomputation
 from finetune.training.suites import ask_suite
 
 NOT_REPEATABLE = (

@@ -24,8 +24,8 @@ from finetune.report.live_screen import with_progress
 from finetune.report.report import load_evaluation
 from finetune.report.row_files import as_text
 from finetune.text import duration, from_here, shorten
-from finetune.training.budget import settle_recomputation
 from finetune.training.job import Job, making_ready
+from finetune.training.settle import settle_recomputation
 
 SHOWN = 20  # rows in the table
 TEXT_SHOWN, TEXT_WRITTEN = 100, 500  # characters of a row's text, in the table and in the file

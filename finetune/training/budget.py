@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from backends import registry
-from backends.interface import BackendError, Device, Half, LoraSpec, ModelSpec, Modules, Session
+from backends.interface import BackendError, Device, Half, LoraSpec, ModelSpec, Modules
 from backends.memory_plan import (
     Architecture,
     Costs,
@@ -23,7 +23,6 @@ from backends.memory_plan import (
 from backends.model_folder import ModelFolder
 from finetune.data.collate import groups, step_indices, width
 from finetune.data.rows import Example
-from finetune.events import Note
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import MICRO_TOKENS, Recipe
 from finetune.recipe.specs import lora_spec, model_spec
@@ -150,49 +149,6 @@ def fitting_tokens(work: Workload, costs: Costs, free: float) -> int:
     while tokens < min(MOST, heaviest) and work.memory(2 * tokens, costs).step <= SPARE * free:
         tokens *= 2
     return tokens
-
-
-def starting_tokens(job: Job, session: Session) -> Generator[Note, None, int]:
-    """The tokens at a time with which a new run begins: as the recipe says, but no more than fit beside the model.
-
-    A resumed run takes its checkpoint's number, so that its sums are cut the same way.
-    """
-    asked, free = job.recipe.train.micro_tokens, session.free_bytes()
-    if free is None or not job.prepared.train.examples:
-        return job.recipe.train.tokens_at_once
-    work = workload(job.recipe, job.folder, job.prepared.train.examples)
-    costs = registry.costs(job.backend, registry.device_kind(session.device))
-    work = work.held_as(registry.describe(job.backend, work.model.device)["half"], costs.device)
-    if asked != "auto" and work.memory(asked, costs).step <= free:
-        return asked
-    fits = fitting_tokens(work, costs, free)
-    chosen = fits if asked == "auto" else min(asked, fits)
-    if chosen != asked:
-        yield Note(0, f"micro-batches of at most {chosen:,} tokens: what fits in {free / 1e9:.1f} GB free")
-    return chosen
-
-
-def settle_recomputation(job: Job, earlier: bool | None) -> Generator[Note, None, Job]:
-    """The job with `gradient_checkpointing: auto` decided, before its model is loaded.
-
-    earlier: what a run that goes on decided when it began.
-    """
-    train = job.recipe.train
-    if train.gradient_checkpointing != "auto":
-        return job
-    again = bool(earlier)
-    if earlier is None and job.folder.weights and job.prepared.train.examples:
-        device = job.recipe.device
-        costs = registry.costs(job.backend, registry.device_kind(registry.describe(job.backend, device)["device"]))
-        asked = None if train.micro_tokens == "auto" else train.micro_tokens
-        free = registry.free_bytes(job.backend, device)
-        work = workload(job.recipe, job.folder, job.prepared.train.examples).settled(costs, free, asked)
-        again = work.model.checkpointing
-        if again:
-            text = "blocks are computed again in the backward pass: what they make does not fit"
-            yield Note(0, f"{text} in {(free or 0) / 1e9:.1f} GB free")
-    train = train.model_copy(update={"gradient_checkpointing": again})
-    return replace(job, recipe=job.recipe.model_copy(update={"train": train}))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from finetune.disk.checkpoint import Checkpoint, Checkpoints
 from finetune.disk.run_folder import RunFolder
 from finetune.events import Event, Stoppable, stoppable
 from finetune.recipe.specs import lora_spec
-from finetune.training.budget import starting_tokens
 from finetune.training.job import Job
 from finetune.training.loop import Trainer
 from finetune.training.race import Race, choose_rate, with_rate
+from finetune.training.settle import starting_tokens
 
 
 def ready_trainer(

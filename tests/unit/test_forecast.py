@@ -26,7 +26,7 @@ from finetune.data.rows import Example, Prepared, Split
 from finetune.events import Work
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import MICRO_TOKENS
-from finetune.training import budget
+from finetune.training import budget, settle
 from finetune.training.budget import (
     LEAST,
     Speeds,
@@ -35,9 +35,9 @@ from finetune.training.budget import (
     forecast_here,
     forecast_on,
     largest_micro,
-    starting_tokens,
 )
 from finetune.training.outlook import seconds_of_parts
+from finetune.training.settle import starting_tokens
 from tests.unit.test_memory_plan import FLOAT, HALF, architecture, model_folder
 
 GPU = registry.costs("torch", "gpu")
@@ -241,7 +241,7 @@ def job(micro_tokens: Any) -> Any:
 
 
 def started(monkeypatch: pytest.MonkeyPatch, micro_tokens: Any, free: int | None) -> tuple[int, list[str]]:
-    monkeypatch.setattr(budget, "workload", lambda *_: work([300] * 64, batch_size=64))
+    monkeypatch.setattr(settle, "workload", lambda *_: work([300] * 64, batch_size=64))
     session: Any = SimpleNamespace(device="cuda: some card", free_bytes=lambda: free)
     choice = Work(starting_tokens(job(micro_tokens), session))
     notes = [note.text for note in choice]
