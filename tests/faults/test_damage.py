@@ -156,6 +156,7 @@ def test_without_any_good_checkpoint_it_begins_again(stopped: Stopped, tmp_path:
     same(copy, stopped[1])
 
 
+@pytest.mark.slow
 def test_a_reader_that_does_not_verify_is_found(
     stopped: Stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,7 @@ def test_control_c_that_takes_the_reader_of_the_pipe_along(work: Work, alone: li
     checkpoint_of_its_last_step(run)
 
 
+@pytest.mark.slow
 def test_a_reader_that_ends_early_ends_no_run(work: Work) -> None:
     """`finetune train recipe.yaml 2>&1 | head -1`"""
     process = work.start("train", work.recipe(RECIPE), "--backend", "reference", "train.steps=4")

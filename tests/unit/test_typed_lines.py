@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import select
+import signal
 import stat
 import sys
 import time
@@ -39,6 +40,7 @@ def typed(file: Path, *keys: tuple[bytes, bytes]) -> str:
     """All that the terminal showed; each of `keys` is typed at a prompt, and then waited for what follows."""
     pid, end = pty.fork()
     if not pid:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job's is ignored, and stays so
         command = [sys.executable, "-c", ASKS, str(file)]
         os.execve(sys.executable, command, {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)})
     shown, until = b"", time.monotonic() + 20

@@ -106,6 +106,7 @@ def test_a_conversation_beyond_the_bound_is_a_bad_row(tmp_path: Path, monkeypatc
         told(tmp_path, [rows[1], {"messages": talk(600)}], byte_level(CHATML))
 
 
+@pytest.mark.slow
 def test_a_template_that_loops_on_two_messages_is_refused_whatever_the_row() -> None:
     ever = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     for turns in (talk(1), talk(10)):
