@@ -16,7 +16,7 @@ from backends.interface import Session
 from finetune.data.rows import Example
 from finetune.data.tokenizer import Tokenizer
 from finetune.errors import DataError, EnvironmentProblem
-from finetune.evaluation.scoring import row_losses, write_answers
+from finetune.evaluation.scoring import row_losses, write_tokens
 from finetune.events import Progress, Result, Work
 
 LONGEST = 2048  # tokens, where the model's config says nothing, as lm-eval has it
@@ -99,12 +99,9 @@ def model_of(session: Session, tokenizer: Tokenizer, longest: int, micro_tokens:
             if settings.get("do_sample"):
                 raise DataError("a task asks for answers drawn at random; only the most probable ones are written here")
             examples = [_asked(self.tok_encode(text)[most - longest :], i) for i, text in enumerate(contexts)]
-            stop = frozenset({self.eot_token_id})
-            answers = _shown(
-                write_answers(session, examples, stop, most, lambda t: str(tokenizer.decode(t)), "answers"), show
-            )
-            end = tokenizer.decode(self.eot_token_id)
-            return [postprocess_generated_text(text, [*until, end], None) for text in answers]
+            written = _shown(write_tokens(session, examples, frozenset({self.eot_token_id}), most, "answers"), show)
+            ends = [*until, tokenizer.decode(self.eot_token_id)]
+            return [postprocess_generated_text(tokenizer.decode(tokens), ends, None) for tokens in written]
 
     return SessionModel()
 
