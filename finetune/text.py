@@ -85,3 +85,8 @@ def amount(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def p_text(p_value: float) -> str:
+    """p = 0.012, or p < 0.0001."""
+    return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"

@@ -50,8 +50,7 @@ def without_rows(
     rest = tuple(example for example in train.examples if example.location not in locations)
     if not rest:
         raise DataError("every training row is suspect: there is nothing left to train on; look at the rows first")
-    settings = job.recipe.train.model_copy(update={"checkpoint_minutes": "none"})
-    recipe = job.recipe.model_copy(update={"train": settings})
+    recipe = job.recipe.with_train(checkpoint_minutes="none")
     fewer = replace(job, recipe=recipe, prepared=replace(job.prepared, train=replace(train, examples=rest)))
     with tempfile.TemporaryDirectory(prefix="finetune-proof-") as folder:
         checkpoints = Checkpoints(Path(folder), {})

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from backends import registry
@@ -26,6 +24,7 @@ from finetune.evaluation.harness import LONGEST, local_data, model_of, task_mana
 from finetune.evaluation.verdict import SIGNIFICANT
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import open_screen
+from finetune.report.tables import figures_table
 from finetune.text import shorten
 from finetune.training.job import set_up
 
@@ -94,23 +93,18 @@ def _evaluated(model: Any, settings: Mapping[str, Any], data: Path | None) -> An
 
 def _sources(data: Path | None) -> AbstractContextManager[None]:
     """Where the data of the tasks come from: a folder, and then nothing is reached; or the hub."""
-    return local_data(data) if data else _hub()
-
-
-@contextmanager
-def _hub() -> Iterator[None]:
-    with to_hub():
-        yield
+    return local_data(data) if data else to_hub()
 
 
 def _show(console: Console, told: Sequence[Figure], tasks: Sequence[str]) -> None:
-    table = Table("task", "metric", "rows", "base", "tuned", "change", "McNemar, Holm", box=box.SIMPLE_HEAD)
+    table = figures_table("task", "metric", "rows", "base", "tuned", "change", "p", texts=2)
+    table.columns[0].no_wrap = True
     others = [figure for figure in told if figure.task not in tasks]
     for figure in [*(figure for figure in told if figure.task in tasks), *others[:_SHOWN]]:
         low, high = figure.change
         by_test = figure.corrected is not None and figure.corrected < SIGNIFICANT
         clear = by_test or (figure.p_value is None and (low > 0 or high < 0))
-        p = "" if figure.corrected is None else f"p = {figure.corrected:.2g}"
+        p = "" if figure.corrected is None else f"{figure.corrected:.2g}"
         cells = (
             figure.task, figure.metric, f"{figure.rows:,}", _cell(figure.base), _cell(figure.tuned),
             f"{low:+.3f} to {high:+.3f}", p,

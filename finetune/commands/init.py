@@ -186,11 +186,11 @@ def _told(rows: Sequence[Row], look: Look, output: str) -> str:
     took = " and ".join(f"{shorten(column, 40)} as {part}" for part, column in look.columns.items())
     used = {*STANDARD, *look.columns.values(), _title(rows, look)}
     unused = ", ".join(shorten(name, 40) for name in _names(rows) if name not in used)
-    rest = f"nothing of {shorten(unused, 200)} is used" if unused else ""
-    told = f"took {took}, by what they hold; data.columns changes that" if look.guessed else ""
-    if look.format == "text" and rest:
-        rest = f"{rest}; --label names the column of a label"
-    guess = f" ({'; '.join(part for part in (told, rest) if part)})" if told or (rest and look.format == "text") else ""
+    said = [f"took {took}, by what they hold; data.columns changes that"] if look.guessed else []
+    if unused and (look.guessed or look.format == "text"):
+        label = "; --label names the column of a label" if look.format == "text" else ""
+        said.append(f"nothing of {shorten(unused, 200)} is used{label}")
+    guess = f" ({'; '.join(said)})" if said else ""
     return f"{output}: a recipe for {len(rows)} rows of {look.format}{guess}; look at it, then: finetune plan {output}"
 
 

@@ -102,7 +102,7 @@ def answer(
         return [Text("no backend works here: see below", "bold red"), *machines]
     here = forecast_here(work, backend, asked)
     work = recomputing(work, here.recomputed)
-    seconds = seconds_of_parts(recipe, prepared, work, here.speeds)
+    seconds = seconds_of_parts(recipe, prepared, work, here.speed)
     parts: list[RenderableType] = [verdict(here, sum(seconds.values())), Text()]
     parts += [Text("time", "bold"), time_table(recipe, prepared, seconds), Text()]
     parts += [Text("memory", "bold"), memory_table(work, here)]

@@ -16,9 +16,10 @@ from finetune.evaluation.claims import Known
 from finetune.evaluation.consistency import SAMPLED, TEMPERATURE, in_other_words
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate
 from finetune.evaluation.forgetting import Forgetting, judge, measuring
-from finetune.evaluation.groups import By, Flips, Swaps, by_length, flips, pairs_of, slices, swapped, swaps_of
+from finetune.evaluation.groups import By, Swaps, by_length, flips, pairs_of, slices, swapped, swaps_of
 from finetune.evaluation.kinds import Analysis, Asked, Data, Kind, confusions, kinds_of_answers
 from finetune.evaluation.scoring import write_answers
+from finetune.evaluation.shares import Found
 from finetune.evaluation.spelling import language_of, speller
 from finetune.events import Progress
 from finetune.recipe.schedule import make_plan
@@ -163,14 +164,14 @@ class Analyst:
         asked = self.questions.swapped
         if not asked.rows or tuned.accuracy is None:
             return None
-        before: Flips | None = None
+        before: Found | None = None
         if base is not None:
             with base_weights(self.session):
                 before = yield from self._flips("base model", base)
         after = yield from self._flips("tuned model", tuned)
         return swaps_of(asked.rows, before, after)
 
-    def _flips(self, name: str, first: Evaluation) -> Generator[Progress, None, Flips]:
+    def _flips(self, name: str, first: Evaluation) -> Generator[Progress, None, Found]:
         asked = self.questions.swapped
         prepared = held_out_with(self.prepared, asked.examples)
         again = yield from evaluate(

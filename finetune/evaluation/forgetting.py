@@ -16,7 +16,7 @@ from backends.interface import IntArray, Session
 from finetune.data.rows import Example
 from finetune.data.tokenizer import Tokenizer, begin_tokens, encode, with_begin
 from finetune.evaluation.evaluate import Evaluation, base_weights
-from finetune.evaluation.intervals import weighted_mean_interval
+from finetune.evaluation.intervals import standard_error, weighted_mean_interval
 from finetune.evaluation.scoring import RowLosses, row_losses, write_tokens
 from finetune.events import Progress
 
@@ -140,7 +140,7 @@ def judge(changes: Sequence[Change], base: Evaluation | None, tuned: Evaluation)
         return Forgetting("too short to say", (), MARGIN, None, None, gain, _TOO_SHORT)
     rise = changes[0]
     p_value = beyond(rise, MARGIN)
-    p_more = None if fall is None else beyond(rise, fall.change, _error(fall))
+    p_more = None if fall is None else beyond(rise, fall.change, standard_error(fall.interval))
     verdict: Verdict = "none" if p_value >= SIGNIFICANT else "forgot"
     if verdict == "forgot" and p_more is not None and p_more >= SIGNIFICANT:
         verdict = "some"
@@ -160,12 +160,8 @@ def _fall(base: Evaluation, tuned: Evaluation) -> Change:
 
 def beyond(change: Change, limit: float, error: float = 0.0) -> float:
     """The one-sided p-value of "it rises by no more than the limit", which has a standard error of its own."""
-    whole = math.hypot(_error(change), error)
+    whole = math.hypot(standard_error(change.interval), error)
     return float(change.change <= limit) if whole == 0 else 1 - NormalDist().cdf((change.change - limit) / whole)
-
-
-def _error(change: Change) -> float:
-    return (change.interval[1] - change.interval[0]) / (2 * NormalDist().inv_cdf(0.975))
 
 
 _TOO_SHORT = (

@@ -12,8 +12,9 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from finetune.evaluation.evaluate import Evaluation, RowResult
-from finetune.evaluation.intervals import fisher_exact, holm, mcnemar_exact, wilson_interval
+from finetune.evaluation.intervals import fisher_exact, holm, mcnemar_exact
 from finetune.evaluation.leaked import Figure, figure_of
+from finetune.evaluation.shares import Found
 from finetune.evaluation.verdict import SIGNIFICANT
 from finetune.recipe.schema import Swaps as Swapped
 from finetune.text import shorten
@@ -48,24 +49,14 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Flips:
-    """How often one model's answer changes where only a pronoun or a name does."""
-
-    count: int
-    share: float
-    interval: tuple[float, float]  # of the share, 95 %
-    rows: tuple[int, ...] = ()  # numbers of lines of rows.jsonl, from 0
-
-
-@dataclass(frozen=True)
 class Swaps:
     """Held-out rows asked again with their words swapped (she for he), which should change no answer."""
 
     __pydantic_config__: ClassVar = {"allow_inf_nan": False}
 
     rows: int  # that hold a word of the list, and were asked again
-    base: Flips | None  # None where the base model was not measured
-    tuned: Flips
+    base: Found | None  # answers that change; None where the base model was not measured
+    tuned: Found
     p_value: float | None  # McNemar's exact test of flips before and after
     message: str
 
@@ -159,7 +150,7 @@ def _as_written(word: str, like: str) -> str:
 
 def flips(
     asked: Sequence[int], first: Evaluation, again: Sequence[str | None], pairs: Sequence[Sequence[str]], labelled: bool
-) -> Flips:
+) -> Found:
     """asked: the rows' numbers; again: the answers to the swapped rows. An open answer is swapped back before."""
     flipped = []
     for row, answer in zip(asked, again, strict=True):
@@ -167,15 +158,14 @@ def flips(
         same = answer == before if labelled else _plain(swapped(before, pairs)) == _plain(answer or "")
         if not same:
             flipped.append(row)
-    count, total = len(flipped), len(asked)
-    return Flips(count, count / max(total, 1), wilson_interval(count, total), tuple(flipped))
+    return Found.of(flipped, len(asked))
 
 
 def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def swaps_of(asked: Sequence[int], base: Flips | None, tuned: Flips) -> Swaps:
+def swaps_of(asked: Sequence[int], base: Found | None, tuned: Found) -> Swaps:
     total = len(asked)
     p_value = None
     before = ""

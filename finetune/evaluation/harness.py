@@ -42,68 +42,82 @@ def model_of(session: Session, tokenizer: Tokenizer, longest: int, micro_tokens:
     longest: tokens that the model takes; of longer requests the end. show: gets the progress. Its methods raise
     MemoryExhausted.
     """
-    from lm_eval import utils
     from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
-    class SessionModel(TemplateLM):  # type: ignore[misc]
-        @property
-        def eot_token_id(self) -> int:
-            return int(tokenizer.eos_token_id)
-
-        @property
-        def prefix_token_id(self) -> int:
-            begin = tokenizer.bos_token_id
-            return self.eot_token_id if begin is None else int(begin)
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            if add_special_tokens is None:  # the tokenizer's own, unless its begin token stands there already
-                add_special_tokens = not string.startswith(tokenizer.decode(self.prefix_token_id))
-            return list(tokenizer.encode(string, add_special_tokens=add_special_tokens))
-
+    class SessionModel(_Answers, TemplateLM):  # type: ignore[misc]
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
             return list(super().loglikelihood(requests, disable_tqdm=True))
 
-        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            examples = [_continued(context, answer, longest, i) for i, (_, context, answer) in enumerate(requests)]
-            losses = _shown(row_losses(session, examples, micro_tokens, "scoring"), show)
-            greedy = losses.correct == losses.tokens
-            return list(zip((-losses.loss).tolist(), greedy.tolist(), strict=True))
+    return SessionModel(session, tokenizer, longest, micro_tokens, show)
 
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-            windows, owners = [], []
-            for number, request in enumerate(requests):
-                tokens = self.tok_encode(request.args[0])
-                for window in utils.get_rolling_token_windows(tokens, self.prefix_token_id, longest, 1):
-                    windows.append((None, *utils.make_disjoint_window(window)))
-                    owners.append(number)
-            scores = self._loglikelihood_tokens(windows) if windows else []
-            return np.bincount(owners, [score for score, _ in scores], minlength=len(requests)).tolist()  # type: ignore[no-any-return]
 
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-            answers = [""] * len(requests)
-            alike: dict[str, list[int]] = defaultdict(list)  # requests with the same settings
-            for number, request in enumerate(requests):
-                alike[repr(request.args[1])].append(number)
-            for numbers in alike.values():
-                settings = normalize_gen_kwargs(requests[numbers[0]].args[1], 256)
-                made = self._written([requests[i].args[0] for i in numbers], settings)
-                for i, text in zip(numbers, made, strict=True):
-                    answers[i] = text
-            return answers
+class _Answers:
+    """What lm-eval's class leaves to a model: texts to tokens, scores, and answers."""
 
-        def _written(self, contexts: Sequence[str], settings: Any) -> list[str]:
-            most, until = settings["max_gen_toks"], list(settings["until"])
-            if most >= longest:
-                raise DataError(f"a task asks for answers of {most:,} tokens, and the model takes {longest:,} in all")
-            if settings.get("do_sample"):
-                raise DataError("a task asks for answers drawn at random; only the most probable ones are written here")
-            examples = [_asked(self.tok_encode(text)[most - longest :], i) for i, text in enumerate(contexts)]
-            written = _shown(write_tokens(session, examples, frozenset({self.eot_token_id}), most, "answers"), show)
-            ends = [*until, tokenizer.decode(self.eot_token_id)]
-            return [postprocess_generated_text(tokenizer.decode(tokens), ends, None) for tokens in written]
+    def __init__(self, session: Session, tokenizer: Tokenizer, longest: int, micro_tokens: int, show: Show) -> None:
+        super().__init__()
+        self._session, self._tokenizer, self._show = session, tokenizer, show
+        self._longest, self._micro_tokens = longest, micro_tokens
 
-    return SessionModel()
+    @property
+    def eot_token_id(self) -> int:
+        return int(self._tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        begin = self._tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if add_special_tokens is None:  # the tokenizer's own, unless its begin token stands there already
+            add_special_tokens = not string.startswith(self._tokenizer.decode(self.prefix_token_id))
+        return list(self._tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+        examples = [_continued(context, answer, self._longest, i) for i, (_, context, answer) in enumerate(requests)]
+        losses = _shown(row_losses(self._session, examples, self._micro_tokens, "scoring"), self._show)
+        greedy = losses.correct == losses.tokens
+        return list(zip((-losses.loss).tolist(), greedy.tolist(), strict=True))
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
+        from lm_eval import utils
+
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in utils.get_rolling_token_windows(tokens, self.prefix_token_id, self._longest, 1):
+                windows.append((None, *utils.make_disjoint_window(window)))
+                owners.append(number)
+        scores = self._loglikelihood_tokens(windows) if windows else []
+        return np.bincount(owners, [score for score, _ in scores], minlength=len(requests)).tolist()  # type: ignore[no-any-return]
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        answers = [""] * len(requests)
+        alike: dict[str, list[int]] = defaultdict(list)  # requests with the same settings
+        for number, request in enumerate(requests):
+            alike[repr(request.args[1])].append(number)
+        for numbers in alike.values():
+            settings = normalize_gen_kwargs(requests[numbers[0]].args[1], 256)
+            made = self._written([requests[i].args[0] for i in numbers], settings)
+            for i, text in zip(numbers, made, strict=True):
+                answers[i] = text
+        return answers
+
+    def _written(self, contexts: Sequence[str], settings: Any) -> list[str]:
+        from lm_eval.models.utils import postprocess_generated_text
+
+        most, until = settings["max_gen_toks"], list(settings["until"])
+        if most >= self._longest:
+            raise DataError(f"a task asks for answers of {most:,} tokens, and the model takes {self._longest:,} in all")
+        if settings.get("do_sample"):
+            raise DataError("a task asks for answers drawn at random; only the most probable ones are written here")
+        examples = [_asked(self.tok_encode(text)[most - self._longest :], i) for i, text in enumerate(contexts)]
+        stop = frozenset({self.eot_token_id})
+        written = _shown(write_tokens(self._session, examples, stop, most, "answers"), self._show)
+        ends = [*until, self._tokenizer.decode(self.eot_token_id)]
+        return [postprocess_generated_text(self._tokenizer.decode(tokens), ends, None) for tokens in written]
 
 
 def _continued(context: Sequence[int], answer: Sequence[int], longest: int, number: int) -> Example:

@@ -104,6 +104,11 @@ def weighted_mean_interval(values: ArrayLike, weights: ArrayLike, confidence: fl
     return mean - half, mean + half
 
 
+def standard_error(interval: tuple[float, float], confidence: float = 0.95) -> float:
+    """Of the mean that a normal interval is of."""
+    return (interval[1] - interval[0]) / (2 * _quantile(confidence))
+
+
 def confusion_matrix(truth: Sequence[int], predicted: Sequence[int], k: int) -> Counts:
     """How often label i was taken for label j: [k, k], rows are the truth."""
     t, p = np.asarray(truth, dtype=np.int64), np.asarray(predicted, dtype=np.int64)  # [n], [n]

@@ -12,7 +12,7 @@ from statistics import NormalDist
 from typing import Any
 
 from finetune.evaluation.evaluate import Evaluation, RowResult
-from finetune.evaluation.intervals import holm, mcnemar_exact, weighted_mean_interval, wilson_interval
+from finetune.evaluation.intervals import holm, mcnemar_exact, standard_error, weighted_mean_interval, wilson_interval
 from finetune.evaluation.kinds import Analysis
 from finetune.evaluation.verdict import SIGNIFICANT
 from finetune.recipe.schema import MEASURES
@@ -179,10 +179,10 @@ def _loss_change(
     mean = sum(d * n for d, n in zip(differences, tokens, strict=True)) / sum(tokens)
     if len(differences) < 2:
         return mean, None, 1.0
-    low, high = weighted_mean_interval(differences, tokens)
-    error = (high - low) / 2 / NormalDist().inv_cdf(0.975)
+    interval = weighted_mean_interval(differences, tokens)
+    error = standard_error(interval)
     p = 2 * NormalDist().cdf(-abs(mean) / error) if error > 0 else float(mean == 0)
-    return mean, (low, high), p
+    return mean, interval, p
 
 
 def kinds_of(run: Evaluation, analysis: Analysis | None) -> dict[KindKey, tuple[int, frozenset[int]]]:

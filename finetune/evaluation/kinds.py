@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from finetune.data.rows import Example
 from finetune.evaluation.claims import Known, invented
@@ -41,27 +41,12 @@ from finetune.evaluation.consistency import inconsistent
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.forgetting import Forgetting
 from finetune.evaluation.groups import Slice, Swaps
-from finetune.evaluation.intervals import holm, mcnemar_exact, wilson_interval
+from finetune.evaluation.intervals import holm, mcnemar_exact
+from finetune.evaluation.shares import Found
 from finetune.evaluation.spelling import Speller
 from finetune.evaluation.wording import is_empty, is_long, lacks_format, repeats
 
 Asked = Mapping[int, Sequence[str]]  # a row's number -> what was answered when it was asked again
-
-
-@dataclass(frozen=True)
-class Found:
-    """The rows of one kind under one model."""
-
-    __pydantic_config__: ClassVar = {"allow_inf_nan": False}
-
-    count: int
-    share: float  # of the rows that were looked at
-    interval: tuple[float, float]  # of the share, 95 %
-    rows: tuple[int, ...] = ()  # numbers of lines of rows.jsonl, from 0
-
-    @classmethod
-    def of(cls, rows: Sequence[int], measured: int) -> Found:
-        return cls(len(rows), len(rows) / max(measured, 1), wilson_interval(len(rows), measured), tuple(rows))
 
 
 @dataclass(frozen=True)

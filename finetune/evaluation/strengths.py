@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.evaluation.intervals import mcnemar_exact
+from finetune.text import p_text
 
 Choice = Literal["left", "right", "tie", "skip"]
 Floats = NDArray[np.float64]
@@ -158,8 +159,7 @@ def position_bias(votes: Sequence[Vote]) -> tuple[int, int, float]:
 def about_position(votes: Sequence[Vote]) -> str:
     """In a sentence."""
     left, right, p_value = position_bias(votes)
-    p = "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
-    told = f"the left answer won {left} of {left + right} votes that decided (exact binomial test: {p})"
+    told = f"the left answer won {left} of {left + right} votes that decided (exact binomial test: {p_text(p_value)})"
     if p_value >= BIASED:
         return f"Position: no sign that the side mattered: {told}."
     more = "left" if left > right else "right"

@@ -11,6 +11,7 @@ from finetune.evaluation.intervals import macro_f1_change, weighted_mean_interva
 from finetune.evaluation.yardstick import Words, shortcomings, too_weak
 from finetune.events import Event, StepDone, Validated
 from finetune.recipe.schema import MEASURES
+from finetune.text import p_text
 
 if TYPE_CHECKING:
     from finetune.evaluation.evaluate import Evaluation
@@ -116,10 +117,10 @@ def _compared(base: Evaluation, tuned: Evaluation, p_value: float | None) -> str
     verdict = _better_or_worse(change) if p_value < SIGNIFICANT else "No clear difference"
     if verdict == "Better":
         verdict = "Not good yet" if too_weak(tuned) else "Mixed" if _macro_f1_falls(base, tuned) else verdict
-    p = "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
+    test = f"McNemar's exact test: {p_text(p_value)}"
     return (
         f"{verdict}: {measure} {base.accuracy:.3f}{_in_brackets(base.interval)} before, {tuned.accuracy:.3f}"
-        f"{_in_brackets(tuned.interval)} after, on the same {tuned.rows} rows (McNemar's exact test: {p})."
+        f"{_in_brackets(tuned.interval)} after, on the same {tuned.rows} rows ({test})."
     )
 
 

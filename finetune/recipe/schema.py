@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -192,6 +192,10 @@ class Recipe(Section):
     """Send losses and rates there too; both keep them on this machine."""
     output: str = "runs"
     """The folder in which each run makes its own folder."""
+
+    def with_train(self, **changes: Any) -> Recipe:
+        """The same with other keys under `train`, which are not checked again."""
+        return self.model_copy(update={"train": self.train.model_copy(update=changes)})
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:

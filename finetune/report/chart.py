@@ -177,7 +177,7 @@ class Chart:
 def _by_column(points: Points, steps: int, columns: int, log: bool) -> list[tuple[float, float]]:
     """The mean of the points that fall on each column of dots; what cannot be drawn is left out."""
     sums: dict[int, tuple[float, float, int]] = {}
-    for x, y in list(points):
+    for x, y in points:
         if math.isfinite(y) and (y > 0 or not log):
             column = round(x / max(steps, 1) * (columns - 1))
             sum_x, sum_y, count = sums.get(column, (0.0, 0.0, 0))

@@ -119,30 +119,25 @@ class Frame:
         return [(one.step, one.accuracy) for one in list(self._status.validations) if one.accuracy is not None]
 
     def _accuracy(self) -> Chart:
-        outlook = self._status.pace.outlook
-        levels = [("majority", outlook.majority), ("chance", outlook.chance)] if outlook else []
-        shown = [Level(name, value) for name, value in levels if value is not None]
+        shown = [Level(name, value) for name, value in self._levels()]
         curve = Curve("validation", self._accuracies(), _VALID, marked=True)
         return Chart("accuracy", [curve], self._status.steps, shown, percent=True)
+
+    def _levels(self) -> list[tuple[str, float]]:
+        """(name, accuracy) of what needs no training."""
+        outlook = self._status.pace.outlook
+        named = (("majority", outlook.majority), ("chance", outlook.chance)) if outlook else ()
+        return [(name, value) for name, value in named if value is not None]
 
     def _figures(self) -> list[tuple[str, str]]:
         """(name, value) of what is known so far."""
         status, last = self._status, self._status.last
-        outlook = status.pace.outlook
         figures: list[tuple[str, str]] = []
         if last is not None:
             figures += _step(last, status)
         if accuracies := self._accuracies():
             figures.append(("accuracy", f"{accuracies[-1][1]:.1%}"))
-            figures += (
-                [
-                    (name, f"{value:.1%}")
-                    for name, value in (("majority", outlook.majority), ("chance", outlook.chance))
-                    if value is not None
-                ]
-                if outlook
-                else []
-            )
+            figures += [(name, f"{value:.1%}") for name, value in self._levels()]
         return figures
 
 

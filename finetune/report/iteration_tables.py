@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -12,6 +11,7 @@ from rich.text import Text
 from finetune.console import Console, lines
 from finetune.evaluation.iterations import Advice, Iterations, KindLine, Measured
 from finetune.report.iterations import Compared
+from finetune.report.tables import figures_table
 from finetune.text import shorten
 
 MOST_KINDS, MOST_CHANGES, MOST_NAMED = 12, 12, 5
@@ -108,9 +108,11 @@ def kind_name(kind: KindLine | Advice) -> str:
 
 
 def _table(*headings: str, texts: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i < texts else "right", no_wrap=i >= texts)
+    """Figures on one line."""
+    table = figures_table(*headings, texts=texts)
+    table.caption_justify = "left"
+    for column in table.columns[texts:]:
+        column.no_wrap = True
     return table
 
 

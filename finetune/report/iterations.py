@@ -13,6 +13,7 @@ from finetune.evaluation.kinds import Analysis
 from finetune.report.differences import Difference, differences, seed_alone
 from finetune.report.finished import FinishedRun
 from finetune.report.same_rows import in_order, kinds_in_order, same_rows, shared
+from finetune.text import p_text
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Compared:
             tested = f"change {step.loss_change:+.4f}, {step.loss_interval[0]:+.4f} to {step.loss_interval[1]:+.4f}"
         else:
             fixed, new = len(step.errors.fixed), len(step.errors.new)
-            tested = f"{fixed} rows fixed, {new} broken; McNemar's exact test: {_p(step.errors.p_value)}"
-        holms = f"; corrected for {len(self.iterations.steps)} comparisons {_p(step.errors.corrected)}"
+            tested = f"{fixed} rows fixed, {new} broken; McNemar's exact test: {p_text(step.errors.p_value)}"
+        holms = f"; corrected for {len(self.iterations.steps)} comparisons {p_text(step.errors.corrected)}"
         tested += holms if len(self.iterations.steps) > 1 else ""
         return f"{step.errors.verdict}: {figures} ({tested})." + (_SEED if step.seed_alone else _ONE_EACH)
 
@@ -116,7 +117,3 @@ def _with_interval(figures: Any, measure: str) -> str:
     if figures.interval is None or measure == "loss":
         return value
     return f"{value} ({100 * figures.interval[0]:.1f} to {100 * figures.interval[1]:.1f})"
-
-
-def _p(value: float) -> str:
-    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"

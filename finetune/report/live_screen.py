@@ -27,7 +27,7 @@ STILL = 16  # lines of the frame that stays after a failure
 STOPPING = "stopping after this step; press Ctrl-C again to stop at once"
 
 
-class Stoppable(Protocol):
+class StopHeard(Protocol):
     """Whoever hears the signals that ask a run to stop."""
 
     quiet: bool  # whether it says nothing itself
@@ -41,7 +41,7 @@ class LiveScreen:
     terminal is as it was at the end. After a failure the last frame is printed there.
     """
 
-    def __init__(self, console: Console, stop: Stoppable | None = None) -> None:
+    def __init__(self, console: Console, stop: StopHeard | None = None) -> None:
         self._status = Status()
         self._notes: list[str] = []
         self._console, self._stop = console, stop
@@ -98,7 +98,7 @@ class LiveScreen:
 class BarScreen:
     """One line for the work in hand, of which nothing stays."""
 
-    def __init__(self, console: Console, stop: Stoppable | None = None) -> None:
+    def __init__(self, console: Console, stop: StopHeard | None = None) -> None:
         self._stop = stop
         self._held = ExitStack()
         self._bars = Bars(
@@ -155,13 +155,13 @@ class Screen(Protocol):
     ) -> None: ...
 
 
-def open_screen(console: Console | None = None, stop: Stoppable | None = None) -> Screen:
+def open_screen(console: Console | None = None, stop: StopHeard | None = None) -> Screen:
     """The screen of a run that suits the console; its default is standard error. Rich honours NO_COLOR."""
     console = console or Console(stderr=True)
     return LiveScreen(console, stop) if console.is_interactive else PlainScreen(console)
 
 
-def with_progress(events: Generator[Event, None, Result], stop: Stoppable | None = None) -> Result:
+def with_progress(events: Generator[Event, None, Result], stop: StopHeard | None = None) -> Result:
     """What the work returns, its progress on the screen while it goes on."""
     work, console = Work(events), Console(stderr=True)
     with BarScreen(console, stop) if console.is_interactive else PlainScreen(console) as screen:

@@ -7,7 +7,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 from finetune.evaluation.evaluate import Evaluation
-from finetune.evaluation.kinds import Analysis, Found, Kind
+from finetune.evaluation.kinds import Analysis, Kind
+from finetune.evaluation.shares import Found
 from finetune.report.tables import distinct
 
 

@@ -152,20 +152,6 @@ def fitting_tokens(work: Workload, costs: Costs, free: float) -> int:
 
 
 @dataclass(frozen=True)
-class Speeds:
-    """How fast a backend is on a device, in floating-point operations per second."""
-
-    training: float
-    scoring: float
-    writing: float  # answers, token by token
-
-
-def speeds_of(costs: Costs, rate: float) -> Speeds:
-    """rate: of matrix products, in floating-point operations per second."""
-    return Speeds(rate * costs.reached, rate * costs.reached, rate * costs.reached)
-
-
-@dataclass(frozen=True)
 class Forecast:
     """What a run needs on one machine."""
 
@@ -178,7 +164,11 @@ class Forecast:
     seconds: float  # of training
     rate: float  # of matrix products, floating-point operations per second
     reached: float  # the share of it that steps are taken to reach
-    speeds: Speeds
+
+    @property
+    def speed(self) -> float:
+        """Floating-point operations per second that the run is taken to reach."""
+        return self.rate * self.reached
 
     @property
     def fits(self) -> bool | None:
@@ -212,10 +202,9 @@ def rate_here(backend: str, work: Workload) -> float:
 
 
 def _forecast(work: Workload, backend: str, costs: Costs, memory: float | None, tokens: int, rate: float) -> Forecast:
-    speeds = speeds_of(costs, rate)
-    seconds = work.epochs * work.operations() / speeds.training
+    seconds = work.epochs * work.operations() / (rate * costs.reached)
     needed, again = work.memory(tokens, costs), work.model.checkpointing
-    return Forecast(backend, costs.device, needed, memory, tokens, again, seconds, rate, costs.reached, speeds)
+    return Forecast(backend, costs.device, needed, memory, tokens, again, seconds, rate, costs.reached)
 
 
 def _fitting_with_model(work: Workload, costs: Costs, memory: float) -> int:

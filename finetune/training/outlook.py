@@ -15,7 +15,7 @@ from finetune.evaluation.samples import Sampler
 from finetune.events import Outlook
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
-from finetune.training.budget import Speeds, Workload, rate_here, speeds_of, workload
+from finetune.training.budget import Workload, rate_here, workload
 from finetune.training.job import Job
 
 
@@ -42,7 +42,7 @@ def _foretold(job: Job, session: Session) -> dict[str, float]:
     except BackendError:
         return {}
     costs = registry.costs(job.backend, registry.device_kind(session.device))
-    return seconds_of_parts(job.recipe, job.prepared, work, speeds_of(costs, rate_here(job.backend, work)))
+    return seconds_of_parts(job.recipe, job.prepared, work, rate_here(job.backend, work) * costs.reached)
 
 
 def sampler_of(job: Job) -> Sampler:
@@ -60,18 +60,21 @@ def validations(recipe: Recipe, prepared: Prepared) -> int:
     return sum(plan.evaluates_after(step) for step in {*every, steps})
 
 
-def seconds_of_parts(recipe: Recipe, prepared: Prepared, work: Workload, speeds: Speeds) -> dict[str, float]:
-    """In the order of the run; the keys are "training" and the names of `Progress.what`."""
+def seconds_of_parts(recipe: Recipe, prepared: Prepared, work: Workload, speed: float) -> dict[str, float]:
+    """In the order of the run; the keys are "training" and the names of `Progress.what`.
+
+    speed: floating-point operations per second.
+    """
     plan = make_plan(recipe, len(prepared.train.examples))
-    measured = _evaluation(recipe, prepared, prepared.held_out.examples, work, speeds)
-    validated = _evaluation(recipe, prepared, prepared.valid.examples, work, speeds)
+    measured = _evaluation(recipe, prepared, prepared.held_out.examples, work, speed)
+    validated = _evaluation(recipe, prepared, prepared.valid.examples, work, speed)
     by_base = prepared.held_out is prepared.valid and recipe.evaluate.base and not recipe.lora.start_from
     untrained = 0 if by_base else 1  # validations before the first step; the base model's may serve
     trained = validations(recipe, prepared) - 1
     # Once a model has learned that labels follow, the most probable token is one of them, and nothing more is asked.
     learned = ("loss",) if all(len(label) == 1 for label in prepared.label_tokens) else ("loss", "labels")
     parts = {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
-    parts["training"] = work.operations() * plan.foretold / plan.steps_per_epoch / speeds.training
+    parts["training"] = work.operations() * plan.foretold / plan.steps_per_epoch / speed
     for name in ("loss", "labels"):
         if times := (untrained + trained * (name in learned)) * (name in validated):
             parts[f"validation: {name}"] = validated[name] * times
@@ -79,19 +82,19 @@ def seconds_of_parts(recipe: Recipe, prepared: Prepared, work: Workload, speeds:
 
 
 def _evaluation(
-    recipe: Recipe, prepared: Prepared, examples: Sequence[Example], work: Workload, speeds: Speeds
+    recipe: Recipe, prepared: Prepared, examples: Sequence[Example], work: Workload, speed: float
 ) -> dict[str, float]:
     """Seconds of each kind of evaluation of these rows."""
     supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in examples)
-    parts = {"loss": work.scoring([len(example) - 1 for example in examples], supervised) / speeds.scoring}
+    parts = {"loss": work.scoring([len(example) - 1 for example in examples], supervised) / speed}
     prompts = [len(example.prompt_tokens) for example in examples]
     if prepared.task == "classification":
         tokens = sum(map(len, prepared.label_tokens))
-        parts["labels"] = work.scoring([n + tokens for n in prompts], tokens * len(prompts)) / speeds.scoring
+        parts["labels"] = work.scoring([n + tokens for n in prompts], tokens * len(prompts)) / speed
     elif prepared.task == "generation" and recipe.evaluate.generate:
         steps = -(-len(prompts) // PROMPTS_TOGETHER) * recipe.evaluate.max_tokens
-        reading = work.scoring(prompts, len(prompts)) / speeds.scoring
-        parts["answers"] = reading + work.scoring([1], 1) * steps * min(PROMPTS_TOGETHER, len(prompts)) / speeds.writing
+        reading = work.scoring(prompts, len(prompts)) / speed
+        parts["answers"] = reading + work.scoring([1], 1) * steps * min(PROMPTS_TOGETHER, len(prompts)) / speed
     return parts
 
 

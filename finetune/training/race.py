@@ -149,7 +149,7 @@ def with_rate(recipe: Recipe, race: Race | None) -> Recipe:
     """The recipe with the rate that a race chose."""
     if race is None:
         return recipe
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": race.chosen})})
+    return recipe.with_train(learning_rate=race.chosen)
 
 
 def race(
@@ -175,8 +175,7 @@ def _lap(
     session: Session, recipe: Recipe, prepared: Prepared, course: Course, rate: float, micro_tokens: int
 ) -> Generator[Progress, None, float | None]:
     """The loss on validation rows after a short run at this rate; None where it is not a finite number."""
-    changes = {"learning_rate": rate, "epochs": None, "steps": course.steps, "batch_size": course.batch}
-    short = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+    short = recipe.with_train(learning_rate=rate, epochs=None, steps=course.steps, batch_size=course.batch)
     trainer = Trainer(session, prepared, short, Checkpoints(Path(), {}))  # which saves nothing
     trainer.limit_micro_batches(micro_tokens)
     try:

@@ -51,5 +51,4 @@ def settle_recomputation(job: Job, earlier: bool | None) -> Generator[Note, None
         if again:
             text = "blocks are computed again in the backward pass: what they make does not fit"
             yield Note(0, f"{text} in {(free or 0) / 1e9:.1f} GB free")
-    train = train.model_copy(update={"gradient_checkpointing": again})
-    return replace(job, recipe=job.recipe.model_copy(update={"train": train}))
+    return replace(job, recipe=job.recipe.with_train(gradient_checkpointing=again))

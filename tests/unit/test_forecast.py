@@ -29,7 +29,6 @@ from finetune.recipe.schema import MICRO_TOKENS
 from finetune.training import budget, settle
 from finetune.training.budget import (
     LEAST,
-    Speeds,
     Workload,
     fitting_tokens,
     forecast_here,
@@ -128,8 +127,8 @@ def test_this_machine_is_timed() -> None:
     found = forecast_here(work(), "reference", 4096)
     assert found.fits
     assert found.seconds > 0
-    assert found.rate > 1e8 and found.speeds.training == found.rate * found.reached
-    assert found.seconds == pytest.approx(3.0 * work().operations() / found.speeds.training)
+    assert found.rate > 1e8 and found.speed == found.rate * found.reached
+    assert found.seconds == pytest.approx(3.0 * work().operations() / found.speed)
 
 
 def rows(count: int, task: str = "classification") -> Prepared:
@@ -191,9 +190,8 @@ def test_numbers_stand_at_the_right_and_no_table_has_a_caption(tmp_path: Path) -
 
 def parts_of(prepared: Prepared, **sections: Any) -> dict[str, float]:
     values = {"model": {"path": "m"}, "data": {"train": "t"}, **sections}
-    speeds = Speeds(1e9, 1e9, 1e9)
     made = work(examples=prepared.train.examples)
-    return seconds_of_parts(check_recipe(values), prepared, made, speeds)
+    return seconds_of_parts(check_recipe(values), prepared, made, 1e9)
 
 
 def test_every_part_of_a_run_has_its_time() -> None:

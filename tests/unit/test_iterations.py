@@ -12,7 +12,8 @@ from finetune.errors import Incompatible
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.intervals import holm, mcnemar_exact
 from finetune.evaluation.iterations import compare_runs
-from finetune.evaluation.kinds import Analysis, Found, Kind
+from finetune.evaluation.kinds import Analysis, Kind
+from finetune.evaluation.shares import Found
 from finetune.report.differences import beyond_defaults, differences, seed_alone
 from finetune.report.iterations import compared
 from tests.unit.finished_runs import answers, evaluation, finished

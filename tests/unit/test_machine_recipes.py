@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,6 +24,7 @@ from finetune.recipe.specs import lora_spec
 from finetune.training import settle
 from finetune.training.budget import LEAST, Workload, forecast_on
 from finetune.training.job import Job
+from finetune.training.largest import architecture_of
 from finetune.training.settle import settle_recomputation
 from tests.unit.test_memory_plan import HALF
 
@@ -40,16 +42,8 @@ def architecture(model: str) -> Architecture:
     shape = SHAPES[model]
     hidden, inner, blocks = (shape[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     queries, keys = (shape[f"num_{key}_heads"] * shape["head_dim"] for key in ("attention", "key_value"))
-    layers = {
-        "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }  # fmt: skip
-    modules = {f"model.layers.{block}.{name}": size for block in range(blocks) for name, size in layers.items()}
-    other = shape["vocab_size"] * hidden * (1 if shape["tie_word_embeddings"] else 2)
-    stored = 2 * (sum(out * inputs for out, inputs in modules.values()) + other)
-    sizes = (blocks, hidden, inner, queries, keys, shape["vocab_size"])
-    return Architecture(*sizes, modules, other, stored, 2, False, head_norms="Qwen3" in model)
+    sizes = (blocks, hidden, inner, queries, keys, shape["vocab_size"], shape["tie_word_embeddings"])
+    return replace(architecture_of(*sizes), head_norms="Qwen3" in model)
 
 
 def workload(recipe: Recipe, length: int) -> Workload:

@@ -18,9 +18,10 @@ from finetune.disk.adapter_check import Loading
 from finetune.errors import Incompatible
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.forgetting import Change, Forgetting
-from finetune.evaluation.groups import Flips, Slice, Swaps
-from finetune.evaluation.kinds import Analysis, Found, Kind
+from finetune.evaluation.groups import Slice, Swaps
+from finetune.evaluation.kinds import Analysis, Kind
 from finetune.evaluation.leaked import Figure
+from finetune.evaluation.shares import Found
 from finetune.report.finished import FinishedRun, read_finished
 from finetune.report.iterations import compared
 from finetune.report.page.compare_page import compare_page
@@ -95,7 +96,7 @@ def an_analysis(labels: tuple[str, str] | None = ("good", "bad"), group: str = "
             Slice("length", "8 to 15", "accuracy", 9, None, Figure(0.8, None), None, None),
         ),
         language="en",
-        swaps=Swaps(12, Flips(1, 1 / 12, (0.0, 0.4)), Flips(2, 2 / 12, (0.0, 0.5)), 1.0, f"swapped for {group}"),
+        swaps=Swaps(12, Found(1, 1 / 12, (0.0, 0.4)), Found(2, 2 / 12, (0.0, 0.5)), 1.0, f"swapped for {group}"),
         forgetting=Forgetting("forgot", changes, 0.02, 0.001, 0.2, 1.4, "It forgot a little."),
     )
 

@@ -31,7 +31,7 @@ _VERDICTS = {
 
 
 def run_page(run: FinishedRun, rows: bool = True) -> str:
-    """The whole page. rows: whether texts of the data are shown (`redact` has taken them out where not)."""
+    """The whole page. rows: whether texts of the data are shown (`without_rows` has taken them out where not)."""
     return render("run.html", view(run, rows))
 
 
