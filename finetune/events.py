@@ -125,11 +125,16 @@ class Outlook(Passing):
     @property
     def parts(self) -> dict[str, float]:
         """Seconds of "base model", "training", "validation" and "tuned model", as far as they are foretold."""
-        parts: dict[str, float] = {}
-        for what, seconds in self.seconds.items():
-            name = what.partition(":")[0]
-            parts[name] = parts.get(name, 0.0) + seconds
-        return parts
+        return by_part(self.seconds)
+
+
+def by_part(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Sums for each part of a run: of "base model" what its "loss" and its "labels" take."""
+    parts: dict[str, float] = {}
+    for what, taken in seconds.items():
+        name = what.partition(":")[0]
+        parts[name] = parts.get(name, 0.0) + taken
+    return parts
 
 
 @dataclass(frozen=True)

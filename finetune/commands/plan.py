@@ -21,6 +21,7 @@ from finetune.data.collate import collate, micro_batches, step_indices
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
 from finetune.data.rows import Example, Prepared
+from finetune.events import by_part
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
@@ -136,9 +137,9 @@ def time_table(recipe: Recipe, prepared: Prepared, seconds: dict[str, float]) ->
         "tuned model": f"{held_out:,} rows",
     }
     table = figures_table("part", "work", "time")
+    parts = by_part(seconds)
     for name, count in counts.items():
-        whole = sum(value for what, value in seconds.items() if what.partition(":")[0] == name)
-        if whole:
+        if whole := parts.get(name):
             table.add_row(name, count, duration(whole))
     table.add_row(Text("whole run", "bold"), "", Text(duration(sum(seconds.values())), "bold"))
     return table

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Protocol
 
@@ -36,6 +36,19 @@ class StopHeard(Protocol):
     def stopping(self) -> bool: ...
 
 
+@contextmanager
+def _quiet(stop: StopHeard | None) -> Iterator[None]:
+    """Inside, the screen alone writes: keys are not echoed, and who hears the signals says nothing."""
+    if stop:
+        stop.quiet = True
+    try:
+        with silent_keys():
+            yield
+    finally:
+        if stop:
+            stop.quiet = False
+
+
 class LiveScreen:
     """A page of its own beside what the terminal showed before: whatever is typed, printed or resized meanwhile, the
     terminal is as it was at the end. After a failure the last frame is printed there.
@@ -57,9 +70,7 @@ class LiveScreen:
         )
 
     def __enter__(self) -> LiveScreen:
-        if self._stop:
-            self._stop.quiet = True
-        self._held.enter_context(silent_keys())
+        self._held.enter_context(_quiet(self._stop))
         self._held.enter_context(self._output)
         announce_page(True)
         self._live.start(refresh=True)
@@ -73,8 +84,6 @@ class LiveScreen:
         self._live.stop()
         announce_page(False)
         self._held.close()
-        if self._stop:
-            self._stop.quiet = False
         if error is not None and (self._status.last or self._status.validations):
             self._console.print(Frame(self._status, self._notes, min(STILL, self._console.size.height - 1)))
         self._output.release()
@@ -113,9 +122,7 @@ class BarScreen:
         self._what = ""
 
     def __enter__(self) -> BarScreen:
-        if self._stop:
-            self._stop.quiet = True
-        self._held.enter_context(silent_keys())
+        self._held.enter_context(_quiet(self._stop))
         self._bars.start()
         guard()  # what is printed meanwhile goes through rich, which would read its colours
         return self
@@ -125,8 +132,6 @@ class BarScreen:
     ) -> None:
         self._bars.stop()
         self._held.close()
-        if self._stop:
-            self._stop.quiet = False
 
     def show(self, event: Event) -> None:
         if isinstance(event, Note):

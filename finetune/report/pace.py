@@ -155,8 +155,7 @@ class Pace:
         return max((1 - work.share) * expected - (self.clock() - self._last), 0.0)
 
     def _foretold(self, phase: str) -> float:
-        seconds = self.outlook.seconds if self.outlook else {}
-        return sum(value for what, value in seconds.items() if what.partition(":")[0] == phase)
+        return self.outlook.parts.get(phase, 0.0) if self.outlook else 0.0
 
     def _slower(self) -> float:
         """How many times as long as foretold the evaluations took that are over; of validations, only some are."""
