@@ -104,6 +104,7 @@ def read_architecture(folder: ModelFolder) -> Architecture:
         heads=heads,
         scores="sinks" if text.get("model_type") == "gpt_oss" else "softcap" * bool(text.get("attn_logit_softcapping")),
         recurrence=_recurrence(text),
+        embedding=0 if tied else prod(embedding),
     )
 
 
@@ -112,7 +113,7 @@ def footprint(
 ) -> Footprint:
     """Of training `adapted` with micro-batches no larger than `micro`, with the backend and device of `costs`."""
     number, trainable = model.number_bytes(costs.device), lora.trainable(adapted)
-    micro = _at_once(micro, model, costs)
+    micro = _at_once(micro, costs)
     activations = costs.held * _activations(architecture, model, lora, adapted, micro, costs)
     block = _block_working(architecture, micro, number, costs) + _unpacked(architecture, model, number, costs)
     if architecture.scores in costs.scores:  # gradients of the weights of every pair, before and after the softmax
@@ -120,9 +121,10 @@ def footprint(
     if architecture.recurrence:
         block = max(block, costs.recurrent_working(architecture.recurrence, micro.tokens))
     working = costs.held * max(block, _head_working(architecture, micro, number, costs))
+    parked = architecture.embedding * float(number) if model.checkpointing and costs.parks_embedding else 0.0
     return Footprint(
         runtime=_runtime(model, micro, number, costs),
-        weights=weight_bytes(architecture, model.quantize, number, costs),
+        weights=weight_bytes(architecture, model.quantize, number, costs) - parked,
         adapter=20.0 * trainable,  # five times float32
         activations=activations,
         working=max(working, costs.update * trainable - activations),  # the update begins when activations are gone
@@ -175,7 +177,8 @@ def _activations(
     saved = _saved(architecture, adapted, lora, number, micro, costs) * micro.tokens
     if not model.checkpointing:
         return blocks * saved
-    return blocks * architecture.hidden * number * micro.tokens + costs.recomputed_blocks * saved
+    inputs = blocks if costs.parked_inputs is None else min(blocks, costs.parked_inputs)
+    return inputs * architecture.hidden * number * micro.tokens + costs.recomputed_blocks * saved
 
 
 def _saved(
@@ -223,9 +226,9 @@ def _loading(architecture: Architecture, model: ModelSpec, number: int, costs: C
     return architecture.stored + (costs.quantising * widest if model.quantize == "4bit" else 0.0)
 
 
-def _at_once(micro: Micro, model: ModelSpec, costs: Costs) -> Micro:
+def _at_once(micro: Micro, costs: Costs) -> Micro:
     """The part of it that is computed at a time."""
-    tokens = costs.at_once(model.checkpointing) or micro.tokens
+    tokens = costs.tokens_at_once or micro.tokens
     rows = min(micro.rows, max(tokens // micro.width, 1))
     return Micro(rows, micro.width, -(-micro.supervised * rows // micro.rows))
 

@@ -48,6 +48,7 @@ class Architecture:
     heads: int = 1  # of queries
     scores: str = ""  # what keeps attention from being computed in pieces: "softcap", "sinks"; "": nothing
     recurrence: Recurrence | None = None
+    embedding: int = 0  # weights of one that is not the output layer too; counted in `other`
 
     @property
     def linear(self) -> int:
@@ -80,11 +81,12 @@ class Costs:
     held: float = 1.1  # bytes that the allocator holds per byte in use
     update: float = 20.0  # per number of the adapter: an update makes weights, moments and their quotient anew
     tokens_at_once: int | None = None  # computed at a time; None: the whole micro-batch
-    recomputed_at_once: int | None = None  # the same where blocks are computed again: their inputs take the most memory
     width_step: int = 1  # rows of more than 256 tokens are padded to a multiple of so many
     logits_at_once: int | None = None  # numbers computed at a time; None: those of all supervised positions
     gated_working: float = 4.0  # widths of a gated layer that exist at once in its backward pass, beside what is saved
     recomputed_blocks: float = 1.0  # whose saved results exist at once where activations are recomputed
+    parked_inputs: int | None = None  # of blocks computed again, on the device at once; None: all
+    parks_embedding: bool = False  # whether one that is not the head too is in the machine's memory then
     four_bit: str | None = None  # the scheme in words; None: it has none
     four_bit_runtime: float = 0.0  # what the library for it adds to `runtime`
     four_bit_weight: Size = A_NUMBER  # one weight, with its share of the scales
@@ -99,10 +101,6 @@ class Costs:
     recurrent_working: Callable[[Recurrence, int], float] = lambda recurrence, tokens: 0.0  # beside it, for so many
     maps_files: bool = False  # whether the files' pages stay in memory while weights are cast or quantised
     quantising: float = 0.0  # per weight of the layer that is being quantised
-
-    def at_once(self, recomputed: bool) -> int | None:
-        """Tokens computed at a time; None: the whole micro-batch."""
-        return self.tokens_at_once or (self.recomputed_at_once if recomputed else None)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ _GPU = replace(
     held=1.1,
     gated_working=2.0,  # the other two in place, by tests/benchmarks/kept.py
     tokens_at_once=None,
-    recomputed_at_once=4096,  # twice as many save 2 to 4 % of the time by arithmetic, and need a fifth more memory
+    parked_inputs=3,  # one that is used, one that comes, and one that goes
+    parks_embedding=True,
     four_bit_runtime=0.0,
     unpacked_weight=Size(fixed=0.06, numbers=1.0),  # bitsandbytes' kernel writes it at once; the scales beside it
     bfloat16_products=0.0,

@@ -14,7 +14,8 @@ from backends import dropout
 from backends.interface import BackendError, FloatArray, LoraSpec, Modules
 from backends.text_blocks import ending
 from backends.torch_backend.device import uploaded
-from backends.torch_backend.products import Adapted, Call, Draw, Gated, dense, source_of
+from backends.torch_backend.four_bit import dense
+from backends.torch_backend.products import Adapted, Call, Draw, Gated, source_of
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -54,13 +55,13 @@ class Dropout:
             self._keys = before
 
     def mask(self, module: int, x: torch.Tensor) -> Draw | None:
-        """What draws a mask, True where an input of x [N, in] is kept, as often as it is needed; None: all are.
+        """What draws a mask [N, in], True where an input of x [..., in] is kept, as often as needed; None: all are.
 
         Raises BackendError where N is another.
         """
         if self._keys is None:
             return None
-        tokens, width = x.shape
+        tokens, width = x.shape[:-1].numel(), x.shape[-1]
         keys = self._keys[module]
         if tokens != len(keys):
             raise BackendError(
@@ -110,18 +111,16 @@ class LoraLinear(torch.nn.Module):  # type: ignore[misc]
         return self.base.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        call, source = self._call(x), source_of(x)
-        out: torch.Tensor = Adapted.apply(x.flatten(0, -2), self.lora_A, self.lora_B, call, source)
-        return out.unflatten(0, x.shape[:-1])
+        out: torch.Tensor = Adapted.apply(x, self.lora_A, self.lora_B, self._call(x), source_of(x))
+        return out
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """The same with x = silu(gate) * up, which is not saved. [..., in] -> [..., out]"""
-        inputs = gate.flatten(0, -2), up.flatten(0, -2)
-        out: torch.Tensor = Gated.apply(*inputs, self.lora_A, self.lora_B, self._call(gate))
-        return out.unflatten(0, gate.shape[:-1])
+        out: torch.Tensor = Gated.apply(gate, up, self.lora_A, self.lora_B, self._call(gate))
+        return out
 
     def _call(self, x: torch.Tensor) -> Call:
-        draw = self._masks.mask(self._number, x.flatten(0, -2))
+        draw = self._masks.mask(self._number, x)
         scale = self._scale / (1.0 if draw is None else self._masks.keep)
         return Call(self.base, scale, draw, self.unused, *self._factors(x.dtype))
 

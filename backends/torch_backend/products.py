@@ -9,6 +9,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from backends.torch_backend.four_bit import base_product, dense
+
 Draw = Callable[[], torch.Tensor]  # of dropout's mask [N, in]
 
 
@@ -53,31 +55,33 @@ class Call(NamedTuple):
 
 
 class Adapted(torch.autograd.Function):  # type: ignore[misc]
-    """W x + scale * B A x. Saves x [N, in], or what x is made of, and scale * A x [N, r].
+    """W x + scale * B A x, of x [..., in]. Saves x, or what x is made of, and scale * A x [N, r].
 
-    Autograd would save four products, one of them as wide as W x.
+    Autograd would save four products, one of them as wide as W x. Shapes are changed in here: outside, each change
+    would be an operation of its own, both ways.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, call: Call, source: Source | None
     ) -> torch.Tensor:
-        out, low_rank = _output(call, x)
+        out, low_rank = _output(call, x.flatten(0, -2))
         ctx.call, ctx.again = call, source and source.again
         if source:
             source.again.users += 1
         ctx.save_for_backward(low_rank, *(source.inputs if source else (x,)))
-        return out
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         low_rank, *inputs = ctx.saved_tensors
-        x = ctx.again(*inputs).flatten(0, -2) if ctx.again else inputs[0]
-        mask, needed = ctx.call.mask(), ctx.needs_input_grad[0]
-        grad_low_rank, grad_a, grad_b = _adapter_gradients(ctx.call, grad_output, x, low_rank, mask)
-        grad_input = _input_gradient(ctx.call, grad_output, grad_low_rank, mask) if needed else None
-        return grad_input, grad_a, grad_b, None, None
+        x = ctx.again(*inputs) if ctx.again else inputs[0]
+        mask, grad = ctx.call.mask(), grad_output.flatten(0, -2)
+        grad_low_rank, grad_a, grad_b = _adapter_gradients(ctx.call, grad, x.flatten(0, -2), low_rank, mask)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_a, grad_b, None, None
+        return _input_gradient(ctx.call, grad, grad_low_rank, mask).view(x.shape), grad_a, grad_b, None, None
 
 
 class Gated(torch.autograd.Function):  # type: ignore[misc]
@@ -87,20 +91,22 @@ class Gated(torch.autograd.Function):  # type: ignore[misc]
     def forward(
         ctx: Any, gate: torch.Tensor, up: torch.Tensor, a: torch.Tensor, b: torch.Tensor, call: Call
     ) -> torch.Tensor:
-        out, low_rank = _output(call, silu(gate).mul_(up))
+        out, low_rank = _output(call, silu(gate).mul_(up).flatten(0, -2))
         ctx.call = call
         ctx.save_for_backward(gate, up, low_rank)
-        return out
+        return out.view(*gate.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         gate, up, low_rank = ctx.saved_tensors
-        active, mask = silu(gate), ctx.call.mask()
-        grad_low_rank, grad_a, grad_b = _adapter_gradients(ctx.call, grad_output, active * up, low_rank, mask)
+        active, mask, grad_output = silu(gate), ctx.call.mask(), grad_output.flatten(0, -2)
+        product = (active * up).flatten(0, -2)
+        grad_low_rank, grad_a, grad_b = _adapter_gradients(ctx.call, grad_output, product, low_rank, mask)
         if not any(ctx.needs_input_grad[:2]):
             return None, None, grad_a, grad_b, None
-        grad = _input_gradient(ctx.call, grad_output, grad_low_rank, mask)
+        del product
+        grad = _input_gradient(ctx.call, grad_output, grad_low_rank, mask).view(gate.shape)
         grad_up = active.mul_(grad)  # in place where it can be: these are the widest tensors of a block
         grad.mul_(up)
         grad_gate = torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad)
@@ -112,8 +118,7 @@ def _output(call: Call, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     low_rank = (_dropped(x, call.mask()) @ call.a.T).mul_(call.scale)
     if call.unused:
         return x.new_empty(len(x), len(call.b)), low_rank
-    out: torch.Tensor = call.base(x)
-    return out.addmm_(low_rank, call.b.T), low_rank
+    return base_product(call.base, x).addmm_(low_rank, call.b.T), low_rank
 
 
 def _adapter_gradients(
@@ -137,14 +142,3 @@ def _input_gradient(
 
 def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x if mask is None else x * mask
-
-
-def dense(linear: torch.nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-    """The frozen weight [out, in] as numbers."""
-    state = getattr(linear.weight, "quant_state", None)
-    if state is None:
-        return linear.weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    weight: torch.Tensor = dequantize_4bit(linear.weight.data, state)
-    return weight.to(dtype)

@@ -56,6 +56,7 @@ from backends.torch_backend.layers import delta_rule_of, use_own_layers
 from backends.torch_backend.lora import Dropout, add_adapter, base_weight
 from backends.torch_backend.model import load_frozen, scheme_of
 from backends.torch_backend.optim import AdamW
+from backends.torch_backend.parked import keep_embedding_on_host
 from backends.torch_backend.recompute import recompute_blocks
 from backends.torch_backend.tree import check_experts, check_format, tree_of
 
@@ -106,14 +107,15 @@ class TorchSession:
         self._number_type = model.number_type(device_kind(self._device), half_type(self._device))
         number = model.number_bytes(device_kind(self._device))
         self._answering = answering_bytes(folder_of(model).text_config, number)
-        self._spec, self._tokens_at_once = model, costs.at_once(model.checkpointing) or sys.maxsize
+        self._spec, self._tokens_at_once = model, costs.tokens_at_once or sys.maxsize
         with memory_guard(self._device), random_numbers(self._device, seed):
             self._model = load_frozen(model, self._device)
             self._adapter = add_adapter(self._model, self.lora_shapes, lora, self._dropout)
             self._block_shortcuts = [*use_own_layers(self._model), *use_tiles(self._model), *delta_rule_of(self._model)]
             expand_heads(self._model)
             if model.checkpointing:
-                recompute_blocks(self._model, self._dropout)
+                recompute_blocks(self._model, self._dropout, self._device)
+                keep_embedding_on_host(self._model, self._device)
             self._forward = Forward(self._model, self._device, costs.logits_at_once or sys.maxsize)
             self._frozen_kept = self._forward.keep_frozen_blocks()
         self.scheme = scheme_of(self._model)

@@ -58,7 +58,8 @@ def architecture_of(
     shape = Architecture(
         blocks, hidden, inner, queries, keys, vocabulary, modules, vocabulary * hidden * (2 - tied), 0, 2, False
     )
-    return replace(shape, stored=2 * (shape.linear + shape.other))
+    embedding = 0 if tied else vocabulary * hidden
+    return replace(shape, stored=2 * (shape.linear + shape.other), embedding=embedding)
 
 
 def _adapted(shape: Architecture, lora: LoraSpec) -> Modules:

@@ -120,7 +120,7 @@ def count(config: Any, blocks: int, tokens: int, lora: LoraSpec, recompute: bool
     for layer in (layer for layer in model.modules() if isinstance(layer, LoraLinear)):
         layer._factors(torch.bfloat16)  # cast once per step, and not in each pass
     if recompute:
-        recompute_blocks(model, masks)
+        recompute_blocks(model, masks, META)
     masks.at(0, places([0], np.zeros(1, int), tokens, 0))
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     angles = tuple(torch.empty(1, tokens, head, dtype=torch.bfloat16, device=META) for _ in range(2))

@@ -104,15 +104,14 @@ def test_a_cpu_computes_a_part_at_a_time() -> None:
     assert long.activations == pytest.approx(4 * small.activations)
 
 
-def test_a_gpu_computes_fewer_at_a_time_where_blocks_are_computed_again() -> None:
-    """Their inputs are what grows; a row is never cut."""
-    again = replace(HALF, checkpointing=True)
-    found = [needed(architecture(), again, micro=Micro(rows, 512, 512 * rows)).activations for rows in (4, 8, 16, 64)]
-    assert found[0] * 2 == found[1] and found[1:] == [found[1]] * 3
-    long = needed(architecture(), again, micro=Micro(2, 8192, 16384)).activations
-    assert long == pytest.approx(2 * found[1])
-    kept = [needed(architecture(), HALF, micro=Micro(rows, 512, 512 * rows)).activations for rows in (8, 16)]
-    assert kept[1] == 2 * kept[0]
+def test_a_gpu_keeps_little_where_blocks_are_computed_again() -> None:
+    """Three blocks' inputs and one block's results, however many blocks there are; the rest waits beside the card."""
+    again, untied = replace(HALF, checkpointing=True), VOCABULARY * D
+    few, many = (needed(architecture(blocks, embedding=untied), again) for blocks in (4, 12))
+    assert few.activations == many.activations
+    kept = needed(architecture(4, embedding=untied))
+    assert needed(architecture(3), again).activations < needed(architecture(4), HALF).activations < kept.activations
+    assert few.weights == needed(architecture(4), again).weights - 2 * untied  # an embedding of its own waits there too
 
 
 def test_logits_are_counted_as_many_as_are_computed_at_a_time() -> None:
@@ -187,7 +186,8 @@ def model_folder(folder: Path, tied: bool = True) -> Path:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_folder_says_its_sizes(tmp_path: Path, tied: bool) -> None:
     expected, found = architecture(2, heads=4), read_architecture(ModelFolder.open(model_folder(tmp_path, tied)))
+    own = 0 if tied else VOCABULARY * D
     assert replace(found, stored=0, modules={}) == replace(
-        expected, stored=0, modules={}, other=expected.other * (1 if tied else 2)
+        expected, stored=0, modules={}, other=expected.other + own, embedding=own
     )
     assert dict(found.modules) == dict(expected.modules)
