@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from backends.interface import BackendError, FloatArray, LoraSpec, Modules
 from backends.text_blocks import ending
 from backends.torch_backend.device import uploaded
 from backends.torch_backend.four_bit import dense
-from backends.torch_backend.products import Adapted, Call, Draw, Gated, source_of
+from backends.torch_backend.products import Adapted, Call, Draw, Gated, Shared, source_of
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -100,7 +100,7 @@ class LoraLinear(torch.nn.Module):  # type: ignore[misc]
         self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, lora.rank, **like))
         self._masks, self._number = masks, number
         self.unused = False  # True: nobody needs the output, only what the gradient needs is to be made
-        self._cast: Any = None  # A and B in another type, and the type and the versions that they are of
+        self.siblings = Siblings([self])
 
     @property
     def weight(self) -> torch.Tensor:
@@ -111,30 +111,69 @@ class LoraLinear(torch.nn.Module):  # type: ignore[misc]
         return self.base.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = Adapted.apply(x, self.lora_A, self.lora_B, self._call(x), source_of(x))
-        return out
+        return self.siblings.output(self, x)
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """The same with x = silu(gate) * up, which is not saved. [..., in] -> [..., out]"""
-        out: torch.Tensor = Gated.apply(gate, up, self.lora_A, self.lora_B, self._call(gate))
+        out: torch.Tensor = Gated.apply(gate, up, self.siblings.called(gate), self.lora_A, self.lora_B)
         return out
 
-    def _call(self, x: torch.Tensor) -> Call:
+    def call(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Call:
+        """One use, with A and B in the type of x."""
         draw = self._masks.mask(self._number, x)
         scale = self._scale / (1.0 if draw is None else self._masks.keep)
-        return Call(self.base, scale, draw, self.unused, *self._factors(x.dtype))
+        return Call(self.base, scale, draw, self.unused, a, b)
 
-    def _factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B in this type: cast once after each change, and not in each pass."""
-        a, b = self.lora_A, self.lora_B
-        if a.dtype == dtype:
-            return a.detach(), b.detach()
-        now = (dtype, a._version, b._version)
+
+class Siblings:
+    """Layers of the same input, as queries, keys and values are: the first that is called computes all of them.
+
+    That is one low-rank product instead of several, and much less for a GPU's host to do.
+    """
+
+    def __init__(self, layers: Sequence[LoraLinear]) -> None:
+        self._layers = tuple(layers)
+        self._parameters = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+        self._x: torch.Tensor | None = None  # that of the outputs which wait
+        self._waiting: dict[LoraLinear, torch.Tensor] = {}
+        self._cast: Any = None  # the factors in another type, and the type and the versions that they are of
+
+    def output(self, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+        if self._x is not x or layer not in self._waiting:
+            outs = Adapted.apply(x, self.called(x), source_of(x), *self._parameters)
+            self._x, self._waiting = x, dict(zip(self._layers, outs, strict=True))
+        out = self._waiting.pop(layer)
+        if not self._waiting:
+            self._x = None
+        return out
+
+    def called(self, x: torch.Tensor) -> Shared:
+        a, b = self.factors(x.dtype)
+        parts = zip(self._layers, a.chunk(len(self._layers)), b, strict=True)
+        return Shared(tuple(layer.call(x, *factors) for layer, *factors in parts), a)
+
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """A of all layers, one below the other, and each one's B: made once after each change, and not in each pass."""
+        now = (dtype, *(factor._version for factor in self._parameters))
         if self._cast is None or self._cast[0] != now:
             with torch.inference_mode(False), torch.no_grad():  # a later step may need them for its gradient
-                self._cast = now, (a.to(dtype), b.to(dtype))
-        factors: tuple[torch.Tensor, torch.Tensor] = self._cast[1]
+                a, b = ([factor.detach().to(dtype) for factor in self._parameters[start::2]] for start in (0, 1))
+                self._cast = now, (torch.cat(a) if len(a) > 1 else a[0], b)
+        factors: tuple[torch.Tensor, list[torch.Tensor]] = self._cast[1]
         return factors
+
+
+def join_siblings(model: Any) -> None:
+    """Adapted layers that a module of the model calls with the same input."""
+    for module in model.modules():
+        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            layers = [getattr(module, name, None) for name in names]
+            known = [layer for layer in layers if isinstance(layer, LoraLinear)]
+            unread = getattr(module, "is_kv_shared_layer", False)  # such a block reads another one's keys and values
+            if len(known) == len(names) and len({layer.base.in_features for layer in known}) == 1 and not unread:
+                siblings = Siblings(known)
+                for layer in known:
+                    layer.siblings = siblings
 
 
 def base_weight(model: Any, module: str) -> FloatArray:
@@ -165,6 +204,7 @@ def add_adapter(model: Any, modules: Modules, lora: LoraSpec, masks: Dropout) ->
         parameters |= {f"{module}.lora_A": layer.lora_A, f"{module}.lora_B": layer.lora_B}
     if wrong:
         raise BackendError(f"these modules cannot be adapted as the checkpoint's shapes say: {', '.join(wrong)}")
+    join_siblings(model)
     return parameters
 
 

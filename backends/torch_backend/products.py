@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,90 +54,134 @@ class Call(NamedTuple):
         return self.draw and self.draw()
 
 
-class Adapted(torch.autograd.Function):  # type: ignore[misc]
-    """W x + scale * B A x, of x [..., in]. Saves x, or what x is made of, and scale * A x [N, r].
+class Shared(NamedTuple):
+    """One use of K layers of the same input."""
 
-    Autograd would save four products, one of them as wide as W x. Shapes are changed in here: outside, each change
-    would be an operation of its own, both ways.
+    calls: tuple[Call, ...]
+    a: torch.Tensor  # that of all layers, one below the other [K * r, in]
+
+    @property
+    def dropped(self) -> bool:
+        """Whether each layer sees an input of its own."""
+        return self.calls[0].draw is not None
+
+
+class Adapted(torch.autograd.Function):  # type: ignore[misc]
+    """W x + scale * B A x of each of K layers, of x [..., in]. Saves x, or what x is made of, and scale * A x [N, K r].
+
+    Autograd would save four products a layer, one of them as wide as W x. Shapes are changed in here: outside, each
+    change would be an operation of its own, both ways.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, call: Call, source: Source | None
-    ) -> torch.Tensor:
-        out, low_rank = _output(call, x.flatten(0, -2))
-        ctx.call, ctx.again = call, source and source.again
+        ctx: Any, x: torch.Tensor, shared: Shared, source: Source | None, *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        rows = x.flatten(0, -2)
+        low_rank = _low_rank(shared, rows)
+        parts = low_rank.chunk(len(shared.calls), -1)
+        outs = [_output(call, rows, part) for call, part in zip(shared.calls, parts, strict=True)]
+        ctx.shared, ctx.again = shared, source and source.again
         if source:
             source.again.users += 1
         ctx.save_for_backward(low_rank, *(source.inputs if source else (x,)))
-        return out.view(*x.shape[:-1], -1)
+        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         low_rank, *inputs = ctx.saved_tensors
         x = ctx.again(*inputs) if ctx.again else inputs[0]
-        mask, grad = ctx.call.mask(), grad_output.flatten(0, -2)
-        grad_low_rank, grad_a, grad_b = _adapter_gradients(ctx.call, grad, x.flatten(0, -2), low_rank, mask)
+        grads = [grad.flatten(0, -2) for grad in grad_outputs]
+        masks = [call.mask() for call in ctx.shared.calls]
+        grad_low_rank, of_factors = _adapter_gradients(ctx.shared, grads, x.flatten(0, -2), low_rank, masks)
         if not ctx.needs_input_grad[0]:
-            return None, grad_a, grad_b, None, None
-        return _input_gradient(ctx.call, grad, grad_low_rank, mask).view(x.shape), grad_a, grad_b, None, None
+            return None, None, None, *of_factors
+        grad_input = _input_gradient(ctx.shared, grads, grad_low_rank, masks)
+        return grad_input.view(x.shape), None, None, *of_factors
 
 
 class Gated(torch.autograd.Function):  # type: ignore[misc]
-    """The same of x = silu(gate) * up, which the backward pass computes again (SwiGLU; Shazeer, 2020)."""
+    """The same of one layer and x = silu(gate) * up, which the backward pass makes again (SwiGLU; Shazeer, 2020)."""
 
     @staticmethod
     def forward(
-        ctx: Any, gate: torch.Tensor, up: torch.Tensor, a: torch.Tensor, b: torch.Tensor, call: Call
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, shared: Shared, *parameters: torch.Tensor
     ) -> torch.Tensor:
-        out, low_rank = _output(call, silu(gate).mul_(up).flatten(0, -2))
-        ctx.call = call
+        rows = silu(gate).mul_(up).flatten(0, -2)
+        low_rank = _low_rank(shared, rows)
+        ctx.shared = shared
         ctx.save_for_backward(gate, up, low_rank)
-        return out.view(*gate.shape[:-1], -1)
+        return _output(shared.calls[0], rows, low_rank).view(*gate.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         gate, up, low_rank = ctx.saved_tensors
-        active, mask, grad_output = silu(gate), ctx.call.mask(), grad_output.flatten(0, -2)
+        active, masks, grads = silu(gate), [ctx.shared.calls[0].mask()], [grad_output.flatten(0, -2)]
         product = (active * up).flatten(0, -2)
-        grad_low_rank, grad_a, grad_b = _adapter_gradients(ctx.call, grad_output, product, low_rank, mask)
+        grad_low_rank, of_factors = _adapter_gradients(ctx.shared, grads, product, low_rank, masks)
         if not any(ctx.needs_input_grad[:2]):
-            return None, None, grad_a, grad_b, None
+            return None, None, None, *of_factors
         del product
-        grad = _input_gradient(ctx.call, grad_output, grad_low_rank, mask).view(gate.shape)
+        grad = _input_gradient(ctx.shared, grads, grad_low_rank, masks).view(gate.shape)
         grad_up = active.mul_(grad)  # in place where it can be: these are the widest tensors of a block
         grad.mul_(up)
         grad_gate = torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad)
-        return grad_gate, grad_up, grad_a, grad_b, None
+        return grad_gate, grad_up, None, *of_factors
 
 
-def _output(call: Call, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """W x + scale * B A x [N, out] and scale * A x [N, r], which its gradient needs beside x."""
-    low_rank = (_dropped(x, call.mask()) @ call.a.T).mul_(call.scale)
+Masks = Sequence[torch.Tensor | None]
+
+
+def _low_rank(shared: Shared, x: torch.Tensor) -> torch.Tensor:
+    """scale * A x of all layers, beside each other [N, K r]."""
+    if not shared.dropped:
+        return (x @ shared.a.T).mul_(shared.calls[0].scale)
+    each = [_dropped(x, call.mask()) @ call.a.T for call in shared.calls]
+    return _beside(each).mul_(shared.calls[0].scale)
+
+
+def _output(call: Call, x: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
+    """W x + B low_rank [N, out]"""
     if call.unused:
-        return x.new_empty(len(x), len(call.b)), low_rank
-    return base_product(call.base, x).addmm_(low_rank, call.b.T), low_rank
+        return x.new_empty(len(x), len(call.b))
+    return base_product(call.base, x).addmm_(low_rank, call.b.T)
 
 
 def _adapter_gradients(
-    call: Call, grad_output: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """That of A x [N, r], and those of A and B; the frozen weight has none."""
-    grad_low_rank = (grad_output @ call.b).mul_(call.scale)
-    grad_a = (grad_low_rank.T @ _dropped(x, mask)).float()
-    return grad_low_rank, grad_a, (grad_output.T @ low_rank).float()
+    shared: Shared, grads: Sequence[torch.Tensor], x: torch.Tensor, low_rank: torch.Tensor, masks: Masks
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """That of A x of all layers [N, K r], and those of each layer's A and B; the frozen weights have none."""
+    calls = shared.calls
+    each = [grad @ call.b for grad, call in zip(grads, calls, strict=True)]
+    grad_low_rank = _beside(each).mul_(calls[0].scale)
+    if shared.dropped:
+        parts = zip(grad_low_rank.chunk(len(calls), -1), masks, strict=True)
+        of_a = [(part.T @ _dropped(x, mask)).float() for part, mask in parts]
+    else:
+        of_a = list((grad_low_rank.T @ x).float().chunk(len(calls)))
+    of_b = [(grad.T @ part).float() for grad, part in zip(grads, low_rank.chunk(len(calls), -1), strict=True)]
+    return grad_low_rank, [factor for pair in zip(of_a, of_b, strict=True) for factor in pair]
 
 
 def _input_gradient(
-    call: Call, grad_output: torch.Tensor, grad_low_rank: torch.Tensor, mask: torch.Tensor | None
+    shared: Shared, grads: Sequence[torch.Tensor], grad_low_rank: torch.Tensor, masks: Masks
 ) -> torch.Tensor:
     """[N, in]"""
-    grad_input = grad_output @ dense(call.base, grad_output.dtype)
-    if mask is None:
-        return grad_input.addmm_(grad_low_rank, call.a)
-    return grad_input.add_((grad_low_rank @ call.a).mul_(mask))
+    first, *others = shared.calls
+    total = grads[0] @ dense(first.base, grads[0].dtype)
+    for grad, call in zip(grads[1:], others, strict=True):
+        total.addmm_(grad, dense(call.base, grad.dtype))
+    if not shared.dropped:
+        return total.addmm_(grad_low_rank, shared.a)
+    for part, call, mask in zip(grad_low_rank.chunk(len(masks), -1), shared.calls, masks, strict=True):
+        total.add_((part @ call.a).mul_(mask))
+    return total
+
+
+def _beside(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(parts), -1) if len(parts) > 1 else parts[0]
 
 
 def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

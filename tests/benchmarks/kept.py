@@ -118,7 +118,7 @@ def count(config: Any, blocks: int, tokens: int, lora: LoraSpec, recompute: bool
     add_adapter(model, modules, lora, masks)
     use_own_layers(model)
     for layer in (layer for layer in model.modules() if isinstance(layer, LoraLinear)):
-        layer._factors(torch.bfloat16)  # cast once per step, and not in each pass
+        layer.siblings.factors(torch.bfloat16)  # cast once per step, and not in each pass
     if recompute:
         recompute_blocks(model, masks, META)
     masks.at(0, places([0], np.zeros(1, int), tokens, 0))
