@@ -56,9 +56,7 @@ def run(
     if len(rows_measured.examples) < 2:
         raise Incompatible(f"{opened.path}: no held-out rows, so an export cannot be verified; set data.test")
     target = target_of(to, kind, bits, adapter_alone, job)
-    path = output or opened.path / "exports" / target.name
-    if path.exists() and not (path / FILE).exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RecipeError(f"--output: {path} is there, and is no export; name another folder")
+    path = _free(output or opened.path / "exports" / target.name)
     making = made_ready(opened, job, adapter)
     measures, notes, always = run_measured(making, rows_measured), list(making.travels.notes), making.always
     nearest, console = precision(target, job, making.session), Console()
@@ -120,6 +118,13 @@ def verified(
         raise EnvironmentProblem(f"{target.name}: what was written cannot be loaded ({error})") from error
     (path / BASE).unlink(missing_ok=True)  # needed by the verification alone
     return [*checks, *model_checks(*run, found, nearest)]
+
+
+def _free(path: Path) -> Path:
+    """The same. Raises RecipeError where something is there that is no export."""
+    if path.exists() and not (path / FILE).exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RecipeError(f"--output: {path} is there, and is no export; name another folder")
+    return path
 
 
 def _as_json(
