@@ -15,7 +15,7 @@ import numpy as np
 
 from backends import registry
 from backends.interface import LoraSpec, OptimSpec
-from backends.model_folder import ModelFolder, read_object
+from backends.model_folder import ModelFolder, ending, read_object
 from finetune.data.conversation import Conversation
 from finetune.data.rows import Message
 from finetune.data.template_sandbox import render
@@ -114,14 +114,14 @@ def change_check(to: Path, wanted: Tensors, adapter: Adapter) -> Iterator[Check]
 
     arrays: dict[str, Any] = {}
     for file in to.glob("model*.safetensors"):
-        arrays |= mx.load(str(file))  # type: ignore[arg-type]
+        arrays |= {ending(name): array for name, array in mx.load(str(file)).items()}  # type: ignore[union-attr]
     layers, found, whole = 0, 0.0, 0.0
     for name, numbers in wanted:
         module = name.removesuffix(".weight")
-        if f"{module}.lora_A" not in adapter.tensors or f"{module}.scales" not in arrays:
+        if f"{module}.lora_A" not in adapter.tensors or f"{ending(module)}.scales" not in arrays:
             continue
         change = product(adapter, module)
-        words, scales, biases = (arrays[f"{module}.{part}"] for part in ("weight", "scales", "biases"))
+        words, scales, biases = (arrays[f"{ending(module)}.{part}"] for part in ("weight", "scales", "biases"))
         group, bits = change.shape[1] // scales.shape[1], words.shape[1] * 32 // change.shape[1]
         held = np.array(mx.dequantize(words, scales, biases, group, bits).astype(mx.float32))
         layers, found = layers + 1, found + float(((held - numbers + change) * change).sum())
