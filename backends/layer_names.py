@@ -112,8 +112,8 @@ def refuse_untaken(folder: CheckedFolder, library: str, left: Iterable[str], tak
     where = f"{folder.path}: {', '.join(files)}"
     if all(f"{_within(name)}.weight" in known for name in names):
         raise BackendError(
-            f"{where}: {library} does not take {shown} in the form in which these files hold them; give the model as its "
-            "makers publish it (gpt-oss: packed, in MXFP4), or use another backend"
+            f"{where}: {library} does not take {shown} in the form in which these files hold them; give the model as "
+            "its makers publish it (gpt-oss: packed, in MXFP4), or use another backend"
         )
     raise BackendError(
         f"{where}: no layer of {library}'s model takes {shown}; config.json is of another model than the weights: "
