@@ -97,19 +97,27 @@ _COMPUTED = re.compile(r"inv_freq$|position_ids$|\.(attn|attention|self_attn)\.(
 
 def refuse_untaken(folder: CheckedFolder, library: str, left: Iterable[str], taken: Iterable[str]) -> None:
     """Raises BackendError where weights of the language model have no place in the library's model:
-    it would compute something else than the model that was trained.
+    it would compute something else than the model that was trained. Where it has such layers, the form of the weights
+    is another one: gpt-oss's experts in plain numbers, where mlx-lm takes them packed alone.
 
     left, taken: names of tensors in that model, those that it has no place for and those that it has.
     """
-    lost = {_within(name) for name in left} - {_within(name) for name in taken}
+    known = {_within(name) for name in taken}
+    lost = {_within(name) for name in left} - known
     names = [name for name in folder.shapes if _within(name) in lost and _is_used(folder, name)]
     if not names:
         return
     files = sorted(file.name for file, shapes in folder.weights.items() if any(name in shapes for name in names))
     shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    where = f"{folder.path}: {', '.join(files)}"
+    if all(f"{_within(name)}.weight" in known for name in names):
+        raise BackendError(
+            f"{where}: {library} does not take {shown} in the form in which these files hold them; give the model as "
+            "its makers publish it (gpt-oss: packed, in MXFP4), or use another backend"
+        )
     raise BackendError(
-        f"{folder.path}: {', '.join(files)}: no layer of {library}'s model takes {shown}; config.json is of another "
-        "model than the weights: download both again"
+        f"{where}: no layer of {library}'s model takes {shown}; config.json is of another model than the weights: "
+        "download both again"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,11 +23,13 @@ from finetune.export.gguf_export import BASE
 from finetune.export.making import Making, Target
 from finetune.export.measure import Measured, chosen, evaluated, measured
 from finetune.export.prompt import travelling_template
-from finetune.export.verify import Check, checks_table, model_checks, probe_check, prompt_check, sentence, token_check
+from finetune.export.verify import KEPT, Check, checks_table, model_checks, sentence, text_checks
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.supervisor import announce_model
 from finetune.training.job import Job, making_ready
+
+FILE = "export.json"
 
 
 def run(
@@ -55,21 +56,25 @@ def run(
     if len(rows_measured.examples) < 2:
         raise Incompatible(f"{opened.path}: no held-out rows, so an export cannot be verified; set data.test")
     target = target_of(to, kind, bits, adapter_alone, job)
-    path = output or opened.path / "exports" / target.name
-    _check_output(path)
+    path = _free(output or opened.path / "exports" / target.name)
     making = made_ready(opened, job, adapter)
-    measures, notes = run_measured(making, rows_measured), list(making.travels.notes)
-    nearest, always = precision(target, job, making.session), making.always
-    console = Console()
+    measures, notes, always = run_measured(making, rows_measured), list(making.travels.notes), making.always
+    nearest, console = precision(target, job, making.session), Console()
+    failed = path.with_name(f"{path.name}.failed")
     with new_folder(path) as hidden:
         checks = target.write(hidden, making)
         del making  # one model in memory at a time
         gc.collect()
         checks += verified(target, hidden, job, always, measures, rows_measured, nearest)
-        (hidden / "export.json").write_text(_as_json(opened, target, checks, notes, measures), encoding="utf-8")
+        (hidden / FILE).write_text(_as_json(opened, target, checks, notes, measures), encoding="utf-8")
         console.print(checks_table(checks, f"{path}, against the run's model"))
         if wrong := sentence(checks, f"{to} {target.kind}", target.finer):
-            raise ExportFailed(f"{wrong}. What was written is in {_set_aside(hidden, path)}")
+            with new_folder(failed) as folder:
+                for entry in list(hidden.iterdir()):
+                    entry.rename(folder / entry.name)
+            raise ExportFailed(f"{wrong}. What was written is in {failed}")
+    if (failed / FILE).exists():
+        remove(failed)
     _finish(console, opened, target, path, checks, notes)
 
 
@@ -104,30 +109,22 @@ def verified(
 
     Raises EnvironmentProblem where it cannot be loaded again.
     """
-    base, tuned = run
     announce_model(path)
     try:
         export = target.open(path, job)
-        checks = [token_check(export, job), prompt_check(export, job, always), probe_check(export, job)]
+        checks = text_checks(export, job, always)
         found = with_progress(measured(export.session, job, rows, "export", export.stops))
     except OSError as error:  # of a library or its server: the disk was written to before
         raise EnvironmentProblem(f"{target.name}: what was written cannot be loaded ({error})") from error
     (path / BASE).unlink(missing_ok=True)  # needed by the verification alone
-    return [*checks, *model_checks(base, tuned, found, nearest)]
+    return [*checks, *model_checks(*run, found, nearest)]
 
 
-def _check_output(path: Path) -> None:
-    if path.exists() and not (path / "export.json").exists() and (not path.is_dir() or any(path.iterdir())):
+def _free(path: Path) -> Path:
+    """The same. Raises RecipeError where something is there that is no export."""
+    if path.exists() and not (path / FILE).exists() and (not path.is_dir() or any(path.iterdir())):
         raise RecipeError(f"--output: {path} is there, and is no export; name another folder")
-
-
-def _set_aside(hidden: Path, path: Path) -> Path:
-    """What a failed export has written, under a name that says so."""
-    failed = path.with_name(f"{path.name}.failed")
-    with new_folder(failed) as folder:
-        for entry in list(hidden.iterdir()):
-            entry.rename(folder / entry.name)
-    return failed
+    return path
 
 
 def _as_json(
@@ -150,10 +147,8 @@ def _finish(
     console: Console, opened: RunFolder, target: Target, path: Path, checks: Sequence[Check], notes: list[str]
 ) -> None:
     """Says what was made and how to use it; the run remembers it."""
-    if os.path.lexists(failed := path.with_name(f"{path.name}.failed")) and (failed / "export.json").exists():
-        remove(failed)
     result = {check.name: check for check in checks}
-    kept, errors = result["tuning that is kept"], result["log-probabilities"]
+    kept, errors = result[KEPT], result["log-probabilities"]
     line = f"log-probabilities: {errors.result}, on {errors.on}; tuning that is kept: {kept.result}"
     commands = target.commands(path.resolve())
     remember(opened, Made(str(path.resolve()), target.kind, line, commands, notes))

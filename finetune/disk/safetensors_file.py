@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,29 @@ _NUMBERS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 def tensor_pieces(tensors: Mapping[str, FloatArray]) -> Iterator[bytes | memoryview]:
     """The header and then each tensor, as float32: together the bytes that safetensors itself writes, without metadata.
 
-    Format: https://huggingface.co/docs/safetensors, "Format"; the library sorts tensors of one type by name, and pads
-    the header with spaces to a multiple of 8 bytes.
+    The library sorts tensors of one type by name.
     """
-    names, header, start = sorted(tensors), {}, 0
+    names = sorted(tensors)
+    yield header_bytes({name: tensors[name].shape for name in names}, "F32")
     for name in names:
-        end = start + 4 * tensors[name].size
-        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        yield np.asarray(tensors[name], "<f4", order="C").reshape(-1).view(np.uint8).data
+
+
+def header_bytes(shapes: Mapping[str, Sequence[int]], kind: str, metadata: Mapping[str, str] | None = None) -> bytes:
+    """What a file begins with whose tensors have these shapes and this type ("F32", "F16", "BF16"), in this order.
+
+    Format: https://huggingface.co/docs/safetensors, "Format"; the library pads the header with spaces to a multiple of
+    8 bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    start, width = 0, np.dtype(_NUMBERS[kind]).itemsize
+    for name, shape in shapes.items():
+        end = start + width * prod(shape)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in names:
-        yield np.asarray(tensors[name], "<f4", order="C").reshape(-1).view(np.uint8).data
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:

@@ -7,12 +7,11 @@ from backends.interface import Session
 from finetune.errors import RecipeError
 from finetune.export.families import family_of
 from finetune.export.folders import BITS, MergedFolder, QuantisedFolder
-from finetune.export.gguf_export import GgufAdapter, GgufFile
-from finetune.export.gguf_types import KINDS as GGUF_TYPES
+from finetune.export.gguf_export import GgufAdapter, GgufFile, OllamaFolder
+from finetune.export.gguf_file import KINDS as GGUF_TYPES
 from finetune.export.making import Target
-from finetune.export.modelfile import OllamaFolder
+from finetune.export.merge import KINDS, base_kind
 from finetune.export.packages import optional
-from finetune.export.weights import KINDS, base_kind
 from finetune.recipe.specs import model_spec
 from finetune.text import harmless
 from finetune.training.job import Job
@@ -43,17 +42,20 @@ def target_of(to: str, kind: str | None, bits: int | None, adapter_alone: bool, 
     if to in ("gguf", "ollama"):  # before anything is measured
         _check_gguf(kind, job)
     if adapter_alone:
-        finer = "use --to gguf without --adapter: the adapter was trained on weights of 4 bits"
+        packed = "use --to gguf without --adapter: the adapter was trained on weights of 4 bits"
+        finer = packed if job.recipe.quantize != "none" or job.folder.packed else ""
         return GgufAdapter("gguf-adapter", "adapter", finer, kind or "f16")  # type: ignore[arg-type]
     if to in ("gguf", "ollama"):
         kind = kind or _USUAL
         finer = f"use --type {_FINER[kind]}" if kind in _FINER else ""
         return (GgufFile if to == "gguf" else OllamaFolder)(f"{to}-{kind}", kind, finer)
+    if to == "mlx":
+        optional("mlx_lm", extra="mlx")
     numbers = kind or base_kind(job.folder.weights)
     if bits is None:
         return MergedFolder(f"merged-{numbers}", numbers, "", to if to == "mlx" else None)
     finer = "use --bits 8, or --to merged" if bits < 8 else "use --to merged"
-    return QuantisedFolder(f"mlx-{bits}bit", f"{bits}bit", finer, bits, numbers)  # type: ignore[arg-type]
+    return QuantisedFolder(f"mlx-{bits}bit", f"{bits}bit", finer, to, bits, numbers)  # type: ignore[arg-type]
 
 
 def _check_gguf(kind: str | None, job: Job) -> None:

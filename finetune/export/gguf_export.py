@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from finetune.data.rows import Message
 from finetune.disk.adapter import Adapter
 from finetune.export.engine import Engine
 from finetune.export.families import family_of
 from finetune.export.gguf_file import of_file, tensors_of, write_adapter, write_model
 from finetune.export.making import Making, Target
-from finetune.export.measure import longest_answer
-from finetune.export.merge import tensors
+from finetune.export.measure import Exported, longest_answer
+from finetune.export.merge import Kind, file_check, tensors
+from finetune.export.ollama import READS_JINJA, modelfile, ollama_commands, template_of
 from finetune.export.verify import Check
-from finetune.export.weights import Kind, file_check
 from finetune.text import command_line
 from finetune.training.job import Job
 
@@ -24,21 +21,16 @@ MODEL, ADAPTER, BASE, TEMPLATE = "model.gguf", "adapter.gguf", "base.gguf", "cha
 _SHORTEST = 512  # positions
 
 
-class LoadedGguf:
-    """A GGUF file as llama.cpp loads it (`measure.Exported`)."""
-
-    stops: Collection[int] = ()  # the file itself says what ends an answer
-
-    def __init__(self, job: Job, file: Path, adapter: Path | None = None) -> None:
-        rows = job.prepared.held_out.examples
-        longest = max(map(len, rows), default=0) + longest_answer(job)
-        self.session = Engine(file, adapter, context=max(_SHORTEST, longest + 8))
-
-    def tokenise(self, text: str) -> list[int]:
-        return self.session.tokenise(text, special=False)
-
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
-        return self.session.tokenise(self.session.render(messages, tools))
+def loaded_gguf(job: Job, file: Path, adapter: Path | None = None) -> Exported:
+    """A GGUF file as llama.cpp loads it."""
+    longest = max(map(len, job.prepared.held_out.examples), default=0) + longest_answer(job)
+    engine = Engine(file, adapter, context=max(_SHORTEST, longest + 8))
+    return Exported(
+        engine,
+        (),
+        lambda text: engine.tokenise(text, special=False),
+        lambda messages, tools: engine.tokenise(engine.render(messages, tools)),
+    )
 
 
 class GgufFile(Target):
@@ -52,11 +44,24 @@ class GgufFile(Target):
         note = f", {narrow} of them in a larger type" if narrow else ""
         return [file_check(tensors_of(file), again, note)]
 
-    def open(self, path: Path, job: Job) -> LoadedGguf:
-        return LoadedGguf(job, path / MODEL)
+    def open(self, path: Path, job: Job) -> Exported:
+        return loaded_gguf(job, path / MODEL)
 
     def commands(self, path: Path) -> list[str]:
         return [command_line("llama-server", "-m", str(path / MODEL), "--jinja")]
+
+
+class OllamaFolder(GgufFile):
+    """`--to ollama`: the same file beside a Modelfile."""
+
+    def write(self, to: Path, making: Making) -> list[Check]:
+        template = template_of(making)
+        (to / "Modelfile").write_text(modelfile(making, MODEL, template), encoding="utf-8")
+        said = "says the same for Ollama" if template else f"left to Ollama {READS_JINJA} and newer"
+        return [*super().write(to, making), Check("Modelfile", "its TEMPLATE", said, "yes")]
+
+    def commands(self, path: Path) -> list[str]:
+        return ollama_commands(path)
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,8 @@ class GgufAdapter(Target):
         write_model(to / BASE, folder, bare, template, "f16")
         return [file_check(tensors_of(to / ADAPTER), written.items())]
 
-    def open(self, path: Path, job: Job) -> LoadedGguf:
-        return LoadedGguf(job, path / BASE, path / ADAPTER)
+    def open(self, path: Path, job: Job) -> Exported:
+        return loaded_gguf(job, path / BASE, path / ADAPTER)
 
     def commands(self, path: Path) -> list[str]:
         files = ("-m", "BASE.gguf", "--lora", str(path / ADAPTER), "--jinja")

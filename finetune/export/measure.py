@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.interface import PROMPTS_TOGETHER, Batch, Reader, Scores
+from backends.interface import Batch, Reader, Scores
 from finetune.data.collate import evaluation_batches
-from finetune.data.rows import Example, Message, Split
+from finetune.data.rows import Message, Split
 from finetune.data.tokenizer import answer_text
 from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.evaluation.intervals import ratio_interval
-from finetune.evaluation.scoring import scored
+from finetune.evaluation.scoring import Written, scored, write_answers
 from finetune.events import Progress
 from finetune.training.job import Job
 
@@ -23,24 +24,18 @@ ANSWERED = 20  # rows whose answers are written
 LABEL_TOKENS = 8  # in an answer that is a label, beside those of the longest label
 
 
-class Exported(Protocol):
+@dataclass(frozen=True)
+class Exported:
     """An export as a program loads it: a session of its own, and the ways from texts to tokens."""
 
-    @property
-    def session(self) -> Reader: ...
-
-    @property
-    def stops(self) -> Collection[int]:
-        """The tokens that end an answer, as the export itself says."""
-
-    def tokenise(self, text: str) -> list[int]:
-        """The tokens of a text; special tokens in it are read as such, and none is added."""
-
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
-        """What the model is given of a conversation by programs that know the export alone.
-
-        Raises ValueError where the template refuses it.
-        """
+    session: Reader
+    stops: Collection[
+        int
+    ]  # the tokens that end an answer, as the export says; none where its program ends it by itself
+    tokenise: Callable[[str], list[int]]  # special tokens in a text are read as such, and none is added
+    # What programs that know the export alone give to the model of a conversation and tools. Raises ValueError where
+    # the template refuses it.
+    prompt: Callable[[Sequence[Message], Sequence[Any]], list[int]]
 
 
 @dataclass(frozen=True)
@@ -50,8 +45,7 @@ class Measured:
     evaluation: Evaluation
     logprobs: tuple[NDArray[np.float32], ...]  # [n] of each row's supervised tokens
     greedy: tuple[NDArray[np.int32], ...]  # [n] the most probable token at each of them
-    answers: tuple[tuple[int, ...], ...]  # of the first rows, without the token that ended each
-    ended: tuple[bool, ...]  # whether one did
+    answers: tuple[Written, ...]  # of the first rows; none where they are plain text
 
 
 class _Remembering:
@@ -89,7 +83,7 @@ def evaluated(
             name=name,
             micro_tokens=job.recipe.train.tokens_at_once,
             max_tokens=asked.max_tokens if asked.generate else 0,
-            decode=lambda tokens: answer_text(job.tokenizer, tokens, job.prepared.stop_tokens),
+            decode=_decode(job),
             compared=asked.answer,
         )
     )
@@ -99,29 +93,25 @@ def measured(
     session: Reader, job: Job, split: Split, name: str, stops: Collection[int]
 ) -> Generator[Progress, None, Measured]:
     """The rows under one model. `stops`: what ends its answers. `name` says in the progress what is measured."""
-    remembering = _Remembering(session)
-    logprobs, greedy = yield from _tokens(remembering, job, split.examples, f"{name}: tokens")
-    evaluation = yield from evaluated(remembering, job, split, name, stops)
-    answers = yield from _answers(session, job, split.examples[:ANSWERED], f"{name}: answers", stops)
-    most = longest_answer(job)
-    written = tuple(tuple(answer) for answer in answers)
-    return Measured(evaluation, logprobs, greedy, written, tuple(len(answer) < most for answer in written))
-
-
-def _tokens(
-    session: Reader, job: Job, examples: Sequence[Example], what: str
-) -> Generator[Progress, None, tuple[tuple[NDArray[np.float32], ...], tuple[NDArray[np.int32], ...]]]:
-    logprobs: list[Any] = [None] * len(examples)
-    greedy: list[Any] = [None] * len(examples)
+    reader, examples = _Remembering(session), split.examples
+    logprobs, greedy = [np.empty(0, np.float32)] * len(examples), [np.empty(0, np.int32)] * len(examples)
     done = 0
-    batches = evaluation_batches(examples, job.recipe.train.tokens_at_once, session.shares_prefixes)
-    for rows, batch, logprob, best in scored(session, batches, examples):
-        for at, row in enumerate(rows):
-            supervised = batch.weights[at] > 0
-            logprobs[row], greedy[row] = logprob[at][supervised], best[at][supervised]
+    batches = evaluation_batches(examples, job.recipe.train.tokens_at_once, reader.shares_prefixes)
+    for rows, batch, logprob, best in scored(reader, batches, examples):
+        for row, supervised, *found in zip(rows, batch.weights > 0, logprob, best, strict=True):
+            logprobs[row], greedy[row] = (one[supervised] for one in found)
         done += len(rows)
-        yield Progress(0, what, done, len(examples))
-    return tuple(logprobs), tuple(greedy)
+        yield Progress(0, f"{name}: tokens", done, len(examples))
+    evaluation = yield from evaluated(reader, job, split, name, stops)
+    answers: list[Written] = []
+    if job.prepared.task != "text":
+        first, most, what = examples[:ANSWERED], longest_answer(job), f"{name}: answers"
+        answers = yield from write_answers(reader, first, frozenset(stops), most, _decode(job), what)
+    return Measured(evaluation, tuple(logprobs), tuple(greedy), tuple(answers))
+
+
+def _decode(job: Job) -> Callable[[Sequence[int]], str]:
+    return partial(answer_text, job.tokenizer, stop=job.prepared.stop_tokens)
 
 
 def longest_answer(job: Job) -> int:
@@ -129,20 +119,6 @@ def longest_answer(job: Job) -> int:
     if job.prepared.task == "classification":
         return max(map(len, job.prepared.label_tokens)) + LABEL_TOKENS
     return job.recipe.evaluate.max_tokens
-
-
-def _answers(
-    session: Reader, job: Job, examples: Sequence[Example], what: str, stops: Collection[int]
-) -> Generator[Progress, None, list[list[int]]]:
-    """What the model writes, greedily, until a token of `stops`; nothing where the rows are plain text."""
-    answers: list[list[int]] = []
-    if job.prepared.task == "text":
-        return answers
-    for start in range(0, len(examples), PROMPTS_TOGETHER):
-        prompts = [example.prompt_tokens.tolist() for example in examples[start : start + PROMPTS_TOGETHER]]
-        answers += session.generate(prompts, longest_answer(job), stops)
-        yield Progress(0, what, len(answers), len(examples))
-    return answers
 
 
 @dataclass(frozen=True)

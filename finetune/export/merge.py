@@ -1,23 +1,38 @@
-"""The tuned model as one: each weight of the base with the adapter's product added, one tensor at a time."""
+"""The tuned model as one: each weight of the base with the adapter's product added, one tensor at a time, in files that
+are checked against the numbers.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from backends.interface import FloatArray, LoraSpec, Session
 from backends.model_folder import ModelFolder, read_object
 from finetune.data.tokenizer import Tokenizer, stop_tokens
 from finetune.disk.adapter import Adapter
-from finetune.disk.safetensors_file import read_tensor
+from finetune.disk.safetensors_file import header_bytes, read_header, read_tensor
 from finetune.errors import EnvironmentProblem, Incompatible
-from finetune.export.weights import KINDS, Kind, write_weights
+from finetune.export.verify import Check
 
+Kind = Literal["f32", "f16", "bf16"]
+KINDS: dict[Kind, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # from the finest to the coarsest
+Tensors = Iterable[tuple[str, FloatArray]]
+Held = Mapping[str, tuple[str, Callable[[], FloatArray]]]  # tensor of a file -> its type, and how it is read
+LARGEST = 4_000_000_000  # bytes of tensors in one file
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+_ONE = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8}  # what rounding may change of a number, over the number
+_TINY = 6e-8  # and beside it: float16 has no smaller number
+# What packing may change of a tensor: the root of the mean square of the changes, over that of the numbers.
+_ALL = {"Q8_0": 0.01, "Q6_K": 0.03, "Q5_K": 0.06, "Q5_0": 0.06, "Q5_1": 0.06, "Q4_K": 0.12}
 _QUANTISED = ("quantization", "quantization_config")  # of config.json
 
 
@@ -46,10 +61,16 @@ def tensors(
 
 
 def merged(weight: FloatArray, adapter: Adapter, module: str) -> FloatArray:
-    """weight + scale * B @ A in float64, rounded once. [out, in]"""
-    a, b = (adapter.tensors[f"{module}.lora_{part}"].astype(np.float64) for part in "AB")
-    total: FloatArray = (weight + adapter.scale * (b @ a)).astype(np.float32)
+    """The weight and the adapter's product in float64, rounded once. [out, in]"""
+    total: FloatArray = (weight + product(adapter, module)).astype(np.float32)
     return total
+
+
+def product(adapter: Adapter, module: str) -> NDArray[np.float64]:
+    """scale * B @ A: what training changed of a layer. [out, in]"""
+    a, b = (adapter.tensors[f"{module}.lora_{part}"].astype(np.float64) for part in "AB")
+    change: NDArray[np.float64] = adapter.scale * (b @ a)
+    return change
 
 
 def _read(file: Path, name: str) -> FloatArray:
@@ -59,6 +80,92 @@ def _read(file: Path, name: str) -> FloatArray:
         raise EnvironmentProblem(
             f"{file}: {error}, and only float32, float16 and bfloat16 are exported; train on a model in one of these"
         ) from None
+
+
+def base_kind(files: Iterable[Path]) -> Kind:
+    """The type of the most numbers that are not packed: what a model is held in."""
+    bytes_of: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+    for entry in (entry for file in files for entry in read_header(file)[0].values()):
+        if (kind := entry["dtype"].lower()) in bytes_of:
+            bytes_of[kind] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    if not any(bytes_of.values()):
+        raise Incompatible("the model's files hold no float32, float16 or bfloat16")
+    return max(bytes_of, key=lambda kind: bytes_of[kind])
+
+
+def cast(numbers: FloatArray, kind: Kind, name: str) -> NDArray[Any]:
+    """The numbers in their type, rounded to the nearest; bfloat16 as uint16.
+
+    Raises EnvironmentProblem for numbers beyond float16.
+    """
+    if kind == "f16" and np.abs(numbers).max(initial=0.0) > _LARGEST_HALF:
+        raise EnvironmentProblem(f"{name} holds numbers beyond float16's {_LARGEST_HALF:,.0f}; use --type bf16")
+    if kind != "bf16":
+        return np.ascontiguousarray(numbers, "<f4" if kind == "f32" else "<f2")
+    bits = np.ascontiguousarray(numbers, "<f4").view("<u4")
+    rounded: NDArray[np.uint16] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    return rounded
+
+
+def as_said(shapes: Mapping[str, tuple[int, ...]], tensors: Tensors) -> Iterator[tuple[str, FloatArray]]:
+    """The tensors, which must be those of the shapes, in their order. Raises Incompatible."""
+    given = iter(tensors)
+    for name, shape in shapes.items():
+        other, numbers = next(given, ("nothing", np.empty(0, np.float32)))
+        if (other, numbers.shape) != (name, tuple(shape)):
+            there = f"{other} of the shape {list(numbers.shape)}"
+            raise Incompatible(f"the model's config has {name} of the shape {list(shape)}, and its files {there}")
+        yield name, numbers
+
+
+def write_weights(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, kind: Kind, largest: int = LARGEST
+) -> None:
+    """`model.safetensors`, or several files and an index where the tensors have more than `largest` bytes.
+
+    tensors: in the order of the shapes. Raises Incompatible where they are others.
+    """
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    total = filled = 0
+    for name, shape in shapes.items():
+        size = prod(shape) * (4 if kind == "f32" else 2)
+        if files[-1] and filled + size > largest:
+            files.append({})
+            filled = 0
+        files[-1][name] = shape
+        filled, total = filled + size, total + size
+    given, places = as_said(shapes, tensors), dict[str, str]()
+    for number, part in enumerate(files, 1):
+        file = folder / f"model{f'-{number:05d}-of-{len(files):05d}' if len(files) > 1 else ''}.safetensors"
+        with file.open("wb") as opened:
+            opened.write(header_bytes(part, kind.upper(), {"format": "pt"}))
+            for name, numbers in islice(given, len(part)):
+                opened.write(cast(numbers, kind, name).data)
+        places |= dict.fromkeys(part, file.name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def file_check(held: Held, wanted: Tensors, note: str = "") -> Check:
+    """The tensors read again from the disk, beside the numbers that were to be written."""
+    left, wrong, worst, where = dict(held), [], 0.0, ""
+    for name, numbers in wanted:
+        kind, read = left.pop(name, ("F32", lambda: np.empty(0, np.float32)))
+        found = read()
+        if found.shape != numbers.shape:
+            wrong.append(name)
+            continue
+        change = np.linalg.norm(np.subtract(found, numbers, dtype=np.float64))
+        error = float(change / (np.linalg.norm(numbers.astype(np.float64)) or 1.0))
+        worst, where = max((worst, where), (error, name))
+        if not (np.allclose(found, numbers, _ONE[kind], _TINY) if kind in _ONE else error <= _ALL[kind]):
+            wrong.append(name)
+    wrong += sorted(left)
+    on = f"{len(held):,} tensors"
+    if wrong:
+        return Check("file", on, f"{len(wrong)} differ", "no", ", ".join(wrong[:3]))
+    return Check("file", on, f"rounding changed {worst:.1e} of a tensor at most{note}", "yes", where)
 
 
 def write_merged(

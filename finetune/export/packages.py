@@ -1,4 +1,4 @@
-"""The optional packages that read and write GGUF, loaded when they are needed, and the processors for them."""
+"""The optional packages of exports, loaded when they are needed, and the processors for them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from finetune.errors import EnvironmentProblem
 
 
-def optional(name: str, instead: str = "") -> Any:
-    """The module `gguf`, `xllamacpp` or `libgguf`. Raises EnvironmentProblem, which says how to install it.
+def optional(name: str, instead: str = "", extra: str = "gguf") -> Any:
+    """A module of one of our extras. Raises EnvironmentProblem, which says how to install it.
 
     instead: what can be done where there is none for this machine.
     """
@@ -18,7 +18,7 @@ def optional(name: str, instead: str = "") -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise EnvironmentProblem(
-            f'a GGUF file needs the package {name} ({error!s:.120}): pip install "recipe-finetune[gguf]"{instead}'
+            f'this export needs the package {name} ({error!s:.120}): pip install "recipe-finetune[{extra}]"{instead}'
         ) from None
 
 

@@ -84,26 +84,23 @@ def _columns(
     renderer: TemplateRenderer, layout: str, tokenizer: Tokenizer, always: Mapping[str, str | None]
 ) -> tuple[str, list[str]]:
     """A template over columns: the last message of the user, between the texts that stand before and after it."""
-    pieces, notes = _with_constants(renderer, layout, always), []
-    before, after = _ends(pieces)
+    pieces, before, after = _with_constants(renderer, layout, always)
+    notes, earlier = [], ""
     names = [name for _, name in pieces if name]
     if len(names) > 1:
-        shown = fill(pieces, {name: f"{{{name}}}" for name in names})[len(before) :]
-        inner = shown[: len(shown) - len(after)] if after else shown
-        notes.append(f"a message holds all of the prompt's columns, written as {json.dumps(inner, ensure_ascii=False)}")
-    turn, answer = _turn(before, after, layout), _answer(renderer, after)
+        shown = fill(pieces, {name: f"{{{name}}}" for name in names})
+        notes.append(f"a message holds all of the prompt's columns, written as {_text(_inside(shown, before, after))}")
     if tells_earlier(renderer, layout):
-        earlier = f'{{{{- ({_text(before)} + message["content"] + {_text(after)}).rstrip() + "\\n" -}}}}'
-        others = (
-            f'{{%- elif message["role"] == "user" -%}}{earlier}'
+        asked = f'({_text(before)} + message["content"] + {_text(after)}).rstrip() + "\\n"'
+        earlier = (
+            f'{{%- elif message["role"] == "user" -%}}{{{{- {asked} -}}}}'
             '{%- else -%}{{- message["content"] + "\\n\\n" -}}'
         )  # fmt: skip
     else:
-        others = ""
         notes.append("the prompts of this run are single questions: of a conversation the last one is written")
     loop = (
-        f"{{%- for message in messages -%}}{{%- if loop.index0 == told.last -%}}{turn}"
-        f"{{%- elif loop.index0 > told.last -%}}{answer}{others}{{%- endif -%}}{{%- endfor -%}}"
+        f"{{%- for message in messages -%}}{{%- if loop.index0 == told.last -%}}{_turn(before, after, layout)}"
+        f"{{%- elif loop.index0 > told.last -%}}{_answer(renderer, after)}{earlier}{{%- endif -%}}{{%- endfor -%}}"
     )
     return _LAST_USER + loop, notes
 
@@ -113,26 +110,24 @@ def tells_earlier(renderer: TemplateRenderer, layout: str) -> bool:
     return renderer.leads and layout in ("prompt", "alpaca")
 
 
-def _with_constants(renderer: TemplateRenderer, layout: str, always: Mapping[str, str | None]) -> Pieces:
-    """The template's pieces, with the columns that hold the same text in every training row written out."""
-    asked = asked_part(renderer, layout)
-    pieces: list[tuple[str, str | None]] = []
-    literal = ""
+def _with_constants(
+    renderer: TemplateRenderer, layout: str, always: Mapping[str, str | None]
+) -> tuple[Pieces, str, str]:
+    """The template's pieces, with the columns that hold the same text in every training row written out; and what
+    stands before the first column that is left, and after the last one.
+    """
+    asked, pieces, literal = asked_part(renderer, layout), list[tuple[str, str | None]](), ""
     for text, name in renderer.pieces:
-        literal += text
         constant = always.get(name) if name and name != asked else None
-        if name is None or constant is None:
+        literal += text + (constant or "")
+        if name and constant is None:
             pieces.append((literal, name))
             literal = ""
-        else:
-            literal += constant
-    return (*pieces, (literal, None)) if literal else tuple(pieces)
+    return (*pieces, (literal, None)), pieces[0][0], literal
 
 
-def _ends(pieces: Pieces) -> tuple[str, str]:
-    """What stands before the first column and after the last one."""
-    literal, last = pieces[-1]
-    return pieces[0][0], literal if last is None else ""
+def _inside(text: str, before: str, after: str) -> str:
+    return text[len(before) : len(text) - len(after)]
 
 
 def _turn(before: str, after: str, layout: str) -> str:
@@ -197,15 +192,14 @@ def asked_rows(
 def _as_conversation(
     renderer: TemplateRenderer, layout: str, record: Record, always: Mapping[str, str | None]
 ) -> list[Message]:
-    pieces = _with_constants(renderer, layout, always)
-    before, after = _ends(pieces)
+    pieces, before, after = _with_constants(renderer, layout, always)
     if renderer.short and not record.values.get("input"):
         pieces = renderer.short
-    text = fill(pieces, record.values)[len(before) :]
-    told: list[Message] = [{"role": "system", "content": record.system}] if record.system else []
+    texts = [("system", record.system)] if record.system else []
     for question, answer in record.history:
-        told += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return [*told, {"role": "user", "content": text[: len(text) - len(after)]}]
+        texts += [("user", question), ("assistant", answer)]
+    texts.append(("user", _inside(fill(pieces, record.values), before, after)))
+    return [{"role": role, "content": text} for role, text in texts]
 
 
 PROBES: tuple[tuple[Message, ...], ...] = tuple(

@@ -13,19 +13,17 @@ from backends.model_folder import ModelFolder
 from finetune.data.conversation import Conversation
 from finetune.data.template_sandbox import render
 from finetune.data.tokenizer import Tokenizer, begin_tokens, end_of_turn, load_tokenizer, special_texts
-from finetune.errors import EnvironmentProblem
-from finetune.export.rotary import Keys, Refused
+from finetune.export.families import Keys, Refused, refusals
 
+_Merges = Sequence[tuple[str, ...]]
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # GGUF's token types
 _SPACE = "▁"  # U+2581, SentencePiece's space
 _DIGITS3, _DIGIT = r"\p{N}{1,3}", r"\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SHORT, _WORD = "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED, _CASED_REST = (
-    (f"{_WORD}{_UPPER}*{_LOWER}+", f"{_WORD}{_UPPER}+{_LOWER}*"),
-    _REST.replace("[\\r\\n]*", "[\\r\\n/]*", 1),
-)
+_CASED = (f"{_WORD}{_UPPER}*{_LOWER}+", f"{_WORD}{_UPPER}+{_LOWER}*")
+_CASED_REST = _REST.replace("[\\r\\n]*", "[\\r\\n/]*", 1)
 # (pattern of tokenizer.json, whether a whole word in the vocabulary is not merged) -> llama.cpp's name
 _PATTERNS = {
     (f"{_SHORT}|{_WORD}\\p{{L}}+|{_DIGITS3}{_REST}", True): "llama-bpe",
@@ -41,15 +39,9 @@ def vocabulary(folder: ModelFolder, template: str) -> Keys:
     tokenizer = load_tokenizer(folder)
     given, tokenizer.chat_template = tokenizer.chat_template, template or None
     chat = isinstance(given, str) and given in template  # else prompts are plain texts
-    try:
-        return _vocabulary(tokenizer, folder.vocabulary, chat and _begins_special(tokenizer)) | (
-            {"tokenizer.chat_template": template} if template else {}
-        )
-    except Refused as refused:
-        raise EnvironmentProblem(
-            f"{folder.path}: {refused}, and llama.cpp would read texts otherwise. Write it with --to merged, and use "
-            "llama.cpp's own converter"
-        ) from None
+    with refusals(folder.path):
+        keys = _vocabulary(tokenizer, folder.vocabulary, chat and _begins_special(tokenizer))
+    return keys | ({"tokenizer.chat_template": template} if template else {})
 
 
 def _begins_special(tokenizer: Tokenizer) -> bool:
@@ -70,24 +62,24 @@ def _vocabulary(tokenizer: Tokenizer, size: int | None, begins_special: bool) ->
     count = size or 1 + max(words.values())
     words = {text: number for text, number in words.items() if number < count}  # the model knows no others
     added = [token for token in added if token["id"] < count]
-    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
-    texts = [f"[PAD{number}]" for number in range(count)]
-    types = [_UNUSED] * count
+    texts, types = [f"[PAD{number}]" for number in range(count)], [_UNUSED] * count
     for text, number in words.items():
         texts[number], types[number] = text, _NORMAL
     for token in added:
         types[token["id"]] = _CONTROL if token["special"] else _USER
-    pieces = model.get("byte_fallback") or (model.get("unk_token") and not _cuts(state))
-    prefix = pieces and _space_prefix(state, begins_special)
-    keys = _sentencepiece(state["model"], words, merges, texts, types) if pieces else _bytes(state, merges)
-    keys |= {"tokenizer.ggml.add_space_prefix": prefix} if pieces else {}
     if len(set(texts)) < count:
         raise Refused("two of its tokens are written the same")
+    merges = [tuple(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]]
+    if model.get("byte_fallback") or (model.get("unk_token") and not _cuts(state)):
+        keys = _sentencepiece(model, words, merges, texts, types)
+        keys["tokenizer.ggml.add_space_prefix"] = _space_prefix(state, begins_special)
+    else:
+        keys = _bytes(state, merges)
     keys |= {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types}
     return keys | _special(tokenizer, count) | _stripping(added, texts, types)
 
 
-def _bytes(state: Mapping[str, Any], merges: Sequence[Sequence[str]]) -> Keys:
+def _bytes(state: Mapping[str, Any], merges: _Merges) -> Keys:
     """Letters are bytes, as in GPT-2; the text is cut by a pattern before."""
     model, normalizer = state["model"], (state["normalizer"] or {}).get("type")
     if normalizer not in (None, "NFC"):  # NFC is not applied there, and differs in few texts: rows are compared
@@ -98,11 +90,8 @@ def _bytes(state: Mapping[str, Any], merges: Sequence[Sequence[str]]) -> Keys:
     name = _pre_tokenizer(_cuts(state), bool(model.get("ignore_merges")))
     if odd or name is None:
         raise Refused(f"its pre-tokenizer is not one that llama.cpp has{f' ({odd[0]})' if odd else ''}")
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": name,
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
-    }
+    pairs = [" ".join(pair) for pair in merges]
+    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": pairs}
 
 
 def _cuts(state: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -126,11 +115,7 @@ def _pre_tokenizer(cuts: Sequence[Mapping[str, Any]], whole_words: bool) -> str 
 
 
 def _sentencepiece(
-    model: Mapping[str, Any],
-    words: Mapping[str, int],
-    merges: Sequence[Sequence[str]],
-    texts: list[str],
-    types: list[int],
+    model: Mapping[str, Any], words: Mapping[str, int], merges: _Merges, texts: list[str], types: list[int]
 ) -> Keys:
     """Letters are letters, spaces are written as ▁, and bytes stand for letters that are not known.
 
@@ -139,12 +124,10 @@ def _sentencepiece(
     """
     if not model.get("byte_fallback") or any(f"<0x{byte:02X}>" not in words for byte in range(256)):
         raise Refused("its tokenizer has no bytes for letters that it does not know")
-    scores = [-1e9] * len(texts)
-    for rank, (first, second) in enumerate(merges):
-        number = words.get(first + second)
-        if number is not None:
-            scores[number] = max(scores[number], float(-rank))
-    merged = {(first, second) for first, second in merges}
+    scores, merged = [-1e9] * len(texts), set(merges)
+    for rank, pair in reversed(list(enumerate(merges))):  # the first merge that makes a token counts
+        if (number := words.get("".join(pair))) is not None:
+            scores[number] = float(-rank)
     for text, number in model["vocab"].items():
         if types[number] != _NORMAL:
             continue
@@ -157,14 +140,9 @@ def _sentencepiece(
     for number, text in enumerate(texts):  # whole runs of spaces are merged from single ones
         if types[number] == _USER and _SPACE in text:
             types[number] = _NORMAL
-    unknown = words.get(str(model.get("unk_token")))
-    if unknown is not None:
+    if (unknown := words.get(str(model.get("unk_token")))) is not None:
         types[unknown] = _UNKNOWN
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.scores": scores,
-    }
+    return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.scores": scores}
 
 
 def _space_prefix(state: Mapping[str, Any], begins_special: bool) -> bool:
@@ -178,12 +156,8 @@ def _space_prefix(state: Mapping[str, Any], begins_special: bool) -> bool:
     cuts = [cut for cut in _cuts(state) if cut["type"] != "Split" or cut.get("pattern") != {"String": " "}]
     if steps in ([space], [("Prepend", _SPACE, None), space]) and not cuts:
         return len(steps) == 2
-    if (
-        whole
-        or [cut["type"] for cut in cuts] != ["Metaspace"]
-        or cuts[0].get("split")
-        or cuts[0]["replacement"] != _SPACE
-    ):
+    known = [(cut["type"], cut.get("replacement"), bool(cut.get("split"))) for cut in cuts]
+    if whole or known != [("Metaspace", _SPACE, False)]:
         raise Refused("it puts spaces before texts otherwise than llama.cpp does")
     scheme = cuts[0].get("prepend_scheme", "always")  # which spares a text that begins with a space: rows are compared
     return bool(scheme == "always" or (scheme == "first" and not begins_special))

@@ -26,7 +26,10 @@ from finetune.report.live_screen import with_progress
 from finetune.training.job import making_ready
 
 FORMS = ("gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "gguf-adapter", "mlx-4bit")
-SHOWN = ("log-probabilities", "most probable tokens", "tuning that is kept", "accuracy", "exact match", "answers")
+SHOWN = (
+    "change of the weights", "log-probabilities", "most probable tokens", "tuning that is kept", "accuracy",
+    "exact match", "answers",
+)  # fmt: skip
 
 
 def options(form: str) -> tuple[str, str | None, int | None, bool]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from backends import registry
 from backends.interface import BackendError, LoraSpec, ModelSpec, OptimSpec
+from tests.tiny_families import published
 from tests.tiny_models import tiny_llama
 
 LORA = LoraSpec(rank=2, alpha=4.0, dropout=0.0)
@@ -57,6 +58,20 @@ def test_weights_that_no_layer_takes_are_refused(tmp_path: Path, llama: Path, ba
     assert said.startswith(f"{folder}: model.safetensors: no layer of {library}'s model takes model.")
     assert next(iter(STRAY[kind])).replace("__", ".") in said and "download both again" in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("form", ["experts", "layers.1.mlp.up_proj", "layers.0.self_attn.q_proj"])
+def test_weights_in_another_form_are_not_blamed_on_the_download(tmp_path: Path, llama: Path, form: str) -> None:
+    if form == "experts":
+        folder, name = published("gpt_oss", tmp_path / "model"), "model.layers.0.mlp.experts.down_proj"
+    else:
+        name = f"model.{form}"
+        folder = beside(llama, tmp_path / "model", **{name.replace(".", "__"): (64,)})
+    with pytest.raises(BackendError) as caught:
+        opened("mlx", folder)
+    said = str(caught.value)
+    assert f"mlx-lm does not take {name}" in said and "in the form in which these files hold" in said
+    assert "as its makers publish it" in said and "another backend" in said and "download" not in said
 
 
 HONEST: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {

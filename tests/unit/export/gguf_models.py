@@ -33,9 +33,9 @@ def model(name: str, folder: Path, tokenizer: Path, **settings: Any) -> Path:
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, FloatArray]]:
-    """Every tensor of a float32 folder, the last one first: a file is written in any order."""
-    for file in sorted(folder.glob("*.safetensors")):
-        yield from reversed(load_file(file).items())
+    """Every tensor of a float32 folder of one file, in the order of its header."""
+    whole = load_file(folder / "model.safetensors")
+    yield from ((name, whole[name]) for name in ModelFolder.open(folder).whole_shapes)
 
 
 def write(folder: Path, file: Path, kind: str = "f32", template: str = "") -> int:

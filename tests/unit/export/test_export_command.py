@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from typer.testing import CliRunner
 
 from finetune import cli, use
 from finetune.commands import export
-from finetune.errors import RecipeError
-from finetune.export.choose import check_options
+from finetune.errors import EnvironmentProblem, RecipeError
+from finetune.export import packages
+from finetune.export.choose import check_options, target_of
 
 
 @pytest.mark.parametrize(
@@ -60,3 +62,13 @@ def test_options_that_do_not_go_together_are_refused(given: Any, words: str) -> 
 )
 def test_options_that_go_together_are_taken(given: Any) -> None:
     check_options(*given)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_without_mlx_lm_it_is_said_before_anything_is_read(bits: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(packages, "importlib", SimpleNamespace(import_module=missing))
+    with pytest.raises(EnvironmentProblem, match=r'needs the package mlx_lm .*pip install "recipe-finetune\[mlx\]"'):
+        target_of("mlx", None, bits, False, job=SimpleNamespace())  # type: ignore[arg-type]

@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "smollm3, position everywhere": ("smollm3", {"no_rope_layers": [1] * 4, "num_hidden_layers": 4}, "no_rope"),
     "gemma2, another scale": ("gemma2", {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar"),
     "gemma3, another scale": ("gemma3_text", {"query_pre_attn_scalar": 8}, "query_pre_attn_scalar"),
-    "gemma3, another pattern": ("gemma3_text", {"layer_types": ["full_attention"] * 6}, "full attention"),
+    "gemma3, another pattern": ("gemma3_text", {"layer_types": ["full_attention"] * 6}, "layer_types"),
     "gemma3, attention both ways": ("gemma3_text", {"use_bidirectional_attention": True}, "later ones"),
     "gemma2 without caps": ("gemma2", {"attn_logit_softcapping": None}, "capped"),
     "another activation": ("llama", {"hidden_act": "gelu"}, "activation"),
@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sliding windows": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
-        "sliding window",
+        "layer_types is not full_attention",
     ),
     "a tied head": ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings"),
     "another family": ("gpt_neox", {}, "model_type gpt_neox"),

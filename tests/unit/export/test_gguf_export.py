@@ -16,7 +16,8 @@ from finetune.data.tokenizer import answer_text, encode_prompt, load_tokenizer
 from finetune.disk.adapter import Adapter, read_adapter
 from finetune.errors import EnvironmentProblem, ExportFailed
 from finetune.export import families, gguf_export, gguf_file, merge, packages, vocabulary
-from finetune.export.gguf_export import LoadedGguf
+from finetune.export.engine import Engine
+from finetune.export.gguf_export import loaded_gguf
 from finetune.export.prompt import asked_rows
 from finetune.recipe.load import load_recipe
 from tests.unit.export.exported_run import Runs, made
@@ -68,7 +69,8 @@ def test_answers_of_the_chat_endpoint_are_the_answers_of_the_run(runs: Runs, row
     job = load_job(load_recipe(run.recipe))
     session = job.open()
     session.set_state(TrainState(0, read_adapter(run.adapter).tensors, {}))
-    engine = LoadedGguf(job, path / "model.gguf").session
+    reader = loaded_gguf(job, path / "model.gguf").session
+    assert isinstance(reader, Engine)
     stop, tokenizer = job.prepared.stop_tokens, job.tokenizer
     assert job.prepared.renderer is not None
     asked = list(asked_rows(job.prepared.renderer, job.prepared.format, job.prepared.held_out.records, {}))
@@ -76,7 +78,7 @@ def test_answers_of_the_chat_endpoint_are_the_answers_of_the_run(runs: Runs, row
     assert len(asked) == len(prompts) == count
     answers = []
     for (_, messages, *_), tokens in zip(asked, session.generate(prompts, 12, stop), strict=True):
-        text, ended = chat(engine, messages, 12)
+        text, ended = chat(reader, messages, 12)
         answers.append(answer_text(tokenizer, tokens, stop))
         assert text.strip() == answers[-1] and ended == (len(tokens) < 12)
     assert {"positive", "negative"} <= set(answers)

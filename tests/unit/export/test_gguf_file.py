@@ -24,8 +24,7 @@ from backends.model_folder import ModelFolder
 from finetune.errors import EnvironmentProblem, Incompatible
 from finetune.export import gguf_file
 from finetune.export.families import family_of
-from finetune.export.gguf_file import write_adapter, write_model
-from finetune.export.gguf_types import packed, type_of
+from finetune.export.gguf_file import packed, type_of, write_adapter, write_model
 from tests.tiny_models import model_with_tokenizer
 from tests.unit.export.gguf_models import LENGTHS, TOKENS, distance, engine, expected, model, tensors, write
 
@@ -122,10 +121,15 @@ def test_tensors_that_are_missing_or_of_another_model_are_refused(wide: Path, tm
     folder, file, whole = ModelFolder.open(wide), tmp_path / "model.gguf", dict(tensors(wide))
     name = "model.layers.1.mlp.up_proj.weight"
     less = [(key, tensor) for key, tensor in whole.items() if key != name]
-    with pytest.raises(Incompatible, match=r"1 tensors of the model are missing, the first is blk\.1\.ffn_up\.weight"):
+    said = r"the model's config has %s of the shape \[512, 256\], and its files %s"
+    with pytest.raises(Incompatible, match=said % (r"blk\.1\.ffn_up\.weight", r"(blk|output)\S+ of the shape")):
         write_model(file, folder, less, "", "f16")
-    with pytest.raises(Incompatible, match="the shape"):
-        write_model(file, folder, [(name, whole[name].T)], "", "f16")
+    turned = ((key, tensor.T if key == name else tensor) for key, tensor in whole.items())
+    with pytest.raises(Incompatible, match=said % (r"blk\.1\.ffn_up\.weight", r"\S+ of the shape \[256, 512\]")):
+        write_model(file, folder, turned, "", "f16")
+    last = list(whole.items())[:-1]
+    with pytest.raises(Incompatible, match="its files nothing"):
+        write_model(file, folder, last, "", "f16")
 
 
 @pytest.mark.parametrize(("value", "reason"), [(np.nan, "not finite"), (7e4, "bf16")])
@@ -219,5 +223,7 @@ def test_a_model_that_mlx_has_packed_is_written_unpacked(tokenizer: Path, tmp_pa
     save_file(stored, folder / "model.safetensors", {"format": "mlx"})
     config = json.loads((folder / "config.json").read_text()) | {"quantization": packing}
     (folder / "config.json").write_text(json.dumps(config))
-    write_model(tmp_path / "model.gguf", ModelFolder.open(folder), unpacked.items(), "", "f32")
+    opened = ModelFolder.open(folder)
+    in_order = ((name, unpacked[name]) for name in opened.whole_shapes)
+    write_model(tmp_path / "model.gguf", opened, in_order, "", "f32")
     assert distance(tmp_path / "model.gguf", expected(plain)) < 1e-5

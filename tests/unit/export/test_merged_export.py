@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AutoTokenizer
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec, TrainState
 from backends.model_folder import ModelFolder
+from finetune.commands import export
 from finetune.data.collate import evaluation_batches
 from finetune.data.tokenizer import encode_prompt
 from finetune.disk.adapter import Adapter, read_adapter
@@ -21,8 +24,8 @@ from finetune.disk.safetensors_file import read_tensor
 from finetune.errors import EnvironmentProblem, ExitCode, ExportFailed, RecipeError
 from finetune.export import folders, merge
 from finetune.export.folders import quantise
+from finetune.export.merge import cast, write_weights
 from finetune.export.prompt import asked_rows
-from finetune.export.weights import cast, write_weights
 from finetune.recipe.load import load_recipe
 from tests.conformance.toy import toy_batch
 from tests.tiny_models import family, model_with_tokenizer
@@ -48,7 +51,7 @@ def test_the_merged_float32_folder_scores_as_the_session_in_every_backend(runs: 
     session.set_state(TrainState(0, read_adapter(run.adapter).tensors, {}))
     wanted = scores(session, job.prepared.held_out.examples)
     for backend in ("torch", "mlx"):
-        loaded = folders.LoadedFolder(path, job, backend)
+        loaded = folders.loaded_folder(path, job, backend)
         assert np.abs(scores(loaded.session, job.prepared.held_out.examples) - wanted).max() < 2e-5
     assert "exports, each verified" in (run.path / "report.txt").read_text()
     assert f"mlx_lm.server --model {path}" in (run.path / "exports.txt").read_text()
@@ -91,6 +94,59 @@ def test_a_folder_quantised_for_mlx_keeps_the_tuning(runs: Runs) -> None:
     assert told["holds"] and told["name"] == "mlx-8bit"
     assert json.loads((path / "config.json").read_text())["quantization"]["bits"] == 8
     assert not (path / "merged").exists()
+
+
+def _change(run: Any, bits: int) -> dict[str, Any]:
+    """What is said of the change of the weights, whatever else an export with so many bits keeps of a small tuning."""
+    with contextlib.suppress(ExportFailed):
+        made(run, "mlx", None, bits, rows=4)
+    path = max((run.path / "exports").glob(f"mlx-{bits}bit*/export.json"), key=lambda file: file.stat().st_mtime_ns)
+    told = json.loads(path.read_text())["checks"]
+    return dict(next(check for check in told if check["name"] == "change of the weights"))
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_quantising_again_on_the_grid_of_the_training_is_refused(
+    runs: Runs, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What training changed is less than half a step of the grid, so the merge into 4 bits rounds it away."""
+    run = runs("mlx", "4bit")
+
+    def little(path: Any) -> Adapter:
+        adapter = read_adapter(path)
+        tensors = {name: one * 0.04 if name.endswith("lora_B") else one for name, one in adapter.tensors.items()}
+        return Adapter(tensors, adapter.rank, adapter.scale)
+
+    monkeypatch.setattr(export, "read_adapter", little)
+    assert _change(run, bits)["holds"] == "yes"
+    monkeypatch.setattr(folders, "write_merged", lambda *given, original=False: _write_merged(*given))
+    if bits == 4:
+        with pytest.raises(ExportFailed, match=r"change of the weights: .*; use --bits 8, or --to merged"):
+            made(run, "mlx", None, bits, rows=4)
+    assert _change(run, bits)["holds"] == ("no" if bits == 4 else "yes")  # the finer grid holds it all the same
+
+
+def test_a_base_that_mlx_has_packed_is_not_packed_again_without_a_word(tmp_path: Path) -> None:
+    """Its own numbers are those of the grid: in 4 bits the change is lost, in 8 bits it is kept."""
+    if reason := registry.probe("mlx"):
+        pytest.skip(reason)
+    _packed_by_mlx(model_with_tokenizer(tmp_path / "base"), tmp_path / "packed")
+    base = ModelFolder.open(tmp_path / "packed")
+    session, rng = _session(base, LoraSpec(2, 4.0), "mlx"), np.random.default_rng(0)
+    state = {
+        n: (rng.standard_normal(v.shape) * 0.03).astype(np.float32) for n, v in session.get_state().adapter.items()
+    }
+    adapter = Adapter(state, 2, 2.0)
+    (merged := tmp_path / "merged").mkdir()
+    _write_merged(merged, session, base, adapter, "f32")
+    for file in (tmp_path / "base").glob("tokenizer*.json"):
+        shutil.copyfile(file, merged / file.name)
+    holds = []
+    for bits in (4, 8):
+        quantise(merged, tmp_path / str(bits), bits, False)
+        wanted = merge.tensors(session, base, adapter, original=True)
+        holds += [check.holds for check in folders.change_check(tmp_path / str(bits), wanted, adapter)]
+    assert holds == ["no", "yes"]
 
 
 def _alpha(adapter: Adapter) -> Adapter:

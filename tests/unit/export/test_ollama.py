@@ -15,8 +15,8 @@ import pytest
 
 from finetune.data.conversation import Conversation
 from finetune.data.template_sandbox import render
-from finetune.export.go_template import GoTemplate, go_template
-from finetune.export.modelfile import OllamaFolder
+from finetune.export.gguf_export import OllamaFolder
+from finetune.export.ollama import GoTemplate, go_template
 from tests.unit.chat_families import FAMILIES, tokenizer_of
 from tests.unit.export.exported_run import Runs, made
 from tests.unit.export.test_travelling_prompt import KINDS, PROBES, asked_rows, prepared, travelling

@@ -1,0 +1,165 @@
+"""What Ollama needs beside a GGUF file: its Modelfile, and the run's prompt as Ollama's own templates are written (Go's
+text/template), where that says the same as the chat template.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.data.chat_template import ChatRenderer
+from finetune.data.conversation import Conversation
+from finetune.data.rows import Message
+from finetune.data.template_sandbox import render
+from finetune.data.tokenizer import begin_tokens
+from finetune.export.making import Making
+from finetune.export.prompt import PROBES, asked_rows
+from finetune.text import command_line
+
+READS_JINJA = "0.30.0"  # from this version on Ollama renders the file's own chat template with llama.cpp
+_CONTEXT = 4096  # positions, at least: Ollama's own default cuts long prompts
+Write = Callable[[Sequence[Message]], str]  # what the chat template writes. Raises ValueError where it refuses
+_SYSTEM, _FIRST, _ANSWER, _SECOND = "Qsystemq", "Qfirstq", "Qanswerq", "Qsecondq"
+
+
+@dataclass(frozen=True)
+class GoTemplate:
+    """A prompt in pieces: what stands before, between and after the texts of a conversation."""
+
+    begin: str  # before the first question
+    system: tuple[str, str] | None  # before and after a system text, instead of `begin`; None: it is not written
+    answer: tuple[str, str] | None  # before and after an answer; None: the last question alone is written
+    end: str  # after the last question
+
+    def write(self, messages: Sequence[Message]) -> str:
+        """What `text` makes of a conversation that ends with the user."""
+        told = [message["content"] for message in messages if message["role"] == "system"]
+        text = "\n\n".join(told).join(self.system) if told and self.system else self.begin
+        if self.answer is None:
+            return str(text + messages[-1]["content"] + self.end)
+        turns = [message for message in messages if message["role"] != "system"]
+        for message in turns:
+            after_question = self.end if message is turns[-1] else self.answer[0]
+            text += message["content"] + (after_question if message["role"] == "user" else self.answer[1])
+        return text
+
+    @property
+    def text(self) -> str:
+        """For `TEMPLATE`. Never three quotes in a row: those within a text are escaped."""
+        begin, end, last = _said(self.begin), _said(self.end), "eq (len (slice $.Messages $i)) 1"
+        if self.system:
+            told = "{{ .System }}".join(map(_said, self.system))
+            begin = "{{ if .System }}" + told + "{{ else }}" + begin + "{{ end }}"
+        if self.answer is None:
+            turn = "{{ if and (" + last + ') (eq $m.Role "user") }}{{ $m.Content }}' + end
+        else:
+            after_question, after_answer = map(_said, self.answer)
+            end = "{{ if " + last + " }}" + end + "{{ else }}" + after_question + "{{ end }}"
+            turn = '{{ if eq $m.Role "user" }}{{ $m.Content }}' + end
+            turn += '{{ else if eq $m.Role "assistant" }}{{ $m.Content }}' + after_answer
+        return begin + "{{ range $i, $m := .Messages }}" + turn + "{{ end }}{{ end }}"
+
+
+def go_template(write: Write, begin: str, rows: Iterable[Sequence[Message]]) -> GoTemplate | None:
+    """The same prompt for Ollama; None where no such template writes all rows and probes as `write` does.
+
+    begin: what the tokenizer puts before a text by itself, and so the template must not. Probes may differ in the white
+    space at the ends of a text, which Go's templates cannot take away.
+    """
+    found = _pieces(write)
+    if found is None:
+        return None
+    expected = [(messages, text) for messages in (*PROBES, *rows) if (text := _written(write, messages)) is not None]
+    for messages, text in expected:
+        if found.write(messages) != text and not (messages in PROBES and _spaced(messages)):
+            return None
+    before = found.system and (found.system[0].removeprefix(begin), found.system[1])
+    return GoTemplate(found.begin.removeprefix(begin), before, found.answer, found.end)
+
+
+def _pieces(write: Write) -> GoTemplate | None:
+    question, turns = _message("user", _FIRST), [_message("assistant", _ANSWER), _message("user", _SECOND)]
+    alone = _cut(_written(write, [question]), _FIRST)
+    if alone is None:
+        return None
+    begin, end = alone
+    several = _cut(_written(write, [question, *turns]), _FIRST, _ANSWER, _SECOND)
+    answer = (several[1], several[2]) if several else None
+    led = _cut(_written(write, [_message("system", _SYSTEM), question]), _SYSTEM, _FIRST)
+    return GoTemplate(begin, (led[0], led[1]) if led else None, answer, end)
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _written(write: Write, messages: Sequence[Message]) -> str | None:
+    try:
+        return write(messages)
+    except ValueError:
+        return None
+
+
+def _cut(text: str | None, *marks: str) -> list[str] | None:
+    """The text cut at these marks; None where one of them is not in it once, in this order."""
+    pieces = []
+    for mark in marks:
+        if text is None or text.count(mark) != 1:
+            return None
+        before, _, text = text.partition(mark)
+        pieces.append(before)
+    return [*pieces, str(text)]
+
+
+def _spaced(messages: Sequence[Message]) -> bool:
+    return any(message["content"] != message["content"].strip() for message in messages)
+
+
+def _said(text: str) -> str:
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+
+
+def template_of(making: Making) -> GoTemplate | None:
+    """The run's prompt for Ollama; None: it is left to the file's own chat template."""
+    job, renderer = making.job, making.job.prepared.renderer
+    assert renderer is not None
+    rows = list(asked_rows(renderer, job.prepared.format, job.prepared.held_out.records, making.always))
+    if any(tools for _, _, tools, _ in rows):
+        return None
+
+    def write(messages: Sequence[Message]) -> str:
+        asked = Conversation(messages, [(len(messages), True)])
+        return render(job.tokenizer, asked, template=making.travels.template)[0]
+
+    begin = job.tokenizer.decode(begin_tokens(job.tokenizer))
+    return go_template(write, begin, (messages for _, messages, _, _ in rows))
+
+
+def modelfile(making: Making, file: str, template: GoTemplate | None) -> str:
+    """Its text: the file, how its prompt is written, and what answers need."""
+    prepared, recipe = making.job.prepared, making.job.recipe
+    longest = max((len(one) for split in prepared.splits for one in split.examples), default=0)
+    context = max(_CONTEXT, longest + recipe.evaluate.max_tokens)
+    known = making.job.folder.text_config.get("max_position_embeddings")
+    lines = [
+        f"FROM ./{file}",
+        f'TEMPLATE """{template.text}"""' if template else f"REQUIRES {READS_JINJA}",
+        f"PARAMETER num_ctx {min(context, known) if isinstance(known, int) else context}",
+    ]
+    if prepared.format not in ("chat", "sharegpt"):
+        lines.append("PARAMETER temperature 0")
+    renderer = prepared.renderer
+    if isinstance(renderer, ChatRenderer) and renderer.template is not None:  # no special token ends the user's turn
+        lines.append('PARAMETER stop "\\nUser:"')
+    return "\n".join(lines) + "\n"
+
+
+def ollama_commands(path: Path) -> list[str]:
+    """What makes and runs the model; its name is that of the run, as far as Ollama takes it."""
+    named = path.resolve().parent.parent if path.parent.name == "exports" else path
+    model = re.sub(r"[^a-z0-9_-]+", "-", named.name.lower()).strip("-")[-80:] or "model"
+    made = command_line("ollama", "create", model, "-f", str(path / "Modelfile"))
+    return [made, command_line("ollama", "run", model)]
