@@ -15,7 +15,7 @@ from finetune.data.variants import Variants, held_out_with, variants
 from finetune.evaluation.claims import Known
 from finetune.evaluation.consistency import SAMPLED, TEMPERATURE, in_other_words
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate
-from finetune.evaluation.forgetting import Forgetting, judge, measuring
+from finetune.evaluation.forgetting import Forgetting, GeneralText, general_text, judge, measuring
 from finetune.evaluation.groups import By, Swaps, by_length, flips, pairs_of, slices, swapped, swaps_of
 from finetune.evaluation.kinds import Analysis, Asked, Data, Kind, confusions, kinds_of_answers
 from finetune.evaluation.scoring import write_answers
@@ -28,6 +28,8 @@ from finetune.recipe.schema import Recipe
 ASKED_AGAIN, FORGETTING = 0.02, 0.04  # of a run's tokens
 MOST_AGAIN, FEWEST_AGAIN = 32, 3  # rows that are asked again; fewer tell nothing
 MOST_SWAPPED = 200  # rows with labels; of open answers as many as are asked again
+# In the progress, of a model:
+AGAIN, SWAPPED = "errors: {} asked again, time {}", "errors: {}, words swapped"
 MOST_READ = 20_000_000  # characters of the training rows, to know their words by
 
 
@@ -38,6 +40,11 @@ class Questions:
     groups: Mapping[str, Sequence[int]] = field(default_factory=dict)  # group -> numbers of held-out examples
     in_other_words: Variants = field(default_factory=Variants)
     swapped: Variants = field(default_factory=Variants)
+
+    @property
+    def rows(self) -> int:
+        """That are asked again."""
+        return len(self.in_other_words.rows) + len(self.swapped.rows)
 
 
 def questions(
@@ -92,6 +99,11 @@ def rows_again(recipe: Recipe, prepared: Prepared) -> int:
     return count if count >= FEWEST_AGAIN else 0
 
 
+def general_text_of(recipe: Recipe, prepared: Prepared, tokenizer: Tokenizer, vocabulary: int | None) -> GeneralText:
+    """What both models read, to know what was forgotten; the longer the run, the more."""
+    return general_text(tokenizer, int(FORGETTING * run_tokens(recipe, prepared)), vocabulary)
+
+
 @dataclass(frozen=True)
 class Analyst:
     """Looks at both models of a run, in its session, in which the tuned one is."""
@@ -119,12 +131,13 @@ class Analyst:
         return Analysis(tuple(kinds), tuple(slices(base, tuned, named)), language, swaps, forgetting)
 
     def _data(self) -> Data | None:
-        """None where no answers are written, or the training rows are not there."""
-        rows = self.prepared.train.examples
-        if not _writes(self.recipe, self.prepared) or not rows:
+        """Of the training rows, or else of those that are measured. None where no answers are written."""
+        trained = self.prepared.train.examples
+        if not _writes(self.recipe, self.prepared):
             return None
+        rows = trained or self.prepared.held_out.examples
         known = Known.of(_texts(rows))
-        return Data(known, speller(language_of(example.answer or "" for example in rows)))
+        return Data(known, speller(language_of(example.answer or "" for example in rows)), bool(trained))
 
     def _kinds_of_answers(
         self, base: Evaluation | None, tuned: Evaluation, data: Data | None
@@ -149,7 +162,7 @@ class Analyst:
                 self.prepared.stop_tokens,
                 self.recipe.evaluate.max_tokens,
                 self._decode,
-                f"{name}: asked again",
+                AGAIN.format(name, draw + 1),
                 TEMPERATURE if chance else 0.0,
                 1000 * draw,
             )
@@ -178,7 +191,7 @@ class Analyst:
             self.session,
             prepared,
             prepared.held_out,
-            name=f"{name}, words swapped",
+            name=SWAPPED.format(name),
             micro_tokens=self.recipe.train.tokens_at_once,
             max_tokens=self.recipe.evaluate.max_tokens if _writes(self.recipe, prepared) else 0,
             decode=self._decode,
@@ -189,14 +202,9 @@ class Analyst:
     def _forgetting(self, base: Evaluation | None, tuned: Evaluation) -> Generator[Progress, None, Forgetting | None]:
         if not self.recipe.evaluate.forgetting:
             return None
-        changes = yield from measuring(
-            self.session,
-            self.tokenizer,
-            self.prepared.stop_tokens,
-            int(FORGETTING * run_tokens(self.recipe, self.prepared)),
-            self.recipe.train.tokens_at_once,
-            self.vocabulary,
-        )
+        general = general_text_of(self.recipe, self.prepared, self.tokenizer, self.vocabulary)
+        stop, micro_tokens = self.prepared.stop_tokens, self.recipe.train.tokens_at_once
+        changes = yield from measuring(self.session, general, stop, micro_tokens)
         return judge(changes, base, tuned)
 
 

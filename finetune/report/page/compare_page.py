@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune.evaluation.iterations import Advice, KindLine
@@ -60,7 +61,7 @@ def _advice(compared: Compared, advice: Advice) -> dict[str, Any]:
     examples = [
         {
             "number": number + 1,
-            "location": results[number].location,
+            "location": Path(results[number].location).name,
             "prompt": cut(prompt),
             "expected": cut(results[number].expected or ""),
             "predicted": cut(results[number].predicted or ""),
