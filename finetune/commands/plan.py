@@ -37,7 +37,7 @@ from finetune.report.plan_tables import (
 from finetune.report.row_tokens import highlighted
 from finetune.report.tables import account_notes, account_table, figures_table
 from finetune.text import amount, duration, from_here
-from finetune.training.beside import Beside, beside
+from finetune.training.beside import Beside
 from finetune.training.budget import Forecast, forecast_here, forecast_on, workload
 from finetune.training.job import Job, beyond_context, recognised, refuse_unfit, set_up
 from finetune.training.outlook import seconds_of_parts
@@ -68,7 +68,7 @@ def run(recipe: Recipe, compare: bool, largest: bool = False) -> None:
     known = recognised(recipe, prepared)
     suite = with_progress(suite_of(replace(setup, recipe=known), prepared, cases))
     job = Job(known, folder, tokenizer, backend, prepared, suite)
-    for part in answer(recipe, folder, prepared, backend, largest, beside(job, questions_of(job))):
+    for part in answer(recipe, folder, prepared, backend, largest, Beside(questions_of(job), suite and suite.prepared)):
         console.print(part)
     console.rule("rows", align="left")
     console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")

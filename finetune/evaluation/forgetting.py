@@ -11,6 +11,7 @@ from statistics import NormalDist
 from typing import ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from backends.interface import IntArray, Session
 from finetune.data.rows import Example
@@ -22,7 +23,7 @@ from finetune.events import Progress
 
 FILE = "general.jsonl"  # 200 short pieces of our own writing, of five kinds in turn
 LONGEST = 64  # tokens of a piece; what lies beyond is not read
-MOST_ANSWERED = 32  # pieces that the base goes on with itself
+MOST_ANSWERED, FEWEST_ANSWERED = 32, 10  # pieces that the base goes on with itself; fewer tell nothing
 ANSWERED = 16  # tokens of a greedy answer to the first half of a piece
 FEWEST = 20  # pieces, to say anything
 MARGIN = 0.1  # nats per token: a smaller rise is of no account
@@ -38,11 +39,12 @@ class GeneralText:
 
     kinds: Sequence[str] = ()  # of each piece
     examples: Sequence[Example] = ()
+    answered: int = 0  # of them, that the base goes on with itself
 
     @property
     def halves(self) -> list[Example]:
-        """The first half of some of them, which the base goes on with itself."""
-        some = self.examples[: min(MOST_ANSWERED, len(self.examples) // 4)]
+        """The first half of each of those."""
+        some = self.examples[: self.answered]
         return [replace(example, answer_start=max(len(example) // 2, 1)) for example in some]
 
 
@@ -101,8 +103,14 @@ def general_text(tokenizer: Tokenizer, most: int, vocabulary: int | None) -> Gen
     vocabulary: pieces with a token beyond it are left out.
     """
     whole = pieces(tokenizer, vocabulary)
-    count = _affordable(whole.examples, most)
-    return GeneralText(whole.kinds[:count], whole.examples[:count]) if count >= FEWEST else GeneralText()
+    lengths = np.array([len(example) for example in whole.examples])
+    count = _affordable(2.4 * lengths + ANSWERED, most)  # both models read it; a quarter of them is gone on with too
+    if count < 4 * FEWEST_ANSWERED:
+        count = min(_affordable(2.0 * lengths, most), 4 * FEWEST_ANSWERED - 1)
+    if count < FEWEST:
+        return GeneralText()
+    answered = min(MOST_ANSWERED, count // 4) if count >= 4 * FEWEST_ANSWERED else 0
+    return GeneralText(whole.kinds[:count], whole.examples[:count], answered)
 
 
 def pieces(tokenizer: Tokenizer, vocabulary: int | None) -> GeneralText:
@@ -123,9 +131,8 @@ def _example(tokens: IntArray, start: int, location: str) -> Example:
     return Example(tokens, (np.arange(len(tokens)) >= start).astype(np.float32), location)
 
 
-def _affordable(examples: Sequence[Example], most: int) -> int:
-    """How many pieces both models can read for so many tokens; a quarter of them are gone on with too."""
-    each = np.array([2.4 * len(example) + ANSWERED for example in examples])
+def _affordable(each: NDArray[np.float64], most: int) -> int:
+    """How many of the first pieces, of so many tokens each, together have no more than `most`."""
     return int((each.cumsum() <= most).sum())
 
 

@@ -9,35 +9,25 @@ import numpy as np
 
 from backends.interface import PROMPTS_TOGETHER
 from finetune.data.rows import Example, Prepared
-from finetune.evaluation.analysis import AGAIN, SWAPPED, Questions, general_text_of
+from finetune.evaluation.analysis import AGAIN, SWAPPED, Questions
 from finetune.evaluation.consistency import SAMPLED
 from finetune.evaluation.forgetting import ANSWERED, ANSWERS, READING, WRITING, GeneralText
 from finetune.evaluation.suite import ASKED
 from finetune.recipe.schema import Recipe
 from finetune.training.budget import Workload
-from finetune.training.job import Job
 
 
 @dataclass(frozen=True)
 class Beside:
     questions: Questions = field(default_factory=Questions)
-    general: GeneralText = field(default_factory=GeneralText)
     cases: Prepared | None = None  # of a suite
 
     def counts(self) -> dict[str, str]:
         """Of each part of a run how much there is to do, in words."""
-        again, pieces = self.questions.rows, len(self.general.examples)
+        again, pieces = self.questions.rows, len(self.questions.general.examples)
         told = [*([f"{again:,} rows again"] if again else []), *([f"{pieces:,} pieces of text"] if pieces else [])]
         cases = {"suite": f"{len(self.cases.held_out.examples):,} cases"} if self.cases else {}
         return {"errors": ", ".join(told), **cases}
-
-
-def beside(job: Job, questions: Questions) -> Beside:
-    asked = job.recipe.evaluate.forgetting
-    general = (
-        general_text_of(job.recipe, job.prepared, job.tokenizer, job.folder.vocabulary) if asked else GeneralText()
-    )
-    return Beside(questions, general, job.suite and job.suite.prepared)
 
 
 @dataclass(frozen=True)
@@ -76,7 +66,11 @@ class Seconds:
 
     def beside(self, asked: Beside, models: Sequence[str]) -> dict[str, float]:
         """By the names of `Progress.what`, in the order of the run. models: those that are measured."""
-        return self._again(asked.questions, models) | self._general(asked.general) | self._suite(asked.cases, models)
+        return (
+            self._again(asked.questions, models)
+            | self._general(asked.questions.general)
+            | self._suite(asked.cases, models)
+        )
 
     def _again(self, questions: Questions, models: Sequence[str]) -> dict[str, float]:
         worded, swapped = questions.in_other_words.examples, questions.swapped.examples
@@ -94,15 +88,12 @@ class Seconds:
         if not general.examples:
             return {}
         base, tuned = "base model", "tuned model"
-        read, answers = self.reading(general.examples), self.reading(general.halves)
-        written = self.writing(lengths(general.halves), ANSWERED)
-        return {
-            READING.format(base): read,
-            WRITING: written,
-            ANSWERS.format(base): answers,
-            READING.format(tuned): read,
-            ANSWERS.format(tuned): answers,
-        }
+        read = self.reading(general.examples)
+        parts = {READING.format(base): read, READING.format(tuned): read}
+        if general.halves:
+            answers, written = self.reading(general.halves), self.writing(lengths(general.halves), ANSWERED)
+            parts |= {WRITING: written, ANSWERS.format(base): answers, ANSWERS.format(tuned): answers}
+        return parts
 
     def _suite(self, cases: Prepared | None, models: Sequence[str]) -> Mapping[str, float]:
         if cases is None:

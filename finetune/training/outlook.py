@@ -13,7 +13,7 @@ from finetune.evaluation.samples import Sampler
 from finetune.events import Outlook
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
-from finetune.training.beside import Beside, Seconds, beside
+from finetune.training.beside import Beside, Seconds
 from finetune.training.budget import Workload, rate_here, workload
 from finetune.training.job import Job
 
@@ -42,7 +42,7 @@ def _foretold(job: Job, session: Session, questions: Questions) -> dict[str, flo
         return {}
     costs = registry.costs(job.backend, registry.device_kind(session.device))
     speed = rate_here(job.backend, work) * costs.reached
-    return seconds_of_parts(job.recipe, job.prepared, work, speed, beside(job, questions))
+    return seconds_of_parts(job.recipe, job.prepared, work, speed, Beside(questions, job.suite and job.suite.prepared))
 
 
 def sampler_of(job: Job) -> Sampler:

@@ -16,7 +16,7 @@ from finetune.commands.plan import answer
 from finetune.console import plain_page
 from finetune.evaluation.evaluate import evaluate_held_out
 from finetune.events import Outlook, Progress, Work, by_part
-from finetune.training.beside import beside
+from finetune.training.beside import Beside
 from finetune.training.job import Job
 from finetune.training.outlook import look_ahead
 from finetune.training.suites import ask_suite, read_suite, suite_of
@@ -70,7 +70,7 @@ def test_what_is_not_asked_takes_no_time(tmp_path: Path) -> None:
 
 def test_the_plan_counts_it(tmp_path: Path) -> None:
     made = job_with(tmp_path, LABELLED, 3)
-    asked = beside(made, questions_of(made))
+    asked = Beside(questions_of(made), made.suite and made.suite.prepared)
     shown = Group(*answer(made.recipe, made.folder, made.prepared, "reference", aside=asked))
     lines = plain_page(lambda console: console.print(shown)).splitlines()
     (errors,), (suite,) = ([line for line in lines if line.startswith(name)] for name in ("errors ", "suite "))
