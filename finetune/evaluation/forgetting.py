@@ -133,7 +133,7 @@ def _example(tokens: IntArray, start: int, location: str) -> Example:
 
 def _affordable(each: NDArray[np.float64], most: int) -> int:
     """How many of the first pieces, of so many tokens each, together have no more than `most`."""
-    return int((each.cumsum() <= most).sum())
+    return int(np.count_nonzero(np.cumsum(each) <= most))
 
 
 def _answers(

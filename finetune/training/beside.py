@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,7 +95,7 @@ class Seconds:
             parts |= {WRITING: written, ANSWERS.format(base): answers, ANSWERS.format(tuned): answers}
         return parts
 
-    def _suite(self, cases: Prepared | None, models: Sequence[str]) -> Mapping[str, float]:
+    def _suite(self, cases: Prepared | None, models: Sequence[str]) -> dict[str, float]:
         if cases is None:
             return {}
         prompts = lengths(cases.held_out.examples)

@@ -42,7 +42,9 @@ def _foretold(job: Job, session: Session, questions: Questions) -> dict[str, flo
         return {}
     costs = registry.costs(job.backend, registry.device_kind(session.device))
     speed = rate_here(job.backend, work) * costs.reached
-    return seconds_of_parts(job.recipe, job.prepared, work, speed, Beside(questions, job.suite and job.suite.prepared))
+    return seconds_of_parts(
+        job.recipe, job.prepared, work, speed, Beside(questions, job.suite.prepared if job.suite else None)
+    )
 
 
 def sampler_of(job: Job) -> Sampler:

@@ -164,6 +164,25 @@ def test_the_suite_shows_what_fails_and_why() -> None:
     assert "suite" not in Page(run_page(a_run())).text.lower().replace("evaluate.suite", "")
 
 
+def test_kinds_of_no_answer_and_what_was_not_measured_take_no_table() -> None:
+    none = Kind("empty", 30, Found.of([], 30), Found.of([], 30), None, 1.0)
+    whole = an_analysis()
+    short = Forgetting("too short to say", (), 0.1, None, None, 1.4, "Not measured.")
+    html = run_page(a_run(analysis=replace(whole, kinds=(none, *whole.kinds), forgetting=short)))
+    page = Page(html)
+    assert "In no answer: empty." in page.text and "a list of English" in page.text
+    assert "Not measured." in page.text and "Loss on general text" not in page.text
+    shown = {key.split(".")[2] for key, _, _ in page.figures if key.startswith("analysis.kinds.")}
+    assert shown == {"1", "2"}, "and the figures of the others are still theirs"
+
+
+def test_a_row_is_named_without_its_folder() -> None:
+    run = a_run()
+    rows = tuple(replace(row, location=f"/home/somebody/data/{row.location}") for row in run.tuned.results)
+    text = Page(run_page(replace(run, tuned=replace(run.tuned, results=rows)))).text
+    assert "row 2, rows.jsonl:2" in text and "somebody" not in text
+
+
 def test_only_the_run_s_own_suite_is_shown_with_its_cases() -> None:
     """`finetune eval --suite` replaces suite.json; the figures stay those of report.json."""
     own, other = a_suite(), a_suite("another")
