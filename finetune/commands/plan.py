@@ -68,9 +68,7 @@ def run(recipe: Recipe, compare: bool, largest: bool = False) -> None:
     known = recognised(recipe, prepared)
     suite = with_progress(suite_of(replace(setup, recipe=known), prepared, cases))
     job = Job(known, folder, tokenizer, backend, prepared, suite)
-    for part in answer(
-        recipe, folder, prepared, backend, largest, Beside(questions_of(job), suite.prepared if suite else None)
-    ):
+    for part in answer(recipe, folder, prepared, backend, largest, Beside(questions_of(job), suite)):
         console.print(part)
     console.rule("rows", align="left")
     console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")

@@ -12,7 +12,7 @@ from finetune.data.rows import Example, Prepared
 from finetune.evaluation.analysis import AGAIN, SWAPPED, Questions
 from finetune.evaluation.consistency import SAMPLED
 from finetune.evaluation.forgetting import ANSWERED, ANSWERS, READING, WRITING, GeneralText
-from finetune.evaluation.suite import ASKED
+from finetune.evaluation.suite import ASKED, Suite
 from finetune.recipe.schema import Recipe
 from finetune.training.budget import Workload
 
@@ -20,13 +20,13 @@ from finetune.training.budget import Workload
 @dataclass(frozen=True)
 class Beside:
     questions: Questions = field(default_factory=Questions)
-    cases: Prepared | None = None  # of a suite
+    suite: Suite | None = None
 
     def counts(self) -> dict[str, str]:
         """Of each part of a run how much there is to do, in words."""
         again, pieces = self.questions.rows, len(self.questions.general.examples)
         told = [*([f"{again:,} rows again"] if again else []), *([f"{pieces:,} pieces of text"] if pieces else [])]
-        cases = {"suite": f"{len(self.cases.held_out.examples):,} cases"} if self.cases else {}
+        cases = {"suite": f"{len(self.suite.cases):,} cases"} if self.suite else {}
         return {"errors": ", ".join(told), **cases}
 
 
@@ -69,7 +69,7 @@ class Seconds:
         return (
             self._again(asked.questions, models)
             | self._general(asked.questions.general)
-            | self._suite(asked.cases, models)
+            | self._suite(asked.suite, models)
         )
 
     def _again(self, questions: Questions, models: Sequence[str]) -> dict[str, float]:
@@ -95,11 +95,11 @@ class Seconds:
             parts |= {WRITING: written, ANSWERS.format(base): answers, ANSWERS.format(tuned): answers}
         return parts
 
-    def _suite(self, cases: Prepared | None, models: Sequence[str]) -> dict[str, float]:
-        if cases is None:
+    def _suite(self, suite: Suite | None, models: Sequence[str]) -> dict[str, float]:
+        if suite is None:
             return {}
-        prompts = lengths(cases.held_out.examples)
-        labels = cases.task == "classification"
+        prompts = lengths(suite.prepared.held_out.examples)
+        labels = suite.prepared.task == "classification"
         each = self.choosing(prompts) if labels else self.writing(prompts, self.recipe.evaluate.max_tokens)
         return {ASKED.format(model): each for model in models}
 

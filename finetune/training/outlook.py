@@ -42,9 +42,7 @@ def _foretold(job: Job, session: Session, questions: Questions) -> dict[str, flo
         return {}
     costs = registry.costs(job.backend, registry.device_kind(session.device))
     speed = rate_here(job.backend, work) * costs.reached
-    return seconds_of_parts(
-        job.recipe, job.prepared, work, speed, Beside(questions, job.suite.prepared if job.suite else None)
-    )
+    return seconds_of_parts(job.recipe, job.prepared, work, speed, Beside(questions, job.suite))
 
 
 def sampler_of(job: Job) -> Sampler:

@@ -70,7 +70,7 @@ def test_what_is_not_asked_takes_no_time(tmp_path: Path) -> None:
 
 def test_the_plan_counts_it(tmp_path: Path) -> None:
     made = job_with(tmp_path, LABELLED, 3)
-    asked = Beside(questions_of(made), made.suite.prepared if made.suite else None)
+    asked = Beside(questions_of(made), made.suite)
     shown = Group(*answer(made.recipe, made.folder, made.prepared, "reference", aside=asked))
     lines = plain_page(lambda console: console.print(shown)).splitlines()
     (errors,), (suite,) = ([line for line in lines if line.startswith(name)] for name in ("errors ", "suite "))
