@@ -157,13 +157,12 @@ def changed(run: FinishedRun) -> dict[str, Any]:
     fixed = [i for i, (base, tuned) in enumerate(pairs) if base.correct is False and tuned.correct]
     broken = [i for i, (base, tuned) in enumerate(pairs) if base.correct and tuned.correct is False]
     wrong = [i for i, (base, tuned) in enumerate(pairs) if base.correct is False and tuned.correct is False]
-    shown = fixed[:MOST_ROWS] + broken[:MOST_ROWS] + wrong[:MOST_WRONG]
-    prompts = dict(zip(shown, distinct([pairs[i][1].prompt for i in shown]), strict=True))
+    prompts = distinct([tuned.prompt for _, tuned in pairs])
     return {
         "fixed": [row(i, *pairs[i], prompts[i]) for i in fixed[:MOST_ROWS]],
         "broken": [row(i, *pairs[i], prompts[i]) for i in broken[:MOST_ROWS]],
         "wrong": [row(i, *pairs[i], prompts[i]) for i in wrong[:MOST_WRONG]],
-        "shown": bool(shown),
+        "shown": bool(fixed or broken or wrong),
         "counts": (len(fixed), len(broken)),
         "still": len(wrong),
         "judged": run.tuned.accuracy is not None,
