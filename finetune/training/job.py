@@ -124,9 +124,14 @@ def making_ready(
         prepared = yield from prepare(recipe, setup.tokenizer, None, clock, labels, parting)
     refuse(prepared, recipe)
     refuse_unfit(setup, prepared)
+    known = recognised(recipe, prepared)
+    return Job(recipe=known, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
+
+
+def recognised(recipe: Recipe, prepared: Prepared) -> Recipe:
+    """The recipe with the format and the task that its rows were found to have."""
     data = recipe.data.model_copy(update={"format": prepared.format})
-    recipe = recipe.model_copy(update={"data": data, "task": prepared.task})
-    return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
+    return recipe.model_copy(update={"data": data, "task": prepared.task})
 
 
 def refuse_unfit(setup: Setup, prepared: Prepared) -> None:
