@@ -39,6 +39,10 @@ class NonFinite(Exception):
     """A loss or a gradient was NaN or infinite; the step was not applied."""
 
 
+class Lost(Exception):
+    """Another process of the run has ended, or does not answer; the session's state is as it was before the call."""
+
+
 class IncompatibleState(Exception):
     """Tensors offered to `set_state` do not fit the session; the message lists every difference."""
 
@@ -216,6 +220,7 @@ class Session(Reader, Protocol):
     shortcuts: tuple[str, ...]  # what it computes in another way than the plain model, for speed or memory, in words
     lora_shapes: Modules
     repeatable: bool  # True: equal steps from equal states give equal bytes. A step may find that they do not
+    team: Any  # a `team.Team` where several processes share each step; None: this one is alone
 
     def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
         """One AdamW update from the mean loss over all micro-batches.

@@ -44,6 +44,7 @@ from backends.model_folder import folder_of
 from backends.predictions import Architecture, Costs, Machine
 from backends.rate import SIZES, operations_per_second
 from backends.sampling import check_prompts
+from backends.team import Team
 
 Arrays = dict[str, FloatArray]
 
@@ -120,6 +121,7 @@ class ReferenceSession:
     shares_prefixes = True  # a bigram model never looks at them
     shortcuts: tuple[str, ...] = ()
     repeatable: bool = True
+    team: Team | None = None
 
     def __init__(
         self, modules: Mapping[str, tuple[int, int]], vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int
@@ -134,7 +136,7 @@ class ReferenceSession:
         self.set_state(TrainState(0, initial_adapter(modules, lora.rank, seed), {}))
 
     def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        total = float(sum(np.sum(batch.weights, dtype=np.float64) for batch in micro))
+        total = self.team.weight if self.team else float(sum(np.sum(b.weights, dtype=np.float64) for b in micro))
         if not total > 0:
             raise ValueError("nothing is supervised in this step: all weights are 0")
         check_tokens(micro, self._vocabulary)
@@ -144,6 +146,9 @@ class ReferenceSession:
                 part, part_grads = self._gradient(batch, total)
                 loss += part
                 grads = {name: grads[name] + part_grads[name] for name in grads}
+            if self.team:
+                (*summed, whole), lr = self.team.sum([*grads.values(), np.float32(loss)], lr)
+                loss, grads = float(whole), dict(zip(grads, summed, strict=True))
             norm, applied = clipped(grads, self._optim.clip_norm)
             new = {name: self._updated(name, applied[name], lr) for name in self._adapter}
         if not np.isfinite([loss, norm]).all() or not all(np.isfinite(value[0]).all() for value in new.values()):

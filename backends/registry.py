@@ -35,13 +35,26 @@ class Row:
     library: str = ""  # the module that is a `Library`, where another library loads adapters into the same models
     apple: bool = False  # made for Apple silicon: there `auto` tries it first, and elsewhere last
     automatic: bool = True  # False: used only where it is named
+    launcher: str = ""  # the module that is a `Launcher`, where several processes can share a run
+    group: str = ""  # the module that joins them
 
 
 BACKENDS: dict[str, Row] = {
     "mlx": Row(
-        "backends.mlx_backend.session", "backends.mlx_backend.costs", "backends.mlx_backend.library", apple=True
+        "backends.mlx_backend.session",
+        "backends.mlx_backend.costs",
+        "backends.mlx_backend.library",
+        apple=True,
+        launcher="backends.mlx_backend.launcher",
+        group="backends.mlx_backend.group",
     ),
-    "torch": Row("backends.torch_backend.session", "backends.torch_backend.costs", "backends.torch_backend.library"),
+    "torch": Row(
+        "backends.torch_backend.session",
+        "backends.torch_backend.costs",
+        "backends.torch_backend.library",
+        launcher="backends.torch_backend.launcher",
+        group="backends.torch_backend.group",
+    ),
     "reference": Row("backends.reference", "backends.reference", automatic=False),
 }
 NAMES = tuple(BACKENDS)
@@ -49,7 +62,7 @@ NAMES = tuple(BACKENDS)
 
 def load(name: str) -> Backend:
     """The backend's module. Raises BackendError for an unknown name, ImportError where a library is missing."""
-    return cast(Backend, import_module(_row(name).session))
+    return cast(Backend, import_module(row(name).session))
 
 
 def probe(name: str) -> str | None:
@@ -66,7 +79,7 @@ def probe(name: str) -> str | None:
 
 def installed(name: str) -> bool:
     """Whether the framework of the backend's name is here. Loads none, so it may still not work (`probe`)."""
-    return not _row(name).automatic or find_spec(name) is not None
+    return not row(name).automatic or find_spec(name) is not None
 
 
 def describe(name: str, device: Wanted = "auto") -> dict[str, Any]:
@@ -134,7 +147,7 @@ def libraries() -> dict[str, Library]:
 
 def loading_lines(name: str, model: ModelSpec, base: str, adapter: str, device: str, half: Half) -> str | None:
     """Python that loads base and adapter as a session on this device held them (`Library.lines`); None: no library."""
-    if not (library := _row(name).library):
+    if not (library := row(name).library):
         return None
     number_type = model.number_type(device_kind(device), half)
     return cast(Library, import_module(library)).lines(model, base, adapter, number_type)
@@ -174,11 +187,11 @@ def measured_rate(name: str, number_type: NumberType, device: Wanted = "auto") -
     return _predictions(name).measured_rate(number_type, device)
 
 
-def _row(name: str) -> Row:
+def row(name: str) -> Row:
     if name not in BACKENDS:
         raise BackendError(f"there is no backend {name!r}; there are {', '.join(BACKENDS)}")
     return BACKENDS[name]
 
 
 def _predictions(name: str) -> Predictions:
-    return cast(Predictions, import_module(_row(name).costs))
+    return cast(Predictions, import_module(row(name).costs))

@@ -13,7 +13,7 @@ import typer
 from finetune.begin import begin
 from finetune.errors import explain
 from finetune.examine import benchmark, compare, duel, evaluate, report, suspects
-from finetune.options import Alone, Backend, Overrides, RecipeFile, RunPath
+from finetune.options import Alone, Backend, Devices, Overrides, RecipeFile, RunPath
 from finetune.streams import guard, outlive_readers
 from finetune.use import chat, export, generate, predict, runs
 
@@ -51,12 +51,13 @@ def demo(
     overrides: Overrides = None,
     backend: Backend = None,
     output: Annotated[str, typer.Option(help="The run's folder is made in this folder.")] = "runs",
+    devices: Devices = None,
     alone: Alone = False,
 ) -> None:
     """Measure, fine-tune and measure again, with a built-in model and data, offline."""
     from finetune.recipe.locate import demo_recipe
 
-    _train(demo_recipe(), [f"output={output}", *(overrides or [])], backend, alone)
+    _train(demo_recipe(), [f"output={output}", *(overrides or [])], backend, devices, alone)
 
 
 @app.command(rich_help_panel=START)
@@ -115,21 +116,29 @@ def plan(
 
 
 @app.command(rich_help_panel=TRAIN)
-def train(file: RecipeFile, overrides: Overrides = None, backend: Backend = None, alone: Alone = False) -> None:
+def train(
+    file: RecipeFile,
+    overrides: Overrides = None,
+    backend: Backend = None,
+    devices: Devices = None,
+    alone: Alone = False,
+) -> None:
     """Measure the base model, fine-tune it, measure again, save the adapter."""
-    _train(file, overrides or [], backend, alone)
+    _train(file, overrides or [], backend, devices, alone)
 
 
 @app.command(rich_help_panel=TRAIN)
-def resume(folder: RunPath, backend: Backend = None, alone: Alone = False) -> None:
+def resume(folder: RunPath, backend: Backend = None, devices: Devices = None, alone: Alone = False) -> None:
     """Resume a stopped run from its last intact checkpoint, on any backend."""
     from finetune.disk.run_folder import open_existing
 
     stopped, recipe = open_existing(folder)
+    recipe = recipe.model_copy(update={"backend": backend}) if backend else recipe
+    _launch(devices, recipe.backend, alone)
     begin(alone)
     from finetune.commands.train import run
 
-    run(recipe.model_copy(update={"backend": backend}) if backend else recipe, folder.name, stopped)
+    run(recipe, folder.name, stopped)
 
 
 app.command("eval", rich_help_panel=USE)(evaluate)
@@ -164,14 +173,22 @@ def schema() -> None:
     print(json.dumps(Recipe.model_json_schema() | {"title": "finetune recipe"}, indent=2))
 
 
-def _train(file: Path, overrides: list[str], backend: str | None, alone: bool) -> None:
+def _train(file: Path, overrides: list[str], backend: str | None, devices: str | None, alone: bool) -> None:
     from finetune.recipe.load import load_recipe
 
     recipe = load_recipe(file, [*overrides, *([f"backend={backend}"] if backend else [])])
+    _launch(devices, recipe.backend, alone)
     begin(alone)  # a mistake in the recipe is reported before a second process is started for it
     from finetune.commands.train import run
 
     run(recipe, file.stem)
+
+
+def _launch(devices: str | None, backend: str, alone: bool) -> None:
+    if devices is not None:
+        from finetune.launch import launch
+
+        launch(devices, backend, alone)
 
 
 def main() -> None:

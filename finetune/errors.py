@@ -127,9 +127,10 @@ def explain(error: BaseException) -> tuple[str, ExitCode] | None:
         return None if error.errno is None else (f"{named}: {error.strerror}", ExitCode.DISK)
     if type(error).__name__ == "PanicException":  # of a library in Rust, and no Exception
         return one_line(f"the tokenizer fails ({error!s:.200}); look at the model's tokenizer.json"), ExitCode.BACKEND
-    from backends.interface import BackendError, IncompatibleState, OutOfMemory
+    from backends.interface import BackendError, IncompatibleState, Lost, OutOfMemory
 
     codes = {
         BackendError: ExitCode.BACKEND, IncompatibleState: ExitCode.INCOMPATIBLE, OutOfMemory: ExitCode.MEMORY,
+        Lost: ExitCode.BUG,
     }  # fmt: skip
     return next(((one_line(str(error)), code) for kind, code in codes.items() if isinstance(error, kind)), None)

@@ -16,6 +16,10 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a ru
 Backend = Annotated[
     str | None, typer.Option("--backend", metavar="NAME", help="One that `finetune doctor` lists; not the recipe's.")
 ]
+Devices = Annotated[
+    str | None,
+    typer.Option("--devices", metavar="N", help="Processes that share each step, on this machine; all: one per GPU."),
+]
 Alone = Annotated[bool, typer.Option("--no-supervisor", help="Run training in this process (for debuggers).")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the most probable token.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="The most tokens in an answer.")]

@@ -40,6 +40,7 @@ from finetune.training.race import Race
 from finetune.training.ready import ready_trainer
 from finetune.training.settle import settle_recomputation
 from finetune.training.suites import ask_suite
+from finetune.training.together import Others
 
 NOT_REPEATABLE = (
     "this model uses an operation that has no repeatable kernel on this device: the same run again, or a resumed one, "
@@ -68,8 +69,8 @@ class Run:
     done, and Interrupted is raised.
     """
 
-    def __init__(self, job: Job, folder: RunFolder, lock: Lock | None = None) -> None:
-        self.job, self.folder, self.lock = job, folder, lock
+    def __init__(self, job: Job, folder: RunFolder, lock: Lock | None = None, others: Others | None = None) -> None:
+        self.job, self.folder, self.lock, self.others = job, folder, lock, others
         self.stopping = False
         self._records = Records(job, folder, self)
 
@@ -117,7 +118,7 @@ class Run:
         job.prepared.forget_records()
         settled = yield from settle_recomputation(job, self._records.recomputed)
         self._records.recomputed = settled.recipe.train.gradient_checkpointing is True if unsettled else None
-        session = settled.open()
+        session = self.others.open(settled, folder) if self.others else settled.open()
         self._records.write_environment(session)
         yield (ahead := look_ahead(settled, session, asked))
         times = Times.of(folder, ahead)

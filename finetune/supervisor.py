@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from finetune import crashes
+from finetune import crashes, team_folder
 from finetune.crashes import STOPS
 from finetune.errors import ExitCode
 from finetune.terminal import awake, enter_page, in_background, key_settings, leave_page, restore_keys
@@ -45,7 +45,7 @@ def supervise() -> None:
     code = run([sys.executable, *sys.orig_argv[1:]])
     for number in STOPS:  # the child has ended: one more signal must not change the code
         signal.signal(number, signal.SIG_IGN)
-    sys.exit(code)
+    sys.exit(0 if team_folder.folder() else code)  # there it is written down, and the launcher need not hear of it
 
 
 def announce_run(path: Path) -> None:
@@ -62,6 +62,11 @@ def announce_model(path: Path) -> None:
 def announce_page(shown: bool) -> None:
     """In the child: whether it has a page of its own on the terminal, which a crash would leave there."""
     _announce(b"page", "shown" if shown else "")
+
+
+def announce_lost() -> None:
+    """In the child: it ends because another process of its run is gone."""
+    _announce(b"lost", "yes")
 
 
 @contextmanager
@@ -95,6 +100,7 @@ def run(command: Sequence[str]) -> int:
             environment["TTY_INTERACTIVE"] = "0"  # the terminal is another's, such as the shell's
         child = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
+        team_folder.started(child.pid)
         with _Signals(child, ours) as asked, awake(child.pid):
             child.wait()
             said, mapped = _announced(ours)
@@ -106,9 +112,21 @@ def run(command: Sequence[str]) -> int:
                 restore_keys(keys)
                 leave_page(bool(said.get("page")))
             if reason or code in _EXPLAINED:
-                first = f"finetune: {reason}" if reason else f"exit code {code}: {ExitCode(code).meaning}."
-                print("\n".join(map(one_line, [first, *crashes.what_is_left(path, code)])), file=sys.stderr)
+                first = [f"finetune: {_whose()}{reason}"] if reason else _meaning(code, "lost" in said)
+                print("\n".join(map(one_line, [*first, *crashes.what_is_left(path, code)])), file=sys.stderr)
+            team_folder.ended(code, "lost" in said)
     return code
+
+
+def _whose() -> str:
+    """Of several processes, which one."""
+    rank = team_folder.own_rank()
+    return "" if rank is None else f"process {rank}: "
+
+
+def _meaning(code: int, lost: bool) -> list[str]:
+    """A line; none where another process is the cause."""
+    return [] if lost else [f"exit code {code}: {ExitCode(code).meaning}."]
 
 
 def listened_to() -> list[int]:

@@ -51,6 +51,7 @@ from backends.mlx_backend.optim import AdamW, Tensors
 from backends.mlx_backend.tree import check_format, check_taken, parts_of
 from backends.model_folder import folder_of
 from backends.sampling import check_prompts, room_for_answers
+from backends.team import Team
 
 
 def probe() -> str | None:
@@ -129,19 +130,22 @@ class MlxSession:
         self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
         self.shortcuts = (*self._forward.shortcuts, *([NUMPY_PRODUCTS] if bridged else []))
         self.repeatable = True
+        self.team: Team | None = None
         self._trained, self._most_held = False, 0
         self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
         self._state: _State
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
 
     def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        total = float(sum(batch.weights.sum(dtype=np.float64) for batch in micro))
+        total = self.team.weight if self.team else float(sum(batch.weights.sum(dtype=np.float64) for batch in micro))
         if not total > 0:
             raise ValueError("nothing is supervised in this step: all weights are 0")
         check_tokens(micro, self._vocabulary)
         with self._running(training=True):
             for scale in loss_scales(self._number_type, total):
                 loss, grads = self._loss_and_grads(micro, total, scale)
+                if self.team:
+                    loss, grads, lr = self._summed(self.team, loss, grads, lr)
                 norm = float(mx.sqrt(mx.stack([mx.square(grad).sum() for grad in grads.values()]).sum()))
                 if math.isfinite(norm):
                     break
@@ -230,6 +234,12 @@ class MlxSession:
             mx.eval(part_loss, grads)
             loss += float(part_loss) / scale
         return loss, grads
+
+    def _summed(self, team: Team, loss: float, grads: Tensors, lr: float) -> tuple[float, Tensors, float]:
+        """Loss and gradients over all processes, and the step's rate."""
+        own = grads or {name: mx.zeros_like(value) for name, value in self._state.adapter.items()}  # without rows
+        (*summed, whole), lr = team.sum([*(own[name] for name in self._state.adapter), mx.array(loss)], lr)
+        return float(whole), dict(zip(self._state.adapter, summed, strict=True)), lr
 
     def _loss(self, part: Batch, entering: mx.array | None, total: float, adapter: Tensors) -> mx.array:
         self._put_in(adapter)

@@ -10,6 +10,7 @@ import torch
 
 from backends.adapter_state import MOMENTS
 from backends.interface import OptimSpec
+from backends.team import Team
 from backends.torch_backend.lora import Parameters
 
 _NUMBERS = 2**22  # updated at a time
@@ -34,6 +35,15 @@ class AdamW:
         """By the scale that the loss was multiplied by."""
         if scale != 1:
             torch._foreach_div_([weight.grad for weight in self._adapter.values() if weight.grad is not None], scale)
+
+    def sum_grads(self, team: Team, loss: torch.Tensor, lr: float) -> tuple[torch.Tensor, float]:
+        """Every gradient becomes its sum over the processes. Returns the sum of their losses, and the step's rate."""
+        weights = list(self._adapter.values())
+        grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+        (*summed, loss), lr = team.sum([*grads, loss.float()], lr)
+        for weight, grad in zip(weights, summed, strict=True):
+            weight.grad = grad
+        return loss, lr
 
     def update(self, number: int, lr: float, loss: torch.Tensor) -> tuple[float, float]:
         """Step `number`, from 1. Returns the loss and the gradient's norm, read together: the one wait for a GPU.

@@ -32,6 +32,7 @@ from backends.micro_batches import check_tokens, joined, own_part, parts
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 from backends.sampling import check_prompts, room_for_answers
+from backends.team import Team
 from backends.torch_backend.attention import expand_heads, use_tiles
 from backends.torch_backend.costs import COSTS, RECOMPUTED
 from backends.torch_backend.device import (
@@ -122,6 +123,7 @@ class TorchSession:
         self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
         self._step = 0
         self.repeatable = True
+        self.team: Team | None = None
         self._optimiser = AdamW(self._adapter, optim)
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
 
@@ -139,7 +141,7 @@ class TorchSession:
         return (*shared, *frozen, *head, LORA, *self._block_shortcuts, *again)
 
     def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        total = float(sum(np.sum(batch.weights, dtype=np.float64) for batch in micro))
+        total = self.team.weight if self.team else float(sum(np.sum(b.weights, dtype=np.float64) for b in micro))
         if not total > 0:
             raise ValueError("nothing is supervised in this step: all weights are 0")
         check_tokens(micro, self._vocabulary)
@@ -171,6 +173,8 @@ class TorchSession:
                 loss = gradient.add(self._step, micro, total / scale, share) / scale
                 with torch.no_grad():
                     self._optimiser.divide_grads(scale)
+                    if self.team:
+                        loss, lr = self._optimiser.sum_grads(self.team, loss, lr)
                     return self._optimiser.update(self._step + 1, lr, loss)
             finally:  # before the guard gives free memory back to the device
                 for tensor in self._adapter.values():

@@ -7,6 +7,7 @@ from typing import Any
 
 from backends import registry
 from backends.interface import Session
+from backends.together import side_by_side
 from finetune.check.show import as_text
 from finetune.check.survey import as_json, survey
 from finetune.check.told import read_told
@@ -34,6 +35,7 @@ class Records:
             facts["recomputed"] = self.recomputed
         if session:
             facts |= {"shortcuts": list(session.shortcuts), "repeatable": session.repeatable}
+            facts |= {"processes": side_by_side(session)} if side_by_side(session) > 1 else {}
         self._folder.write_json(ENVIRONMENT, facts)
 
     def identity(self, resume: bool) -> Generator[Event, None, tuple[Mapping[str, Any], Checkpoint | None]]:

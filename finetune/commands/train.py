@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from types import FrameType
 
+from backends.interface import Lost
+from backends.together import place, watch
 from finetune.disk.lock import locked
 from finetune.disk.run_folder import RunFolder, create
-from finetune.errors import Interrupted, stopped_by
+from finetune.errors import ExitCode, Interrupted, stopped_by
 from finetune.events import Work, stoppable
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import STOPPING, open_screen, with_progress
@@ -19,10 +21,12 @@ from finetune.report.report import Report
 from finetune.report.summary import print_account, print_report
 from finetune.report.tracker import tracking
 from finetune.run import Run
-from finetune.supervisor import announce_run, listened_to, process_id
+from finetune.supervisor import announce_lost, announce_run, listened_to, process_id
+from finetune.team_folder import failure
 from finetune.text import command_line, one_line
 from finetune.training.job import refuse_unused_accelerator
 from finetune.training.suites import ready_with_suite
+from finetune.training.together import joined, leading, work_along
 
 
 class StopFlag:
@@ -66,10 +70,19 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
     """
     if stopped and _finished(stopped):
         return
+    if here := place():
+        watch(failure, give_up)
+        recipe, group = joined(recipe, here)
     refuse_unused_accelerator(recipe)
-    folder = stopped
+    folder, others = stopped, None
     with StopFlag().listening() as stop, ExitStack() as held:
         try:
+            if here and here.rank:
+                stop.quiet = True
+                work_along(recipe, group, lambda: stop.signal or 0)
+                return
+            if here:
+                others = held.enter_context(leading(group, here))
             if stopped:
                 lock = held.enter_context(locked(stopped.path, process_id()))
                 if _finished(stopped):  # by the process that had the lock
@@ -81,12 +94,23 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
                 lock = held.enter_context(locked(folder.path, process_id()))
             announce_run(folder.path)
             print_account(job, folder)
-            report = show_run(Run(job, folder, lock), stop, resume=stopped is not None)
+            report = show_run(Run(job, folder, lock, others), stop, resume=stopped is not None)
             print_report(report)
         except (Interrupted, KeyboardInterrupt) as end:
             remedy = f"; resume with: {command_line('finetune', 'resume', str(folder.path))}" if folder else ""
             print(one_line(f"{str(end) or 'stopped at once'}{remedy}"), file=sys.stderr)
             sys.exit(stopped_by(stop.signal or signal.SIGINT))
+        except Lost:
+            announce_lost()
+            raise
+
+
+def give_up(reason: str) -> None:
+    """For a process that waits for another one in native code, and for nothing."""
+    announce_lost()
+    with suppress(OSError):
+        os.write(2, f"finetune: {one_line(reason)}\n".encode())
+    os._exit(ExitCode.BUG)
 
 
 def _finished(run: RunFolder) -> bool:
@@ -105,5 +129,7 @@ def show_run(run: Run, stop: StopFlag, resume: bool) -> Report:
         for event in work:
             screen.show(event)
             track(event)
+            if run.others and run.others.asked:
+                stop.signal = stop.signal or run.others.asked
             run.stopping = stop.stopping
     return work.result

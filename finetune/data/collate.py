@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from heapq import heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,19 +40,38 @@ def _shuffled(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.argsort(keys, kind="stable")  # [n]
 
 
-def micro_batches(examples: Sequence[Example], micro_tokens: int, share: bool = True) -> list[Batch]:
+def micro_batches(
+    examples: Sequence[Example], micro_tokens: int, share: bool = True, rank: int = 0, size: int = 1
+) -> list[Batch]:
     """One step's examples, grouped by length, each group within micro_tokens of padded tokens.
 
     The longest come first, so that memory runs out at once or not at all. An example longer than the budget
     is alone in its batch. The rows' numbers are those of the examples, and which tokens are of no row depends on the
-    whole step: both stay the same for any micro_tokens, and without `share`.
+    whole step: both stay the same for any micro_tokens, without `share`, and for any number of processes.
+    rank, size: of the processes that share the step, this one's rows alone.
     """
     common = shared_prefix(examples)
     prefix, made = common if share else 0, []
-    for rows in groups([len(example.tokens) - prefix for example in examples], micro_tokens, prefix):
+    lengths = [len(example.tokens) - prefix for example in examples]
+    own = balanced(lengths, size)[rank]
+    for group in groups([lengths[i] for i in own], micro_tokens, prefix):
+        rows = [own[i] for i in group]
         batch = _collated([examples[i] for i in rows], prefix)
         made.append(replace(batch, rows=tuple(rows), rowless=(common,) * len(rows)))
     return made
+
+
+def balanced(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """The rows of each of so many processes, about as many tokens for each: the longest first, to whoever has least."""
+    if size == 1:
+        return [list(range(len(lengths)))]
+    shares: list[list[int]] = [[] for _ in range(size)]
+    waiting = [(0, rank) for rank in range(size)]
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        tokens, rank = heappop(waiting)
+        shares[rank].append(row)
+        heappush(waiting, (tokens + lengths[row], rank))
+    return [sorted(rows) for rows in shares]
 
 
 def evaluation_batches(

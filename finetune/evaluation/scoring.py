@@ -5,13 +5,16 @@ Each function is a generator that yields its progress and returns its result.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backends.interface import PROMPTS_TOGETHER, Batch, FloatArray, IntArray, OutOfMemory, Reader
+from backends.together import generate_all, score_all, side_by_side
 from finetune.data.collate import evaluation_batches, halve, label_batches
 from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted
@@ -44,23 +47,26 @@ def scored(
     Row i of the batches belongs to example i // per_example. Raises MemoryExhausted, which names the example, when a
     single row does not fit.
     """
-    for rows, batch in batches:
-        waiting = [(rows, batch)]
-        while waiting:
-            rows, part = waiting.pop(0)
-            try:
-                scores = session.score(part)
-            except OutOfMemory as error:
-                halves = halve(part)
-                if halves is None:
-                    raise MemoryExhausted(
-                        f"{examples[rows[0] // per_example].location}: this row alone does not fit in memory during "
-                        f"evaluation ({error}); lower train.max_length or choose a smaller model"
-                    ) from None
-                cut = len(halves[0].inputs)
-                waiting[:0] = [(rows[:cut], halves[0]), (rows[cut:], halves[1])]
+    to_come, waiting = iter(batches), deque[tuple[list[int], Batch]]()
+    while True:
+        waiting.extend(islice(to_come, max(side_by_side(session) - len(waiting), 0)))
+        now = [waiting.popleft() for _ in range(min(side_by_side(session), len(waiting)))]
+        if not now:
+            return
+        halved: list[tuple[list[int], Batch]] = []
+        for (rows, part), scores in zip(now, score_all(session, [part for _, part in now]), strict=True):
+            if not isinstance(scores, OutOfMemory):
+                yield rows, part, scores.logprob, scores.greedy
                 continue
-            yield rows, part, scores.logprob, scores.greedy
+            halves = halve(part)
+            if halves is None:
+                raise MemoryExhausted(
+                    f"{examples[rows[0] // per_example].location}: this row alone does not fit in memory during "
+                    f"evaluation ({scores}); lower train.max_length or choose a smaller model"
+                ) from None
+            cut = len(halves[0].inputs)
+            halved += [(rows[:cut], halves[0]), (rows[cut:], halves[1])]
+        waiting.extendleft(reversed(halved))
 
 
 def row_losses(
@@ -158,19 +164,21 @@ def write_tokens(
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_tokens))
     together, done = PROMPTS_TOGETHER, 0
     while done < len(by_length):
-        rows = by_length[done : done + together]
-        try:
-            prompts = [examples[i].prompt_tokens.tolist() for i in rows]
-            drawn = (temperature, seed + done) if temperature else ()
-            written = session.generate(prompts, max_tokens, stop, *drawn)
-        except OutOfMemory as error:
-            if len(rows) == 1:
-                message = f"{examples[rows[0]].location}: not enough memory to write its answer ({error})"
-                raise MemoryExhausted(f"{message}; lower evaluate.max_tokens or choose a smaller model") from None
-            together = len(rows) // 2
-            continue
-        for i, tokens in zip(rows, written, strict=True):
-            answers[i] = tokens
-        done += len(rows)
-        yield Progress(0, what, done, len(by_length))
+        starts = range(done, len(by_length), together)[: side_by_side(session)]
+        groups = [by_length[start : start + together] for start in starts]
+        prompts = [[examples[i].prompt_tokens.tolist() for i in rows] for rows in groups]
+        seeds = [seed + start for start in starts]
+        for rows, written in zip(
+            groups, generate_all(session, prompts, max_tokens, stop, temperature, seeds), strict=True
+        ):
+            if isinstance(written, OutOfMemory):
+                if len(rows) == 1:
+                    message = f"{examples[rows[0]].location}: not enough memory to write its answer ({written})"
+                    raise MemoryExhausted(f"{message}; lower evaluate.max_tokens or choose a smaller model") from None
+                together = len(rows) // 2
+                break
+            for i, tokens in zip(rows, written, strict=True):
+                answers[i] = tokens
+            done += len(rows)
+            yield Progress(0, what, done, len(by_length))
     return answers

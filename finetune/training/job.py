@@ -43,14 +43,7 @@ class Setup:
 
         Raises Incompatible where the model's files changed meanwhile.
         """
-        model, lora, optim = model_spec(self.recipe, self.folder), lora_spec(self.recipe), optim_spec(self.recipe)
-        announce_model(self.folder.path)
-        try:
-            with reading(str(self.folder.path)):
-                session = registry.open_session(backend, model, lora, optim, self.recipe.seed)
-        except Exception:
-            self.check_model()
-            raise
+        session = open_model(self.recipe, self.folder, backend)
         if adapter is not None:
             session.set_state(TrainState(0, adapter.tensors, {}))
         return session
@@ -61,11 +54,27 @@ class Setup:
 
     def check_model(self) -> None:
         """Raises Incompatible where a file of the model is no longer as it was when the model was found."""
-        if file := self.folder.changed():
-            raise Incompatible(
-                f"{file}: changed, replaced or deleted while the model was in use; nothing more is written. Put back "
-                "the model that the run began with"
-            )
+        _check_unchanged(self.folder)
+
+
+def open_model(recipe: Recipe, folder: ModelFolder, backend: str) -> Session:
+    """The live session; heavy from here on. Raises Incompatible where the model's files changed meanwhile."""
+    model, lora, optim = model_spec(recipe, folder), lora_spec(recipe), optim_spec(recipe)
+    announce_model(folder.path)
+    try:
+        with reading(str(folder.path)):
+            return registry.open_session(backend, model, lora, optim, recipe.seed)
+    except Exception:
+        _check_unchanged(folder)
+        raise
+
+
+def _check_unchanged(folder: ModelFolder) -> None:
+    if file := folder.changed():
+        raise Incompatible(
+            f"{file}: changed, replaced or deleted while the model was in use; nothing more is written. Put back "
+            "the model that the run began with"
+        )
 
 
 @dataclass(frozen=True)

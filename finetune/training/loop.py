@@ -8,8 +8,7 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from backends.interface import Batch, FloatArray, NonFinite, OutOfMemory, Session
-from finetune.data.collate import micro_batches, step_indices
+from backends.interface import Batch, FloatArray, Lost, NonFinite, OutOfMemory, Session
 from finetune.data.rows import Example, Prepared
 from finetune.disk.checkpoint import Checkpoint, Checkpoints, check_tensors
 from finetune.disk.run_files import check_values
@@ -31,6 +30,7 @@ from finetune.events import (
 )
 from finetune.recipe.schedule import Plan, known_end, learning_rate, make_plan
 from finetune.recipe.schema import Recipe
+from finetune.training.shares import Cut, every_micro, own_micro
 
 _ROWS_NAMED = 4  # of a step that diverged
 _REMEDY = "remove that checkpoint's folder to resume from the one before it"
@@ -109,7 +109,11 @@ class Trainer:
         if self._lacks_validation(step):  # a new run, or one that was stopped during a validation
             yield from self._finish_step(step, untrained if step == 0 else None)
         while step < self.plan.steps and not self.state.stopped_early:
-            yield from self.step(step)
+            try:
+                yield from self.step(step)
+            except Lost:  # this process is whole
+                yield from self._save(step)
+                raise
             step += 1
             yield from self._finish_step(step)
         yield Finished(step, self.state.best_step, self.state.best_loss)
@@ -143,17 +147,17 @@ class Trainer:
     def step(self, step: int) -> Iterator[Event]:
         """One optimiser step after `step` done ones, repeated with smaller micro-batches while memory runs out."""
         rows = self.prepared.train.examples
-        indices = step_indices(len(rows), self.recipe.train.batch_size, self.recipe.seed, step)
-        examples = [rows[i] for i in indices]
+        examples = self._cut(step).examples(rows)
+        last = step + 1 == self.plan.steps or self.plan.evaluates_after(step + 1)
         rate = learning_rate(self.recipe, self.plan, step)
         started = time.perf_counter()
         while True:
-            micro = micro_batches(examples, self.state.micro_tokens, self.session.shares_prefixes)
+            cut = self._cut(step)
             try:
-                result = self.session.step(micro, rate)
+                result = self.session.step(own_micro(self.session, cut, rows, last), rate)
                 break
             except OutOfMemory as error:
-                self._split(step, micro, error)
+                self._split(step, every_micro(self.session, cut, examples), error)
             except NonFinite as error:
                 raise _diverged(step + 1, error, examples, rate) from None
             yield MemorySplit(step, self.state.micro_tokens)
@@ -170,6 +174,10 @@ class Trainer:
             seconds=time.perf_counter() - started,
             peak_bytes=self.session.peak_bytes(),
         )
+
+    def _cut(self, step: int) -> Cut:
+        train, prefixes = self.recipe.train, self.session.shares_prefixes
+        return Cut(step, train.batch_size, self.recipe.seed, self.state.micro_tokens, prefixes)
 
     def _split(self, step: int, micro: list[Batch], error: OutOfMemory) -> None:
         """Halve the largest micro-batch of several rows. Raises MemoryExhausted when every one is a single row."""

@@ -1,0 +1,62 @@
+"""How the processes of a run share a step: each its rows, so that all have about as many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from backends.interface import Batch, Session
+from backends.together import Share, SharedSession
+from finetune.data.collate import micro_batches, step_indices
+from finetune.data.rows import Example
+
+
+@dataclass(frozen=True)
+class Cut:
+    """All that a step's rows and their micro-batches follow from, beside the training rows themselves."""
+
+    step: int  # done before
+    batch_size: int
+    seed: int
+    micro_tokens: int
+    prefixes: bool  # whether rows share them
+
+    def examples(self, rows: Sequence[Example]) -> list[Example]:
+        return [rows[i] for i in step_indices(len(rows), self.batch_size, self.seed, self.step)]
+
+    def micro(self, examples: Sequence[Example], rank: int = 0, size: int = 1) -> list[Batch]:
+        return micro_batches(examples, self.micro_tokens, self.prefixes, rank, size)
+
+    def share(self, rows: Sequence[Example], rank: int, size: int) -> Share:
+        examples = self.examples(rows)
+        micro = self.micro(examples, rank, size)
+        weights = [example.weights[1:] for example in examples]
+        return Share(
+            micro,
+            weight=float(sum(np.sum(one, dtype=np.float64) for one in weights)),
+            tokens=sum(int(np.count_nonzero(one)) for one in weights),
+            own=sum(int(np.count_nonzero(batch.weights)) for batch in micro),
+        )
+
+
+def own_micro(session: Session, cut: Cut, rows: Sequence[Example], last: bool) -> list[Batch]:
+    """This process's micro-batches of a step; all where it is alone. last: whether other work comes after the step."""
+    if not isinstance(session, SharedSession):
+        return cut.micro(cut.examples(rows))
+    share = cut.share(rows, 0, session.processes)
+    session.next_step(asdict(cut), share.weight, share.tokens, share.own, last)
+    return share.micro
+
+
+def every_micro(session: Session, cut: Cut, examples: Sequence[Example]) -> list[Batch]:
+    """The micro-batches of all processes."""
+    size = session.processes if isinstance(session, SharedSession) else 1
+    return [batch for rank in range(size) for batch in cut.micro(examples, rank, size)]
+
+
+def share_of(rows: Sequence[Example], cut: Mapping[str, Any], rank: int, size: int) -> Share:
+    """As the first process says a step."""
+    return Cut(**{key: value for key, value in cut.items() if key != "do"}).share(rows, rank, size)
