@@ -22,6 +22,7 @@ class Launcher(Protocol):
     """What a backend's launcher module exports. Importing it loads no framework."""
 
     NAME: str  # as a person would type it
+    RANK: str  # the variable in which it says a process's number
 
     def place(self, environment: Mapping[str, str]) -> Place | None:
         """What the launcher says in the environment; None: nothing. Raises OSError, ValueError for nonsense."""

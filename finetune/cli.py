@@ -104,6 +104,7 @@ def plan(
     largest: Annotated[
         bool, typer.Option("--largest", help="Name the longest row and the largest model that fit.")
     ] = False,
+    devices: Devices = None,
 ) -> None:
     """Show the recipe, the rows, the steps, memory and time. Trains nothing."""
     from finetune.recipe.load import load_recipe
@@ -112,7 +113,7 @@ def plan(
     begin()
     from finetune.commands.plan import run
 
-    run(recipe, compare, largest)
+    run(recipe, compare, largest, devices)
 
 
 @app.command(rich_help_panel=TRAIN)

@@ -67,8 +67,8 @@ def launch(devices: str | None, requested: str, alone: bool) -> None:
         folder = Path(name)
         team_folder.begin(folder)
         command = launcher.command(count, [*without_devices(sys.argv[1:]), "--backend", backend])
-        variables = {team_folder.VARIABLE: name, **launcher.variables(), **_threads(count, launcher.cards())}
-        code = run(command, {**variables, **os.environ, team_folder.VARIABLE: name}, folder)
+        variables = {**launcher.variables(), **_threads(count, launcher.cards()), **os.environ}
+        code = run(command, variables | {team_folder.VARIABLE: name, team_folder.RANK_IN: launcher.RANK}, folder)
     sys.exit(code)
 
 
@@ -105,6 +105,8 @@ def run(command: Sequence[str], environment: Mapping[str, str], folder: Path) ->
             if failed_at is not None and time.monotonic() - failed_at > _GRACE:
                 _kill_all(folder)
         _kill_all(folder)
+    if child.stdin is not None:
+        child.stdin.close()
     return code_of(team_folder.ends(folder), child.returncode, asked.first)
 
 

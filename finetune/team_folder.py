@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "FINETUNE_TEAM"  # in the environment of every process: the folder
+RANK_IN = "FINETUNE_RANK_IN"  # the variable in which the launcher says a process's number; "RANK" where it is not set
 _TOP, _MEMBER, _END = "top", "member", "end"
 
 
@@ -45,7 +46,7 @@ def folder() -> Path | None:
 
 def own_rank() -> int | None:
     """As the launcher says it; None: this process is alone, as far as it knows."""
-    text = os.environ.get("RANK", os.environ.get("MLX_RANK", ""))
+    text = os.environ.get(os.environ.get(RANK_IN, "RANK"), "")
     return int(text) if text.isdecimal() else None
 
 

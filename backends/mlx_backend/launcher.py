@@ -11,15 +11,15 @@ from pathlib import Path
 
 from backends.place import Place
 
-NAME = "mlx.launch"
+NAME, RANK = "mlx.launch", "MLX_RANK"
 _PORTS = range(32323, 60000, 64)  # the first that are tried
 
 
 def place(environment: Mapping[str, str]) -> Place | None:
     """The number of processes stands in a file that lists them (ring, JACCL), or in a variable (NCCL)."""
-    if "MLX_RANK" not in environment:
+    if RANK not in environment:
         return None
-    rank = int(environment["MLX_RANK"])
+    rank = int(environment[RANK])
     if size := environment.get("MLX_WORLD_SIZE"):
         return Place(rank, int(size), rank, int(size))
     file = environment.get("MLX_HOSTFILE") or environment.get("MLX_IBV_DEVICES")

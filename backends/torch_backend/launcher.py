@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from backends.nvidia import driver
 from backends.place import Place
 
-NAME = "torchrun"
+NAME, RANK = "torchrun", "RANK"
 
 
 def place(environment: Mapping[str, str]) -> Place | None:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys():
         return None
-    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    rank, size = int(environment[RANK]), int(environment["WORLD_SIZE"])
     return Place(rank, size, int(environment.get("LOCAL_RANK", rank)), int(environment.get("LOCAL_WORLD_SIZE", size)))
 
 

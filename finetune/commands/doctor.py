@@ -6,6 +6,7 @@ from rich.table import Table
 
 from backends import registry
 from backends.interface import Wanted
+from backends.together import engines, launcher
 from finetune.console import Console, lines
 from finetune.errors import EnvironmentProblem
 
@@ -35,7 +36,10 @@ def run() -> None:
 
 def _with_shortcuts(name: str) -> list[str]:
     """And the shortcuts that it has. Whether they work for a model is tested when that model is opened."""
-    shortcuts = ", ".join(registry.shortcuts(name))
+    shortcuts, joined = ", ".join(registry.shortcuts(name)), ", ".join(engines(name))
+    found = described(name)
+    if joined:
+        found.append(f"several processes (--devices, {launcher(name).NAME}): {joined}")
     if not shortcuts:
-        return described(name)
-    return [*described(name), f"shortcuts, where a model allows them (a run's own: environment.json): {shortcuts}"]
+        return found
+    return [*found, f"shortcuts, where a model allows them (a run's own: environment.json): {shortcuts}"]

@@ -22,6 +22,7 @@ from finetune.data.collate import collate
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
 from finetune.data.rows import Example, Prepared
+from finetune.launch import processes
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec
@@ -47,10 +48,10 @@ from finetune.training.suites import read_suite, suite_of
 _AGREE = 1e-3  # nats per token, in float32; models of mlx-lm and transformers differ by 3e-4 at most
 
 
-def run(recipe: Recipe, compare: bool, largest: bool = False) -> None:
+def run(recipe: Recipe, compare: bool, largest: bool = False, devices: str | None = None) -> None:
     """Print the answer, the time, the memory, the rows, the steps, the backends and the recipe.
 
-    largest: also the longest row and the largest model that fit here.
+    largest: also the longest row and the largest model that fit here. devices: as `train` takes it.
     """
     console = Console()
     setup = set_up(recipe)
@@ -68,7 +69,8 @@ def run(recipe: Recipe, compare: bool, largest: bool = False) -> None:
     known = recognised(recipe, prepared)
     suite = with_progress(suite_of(replace(setup, recipe=known), prepared, cases))
     job = Job(known, folder, tokenizer, backend, prepared, suite)
-    for part in answer(recipe, folder, prepared, backend, largest, Beside(questions_of(job), suite)):
+    count = processes(devices, backend) if devices and backend else 1
+    for part in answer(recipe, folder, prepared, backend, largest, Beside(questions_of(job), suite), count):
         console.print(part)
     console.rule("rows", align="left")
     console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")
@@ -103,10 +105,12 @@ def answer(
     backend: str,
     largest: bool = False,
     aside: Beside | None = None,
+    count: int = 1,
 ) -> list[RenderableType]:
     """Whether the run fits here and how long it takes; what both are made of; other machines.
 
     backend: the one that is used here; empty: none works. aside: what is asked of both models beside the held-out rows.
+    count: of processes.
     """
     work = workload(recipe, folder, prepared.train.examples)
     asked = None if recipe.train.micro_tokens == "auto" else recipe.train.micro_tokens
@@ -115,10 +119,10 @@ def answer(
     machines: list[RenderableType] = [Text(), heading, machines_table(others)]
     if not backend:
         return [Text("no backend works here: see below", "bold red"), *machines]
-    here = forecast_here(work, backend, asked)
+    here = forecast_here(work, backend, asked, count)
     work = recomputing(work, here.recomputed)
     seconds = seconds_of_parts(recipe, prepared, work, here.speed, aside)
-    parts: list[RenderableType] = [verdict(here, sum(seconds.values())), Text()]
+    parts: list[RenderableType] = [verdict(here, sum(seconds.values()), count), Text()]
     parts += [Text("time", "bold"), time_table(recipe, prepared, seconds, aside), Text()]
     parts += [Text("memory", "bold"), memory_table(work, here)]
     if largest and here.memory is not None:
@@ -126,9 +130,10 @@ def answer(
     return [*parts, *machines]
 
 
-def verdict(here: Forecast, seconds: float) -> Text:
-    needed = amount(here.needed.peak)
-    memory = "" if here.memory is None else f" of {amount(here.memory)} free"
+def verdict(here: Forecast, seconds: float, count: int = 1) -> Text:
+    needed = amount(here.needed.peak) if count == 1 else f"{amount(here.needed.peak)} in each of {count} processes"
+    free = "free" if count == 1 else "free for it"
+    memory = "" if here.memory is None else f" of {amount(here.memory)} {free}"
     time = f"about {duration(seconds)} in all"
     if here.fits is False:
         return lines(f"does not fit here: it needs {needed}{memory}; {time} where it fits", style="bold red")

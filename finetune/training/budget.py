@@ -21,7 +21,7 @@ from backends.memory_plan import (
     read_architecture,
 )
 from backends.model_folder import ModelFolder
-from finetune.data.collate import groups, step_indices, width
+from finetune.data.collate import balanced, groups, step_indices, width
 from finetune.data.rows import Example
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import MICRO_TOKENS, Recipe
@@ -175,15 +175,32 @@ class Forecast:
         return None if self.memory is None else self.needed.peak <= self.memory
 
 
-def forecast_here(work: Workload, backend: str, micro_tokens: int | None) -> Forecast:
-    """On this machine, whose products are timed for a moment. `micro_tokens` None: as many as fit."""
+def forecast_here(work: Workload, backend: str, micro_tokens: int | None, processes: int = 1) -> Forecast:
+    """On this machine, whose products are timed for a moment. `micro_tokens` None: as many as fit.
+
+    Of several processes each needs that memory; without GPUs they share what is free, and the processors.
+    """
     facts = registry.describe(backend, work.model.device)
     costs = registry.costs(backend, registry.device_kind(facts["device"]))
     work = work.held_as(facts["half"], costs.device)
     free = registry.free_bytes(backend, work.model.device)
+    apart = processes if costs.device == "gpu" else 1
+    free = free if free is None else free * apart // processes
     work = work.settled(costs, free, micro_tokens)
     tokens = micro_tokens or (MICRO_TOKENS if free is None else _fitting_with_model(work, costs, free))
-    return _forecast(work, backend, costs, free, tokens, rate_here(backend, work))
+    rate = rate_here(backend, work) * apart / imbalance(work, processes)
+    return _forecast(work, backend, costs, free, tokens, rate)
+
+
+def imbalance(work: Workload, processes: int) -> float:
+    """How many times the mean share of a step's tokens the largest is: the others wait for it."""
+    n = len(work.examples)
+    most = mean = 0.0
+    for step in range(min(-(-n // work.batch_size), SAMPLED)):
+        lengths = [len(work.examples[i].tokens) for i in step_indices(n, work.batch_size, work.seed, step)]
+        most += max(sum(lengths[row] for row in rows) for rows in balanced(lengths, processes))
+        mean += sum(lengths) / processes
+    return most / mean if mean else 1.0
 
 
 def forecast_on(machine: Machine, work: Workload, backend: str, micro_tokens: int | None) -> Forecast:

@@ -17,14 +17,14 @@ PACKAGES = ("backends", "finetune")
 # `disk` stands right of `data`, not beside it: the identity of a run is a digest of its prepared rows.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("text", "options", "backends"),
-    ("errors", "streams"),
+    ("errors", "streams", "team_folder"),
     ("console", "connections", "terminal"),
     ("recipe", "events"),
     ("data",),
     ("disk",),
     ("evaluation", "crashes"),
     ("supervisor",),
-    ("training", "begin"),
+    ("training", "begin", "launch"),
     ("report",),
     ("check",),
     ("export",),

@@ -11,8 +11,12 @@ import pytest
 from tests.structure import draw
 from tests.structure.imports import FLOORS, ROOT, House, circles, read_house
 
-# What `finetune` may know of `backends`: the boundary, which backends there are, a model's folder, and its memory.
-ALLOWED = {"backends", "backends.interface", "backends.registry", "backends.model_folder", "backends.memory_plan"}
+# What `finetune` may know of `backends`: the boundary, which backends there are, how processes share a run, a model's
+# folder, and its memory.
+ALLOWED = {
+    "backends", "backends.interface", "backends.registry", "backends.together", "backends.model_folder",
+    "backends.memory_plan",
+}  # fmt: skip
 _LIGHT = "`--help` and a mistake in a recipe load nothing of the rest (tests/unit/test_startup.py)"
 # Imports inside functions, each with its reason. All others stand at the top.
 LATE = {
@@ -21,6 +25,7 @@ LATE = {
     ("finetune/cli.py", "finetune.commands.init"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.plan"): _LIGHT,
     ("finetune/cli.py", "finetune.commands.train"): _LIGHT,
+    ("finetune/cli.py", "finetune.launch"): f"{_LIGHT}; only `--devices` needs it",
     ("finetune/begin.py", "finetune.connections"): _LIGHT,
     ("finetune/begin.py", "finetune.supervisor"): f"{_LIGHT}; the parent of a run loads nothing more",
     ("finetune/begin.py", "finetune.crashes"): _LIGHT,
@@ -116,6 +121,8 @@ def test_the_root_holds_the_run_and_what_everyone_needs(house: House) -> None:
         "begin",
         "run",
         "supervisor",
+        "launch",
+        "team_folder",
         "crashes",
         "errors",
         "events",
