@@ -52,7 +52,7 @@ def launch(devices: str | None, requested: str, alone: bool) -> None:
     requested: the recipe's backend. alone: whether no supervisor is wanted. Raises RecipeError, EnvironmentProblem,
     BackendError.
     """
-    if devices is None or team_folder.folder() is not None:
+    if devices is None or together.place() is not None:  # a launcher has started this one already
         return
     backend = backend_of(requested)
     count = processes(devices, backend)
@@ -67,7 +67,7 @@ def launch(devices: str | None, requested: str, alone: bool) -> None:
         folder = Path(name)
         team_folder.begin(folder)
         command = launcher.command(count, [*without_devices(sys.argv[1:]), "--backend", backend])
-        variables = {**launcher.variables(), **_threads(count, launcher.cards()), **os.environ}
+        variables = {**launcher.variables(), **_threads(count), **os.environ}
         code = run(command, variables | {team_folder.VARIABLE: name, team_folder.RANK_IN: launcher.RANK}, folder)
     sys.exit(code)
 
@@ -85,10 +85,10 @@ def without_devices(arguments: Sequence[str]) -> list[str]:
     return left
 
 
-def _threads(count: int, cards: int) -> Mapping[str, str]:
-    """Without GPUs the processes share the processors."""
+def _threads(count: int) -> Mapping[str, str]:
+    """The processes share the processors."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {} if cards else dict.fromkeys(_THREADS, str(max(usable // count, 1)))
+    return dict.fromkeys(_THREADS, str(max(usable // count, 1)))
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> int:

@@ -68,9 +68,10 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
 
     Exits with 130 or 143 when a signal asks it to stop: after a checkpoint, once there are steps.
     """
-    if stopped and _finished(stopped):
+    here = place()
+    if stopped and _finished(stopped, quiet=here is not None and here.rank > 0):
         return
-    if here := place():
+    if here:
         watch(failure, give_up)
         recipe, group = joined(recipe, here)
     refuse_unused_accelerator(recipe)
@@ -113,11 +114,12 @@ def give_up(reason: str) -> None:
     os._exit(ExitCode.BUG)
 
 
-def _finished(run: RunFolder) -> bool:
+def _finished(run: RunFolder, quiet: bool = False) -> bool:
     """Whether there is nothing left to do, which is said."""
     if not run.report.exists():
         return False
-    print(one_line(f"{run.path}: this run is finished; its report is {run.path / 'report.txt'}"))
+    if not quiet:
+        print(one_line(f"{run.path}: this run is finished; its report is {run.path / 'report.txt'}"))
     return True
 
 

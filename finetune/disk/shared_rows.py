@@ -29,11 +29,15 @@ def write_rows(folder: Path, examples: Sequence[Example]) -> str:
     return sha256(content).hexdigest()
 
 
-def read_rows(folder: Path, digest: str) -> list[Example]:
-    """The rows, without their texts. Raises DiskError, and Incompatible where they are not those that were written."""
+def content_of(folder: Path) -> bytes | None:
+    """The file as it is; None where this machine does not have it. Raises DiskError."""
     file = folder / NAME
     with disk_errors(file):
-        content = file.read_bytes()
+        return file.read_bytes() if file.is_file() else None
+
+
+def read_rows(content: bytes, digest: str) -> list[Example]:
+    """The rows, without their texts. Raises Incompatible where they are not those that were written."""
     try:
         if sha256(content).hexdigest() != digest:
             raise ValueError("another hash than process 0 says")
@@ -41,7 +45,7 @@ def read_rows(folder: Path, digest: str) -> list[Example]:
         ends = np.cumsum(parts["lengths"])[:-1]
         tokens, weights = np.split(parts["tokens"], ends), np.split(parts["weights"], ends)
     except (ValueError, KeyError, SafetensorError) as error:
-        raise Incompatible(f"{file}: not the rows that process 0 wrote ({error}); start the run again") from None
+        raise Incompatible(f"{NAME}: not the rows that process 0 wrote ({error}); start the run again") from None
     return [Example(*row, location="") for row in zip(tokens, weights, strict=True)]
 
 

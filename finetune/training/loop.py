@@ -128,7 +128,7 @@ class Trainer:
         if self.plan.evaluates_after(step):
             try:
                 yield from self._validate(step, known)
-            except Interrupted:
+            except (Interrupted, Lost):
                 yield from self._save(step)
                 raise
             patience = self.recipe.train.early_stopping

@@ -6,6 +6,7 @@ from collections import Counter
 
 from backends import registry
 from backends.interface import BackendError, Session
+from backends.together import side_by_side
 from finetune.data.rows import Prepared
 from finetune.data.tokenizer import answer_text
 from finetune.evaluation.analysis import Questions
@@ -14,7 +15,7 @@ from finetune.events import Outlook
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.training.beside import Beside, Seconds
-from finetune.training.budget import Workload, rate_here, workload
+from finetune.training.budget import Workload, imbalance, rate_here, workload
 from finetune.training.job import Job
 
 
@@ -41,7 +42,8 @@ def _foretold(job: Job, session: Session, questions: Questions) -> dict[str, flo
     except BackendError:
         return {}
     costs = registry.costs(job.backend, registry.device_kind(session.device))
-    speed = rate_here(job.backend, work) * costs.reached
+    count = side_by_side(session)  # each process computes as fast as this one
+    speed = rate_here(job.backend, work) * costs.reached * count / imbalance(work, count)
     return seconds_of_parts(job.recipe, job.prepared, work, speed, Beside(questions, job.suite))
 
 

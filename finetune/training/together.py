@@ -14,7 +14,7 @@ from backends.together import Group, Place, SharedSession, join, lead, led
 from finetune.data.rows import Example
 from finetune.disk.base_model import base_model, fingerprint
 from finetune.disk.run_folder import RunFolder
-from finetune.disk.shared_rows import read_rows, remove_rows, write_rows
+from finetune.disk.shared_rows import content_of, read_rows, remove_rows, write_rows
 from finetune.errors import ExitCode, FinetuneError, Incompatible, explain
 from finetune.events import result_of
 from finetune.recipe.schema import Recipe
@@ -54,6 +54,7 @@ class Others:
         }
         self._told = True
         self.group.tell(json.dumps(order).encode())
+        _shared_content(self.group, folder.path)
         answer: dict[str, Any] = {"failed": "it has ended", "code": ExitCode.BUG}
         try:
             session, answer = job.open(), {}
@@ -106,9 +107,10 @@ def work_along(recipe: Recipe, group: Group, stop: Callable[[], int]) -> None:
     order = json.loads(group.tell(None))
     if not order:
         return
+    content = _shared_content(group, Path(order["folder"]))
     answer: dict[str, Any] = {}
     try:
-        session, rows = _begin(recipe, order)
+        session, rows = _begin(recipe, order, content)
     except Exception as error:
         said = explain(error)
         if said is None:
@@ -120,7 +122,16 @@ def work_along(recipe: Recipe, group: Group, stop: Callable[[], int]) -> None:
     group.close()
 
 
-def _begin(recipe: Recipe, order: dict[str, Any]) -> tuple[Session, Sequence[Example]]:
+def _shared_content(group: Group, folder: Path) -> bytes:
+    """Of the file with the rows: from the run's folder, or told by the first process where a machine lacks it."""
+    content = content_of(folder)
+    if all(one["there"] for one in _gathered(group, {"there": content is not None})):
+        assert content is not None
+        return content
+    return group.tell(content if group.rank == 0 else None)
+
+
+def _begin(recipe: Recipe, order: dict[str, Any], content: bytes) -> tuple[Session, Sequence[Example]]:
     """The model of this machine and the rows of the run. Raises Incompatible where the model is another."""
     first = Recipe.model_validate(order["recipe"])
     model = recipe.model.model_copy(update={"dtype": first.model.dtype})
@@ -128,7 +139,7 @@ def _begin(recipe: Recipe, order: dict[str, Any]) -> tuple[Session, Sequence[Exa
     folder = find_folder(own)
     if fingerprint(result_of(base_model(folder))) != order["base"]:
         raise Incompatible(f"{folder.path}: not the model that process 0 has; put the same files there")
-    rows = read_rows(Path(order["folder"]), order["rows"])
+    rows = read_rows(content, order["rows"])
     return open_model(own, folder, own.backend), rows
 
 

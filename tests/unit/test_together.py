@@ -17,7 +17,7 @@ from backends.team import Apart
 from backends.together import side_by_side
 from finetune.data.collate import balanced, micro_batches
 from finetune.data.rows import Prepared
-from finetune.disk.shared_rows import NAME, read_rows, remove_rows, write_rows
+from finetune.disk.shared_rows import NAME, content_of, read_rows, remove_rows, write_rows
 from finetune.errors import Diverged, Incompatible, MemoryExhausted
 from finetune.evaluation.evaluate import evaluate
 from finetune.evaluation.scoring import write_tokens
@@ -261,13 +261,14 @@ def test_messages_hold_batches_as_they_are() -> None:
 def test_rows_are_read_as_they_were_written_and_refused_where_they_were_not(tmp_path: Path) -> None:
     rows = dataset("x", 9, 1).examples
     digest = write_rows(tmp_path, rows)
-    again = read_rows(tmp_path, digest)
+    again = read_rows(content_of(tmp_path) or b"", digest)
     assert [one.tokens.tolist() for one in again] == [one.tokens.tolist() for one in rows]
     assert [one.weights.tolist() for one in again] == [one.weights.tolist() for one in rows]
     content = bytearray((tmp_path / NAME).read_bytes())
     content[-1] ^= 1
-    (tmp_path / NAME).write_bytes(content)
-    with pytest.raises(Incompatible, match=NAME):
-        read_rows(tmp_path, digest)
+    for damaged in (bytes(content), bytes(content[:-1]), b""):
+        with pytest.raises(Incompatible, match=NAME):
+            read_rows(damaged, digest)
     remove_rows(tmp_path)
     remove_rows(tmp_path)
+    assert content_of(tmp_path) is None
