@@ -183,7 +183,7 @@ class Run:
         events = read(self.folder.metrics)
         return Report(
             run=str(self.folder.path),
-            facts=facts_of(job, events, trainer.session.device),
+            facts=facts_of(job, events, trainer.session.device, self.others.here.size if self.others else 1),
             times=begun.times.of_events(events),
             adapter=str(self.folder.adapter),
             loads=loadings(self.folder.adapter, job.folder),

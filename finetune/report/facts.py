@@ -23,18 +23,20 @@ class Facts:
     tokens_per_second: float  # padding not counted
     peak_bytes: int
     foretold_bytes: int | None = None  # the peak, from sizes alone; None where they do not say
+    processes: int = 1  # that shared the steps; memory is the first one's
 
     def lines(self) -> Sequence[str]:
         data = "; ".join(f"{split} {source} ({self.rows[split]:,} rows)" for split, source in self.data.items())
         took = "no step"
         if self.steps:
             steps = f"{self.steps:,} step{'s' * (self.steps > 1)} in {duration(self.seconds)}"
+            steps += f" by {self.processes} processes" if self.processes > 1 else ""
             took = f"{steps}, {self.tokens_per_second:,.0f} tokens/s, memory {amount(self.peak_bytes)} at most"
         return f"model: {self.model}", f"data: {data}", f"training: {took}"
 
 
-def facts_of(job: Job, events: Iterable[Event], device: str) -> Facts:
-    """events: those of metrics.jsonl."""
+def facts_of(job: Job, events: Iterable[Event], device: str, processes: int = 1) -> Facts:
+    """events: those of metrics.jsonl. processes: that share the steps."""
     recipe, prepared = job.recipe, job.prepared
     steps = [event for event in events if isinstance(event, StepDone)]
     seconds = sum(step.seconds for step in steps)
@@ -52,4 +54,5 @@ def facts_of(job: Job, events: Iterable[Event], device: str) -> Facts:
         tokens_per_second=round(sum(step.useful_tokens for step in steps) / seconds, 1) if seconds else 0.0,
         peak_bytes=max((step.peak_bytes for step in steps), default=0),
         foretold_bytes=foretold_peak(job, device),
+        processes=processes,
     )
