@@ -121,7 +121,7 @@ def code_of(ends: Sequence[team_folder.End], launcher: int, asked: int) -> int:
         return causes[0].code
     if launcher and asked:
         return ExitCode.INTERRUPTED if asked == signal.SIGINT else ExitCode.TERMINATED
-    return ExitCode.BUG if launcher else ExitCode.DONE
+    return ExitCode.BUG if launcher or not ends else ExitCode.DONE  # mlx.launch always says 0
 
 
 def _fill(child: subprocess.Popen[bytes]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from backends.place import Place
 
 NAME, RANK = "mlx.launch", "MLX_RANK"
+_MAIN = "from mlx._distributed_utils.launch import main; main()"  # what the script mlx.launch does
 _PORTS = range(32323, 60000, 64)  # the first that are tried
 
 
@@ -31,7 +32,7 @@ def place(environment: Mapping[str, str]) -> Place | None:
 
 
 def command(processes: int, arguments: Sequence[str]) -> list[str]:
-    run = [sys.executable, "-m", "mlx._distributed_utils.launch", "--backend", "ring", "-n", str(processes)]
+    run = [sys.executable, "-c", _MAIN, "--backend", "ring", "-n", str(processes)]
     return [*run, "--starting-port", str(_free_ports(processes)), "--", sys.executable, "-m", "finetune", *arguments]
 
 

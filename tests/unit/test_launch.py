@@ -36,7 +36,7 @@ def end(rank: int, code: int, seconds: float, lost: bool = False) -> End:
         ([end(0, 4, 1), end(1, 0, 2)], 0, 0, 4),
         ([end(0, 130, 1), end(1, 0, 2)], 0, signal.SIGINT, 130),
         ([end(0, 1, 3, lost=True)], 1, 0, 1),  # a supervisor was killed
-        ([], 0, 0, 0),
+        ([], 0, 0, 1),  # it has started nothing
         ([], 1, 0, 1),
         ([], -15, signal.SIGTERM, 143),  # before any process had begun
     ],
