@@ -21,7 +21,7 @@ class Share(NamedTuple):
     micro: list[Batch]
     weight: float  # of the whole step
     tokens: int  # supervised, of the whole step
-    own: int  # supervised, of this share
+    mine: int  # supervised, of this share
 
 
 def follow(session: Session, team: Team, share_of: Callable[[Mapping[str, Any]], Share]) -> None:
@@ -48,7 +48,7 @@ def _make_steps(
     numbers = sum(tensor.size for tensor in state.adapter.values()) + 1
     while True:
         share = share_of(cut)
-        team.whole(cut["step"], share.weight, share.tokens, share.own)
+        team.whole(cut["step"], share.weight, share.tokens, share.mine)
         try:
             session.step(share.micro, 0.0)  # the rate comes with the sum
         except OutOfMemory:

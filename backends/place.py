@@ -24,7 +24,7 @@ class Launcher(Protocol):
     NAME: str  # as a person would type it
     RANK: str  # the variable in which it says a process's number
 
-    def place(self, environment: Mapping[str, str]) -> Place | None:
+    def find_place(self, environment: Mapping[str, str]) -> Place | None:
         """What the launcher says in the environment; None: nothing. Raises OSError, ValueError for nonsense."""
 
     def command(self, processes: int, arguments: Sequence[str]) -> list[str]:

@@ -56,14 +56,14 @@ class SharedSession:
         self._numbers = sum(tensor.size for tensor in state.adapter.values()) + 1  # the loss stands behind them
         self._send_state(state)
 
-    def next_step(self, cut: Mapping[str, Any], weight: float, tokens: int, own: int, last: bool) -> None:
+    def next_step(self, cut: Mapping[str, Any], weight: float, tokens: int, mine: int, last: bool) -> None:
         """Before `step`: all that the others need to find their rows of it, as JSON.
 
         cut: with "step", how many are done. last: whether other work comes after it.
         """
         if self._next != cut:
             self._tell({"do": "steps", **cut})
-        self.team.whole(cut["step"], weight, tokens, own, LEAVE if last else GO)
+        self.team.whole(cut["step"], weight, tokens, mine, LEAVE if last else GO)
         self._next = {**cut, "step": cut["step"] + 1}
 
     def step(self, micro: Sequence[Batch], lr: float) -> StepResult:

@@ -81,14 +81,14 @@ class Team:
     lacking: bool = False  # whether it could not be made for lack of memory
     heard: int = 0  # the signal that asked any process to stop
     sums: int = 0  # made so far
-    _own: int = field(default=0, repr=False)
+    _mine: int = field(default=0, repr=False)
     _order: int = field(default=GO, repr=False)
     _step: int = field(default=0, repr=False)
     _mark: bytes | None = field(default=None, repr=False)
 
-    def whole(self, step: int, weight: float, tokens: int, own: int, order: int = GO) -> None:
-        """What is known of the step after `step` done ones. own: this process's share of `tokens`."""
-        self.weight, self.tokens, self._own, self._step = weight, tokens, own, step
+    def whole(self, step: int, weight: float, tokens: int, mine: int, order: int = GO) -> None:
+        """What is known of the step after `step` done ones. mine: this process's share of `tokens`."""
+        self.weight, self.tokens, self._mine, self._step = weight, tokens, mine, step
         self._order, self.summed, self.left, self.lacking = order, False, False, False
         self._mark = digest(self.state()) if step % CHECK_EVERY == 0 else None
 
@@ -108,7 +108,7 @@ class Team:
 
     def _tail(self, rate: float, lacking: bool) -> NDArray[np.float32]:
         tail = np.zeros(_DIGESTS + _PIECES * self.group.size, np.float32)
-        tail[_TOKENS], tail[_MEMORY] = self._own, lacking
+        tail[_TOKENS], tail[_MEMORY] = self._mine, lacking
         asked = self.stop()
         tail[_INTERRUPT], tail[_TERMINATE] = asked == signal.SIGINT, asked not in (0, signal.SIGINT)
         if self.group.rank == 0:

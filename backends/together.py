@@ -17,18 +17,31 @@ from backends.team import Group, Team
 from backends.waits import PATIENCE, watch
 
 __all__ = [
-    "PATIENCE", "Group", "Place", "Share", "SharedSession", "engines", "generate_all", "join", "launcher", "lead",
-    "led", "place", "score_all", "side_by_side", "watch",
+    "PATIENCE",
+    "Group",
+    "Place",
+    "Share",
+    "SharedSession",
+    "engines",
+    "find_place",
+    "generate_all",
+    "join",
+    "launcher",
+    "lead",
+    "led",
+    "score_all",
+    "side_by_side",
+    "watch",
 ]  # fmt: skip
 
 
-def place(environment: Mapping[str, str] = os.environ) -> Place | None:
+def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     """Of this process, as a launcher says it; None: it is alone. Raises BackendError for what no launcher says."""
     for name, row in registry.BACKENDS.items():
         if not row.launcher:
             continue
         try:
-            found = launcher(name).place(environment)
+            found = launcher(name).find_place(environment)
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise BackendError(f"what {launcher(name).NAME} tells this process cannot be read ({error})") from None
         if found is not None and found.size > 1:

@@ -52,7 +52,7 @@ def launch(devices: str | None, requested: str, alone: bool) -> None:
     requested: the recipe's backend. alone: whether no supervisor is wanted. Raises RecipeError, EnvironmentProblem,
     BackendError.
     """
-    if devices is None or together.place() is not None:  # a launcher has started this one already
+    if devices is None or together.find_place() is not None:  # a launcher has started this one already
         return
     backend = backend_of(requested)
     count = processes(devices, backend)

@@ -69,12 +69,12 @@ def ended(code: int, lost: bool) -> bool:
 
 
 def members(path: Path) -> list[Member]:
-    return sorted((Member(**values) for values in _read(path, _MEMBER)), key=lambda one: one.rank)
+    return sorted((Member(**values) for values in _read(path, _MEMBER)), key=lambda member: member.rank)
 
 
 def ends(path: Path) -> list[End]:
     """The earliest first."""
-    return sorted((End(**values) for values in _read(path, _END)), key=lambda one: one.seconds)
+    return sorted((End(**values) for values in _read(path, _END)), key=lambda end: end.seconds)
 
 
 def failure() -> str | None:

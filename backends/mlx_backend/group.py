@@ -22,7 +22,7 @@ def engines() -> list[str]:
     return [name for engine, name in _ENGINES.items() if mx.distributed.is_available(engine)]
 
 
-def join(place: Place, wanted: Wanted) -> MlxGroup:
+def join(here: Place, wanted: Wanted) -> MlxGroup:
     """Every process of the run must call it. Raises Lost."""
     named = {"MLX_IBV_DEVICES": "jaccl", "NCCL_HOST_IP": "nccl", "MLX_HOSTFILE": "ring"}
     engine = next((engine for variable, engine in named.items() if os.environ.get(variable)), "any")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,10 @@ from backends.place import Place
 
 NAME, RANK = "mlx.launch", "MLX_RANK"
 _MAIN = "from mlx._distributed_utils.launch import main; main()"  # what the script mlx.launch does
-_PORTS = range(32323, 60000, 64)  # the first that are tried
+_PORTS = range(20000, 60000, 64)  # the first that are tried
 
 
-def place(environment: Mapping[str, str]) -> Place | None:
+def find_place(environment: Mapping[str, str]) -> Place | None:
     """The number of processes stands in a file that lists them (ring, JACCL), or in a variable (NCCL)."""
     if RANK not in environment:
         return None
@@ -46,8 +47,13 @@ def cards() -> int:
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many ports in a row that are free now. Raises OSError."""
-    for first in _PORTS:
+    """The first of so many ports in a row that are free now. Raises OSError.
+
+    Two commands that begin at the same time start looking at different ones.
+    """
+    start = os.getpid() % len(_PORTS)
+    first: int
+    for first in [*_PORTS[start:], *_PORTS[:start]]:
         with ExitStack() as held:
             try:
                 for port in range(first, first + count):

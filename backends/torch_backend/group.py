@@ -26,30 +26,30 @@ def engines() -> list[str]:
     return [*(["gloo"] if dist.is_gloo_available() else []), *(["NCCL"] if cards else [])]
 
 
-def join(place: Place, wanted: Wanted) -> TorchGroup:
+def join(here: Place, wanted: Wanted) -> TorchGroup:
     """Every process of the run must call it. Raises BackendError, Lost."""
     if not engines():
         raise BackendError("this build of torch has no torch.distributed; install one that has: pip install torch")
     device = pick_device(wanted)
     if device.type == "cuda":
-        if place.local_rank >= torch.cuda.device_count():
+        if here.local_rank >= torch.cuda.device_count():
             cards = torch.cuda.device_count()
-            raise BackendError(f"{place.local_size} processes and {cards} GPU; start {cards}, or add device=cpu")
-        torch.cuda.set_device(place.local_rank)
+            raise BackendError(f"{here.local_size} processes and {cards} GPU; start {cards}, or add device=cpu")
+        torch.cuda.set_device(here.local_rank)
         device = pick_device(wanted)
-    patience = timedelta(seconds=FOREVER if place.rank else PATIENCE)
+    patience = timedelta(seconds=FOREVER if here.rank else PATIENCE)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
     except (RuntimeError, ValueError) as error:
         raise Lost(f"the processes do not find each other ({str(error).partition(chr(10))[0]:.200})") from None
-    return TorchGroup(place, device)
+    return TorchGroup(here, device)
 
 
 class TorchGroup:
     """`team.Group`."""
 
-    def __init__(self, place: Place, device: torch.device) -> None:
-        self.rank, self.size = place.rank, place.size
+    def __init__(self, here: Place, device: torch.device) -> None:
+        self.rank, self.size = here.rank, here.size
         self._device = device if device.type == "cuda" else torch.device("cpu")
 
     def sum(

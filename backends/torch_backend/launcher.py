@@ -11,7 +11,7 @@ from backends.place import Place
 NAME, RANK = "torchrun", "RANK"
 
 
-def place(environment: Mapping[str, str]) -> Place | None:
+def find_place(environment: Mapping[str, str]) -> Place | None:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys():
         return None
     rank, size = int(environment[RANK]), int(environment["WORLD_SIZE"])

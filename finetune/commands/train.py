@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from types import FrameType
 
 from backends.interface import Lost
-from backends.together import place, watch
+from backends.together import find_place, watch
 from finetune.disk.lock import locked
 from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import ExitCode, Interrupted, stopped_by
@@ -68,7 +68,7 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
 
     Exits with 130 or 143 when a signal asks it to stop: after a checkpoint, once there are steps.
     """
-    here = place()
+    here = find_place()
     if stopped and _finished(stopped, quiet=here is not None and here.rank > 0):
         return
     if here:

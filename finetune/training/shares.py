@@ -38,7 +38,7 @@ class Cut:
             micro,
             weight=float(sum(np.sum(one, dtype=np.float64) for one in weights)),
             tokens=sum(int(np.count_nonzero(one)) for one in weights),
-            own=sum(int(np.count_nonzero(batch.weights)) for batch in micro),
+            mine=sum(int(np.count_nonzero(batch.weights)) for batch in micro),
         )
 
 
@@ -47,7 +47,7 @@ def own_micro(session: Session, cut: Cut, rows: Sequence[Example], last: bool) -
     if not isinstance(session, SharedSession):
         return cut.micro(cut.examples(rows))
     share = cut.share(rows, 0, session.processes)
-    session.next_step(asdict(cut), share.weight, share.tokens, share.own, last)
+    session.next_step(asdict(cut), share.weight, share.tokens, share.mine, last)
     return share.micro
 
 

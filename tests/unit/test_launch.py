@@ -83,7 +83,7 @@ def hostfile(folder: Path, *hosts: str) -> str:
 
 def test_a_process_knows_its_place(tmp_path: Path) -> None:
     def found(**environment: str) -> tuple[int, ...] | None:
-        here = together.place(environment)
+        here = together.find_place(environment)
         return here and (here.rank, here.size, here.local_rank, here.local_size)
 
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
