@@ -42,7 +42,11 @@ def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def end(process: subprocess.Popen[bytes], codes: Sequence[int] = (0,)) -> str:
-    _, said = process.communicate(timeout=WAIT)
+    try:
+        _, said = process.communicate(timeout=WAIT)
+    except BaseException:
+        process.terminate()
+        raise
     text = said.decode(errors="replace")
     assert process.returncode in codes, f"exit code {process.returncode}\n{text}"
     return text
@@ -146,7 +150,13 @@ def speed(folder: Path, backend: str) -> None:
     sys.argv = ["workloads.py", "b-8k", str(folder), "4"]
     workloads.main()
     model, data = workloads.folders(folder, "b-8k", 4)
-    rates = {"steps": 12, "batch_size": 16, "learning_rate": 1e-4, "checkpoint_every": 10**9, "max_length": 640}
+    rates = {
+        "steps": 10,
+        "batch_size": workloads.WORKLOADS["b-8k"].batch_size,
+        "learning_rate": 1e-4,
+        "checkpoint_every": 10**9,
+        "max_length": 640,
+    }
     values = {
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": str(data / workloads.TRAIN), "valid": str(data / workloads.SHORT)},
@@ -169,6 +179,7 @@ def main() -> None:
     parser.add_argument("--backends", default="torch,mlx")
     parser.add_argument("--kills", type=int, default=10)
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     asked.folder.mkdir(parents=True, exist_ok=True)
     for backend in asked.backends.split(","):
         for what in asked.what.split(","):
