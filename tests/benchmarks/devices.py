@@ -2,7 +2,8 @@
 
 curve: 100 steps in float32 by 1, 2 and 3 processes, and the same again: losses, bytes. kills: one process of two, at a
 random moment; the resumed run must end with the bytes of one that was not killed, and no process may be left. speed:
-tokens per second of workload (b) by one and by two processes of one thread each.
+tokens of workload (b) by one and by two processes of one thread each, per second, and per CPU second of the busiest
+process, which tells on a busy machine what two free cores would do.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 TINY = {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}}
 WAIT = 120.0  # seconds
+STEPS, SKIPPED = 10, 2  # of a timed run
 
 
 def recipe(folder: Path, values: Mapping[str, Any]) -> Path:
@@ -151,7 +153,7 @@ def speed(folder: Path, backend: str) -> None:
     workloads.main()
     model, data = workloads.folders(folder, "b-8k", 4)
     rates = {
-        "steps": 10,
+        "steps": STEPS,
         "batch_size": workloads.WORKLOADS["b-8k"].batch_size,
         "learning_rate": 1e-4,
         "checkpoint_every": 10**9,
@@ -166,10 +168,22 @@ def speed(folder: Path, backend: str) -> None:
     }
     file, found = recipe(folder, values), {}
     for count in (1, 2):
-        done = steps(train(file, folder / f"{backend}-speed-{count}-{time.time_ns()}", backend, count))[2:]
-        found[count] = statistics.median(one["useful_tokens"] / one["seconds"] for one in done)
-        print(f"{backend}, {count} of one thread: {found[count]:,.0f} tokens/s", flush=True)
-    print(f"{backend}: two are {found[2] / found[1]:.2f} times as fast as one", flush=True)
+        output = folder / f"{backend}-speed-{count}-{time.time_ns()}"
+        process = start(["train", str(file), f"output={output}", "--backend", backend, *devices(count)])
+        members = wait_for_members(process, output, SKIPPED)
+        before = [sum(one.cpu_times()[:2]) for one in members]
+        wait_for_members(process, output, STEPS)
+        busiest = max(sum(one.cpu_times()[:2]) - began for one, began in zip(members, before, strict=True))
+        end(process)
+        (run,) = output.iterdir()
+        done = steps(run)[SKIPPED:]
+        tokens = sum(one["useful_tokens"] for one in done)
+        found[count] = statistics.median(one["useful_tokens"] / one["seconds"] for one in done), tokens / busiest
+        print(
+            f"{backend}, {count} of one thread: {found[count][0]:,.0f} tokens/s; {found[count][1]:,.0f} per CPU second"
+        )
+    clock, processor = (found[2][i] / found[1][i] for i in range(2))
+    print(f"{backend}: two are {clock:.2f} times as fast as one, {processor:.2f} times by CPU time", flush=True)
 
 
 def main() -> None:
