@@ -138,10 +138,10 @@ def wait_for_members(process: subprocess.Popen[bytes], output: Path, count: int)
 
 
 def trains(process: psutil.Process) -> bool:
-    """A child that trains, and not its supervisor or the launcher: it has a session of its own."""
+    """A child that trains: its supervisor has the same command line."""
     try:
-        line = process.cmdline()
-        return "finetune" in line and "train" in line and "torch.distributed.run" not in line and not process.children()
+        line, parent = process.cmdline(), process.parent()
+        return "train" in line and parent is not None and parent.cmdline()[1:] == line[1:]
     except psutil.Error:
         return False
 
