@@ -78,6 +78,7 @@ class Costs:
     # what the backward pass needs of one token and block: (architecture, adapted modules, lora, bytes of a number)
     saved: Callable[[Architecture, Modules, LoraSpec, int], float]
     reached: float  # the share of the rate of matrix products that a step reaches
+    host: float = 0.0  # seconds that a GPU's host takes for a layer in a forward pass, at the least
     held: float = 1.1  # bytes that the allocator holds per byte in use
     update: float = 20.0  # per number of the adapter: an update makes weights, moments and their quotient anew
     tokens_at_once: int | None = None  # computed at a time; None: the whole micro-batch

@@ -14,7 +14,7 @@ from finetune.evaluation.consistency import SAMPLED
 from finetune.evaluation.forgetting import ANSWERED, ANSWERS, READING, WRITING, GeneralText
 from finetune.evaluation.suite import ASKED, Suite
 from finetune.recipe.schema import Recipe
-from finetune.training.budget import Workload
+from finetune.training.budget import Speed, Workload
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,35 @@ class Beside:
 
 @dataclass(frozen=True)
 class Seconds:
-    """How long a model takes for rows; speed: floating-point operations per second."""
+    """How long a model takes for rows."""
 
     recipe: Recipe
     prepared: Prepared
     work: Workload
-    speed: float
+    speed: Speed
 
     def reading(self, examples: Sequence[Example]) -> float:
         """Their losses."""
         supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in examples)
-        return self.work.scoring([len(example) - 1 for example in examples], supervised) / self.speed
+        return self._passes([len(example) - 1 for example in examples], supervised)
 
     def choosing(self, prompts: Sequence[int]) -> float:
         """A label for each prompt of so many tokens."""
         tokens = sum(map(len, self.prepared.label_tokens))
-        return self.work.scoring([n + tokens for n in prompts], tokens * len(prompts)) / self.speed
+        return self._passes([n + tokens for n in prompts], tokens * len(prompts))
 
     def writing(self, prompts: Sequence[int], most: int) -> float:
         """An answer to each, of `most` tokens."""
         steps = -(-len(prompts) // PROMPTS_TOGETHER) * most
         step = self.work.scoring([1], 1) * min(PROMPTS_TOGETHER, len(prompts))
-        return (self.work.scoring(prompts, len(prompts)) + step * steps) / self.speed
+        layers = len(self.work.architecture.modules)
+        return self._passes(prompts, len(prompts)) + steps * self.speed.seconds(step, layers)
+
+    def _passes(self, lengths: Sequence[int], supervised: int) -> float:
+        """Of forward passes of rows of so many tokens, as many together as the recipe says."""
+        batches = -(-sum(lengths) // self.recipe.train.tokens_at_once)
+        layers = batches * len(self.work.architecture.modules)
+        return self.speed.seconds(self.work.scoring(lengths, supervised), layers)
 
     def evaluation(self, examples: Sequence[Example]) -> dict[str, float]:
         """Of each kind of evaluation of these rows, as `evaluate` names them."""

@@ -92,6 +92,15 @@ class Workload:
         head = 4.0 * shape.vocabulary * shape.hidden * supervised
         return self._block(lengths) * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head
 
+    def layers_run(self, micro_tokens: int) -> float:
+        """In an epoch, by all micro-batches of a sample of steps; a backward pass counts twice."""
+        n = len(self.examples)
+        steps = -(-n // self.batch_size)
+        looked = range(min(steps, SAMPLED))
+        rows = (step_indices(n, self.batch_size, self.seed, step) for step in looked)
+        batches = sum(1 for step in rows for _ in groups([len(self.examples[i].tokens) for i in step], micro_tokens))
+        return batches * steps / len(looked) * len(self.architecture.modules) * (3 + self.model.checkpointing)
+
     def scoring(self, lengths: Sequence[int], supervised: int) -> float:
         """Floating-point operations of one forward pass of rows of so many tokens, and the head where it is read."""
         shape = self.architecture
@@ -152,6 +161,18 @@ def fitting_tokens(work: Workload, costs: Costs, free: float) -> int:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast a device computes, and how slowly its host starts that."""
+
+    rate: float  # floating-point operations per second that a run reaches
+    host: float = 0.0  # seconds for a layer in a forward pass, at the least
+
+    def seconds(self, operations: float, layers: float) -> float:
+        """Of so many operations, in forward passes through so many layers in all."""
+        return max(operations / self.rate, self.host * layers)
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What a run needs on one machine."""
 
@@ -164,11 +185,11 @@ class Forecast:
     seconds: float  # of training
     rate: float  # of matrix products, floating-point operations per second
     reached: float  # the share of it that steps are taken to reach
+    host: float  # as of `Speed`
 
     @property
-    def speed(self) -> float:
-        """Floating-point operations per second that the run is taken to reach."""
-        return self.rate * self.reached
+    def speed(self) -> Speed:
+        return Speed(self.rate * self.reached, self.host)
 
     @property
     def fits(self) -> bool | None:
@@ -219,9 +240,10 @@ def rate_here(backend: str, work: Workload) -> float:
 
 
 def _forecast(work: Workload, backend: str, costs: Costs, memory: float | None, tokens: int, rate: float) -> Forecast:
-    seconds = work.epochs * work.operations() / (rate * costs.reached)
+    speed = Speed(rate * costs.reached, costs.host)
+    seconds = work.epochs * speed.seconds(work.operations(), work.layers_run(tokens))
     needed, again = work.memory(tokens, costs), work.model.checkpointing
-    return Forecast(backend, costs.device, needed, memory, tokens, again, seconds, rate, costs.reached)
+    return Forecast(backend, costs.device, needed, memory, tokens, again, seconds, rate, costs.reached, costs.host)
 
 
 def _fitting_with_model(work: Workload, costs: Costs, memory: float) -> int:

@@ -15,7 +15,7 @@ from finetune.events import Outlook
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.training.beside import Beside, Seconds
-from finetune.training.budget import Workload, imbalance, rate_here, workload
+from finetune.training.budget import Speed, Workload, imbalance, rate_here, workload
 from finetune.training.job import Job
 
 
@@ -43,7 +43,8 @@ def _foretold(job: Job, session: Session, questions: Questions) -> dict[str, flo
         return {}
     costs = registry.costs(job.backend, registry.device_kind(session.device))
     count = side_by_side(session)  # each process computes as fast as this one
-    speed = rate_here(job.backend, work) * costs.reached * count / imbalance(work, count)
+    rate = rate_here(job.backend, work) * costs.reached * count / imbalance(work, count)
+    speed = Speed(rate, costs.host / count)
     return seconds_of_parts(job.recipe, job.prepared, work, speed, Beside(questions, job.suite))
 
 
@@ -63,11 +64,11 @@ def validations(recipe: Recipe, prepared: Prepared) -> int:
 
 
 def seconds_of_parts(
-    recipe: Recipe, prepared: Prepared, work: Workload, speed: float, asked: Beside | None = None
+    recipe: Recipe, prepared: Prepared, work: Workload, speed: Speed, asked: Beside | None = None
 ) -> dict[str, float]:
     """In the order of the run; the keys are "training" and the names of `Progress.what`.
 
-    speed: floating-point operations per second. asked: beside the held-out rows.
+    asked: beside the held-out rows.
     """
     plan, seconds = make_plan(recipe, len(prepared.train.examples)), Seconds(recipe, prepared, work, speed)
     measured = seconds.evaluation(prepared.held_out.examples)
@@ -78,7 +79,8 @@ def seconds_of_parts(
     # Once a model has learned that labels follow, the most probable token is one of them, and nothing more is asked.
     learned = ("loss",) if all(len(label) == 1 for label in prepared.label_tokens) else ("loss", "labels")
     parts = {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
-    parts["training"] = work.operations() * plan.foretold / plan.steps_per_epoch / speed
+    epochs, layers = plan.foretold / plan.steps_per_epoch, work.layers_run(recipe.train.tokens_at_once)
+    parts["training"] = epochs * speed.seconds(work.operations(), layers)
     for name in ("loss", "labels"):
         if times := (untrained + trained * (name in learned)) * (name in validated):
             parts[f"validation: {name}"] = validated[name] * times

@@ -30,6 +30,7 @@ from finetune.report.plan_tables import steps_table
 from finetune.training import budget, settle
 from finetune.training.budget import (
     LEAST,
+    Speed,
     Workload,
     fitting_tokens,
     forecast_here,
@@ -128,8 +129,8 @@ def test_this_machine_is_timed() -> None:
     found = forecast_here(work(), "reference", 4096)
     assert found.fits
     assert found.seconds > 0
-    assert found.rate > 1e8 and found.speed == found.rate * found.reached
-    assert found.seconds == pytest.approx(3.0 * work().operations() / found.speed)
+    assert found.rate > 1e8 and found.speed.rate == found.rate * found.reached
+    assert found.seconds == pytest.approx(3.0 * work().operations() / found.speed.rate)
 
 
 def rows(count: int, task: str = "classification") -> Prepared:
@@ -192,7 +193,7 @@ def test_numbers_stand_at_the_right_and_no_table_has_a_caption(tmp_path: Path) -
 def parts_of(prepared: Prepared, **sections: Any) -> dict[str, float]:
     values = {"model": {"path": "m"}, "data": {"train": "t"}, **sections}
     made = work(examples=prepared.train.examples)
-    return seconds_of_parts(check_recipe(values), prepared, made, 1e9)
+    return seconds_of_parts(check_recipe(values), prepared, made, Speed(1e9))
 
 
 def test_every_part_of_a_run_has_its_time() -> None:
@@ -317,3 +318,20 @@ def test_a_comparison_of_backends_ends_with_what_it_means(
     settings = check_recipe({"model": {"path": "m"}, "data": {"train": "a.jsonl"}})
     first, _ = compare_backends(settings, folder, [example])
     assert verdict in " ".join(plain_page(lambda console: console.print(first)).split())
+
+
+def test_a_gpus_host_sets_the_least_time() -> None:
+    """Few tokens at a time are no faster: each layer of each pass has to be started."""
+    assert Speed(1e12).seconds(1e9, 1e6) == 1e-3
+    assert Speed(1e12, 1e-3).seconds(1e9, 100) == 0.1
+    few, many = (work([100] * 64, batch_size=64).layers_run(tokens) for tokens in (512, 8192))
+    layers = len(work().architecture.modules)
+    assert many == 3 * layers and few > 8 * many
+    again = work([100] * 64, batch_size=64, model=replace(FLOAT, checkpointing=True))
+    assert again.layers_run(8192) == 4 * layers
+    sampled = work([100] * 10**4, batch_size=2)
+    assert sampled.layers_run(8192) == 3 * layers * 5000  # not all steps are looked at
+
+    tiny, machine = work([20] * 8), next(machine for name, machine in registry.machines() if name == "torch")
+    found = forecast_on(machine, tiny, "torch", 4096)
+    assert found.seconds == pytest.approx(tiny.epochs * GPU.host * tiny.layers_run(4096))
