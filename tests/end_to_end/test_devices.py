@@ -105,11 +105,3 @@ def test_a_killed_process_ends_the_run_which_resumes_to_the_same_bytes(work: Wor
     run = work.runs()[-1]
     work.finetune("resume", str(run), *arguments).good()
     same(run, whole)
-
-
-@pytest.mark.slow
-def test_a_mistake_of_the_data_is_told_once(work: Work, backend: str) -> None:
-    recipe = work.recipe(RECIPE.replace("test.jsonl", "none.jsonl"))
-    message = work.finetune("train", recipe, "--backend", backend, "--devices", "2").failed(3)
-    assert "none.jsonl" in message
-    assert not left_behind(work)
