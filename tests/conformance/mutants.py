@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from backends import reference
-from backends.interface import Batch, LoraSpec, OptimSpec, Scores, StepResult, TrainState
+from backends.interface import HEAD_WEIGHT, Batch, LoraSpec, OptimSpec, Scores, StepResult, TrainState
 from backends.reference import ReferenceSession
 
 adamw, clipped = reference.adamw, reference.clipped
@@ -17,8 +18,10 @@ adamw, clipped = reference.adamw, reference.clipped
 
 def with_lora(change: Callable[[LoraSpec], LoraSpec]) -> type[ReferenceSession]:
     class Mutant(ReferenceSession):
-        def __init__(self, modules: Any, vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int) -> None:
-            super().__init__(modules, vocabulary, change(lora), optim, seed)
+        def __init__(
+            self, modules: Any, vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int, hidden: int
+        ) -> None:
+            super().__init__(modules, vocabulary, change(lora), optim, seed, hidden)
 
     return Mutant
 
@@ -32,8 +35,8 @@ def with_batch(change: Callable[[Batch], Batch]) -> type[ReferenceSession]:
 
 
 class SeedIgnored(ReferenceSession):
-    def __init__(self, modules: Any, vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int) -> None:
-        super().__init__(modules, vocabulary, lora, optim, 0)
+    def __init__(self, modules: Any, vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int, hidden: int) -> None:
+        super().__init__(modules, vocabulary, lora, optim, 0, hidden)
 
 
 class MeanOfMeans(ReferenceSession):
@@ -176,6 +179,19 @@ class EverythingScored(ReferenceSession):
         return super().score(replace(batch, weights=np.ones_like(batch.weights)))
 
 
+class HeadIsNotTrained(ReferenceSession):
+    def _gradient(self, batch: Batch, total: float) -> Any:
+        loss, grads = super()._gradient(batch, total)
+        return loss, {name: grad * 0 if name == HEAD_WEIGHT else grad for name, grad in grads.items()}
+
+
+class HeadSeesTheBase(ReferenceSession):
+    def states(self, batch: Batch) -> Any:
+        zero = {name: value * 0 if name.endswith("lora_B") else value for name, value in self._adapter.items()}
+        with mock.patch.object(self, "_adapter", zero):
+            return super().states(batch)
+
+
 class PoorestToken(ReferenceSession):
     def score(self, batch: Batch) -> Scores:
         scores = super().score(batch)
@@ -235,6 +251,8 @@ SESSIONS: dict[str, type[ReferenceSession]] = {
         NormAfterClipping,
         PadsCounted,
         EverythingScored,
+        HeadIsNotTrained,
+        HeadSeesTheBase,
         PoorestToken,
         StopTokenKept,
         PromptEchoed,
@@ -285,9 +303,9 @@ FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "every tensor clipped alone": ("clipped", _each_alone),
     "clipped by value": ("clipped", _by_value),
     "scaled up to the limit": ("clipped", _always),
-    "any token accepted": ("check_tokens", lambda batches, vocabulary: None),
+    "any token accepted": ("check_tokens", lambda batches, vocabulary, classes: None),
     "any prompt accepted": ("check_prompts", lambda prompts, vocabulary: None),
     "any state accepted": ("fitting", lambda state, shapes: state),
-    "adapter ignores the seed": ("initial_adapter", lambda shapes, rank, seed: _initial(shapes, rank, 0)),
+    "adapter ignores the seed": ("initial_adapter", lambda shapes, rank, seed, head: _initial(shapes, rank, 0, head)),
 }
 _initial = reference.initial_adapter
