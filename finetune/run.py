@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backends import registry
-from backends.interface import Session, TrainState
+from backends.interface import FloatArray, Session, TrainState
 from finetune import connections
 from finetune.check.analysis import analysing, questions_of
 from finetune.check.show import as_text
@@ -36,6 +36,7 @@ from finetune.report.facts import facts_of
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
 from finetune.report.times import Times
+from finetune.training.head_first import HEAD_ALONE, head_first
 from finetune.training.job import Job, known_validation
 from finetune.training.keep import save_adapter
 from finetune.training.loop import Trainer
@@ -63,6 +64,7 @@ class Begun:
     times: Times
     questions: Questions  # what is asked beside the held-out rows themselves
     race: Race | None  # None where the recipe names the learning rate
+    head: Mapping[str, FloatArray] | None  # the head that learned alone; None where the recipe has none
 
 
 class Run:
@@ -125,11 +127,12 @@ class Run:
         self._write_environment(session)
         yield (ahead := look_ahead(settled, session))
         times = Times.of(folder, ahead)
+        head = yield from stoppable(head_first(settled, session, folder), self, "training the head")
         base = yield from self._evaluate_base(session, times)
         words = bag_of_words(job.prepared, folder.words) if base else None
         checkpoints = Checkpoints(folder.checkpoints, identity)
         trainer, race = yield from ready_trainer(settled, session, folder, checkpoints, saved, self)
-        return Begun(trainer, None if saved is None else saved.state.step, base, told, words, times, asked, race)
+        return Begun(trainer, None if saved is None else saved.state.step, base, told, words, times, asked, race, head)
 
     def train(self, begun: Begun) -> Iterator[Event]:
         """All steps that are left; metrics.jsonl records them. Raises Interrupted, Diverged, MemoryExhausted."""
@@ -169,9 +172,9 @@ class Run:
             tuned = yield from self._evaluate(session, "tuned model")
         save_evaluation(self.folder.evaluation("tuned"), tuned)
         with begun.times.measuring("errors", self.folder):
-            errors = analysing(self.job, session, begun.questions, begun.base, tuned)
+            errors = analysing(self.job, session, begun.questions, begun.base, tuned, begun.head)
             analysis = yield from stoppable(errors, self, "analysing the errors")
-        suite = yield from stoppable(ask_suite(self.job, session), self, "asking the suite")
+        suite = yield from stoppable(ask_suite(self.job, session, begun.head), self, "asking the suite")
         report = replace(self._figures(begun, tuned), analysis=analysis, suite=suite)
         write_report(self.folder, report)
         return report
@@ -191,7 +194,7 @@ class Run:
             device=trainer.session.device,
             scheme=trainer.session.scheme,
             check=headline(begun.told),
-            held_out=f"{len(job.prepared.held_out.examples)} {kind} rows",
+            held_out=f"{len(job.prepared.held_out.examples)} {kind} rows{HEAD_ALONE if begun.head else ''}",
             base=begun.base,
             tuned=tuned,
             comparison=compare(begun.base, tuned, begun.words) if begun.base else None,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
-from backends.interface import Session
+from backends.interface import FloatArray, Session
 from finetune.console import Console
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
+from finetune.disk.head import read_head
 from finetune.disk.identity import check_held_out
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
@@ -21,6 +22,7 @@ from finetune.report.live_screen import with_progress
 from finetune.report.report import compare
 from finetune.report.summary import print_comparison
 from finetune.training.again import measured_again
+from finetune.training.head_first import HEAD_ALONE
 from finetune.training.job import Job, making_ready
 
 
@@ -31,9 +33,15 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
     job = recorded or job_of_files(opened, recipe, data, backend)
     check_base(opened.adapter, job.folder)
     session = job.open(adapter)
-    base, tuned = with_progress(_evaluate_both(job, session))
+    base, tuned = with_progress(_evaluate_both(job, session, read_head(opened)))
     comparison = compare(base, tuned, bag_of_words(job.prepared, opened.words))
-    print_comparison(Console(), base, tuned, comparison, f"{tuned.rows} rows of {data or opened.path}")
+    print_comparison(
+        Console(),
+        base,
+        tuned,
+        comparison,
+        f"{tuned.rows} rows of {data or opened.path}{HEAD_ALONE if recipe.head else ''}",
+    )
     values = {"data": data, "base": base.summary(), "tuned": tuned.summary(), "verdict": comparison.verdict}
     write_file(opened.path / "eval.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
@@ -51,9 +59,11 @@ def job_of_files(opened: RunFolder, recipe: Recipe, data: str | None, backend: s
     return job
 
 
-def _evaluate_both(job: Job, session: Session) -> Generator[Progress, None, tuple[Evaluation, Evaluation]]:
-    """The base model, then the tuned one."""
-    with base_weights(session):
+def _evaluate_both(
+    job: Job, session: Session, head: Mapping[str, FloatArray] | None
+) -> Generator[Progress, None, tuple[Evaluation, Evaluation]]:
+    """The base model, then the tuned one. head: as `base_weights` takes it."""
+    with base_weights(session, head):
         base = yield from evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, "base model")
     tuned = yield from evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, "tuned model")
     return base, tuned

@@ -27,7 +27,7 @@ from finetune.export.verify import KEPT, Check, checks_table, model_checks, sent
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.supervisor import announce_model
-from finetune.training.job import Job, making_ready
+from finetune.training.job import Job, making_ready, refuse_head
 
 FILE = "export.json"
 
@@ -48,6 +48,7 @@ def run(
     Raises ExportFailed where it does something else; the folder NAME.failed then holds what was written.
     """
     check_options(to, kind, bits, adapter_alone)
+    refuse_head(recipe, "export")
     adapter = read_adapter(opened.adapter)
     job = with_progress(making_ready(recipe, backend, opened.path))
     check_base(opened.adapter, job.folder)

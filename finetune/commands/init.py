@@ -29,6 +29,7 @@ from finetune.recipe.schema import Data
 from finetune.text import shorten
 
 TITLES = ("title", "headline", "heading", "subject")  # of a text in the column beside
+MANY_LABELS = 20
 _WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "~", ".inf", ".nan")  # not text to YAML
 TEMPLATE = """\
 # A starter recipe for {name}: {rows} rows, read as {format}.{seen}
@@ -45,7 +46,7 @@ data:
 prompt:
   template: {template}
 
-lora:
+{head}lora:
   rank: 16
   alpha: 32                 # the adapter's weight is alpha / rank
   dropout: 0.05
@@ -140,6 +141,7 @@ def _recipe(rows: Sequence[Row], look: Look, data: str, output: Path, model: str
         held_out=_held_out(data, bool(look.labels)),
         columns=_columns(rows, look),
         template=_written(_template(rows, look)),
+        head=_head(look.labels),
         max_length=next((size for size in (128, 256, 512, 1024, 2048) if 2 * words < size), 4096),
         longest=words,
     )
@@ -218,6 +220,14 @@ def _labels(labels: Mapping[str, int]) -> str:
         return ""
     shown = ", ".join(f"{shorten(label, 40)} ({count})" for label, count in Counter(labels).most_common(8))
     return f"\n# Labels: {shown}{', ...' if len(labels) > 8 else ''}"
+
+
+def _head(labels: Mapping[str, int]) -> str:
+    """A head chooses among many labels many times as fast as their tokens are scored."""
+    if not labels:
+        return ""
+    line = "head: {}                    # a layer that chooses the label, head first; without it its tokens are scored"
+    return f"{line if len(labels) >= MANY_LABELS else f'# {line}'}\n\n"
 
 
 def _columns(rows: Sequence[Row], look: Look) -> str:

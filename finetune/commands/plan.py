@@ -25,7 +25,7 @@ from finetune.events import by_part
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
-from finetune.recipe.specs import lora_spec, model_spec, optim_spec
+from finetune.recipe.specs import lora_spec, model_spec, optim_spec, trainable_numbers, with_classes
 from finetune.report.live_screen import with_progress
 from finetune.report.row_tokens import highlighted
 from finetune.report.tables import account_notes, account_table, figures_table
@@ -59,6 +59,7 @@ def run(recipe: Recipe, compare: bool, largest: bool = False) -> None:
     prepared = with_progress(prepare(recipe, tokenizer, base=None, clock=now()))
     refuse(prepared, recipe)
     refuse_unfit(setup, prepared)
+    recipe = with_classes(recipe, prepared.labels)
     for part in answer(recipe, folder, prepared, backend, largest):
         console.print(part)
     console.rule("rows", align="left")
@@ -131,6 +132,7 @@ def time_table(recipe: Recipe, prepared: Prepared, seconds: dict[str, float]) ->
     held_out, valid = len(prepared.held_out.examples), len(prepared.valid.examples)
     steps = make_plan(recipe, len(prepared.train.examples)).steps
     counts = {
+        "head": f"{len(prepared.train.examples) + valid:,} rows",
         "base model": f"{held_out:,} rows",
         "training": f"{steps:,} steps",
         "validation": f"{validations(recipe, prepared):,} x {valid:,} rows",
@@ -202,7 +204,7 @@ def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]
         "its micro-batches, rows x tokens": shapes,
         "adapter scale, alpha / rank": f"{lora.alpha:g} / {lora.rank} = {lora.alpha / lora.rank:g}",
         "adapted layers": f"{len(modules):,}",
-        "trainable parameters": f"{lora_spec(recipe).trainable(modules):,}",
+        "trainable parameters": f"{trainable_numbers(recipe, folder):,}",
         "numbers in the base's tensors": f"{total:,}",
     }
     if recipe.evaluate.suite:

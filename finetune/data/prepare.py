@@ -118,6 +118,8 @@ def _spellings(source: Rows, layout: Layout, given: Sequence[str] | None) -> Spe
 
 
 def _task(recipe: Recipe, layout: Layout) -> Task:
+    if recipe.head is not None and layout.name != "classification":
+        raise RecipeError(f"head: it chooses among labels, and the rows are {layout.name} and have none; remove it")
     if recipe.data.labels is not None and layout.name != "classification":
         raise RecipeError(f"data.labels: the rows are {layout.name} and have no label; remove it")
     fits: dict[str, Task] = {"classification": "classification", "text": "text"}

@@ -109,6 +109,7 @@ class Example:
     apart: bool = False  # a token would lie across an answer's border, so prompt and answer were encoded apart
     cut: bool = False  # its end is missing
     piece: bool = False  # of a longer text, which goes on in the next example
+    classed: bool = False  # its last number is the number of its label, and no token
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
-from finetune.data.labels import LabelWriter
+from finetune.data.labels import ClassWriter, LabelWriter
 from finetune.data.left_out import lost_fields, notes
 from finetune.data.loss_mask import tokenise
 from finetune.data.rows import Example, Prepared, Problem, Record, Rendered, Split
@@ -26,7 +26,9 @@ class Writer:
         self._settings, self._tokenizer, self._renderer = recipe.train, tokenizer, prepared.renderer
         self._splits = recipe.data.long_rows == "split"
         self._known = frozenset(re.findall(r"\w+", self._renderer.source))
-        self.labels = LabelWriter(tokenizer, self._renderer, prepared.labels)
+        self.labels: LabelWriter | ClassWriter = (
+            ClassWriter(prepared.labels) if recipe.head else LabelWriter(tokenizer, self._renderer, prepared.labels)
+        )
 
     def write(self, split: Split) -> Generator[Progress, None, Split]:
         """The split with its rows as tokens within max_length; some rows at a time, so that memory stays small."""
@@ -75,10 +77,15 @@ class Writer:
                 fate.lose(whole, None)
                 continue
             text, example = row
+            try:
+                written = self.labels.write(text.record, example)
+            except ValueError as error:
+                fate.refused.append((whole.location, str(error)))
+                continue
             if long:
                 fate.shortened.append(whole.location)
                 fate.lose(whole, example)
-            fate.examples.append(self.labels.write(text.record, example))
+            fate.examples.append(written)
 
     def _split_up(self, pair: Pair, fate: _Fate) -> bool:
         """Whether the row was too long, and so has become windows."""

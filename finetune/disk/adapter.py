@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.interface import BackendError, FloatArray, IncompatibleState, LoraSpec, Session, TrainState
+from backends.interface import HEAD_WEIGHT, BackendError, FloatArray, IncompatibleState, LoraSpec, Session, TrainState
 from backends.model_folder import ModelFolder, ending, read_object, validate
 from finetune.disk.adapter_writer import CONFIG_FILE, FILES, MLX, PEFT
 from finetune.disk.base_model import FULL, base_model, fingerprint
@@ -25,7 +25,9 @@ _LARGEST = float(np.finfo(np.float32).max)  # scale; a backend's numbers hold no
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA tensors by canonical name (`<module>.lora_A` [r, in], `.lora_B` [out, r]), and their scale."""
+    """LoRA tensors by canonical name (`<module>.lora_A` [r, in], `.lora_B` [out, r]), and their scale; HEAD_WEIGHT
+    [K, D] beside them where there is a head.
+    """
 
     tensors: Mapping[str, FloatArray]
     rank: int
@@ -59,8 +61,9 @@ def read_adapter(folder: Path) -> Adapter:
     else:
         tensors = _canonical(folder / FILES[MLX], _from_mlx)
     rank, scale = _rank_and_scale(config, config_file)
-    wrong = [n for n, t in tensors.items() if t.shape[0 if n.endswith("lora_A") else 1] != rank]
-    if wrong or not tensors:
+    factors = {name: tensor for name, tensor in tensors.items() if name != HEAD_WEIGHT}
+    wrong = [n for n, t in factors.items() if t.shape[0 if n.endswith("lora_A") else 1] != rank]
+    if wrong or not factors:
         raise Incompatible(
             f"{folder}: {wrong[0] if wrong else 'no LoRA tensor'} is not of rank {rank} as its config says"
         )
@@ -100,6 +103,8 @@ def _canonical(file: Path, convert: Any) -> dict[str, FloatArray]:
 
 
 def _from_peft(name: str, tensor: FloatArray) -> tuple[str | None, FloatArray]:
+    if name == f"base_model.model.{HEAD_WEIGHT}":
+        return HEAD_WEIGHT, tensor
     match = re.fullmatch(r"(?:base_model\.model\.)?(.+\.lora_[AB])(?:\.default)?\.weight", name)
     return (match[1] if match else None), tensor
 
@@ -122,6 +127,8 @@ def check_start(folder: Path, model: ModelFolder, lora: LoraSpec) -> None:
     """Raises Incompatible where an adapter folder does not fit the recipe, with the keys that make it fit."""
     adapter = read_adapter(folder)
     _check_scale(folder, adapter, lora)
+    if HEAD_WEIGHT in adapter.tensors:
+        raise Incompatible(f"lora.start_from: {folder} has a classification head, and is no start without it")
     theirs = {ending(name.rsplit(".", 1)[0]) for name in adapter.tensors}
     ours = {ending(module) for module in model.lora_modules(lora)}
     if theirs == ours:

@@ -33,6 +33,8 @@ _NOT_IDENTITY = {
     "evaluate.answer", "evaluate.base", "evaluate.forgetting", "evaluate.swaps", "evaluate.suite",
 }  # fmt: skip
 
+_ABSENT = {"head"}  # keys that came later, where a recipe says nothing of them: not in earlier identities
+
 
 def identity_of(
     recipe: Recipe, prepared: Prepared, folder: ModelFolder, like: Mapping[str, Any] | None = None
@@ -42,7 +44,8 @@ def identity_of(
     like: an identity of this run, whose kind is kept.
     """
     values = _flat(recipe.model_dump(mode="json", exclude={"data": {"groups"}}))
-    settings = {key: value for key, value in values if key not in _NOT_IDENTITY}
+    known = ((key, value) for key, value in values if value is not None or key not in _ABSENT)
+    settings = {key: value for key, value in known if key not in _NOT_IDENTITY}
     if like is not None and "kind" not in like:
         rows = sha256(b"".join(_tokens(example) for split in prepared.splits for example in split.examples))
         return {"base_model_weights": folder.sampled_fingerprint, "data_rows": rows.hexdigest()} | settings

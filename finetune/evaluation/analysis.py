@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from backends.interface import Session
+from backends.interface import FloatArray, Session
 from finetune.data.rows import Example, Prepared
 from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.data.variants import Variants, held_out_with, variants
@@ -102,6 +102,7 @@ class Analyst:
     tokenizer: Tokenizer
     questions: Questions
     vocabulary: int | None
+    head: Mapping[str, FloatArray] | None = None  # as `base_weights` takes it
 
     def analysing(self, base: Evaluation | None, tuned: Evaluation) -> Generator[Progress, None, Analysis]:
         """base, tuned: on the held-out rows. Raises MemoryExhausted."""
@@ -131,7 +132,7 @@ class Analyst:
     ) -> Generator[Progress, None, list[Kind]]:
         before: Asked = {}
         if base is not None:
-            with base_weights(self.session):
+            with base_weights(self.session, self.head):
                 before = yield from self._asked_again("base model")
         after = yield from self._asked_again("tuned model")
         return kinds_of_answers(base, tuned, self.prepared.held_out.examples, data, (before, after))
@@ -166,7 +167,7 @@ class Analyst:
             return None
         before: Found | None = None
         if base is not None:
-            with base_weights(self.session):
+            with base_weights(self.session, self.head):
                 before = yield from self._flips("base model", base)
         after = yield from self._flips("tuned model", tuned)
         return swaps_of(asked.rows, before, after)
@@ -187,7 +188,7 @@ class Analyst:
         return flips(asked.rows, first, answers, pairs_of(self.recipe.evaluate.swaps), bool(prepared.labels))
 
     def _forgetting(self, base: Evaluation | None, tuned: Evaluation) -> Generator[Progress, None, Forgetting | None]:
-        if not self.recipe.evaluate.forgetting:
+        if not self.recipe.evaluate.forgetting or self.recipe.head:  # a head reads no text
             return None
         changes = yield from measuring(
             self.session,

@@ -7,7 +7,7 @@ to get through it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar
@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from backends.interface import Reader, Session, TrainState
+from backends.interface import FloatArray, Reader, Session, TrainState
 from finetune.data.rows import Example, Prepared, Split
 from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.errors import Diverged
@@ -225,10 +225,13 @@ def evaluate_held_out(
 
 
 @contextmanager
-def base_weights(session: Session) -> Iterator[None]:
-    """Inside, the session is the base model: every lora_B is zero. Afterwards the adapter is back."""
+def base_weights(session: Session, head: Mapping[str, FloatArray] | None = None) -> Iterator[None]:
+    """Inside, the session is the base model: every lora_B is zero. Afterwards the adapter is back.
+
+    head: of a run with one, the head that learned alone, on the frozen model.
+    """
     state = session.get_state()
-    zero = {name: t * 0 if name.endswith("lora_B") else t for name, t in state.adapter.items()}
+    zero = {name: t * 0 if name.endswith("lora_B") else t for name, t in state.adapter.items()} | dict(head or {})
     session.set_state(TrainState(state.step, zero, state.moments))
     try:
         yield

@@ -6,17 +6,18 @@ Each function is a generator that yields its progress and returns its result.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.interface import PROMPTS_TOGETHER, Batch, FloatArray, IntArray, OutOfMemory, Reader
+from backends.interface import PROMPTS_TOGETHER, Batch, FloatArray, IntArray, OutOfMemory, Reader, Session
 from finetune.data.collate import evaluation_batches, halve, label_batches
 from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted
 from finetune.events import Progress
 
+Read = TypeVar("Read")
 ScoredBatch = tuple[list[int], Batch, FloatArray, IntArray]  # row numbers, batch, logprob [B, T], greedy [B, T]
 
 
@@ -44,23 +45,46 @@ def scored(
     Row i of the batches belongs to example i // per_example. Raises MemoryExhausted, which names the example, when a
     single row does not fit.
     """
+    for rows, part, scores in _read(session.score, batches, examples, per_example):
+        yield rows, part, scores.logprob, scores.greedy
+
+
+def row_states(
+    session: Session, examples: Sequence[Example], micro_tokens: int, what: str
+) -> Generator[Progress, None, FloatArray]:
+    """What a head is given for each example. [n, D] Raises MemoryExhausted, which names the example."""
+    batches = evaluation_batches(examples, micro_tokens, session.shares_prefixes)
+    states: dict[int, FloatArray] = {}
+    for rows, _, part in _read(session.states, batches, examples):
+        states |= zip(rows, part, strict=True)
+        yield Progress(0, what, len(states), len(examples))
+    return np.stack([states[row] for row in range(len(examples))])
+
+
+def _read(
+    read: Callable[[Batch], Read],
+    batches: Iterable[tuple[list[int], Batch]],
+    examples: Sequence[Example],
+    each: int = 1,
+) -> Iterator[tuple[list[int], Batch, Read]]:
+    """What is read of every batch, as `scored` says."""
     for rows, batch in batches:
         waiting = [(rows, batch)]
         while waiting:
             rows, part = waiting.pop(0)
             try:
-                scores = session.score(part)
+                found = read(part)
             except OutOfMemory as error:
                 halves = halve(part)
                 if halves is None:
                     raise MemoryExhausted(
-                        f"{examples[rows[0] // per_example].location}: this row alone does not fit in memory during "
+                        f"{examples[rows[0] // each].location}: this row alone does not fit in memory during "
                         f"evaluation ({error}); lower train.max_length or choose a smaller model"
                     ) from None
                 cut = len(halves[0].inputs)
                 waiting[:0] = [(rows[:cut], halves[0]), (rows[cut:], halves[1])]
                 continue
-            yield rows, part, scores.logprob, scores.greedy
+            yield rows, part, found
 
 
 def row_losses(

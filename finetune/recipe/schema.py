@@ -106,6 +106,12 @@ class Lora(Section):
     """An adapter folder (PEFT or mlx-lm) whose weights are the start."""
 
 
+class Head(Section):
+    first_epochs: Annotated[int, Field(ge=0, le=10**6)] = 100
+    """Passes, at most, in which the head learns alone before the adapter joins it. Each row goes through the frozen
+    model once, whatever their number; the pass with the lowest validation loss is kept. 0: both begin together."""
+
+
 class Train(Section):
     epochs: Positive | Literal["auto"] | None = None
     """Passes over the data; 3 unless steps is given. auto: as many as lower the validation loss by 2 % each, then one
@@ -180,6 +186,9 @@ class Recipe(Section):
     data: Data
     prompt: Prompt = Prompt()
     lora: Lora = Lora()
+    head: Head | None = None
+    """For rows with a label each: a linear layer on the last token's state chooses the label, head first and then with
+    the adapter ({} for the defaults); without it the labels' own tokens are scored."""
     quantize: Literal["none", "4bit"] = "none"
     """4bit: NF4 of bitsandbytes on torch, affine 4-bit on MLX."""
     train: Train = Train()
@@ -203,6 +212,13 @@ class Recipe(Section):
             raise ValueError(
                 f"task classification needs rows of text and label, and data.format says {self.data.format}"
             )
+        if self.head is not None:
+            if self.task not in ("auto", "classification") or self.data.format not in ("auto", "classification"):
+                raise ValueError("head: it chooses among labels, so the rows need a text and a label; remove it")
+            if self.lora.start_from is not None:
+                raise ValueError("lora.start_from: an adapter without this head is no start for it; remove one of them")
+            if self.prompt.loss_on != "completion":
+                raise ValueError("prompt.loss_on: with a head only the label is learned; remove it")
         if self.data.labels is not None and self.task not in ("auto", "classification"):
             raise ValueError(f"data.labels belongs to task classification, and task says {self.task}")
         return self

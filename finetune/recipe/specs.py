@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from backends.interface import LoraSpec, ModelSpec, OptimSpec
 from backends.model_folder import ModelFolder
 from finetune.recipe.schema import Recipe
@@ -19,6 +21,13 @@ def model_spec(recipe: Recipe, folder: ModelFolder) -> ModelSpec:
     )
 
 
+def with_classes(recipe: Recipe, labels: Sequence[str]) -> Recipe:
+    """With the rows' own labels named where a head chooses among them: its size follows from the recipe alone then."""
+    if recipe.head is None:
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"labels": list(labels)})})
+
+
 def lora_spec(recipe: Recipe) -> LoraSpec:
     lora = recipe.lora
     return LoraSpec(
@@ -27,7 +36,14 @@ def lora_spec(recipe: Recipe) -> LoraSpec:
         dropout=lora.dropout,
         targets=() if lora.targets == "all" else tuple(lora.targets),
         layers=None if lora.layers == "all" else lora.layers,
+        classes=len(recipe.data.labels or ()) if recipe.head else 0,
     )
+
+
+def trainable_numbers(recipe: Recipe, folder: ModelFolder) -> int:
+    """In the adapter, and in the head beside it. Raises BackendError where the model has no such layers."""
+    lora, hidden = lora_spec(recipe), folder.text_config.get("hidden_size")
+    return lora.trainable(folder.lora_modules(lora)) + lora.classes * (hidden if isinstance(hidden, int) else 0)
 
 
 def optim_spec(recipe: Recipe) -> OptimSpec:

@@ -89,14 +89,18 @@ class Workload:
         adapted = shape.blocks - frozen
         lora = 6.0 * self.lora.trainable(self.adapted) * sum(lengths)
         passes = 2.0 + self.model.checkpointing
-        head = 4.0 * shape.vocabulary * shape.hidden * supervised
+        head = (6.0 * self.lora.classes or 4.0 * shape.vocabulary) * shape.hidden * supervised
         return self._block(lengths) * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head
 
     def scoring(self, lengths: Sequence[int], supervised: int) -> float:
         """Floating-point operations of one forward pass of rows of so many tokens, and the head where it is read."""
         shape = self.architecture
         lora = 2.0 * self.lora.trainable(self.adapted) * sum(lengths)
-        return self._block(lengths) * shape.blocks + lora + 2.0 * shape.vocabulary * shape.hidden * supervised
+        return (
+            self._block(lengths) * shape.blocks
+            + lora
+            + 2.0 * (self.lora.classes or shape.vocabulary) * shape.hidden * supervised
+        )
 
     def _block(self, lengths: Sequence[int]) -> float:
         """Of one block's forward pass."""

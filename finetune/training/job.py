@@ -26,7 +26,7 @@ from finetune.evaluation.suite import Suite
 from finetune.events import Progress
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
-from finetune.recipe.specs import lora_spec, model_spec, optim_spec
+from finetune.recipe.specs import lora_spec, model_spec, optim_spec, with_classes
 from finetune.supervisor import announce_model, reading
 
 
@@ -98,6 +98,15 @@ def set_up(recipe: Recipe, run: Path | None = None) -> Setup:
         return Setup(recipe, folder, load_tokenizer(folder))
 
 
+def refuse_head(recipe: Recipe, command: str) -> None:
+    """Raises RecipeError for a command that needs text of a model that has a head instead."""
+    if recipe.head is not None:
+        raise RecipeError(
+            f"{command}: this run's model chooses a label with its head and writes no text; label rows with "
+            "`finetune predict RUN FILE`, or load its adapter folder, whose README.md says how"
+        )
+
+
 def refuse_unused_accelerator(recipe: Recipe) -> None:
     """Raises BackendError where training would take many times as long as on the card that is in the machine."""
     backend = registry.choose(recipe.backend)
@@ -125,7 +134,7 @@ def making_ready(
     refuse(prepared, recipe)
     refuse_unfit(setup, prepared)
     data = recipe.data.model_copy(update={"format": prepared.format})
-    recipe = recipe.model_copy(update={"data": data, "task": prepared.task})
+    recipe = with_classes(recipe.model_copy(update={"data": data, "task": prepared.task}), prepared.labels)
     return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
 
 

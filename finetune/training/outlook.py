@@ -16,6 +16,7 @@ from finetune.events import Outlook
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.training.budget import Workload, rate_here, workload
+from finetune.training.head_first import WHAT
 from finetune.training.job import Job
 
 
@@ -73,12 +74,21 @@ def seconds_of_parts(recipe: Recipe, prepared: Prepared, work: Workload, speed: 
     trained = validations(recipe, prepared) - 1
     # Once a model has learned that labels follow, the most probable token is one of them, and nothing more is asked.
     learned = ("loss",) if all(len(label) == 1 for label in prepared.label_tokens) else ("loss", "labels")
-    parts = {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
+    parts = head_first(recipe, prepared, work, speed)
+    parts |= {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
     parts["training"] = work.operations() * plan.foretold / plan.steps_per_epoch / speed
     for name in ("loss", "labels"):
         if times := (untrained + trained * (name in learned)) * (name in validated):
             parts[f"validation: {name}"] = validated[name] * times
     return parts | {f"tuned model: {name}": t for name, t in measured.items() if name in (*learned, "answers")}
+
+
+def head_first(recipe: Recipe, prepared: Prepared, work: Workload, speed: float) -> dict[str, float]:
+    """Seconds of the one pass over the rows that a head alone needs."""
+    if not recipe.head or not recipe.head.first_epochs:
+        return {}
+    examples = (*prepared.train.examples, *prepared.valid.examples)
+    return {WHAT: work.scoring([len(example) - 1 for example in examples], len(examples)) / speed}
 
 
 def _evaluation(
@@ -88,7 +98,7 @@ def _evaluation(
     supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in examples)
     parts = {"loss": work.scoring([len(example) - 1 for example in examples], supervised) / speed}
     prompts = [len(example.prompt_tokens) for example in examples]
-    if prepared.task == "classification":
+    if prepared.task == "classification" and not recipe.head:
         tokens = sum(map(len, prepared.label_tokens))
         parts["labels"] = work.scoring([n + tokens for n in prompts], tokens * len(prompts)) / speed
     elif prepared.task == "generation" and recipe.evaluate.generate:

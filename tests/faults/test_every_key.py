@@ -280,6 +280,7 @@ CASES = {
     "lora.targets": Case(steps, ["down_proj"]),
     "lora.layers": Case(steps, 1),
     "lora.start_from": Case(from_an_adapter, "an adapter"),
+    "head": Case(examples, {}),
     "quantize": Case(steps, "4bit"),
     "train.epochs": Case(rates, 2, {"train.steps": None, "train.epochs": 1}),
     "train.steps": Case(rates, 4),
