@@ -9,6 +9,7 @@ B is the number of rows in a micro-batch, T its padded width, r the LoRA rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,11 +124,12 @@ class LoraSpec:
     dropout: float = 0.0  # of the adapter's input, while training
     targets: tuple[str, ...] = ()  # last parts of module names ("q_proj"); empty: every linear in the blocks
     layers: int | None = None  # only the last so many blocks; None: all
+    by_root: bool = False  # scale by alpha / sqrt(rank), as rank-stabilised LoRA does (Kalajdzievski, 2023)
     classes: int = 0  # of a linear head in the place of the output layer, which is trained too; 0: the output layer
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.by_root else self.rank)
 
     def trainable(self, modules: Modules) -> int:
         """Numbers in the adapter of `modules`."""

@@ -24,7 +24,7 @@ from finetune.data.rows import Example, Prepared
 from finetune.events import by_part
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schedule import make_plan
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Lora, Recipe
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec, trainable_numbers, with_classes
 from finetune.report.live_screen import with_progress
 from finetune.report.row_tokens import highlighted
@@ -202,7 +202,7 @@ def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]
         "warmup steps": f"{plan.warmup:,}",
         "rows of the first step": f"{len(first):,}",
         "its micro-batches, rows x tokens": shapes,
-        "adapter scale, alpha / rank": f"{lora.alpha:g} / {lora.rank} = {lora.alpha / lora.rank:g}",
+        **_scale(lora),
         "adapted layers": f"{len(modules):,}",
         "trainable parameters": f"{trainable_numbers(recipe, folder):,}",
         "numbers in the base's tensors": f"{total:,}",
@@ -214,6 +214,13 @@ def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]
     for name, figure in figures.items():
         table.add_row(name, figure)
     return table
+
+
+def _scale(lora: Lora) -> dict[str, str]:
+    root = "sqrt({})" if lora.rslora else "{}"
+    value = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
+    under = root.format(lora.rank)
+    return {f"adapter scale, alpha / {root.format('rank')}": f"{lora.alpha:g} / {under} = {value:g}"}
 
 
 def backends_table(recipe: Recipe, chosen: str) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ class Adapter:
 
     tensors: Mapping[str, FloatArray]
     rank: int
-    scale: float  # alpha / rank
+    scale: float  # alpha / rank, or alpha / sqrt(rank)
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 def read_adapter(folder: Path) -> Adapter:
     """An adapter of either format. Raises Incompatible, naming the file and what is wrong with it."""
     config, config_file = adapter_config(folder), folder / CONFIG_FILE
-    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
+    for key in ("use_dora", "rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise Incompatible(f"{config_file}: {key} is set; only plain LoRA can be a start")
     if config.get("peft_type", "LORA") != "LORA":
@@ -74,7 +75,8 @@ def _rank_and_scale(config: Mapping[str, Any], file: Path) -> tuple[int, float]:
     try:
         own = config if "r" in config else config["lora_parameters"]
         rank = own["r" if "r" in config else "rank"]
-        scale = own["lora_alpha"] / rank if "r" in config else own["scale"]
+        by_root = config.get("use_rslora") is True
+        scale = own["lora_alpha"] / (math.sqrt(rank) if by_root else rank) if "r" in config else own["scale"]
         fits = type(rank) is int and rank > 0 and type(scale) in (int, float) and abs(scale) <= _LARGEST
     except (KeyError, TypeError, ArithmeticError):
         fits = False
@@ -162,7 +164,7 @@ def _check_scale(folder: Path, adapter: Adapter, lora: LoraSpec) -> None:
         raise Incompatible(
             f"lora.start_from: {folder} has rank {adapter.rank} and scale {adapter.scale:g}; the recipe has rank "
             f"{lora.rank} and scale {lora.scale:g}. Set lora.rank: {adapter.rank} and "
-            f"lora.alpha: {adapter.scale * adapter.rank:g}"
+            f"lora.alpha: {adapter.scale * (math.sqrt(adapter.rank) if lora.by_root else adapter.rank):g}"
         )
 
 

@@ -84,7 +84,7 @@ def _config(
         **_targets(peft, None if len(indices) == blocks else indices, model),
         "bias": "none",
         "fan_in_fan_out": False,
-        "use_rslora": False,
+        "use_rslora": lora.by_root,
         "use_dora": False,
         "modules_to_save": None,
         "inference_mode": True,

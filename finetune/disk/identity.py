@@ -33,7 +33,8 @@ _NOT_IDENTITY = {
     "evaluate.answer", "evaluate.base", "evaluate.forgetting", "evaluate.swaps", "evaluate.suite",
 }  # fmt: skip
 
-_ABSENT = {"head"}  # keys that came later, where a recipe says nothing of them: not in earlier identities
+# Keys that came later, with the value that says nothing: not in the identities of earlier runs.
+_LATER: Mapping[str, Any] = {"head": None, "lora.rslora": False}
 
 
 def identity_of(
@@ -44,7 +45,7 @@ def identity_of(
     like: an identity of this run, whose kind is kept.
     """
     values = _flat(recipe.model_dump(mode="json", exclude={"data": {"groups"}}))
-    known = ((key, value) for key, value in values if value is not None or key not in _ABSENT)
+    known = ((key, value) for key, value in values if key not in _LATER or value != _LATER[key])
     settings = {key: value for key, value in known if key not in _NOT_IDENTITY}
     if like is not None and "kind" not in like:
         rows = sha256(b"".join(_tokens(example) for split in prepared.splits for example in split.examples))

@@ -96,7 +96,9 @@ class Prompt(Section):
 class Lora(Section):
     rank: Annotated[int, Field(gt=0, le=2**16)] = 8
     alpha: Annotated[float, Field(gt=0.0, le=1e6)] = 16.0
-    """The adapter's weight is alpha / rank, on every backend."""
+    """The adapter's weight is alpha / rank, on every backend; with rslora alpha / sqrt(rank)."""
+    rslora: bool = False
+    """Rank-stabilised LoRA: the rate that suits a small rank suits a large one too."""
     dropout: Share = 0.0
     targets: list[str] | Literal["all"] = "all"
     """Linear layers by the last part of their name (q_proj, v_proj), or all of those in the blocks."""
