@@ -224,9 +224,10 @@ class Session(Reader, Protocol):
     lora_shapes: Modules
     repeatable: bool  # True: equal steps from equal states give equal bytes. A step may find that they do not
 
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        """One AdamW update from the mean loss over all micro-batches.
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        """One AdamW update from the mean loss over all micro-batches: sum(weight * nll) / sum(weight).
 
+        total: to divide by instead of that sum, above 0; weights may then be below 0 too.
         Raises OutOfMemory, NonFinite, or ValueError for a token that the model does not have; then the state is as
         it was.
         """

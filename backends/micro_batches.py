@@ -31,6 +31,14 @@ def check_tokens(batches: Sequence[Batch], vocabulary: int, classes: int = 0) ->
             raise ValueError(f"class {wrong[0]} is not one of the head's {classes}")
 
 
+def total_of(micro: Sequence[Batch]) -> float:
+    """The sum of a step's weights. Raises ValueError where nothing is supervised."""
+    total = float(sum(np.sum(batch.weights, dtype=np.float64) for batch in micro))
+    if not total > 0:
+        raise ValueError("nothing is supervised in this step: all weights are 0")
+    return total
+
+
 def check_range(tokens: NDArray[Any], vocabulary: int) -> None:
     """Raises ValueError unless all are from 0 to `vocabulary` - 1."""
     if tokens.size and (tokens.min() < 0 or tokens.max() >= vocabulary):

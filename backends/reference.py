@@ -49,7 +49,7 @@ from backends.interface import (
     Wanted,
 )
 from backends.memory import available_bytes, process_peak_bytes
-from backends.micro_batches import check_tokens, numbered, places_of
+from backends.micro_batches import check_tokens, numbered, places_of, total_of
 from backends.model_folder import folder_of
 from backends.predictions import Architecture, Costs, Machine
 from backends.rate import SIZES, operations_per_second
@@ -125,10 +125,8 @@ class ReferenceSession:
         self._shapes = adapter_shapes(modules, lora.rank, head)
         self.set_state(TrainState(0, initial_adapter(modules, lora.rank, seed, head), {}))
 
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        total = float(sum(np.sum(batch.weights, dtype=np.float64) for batch in micro))
-        if not total > 0:
-            raise ValueError("nothing is supervised in this step: all weights are 0")
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        total = total_of(micro) if total is None else total
         check_tokens(micro, self._vocabulary, self._lora.classes)
         with _memory_guard(), np.errstate(all="ignore"):
             loss, grads = 0.0, {name: np.zeros_like(value) for name, value in self._adapter.items()}

@@ -36,13 +36,13 @@ from finetune.report.facts import facts_of
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
 from finetune.report.times import Times
-from finetune.training.head_first import HEAD_ALONE, head_first
+from finetune.training.head_first import HEAD_ALONE
 from finetune.training.job import Job, known_validation
 from finetune.training.keep import save_adapter
 from finetune.training.loop import Trainer
 from finetune.training.outlook import look_ahead, sampler_of
 from finetune.training.race import Race
-from finetune.training.ready import ready_trainer
+from finetune.training.ready import first_of_all, ready_trainer
 from finetune.training.settle import settle_recomputation
 from finetune.training.suites import ask_suite
 
@@ -127,7 +127,8 @@ class Run:
         self._write_environment(session)
         yield (ahead := look_ahead(settled, session))
         times = Times.of(folder, ahead)
-        head = yield from stoppable(head_first(settled, session, folder), self, "training the head")
+        prepared, head = yield from first_of_all(settled, session, folder, self)
+        self.job, settled = replace(job, prepared=prepared), replace(settled, prepared=prepared)
         base = yield from self._evaluate_base(session, times)
         words = bag_of_words(job.prepared, folder.words) if base else None
         checkpoints = Checkpoints(folder.checkpoints, identity)

@@ -38,7 +38,7 @@ from backends.interface import (
 from backends.layer_names import Names, Part
 from backends.loss_scale import loss_scales
 from backends.memory_plan import answering_bytes
-from backends.micro_batches import check_tokens, joined, numbered, own_part
+from backends.micro_batches import check_tokens, joined, numbered, own_part, total_of
 from backends.mlx_backend import blas_bridge
 from backends.mlx_backend.costs import NUMPY_PRODUCTS
 from backends.mlx_backend.device import (
@@ -139,10 +139,8 @@ class MlxSession:
         self._state: State
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed, head), {}))
 
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        total = float(sum(batch.weights.sum(dtype=np.float64) for batch in micro))
-        if not total > 0:
-            raise ValueError("nothing is supervised in this step: all weights are 0")
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        total = total_of(micro) if total is None else total
         check_tokens(micro, self._vocabulary, self._classes)
         with self._running(training=True):
             for scale in loss_scales(self._number_type, total):

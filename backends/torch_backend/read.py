@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from backends.interface import Batch, FloatArray, Scores
 from backends.micro_batches import joined, parts
+from backends.torch_backend.device import uploaded
 from backends.torch_backend.forward import Forward
 
 Positions = tuple[NDArray[np.int64], NDArray[np.int64]]  # rows [N] and columns [N] in the whole batch
@@ -19,7 +20,7 @@ def scores_of(forward: Forward, batch: Batch, tokens_at_once: int) -> Scores:
     """`Session.score`. The device computes some rows at a time."""
     logprob, greedy = np.zeros(batch.weights.shape, np.float32), np.zeros(batch.weights.shape, np.int32)
     for positions, states in _states(forward, batch, tokens_at_once):
-        targets = torch.from_numpy(batch.targets[positions].astype(np.int64)).to(states.device)
+        targets = uploaded([batch.targets[positions].astype(np.int64)], states.device)[0]
         part_logprob, part_greedy = forward.head.score(states, targets)
         logprob[positions], greedy[positions] = part_logprob.cpu().numpy(), part_greedy.cpu().numpy()
     return Scores(logprob, greedy)

@@ -37,7 +37,7 @@ from backends.interface import (
 from backends.layer_names import matched
 from backends.loss_scale import loss_scales
 from backends.memory_plan import answering_bytes
-from backends.micro_batches import check_tokens, joined, own_part
+from backends.micro_batches import check_tokens, joined, own_part, total_of
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 from backends.sampling import check_prompts, room_for_answers
@@ -151,10 +151,8 @@ class TorchSession:
         again = [RECOMPUTED] if self._spec.checkpointing else []
         return (*shared, *frozen, *head, LORA, *self._block_shortcuts, *again)
 
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        total = float(sum(np.sum(batch.weights, dtype=np.float64) for batch in micro))
-        if not total > 0:
-            raise ValueError("nothing is supervised in this step: all weights are 0")
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        total = total_of(micro) if total is None else total
         check_tokens(micro, self._vocabulary, self._classes)
         for scale in loss_scales(self._number_type, total):
             loss, norm = self._repeatably_updated(micro, total, lr, scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from backends.interface import FloatArray, Session
@@ -24,6 +25,7 @@ from finetune.report.summary import print_comparison
 from finetune.training.again import measured_again
 from finetune.training.head_first import HEAD_ALONE
 from finetune.training.job import Job, making_ready
+from finetune.training.references import with_references
 
 
 def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
@@ -63,6 +65,8 @@ def _evaluate_both(
     job: Job, session: Session, head: Mapping[str, FloatArray] | None
 ) -> Generator[Progress, None, tuple[Evaluation, Evaluation]]:
     """The base model, then the tuned one. head: as `base_weights` takes it."""
+    prepared = yield from with_references(job.prepared, session, job.recipe.train.tokens_at_once)
+    job = replace(job, prepared=prepared)
     with base_weights(session, head):
         base = yield from evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, "base model")
     tuned = yield from evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, "tuned model")

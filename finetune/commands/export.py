@@ -53,6 +53,8 @@ def run(
     job = with_progress(making_ready(recipe, backend, opened.path))
     check_base(opened.adapter, job.folder)
     check_held_out(opened.path, job.prepared, "Put the rows back as they were")
+    if job.prepared.task == "preference":  # what is verified is how the model answers
+        job = replace(job, prepared=replace(job.prepared, task="generation"))
     rows_measured = chosen(job.prepared.held_out, rows)
     if len(rows_measured.examples) < 2:
         raise Incompatible(f"{opened.path}: no held-out rows, so an export cannot be verified; set data.test")

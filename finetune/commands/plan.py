@@ -17,15 +17,15 @@ from backends.model_folder import ModelFolder
 from finetune.commands.doctor import described
 from finetune.console import Console, lines
 from finetune.data.clock import now
-from finetune.data.collate import collate, micro_batches, step_indices
+from finetune.data.collate import collate, step_indices
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
 from finetune.data.rows import Example, Prepared
 from finetune.events import by_part
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schedule import make_plan
-from finetune.recipe.schema import Lora, Recipe
-from finetune.recipe.specs import lora_spec, model_spec, optim_spec, trainable_numbers, with_classes
+from finetune.recipe.schema import Recipe
+from finetune.recipe.specs import lora_spec, model_spec, optim_spec, scale_in_words, trainable_numbers, with_classes
 from finetune.report.live_screen import with_progress
 from finetune.report.row_tokens import highlighted
 from finetune.report.tables import account_notes, account_table, figures_table
@@ -33,6 +33,7 @@ from finetune.text import amount, duration, from_here
 from finetune.training.budget import Forecast, Workload, forecast_here, forecast_on, workload
 from finetune.training.job import beyond_context, refuse_unfit, set_up
 from finetune.training.largest import largest_model, longest_row
+from finetune.training.objective import objective_of
 from finetune.training.outlook import seconds_of_parts, validations
 from finetune.training.race import foretold_race
 from finetune.training.suites import read_suite
@@ -133,6 +134,7 @@ def time_table(recipe: Recipe, prepared: Prepared, seconds: dict[str, float]) ->
     steps = make_plan(recipe, len(prepared.train.examples)).steps
     counts = {
         "head": f"{len(prepared.train.examples) + valid:,} rows",
+        "references": f"{len(prepared.train.examples) + valid + held_out * (prepared.test is not None):,} rows",
         "base model": f"{held_out:,} rows",
         "training": f"{steps:,} steps",
         "validation": f"{validations(recipe, prepared):,} x {valid:,} rows",
@@ -188,11 +190,12 @@ def machines_table(forecasts: dict[str, Forecast]) -> Table:
 def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Table:
     rows, plan = len(examples), make_plan(recipe, len(examples))
     first = step_indices(rows, recipe.train.batch_size, recipe.seed, 0)
-    micro = micro_batches([examples[i] for i in first], recipe.train.tokens_at_once)
+    micro = objective_of(recipe).batches([examples[i] for i in first], recipe.train.tokens_at_once, True)
     modules, lora = folder.lora_modules(lora_spec(recipe)), recipe.lora
     total = sum(int(np.prod(shape)) for shape in folder.shapes.values())
     minutes = recipe.train.checkpoint_minutes
     shapes = ", ".join(f"{batch.inputs.shape[0]} x {batch.inputs.shape[1]}" for batch in micro)
+    scale_name, scale = scale_in_words(lora)
     figures = {
         "optimiser steps" + ", at most" * plan.open_end: f"{plan.steps:,}",
         "steps per epoch": f"{plan.steps_per_epoch:,}",
@@ -202,7 +205,7 @@ def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]
         "warmup steps": f"{plan.warmup:,}",
         "rows of the first step": f"{len(first):,}",
         "its micro-batches, rows x tokens": shapes,
-        **_scale(lora),
+        scale_name: scale,
         "adapted layers": f"{len(modules):,}",
         "trainable parameters": f"{trainable_numbers(recipe, folder):,}",
         "numbers in the base's tensors": f"{total:,}",
@@ -214,13 +217,6 @@ def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]
     for name, figure in figures.items():
         table.add_row(name, figure)
     return table
-
-
-def _scale(lora: Lora) -> dict[str, str]:
-    root = "sqrt({})" if lora.rslora else "{}"
-    value = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
-    under = root.format(lora.rank)
-    return {f"adapter scale, alpha / {root.format('rank')}": f"{lora.alpha:g} / {under} = {value:g}"}
 
 
 def backends_table(recipe: Recipe, chosen: str) -> Table:

@@ -34,6 +34,8 @@ SPARE = 1.5  # of the run's own time: without so much a proof would hardly end
 
 def run(opened: RunFolder, recipe: Recipe, minutes: float | None, backend: str | None) -> None:
     """Writes suspects.csv into the run's folder, whole or not at all. minutes: that the proof may take."""
+    if recipe.preferences:
+        raise RecipeError("suspects: it judges rows with one answer; of pairs `finetune check` names contradictions")
     adapter = read_adapter(opened.adapter)
     tuned = load_evaluation(opened.evaluation("tuned"))
     if tuned is None:

@@ -34,7 +34,7 @@ _NOT_IDENTITY = {
 }  # fmt: skip
 
 # Keys that came later, with the value that says nothing: not in the identities of earlier runs.
-_LATER: Mapping[str, Any] = {"head": None, "lora.rslora": False}
+_LATER: Mapping[str, Any] = {"head": None, "preferences": None, "lora.rslora": False}
 
 
 def identity_of(
@@ -78,6 +78,8 @@ def split_digest(split: Split) -> str:
     for example in split.examples:
         ends = [len(example), example.answer, example.answer_start, example.answer_end]
         digest.update(json.dumps(ends).encode() + _tokens(example))
+        if example.rejected:
+            digest.update(_tokens(example.rejected))
     return digest.hexdigest()
 
 

@@ -93,6 +93,11 @@ class RunFolder:
         return self.path / "head.safetensors"
 
     @property
+    def references(self) -> Path:
+        """Log-probabilities of pairs of answers under the model without its adapter."""
+        return self.path / "references.json"
+
+    @property
     def race(self) -> Path:
         """The race that chose the learning rate, where the recipe leaves it open."""
         return self.path / "race.json"

@@ -111,7 +111,7 @@ class Analyst:
             "group": self.questions.groups,
             "length": by_length([len(example.prompt_tokens) for example in examples]),
         }
-        data, kinds = self._data(), confusions(base, tuned)
+        data, kinds = self._data(), [] if tuned.pairs else confusions(base, tuned)
         if _writes(self.recipe, self.prepared):
             kinds = yield from self._kinds_of_answers(base, tuned, data)
         swaps = yield from self._swaps(base, tuned)

@@ -16,6 +16,7 @@ from finetune.text import p_text
 if TYPE_CHECKING:
     from finetune.evaluation.evaluate import Evaluation
 
+PREFERENCE = "share of pairs whose better answer is the more probable one per token"
 RISE = 0.01  # of the lowest validation loss; a smaller rise counts as noise
 SIGNIFICANT = 0.05  # p-values below this
 
@@ -93,7 +94,8 @@ def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | Non
     of the loss on the same rows does. A gain is "Not good yet" where a constant answer does as well, and "Mixed" where
     macro F1 clearly falls. words: of `bag_of_words`.
     """
-    return " ".join((_compared(base, tuned, p_value), *_unread(base, tuned), *shortcomings(base, tuned, words)))
+    lacks = [] if tuned.pairs else shortcomings(base, tuned, words)
+    return " ".join((_compared(base, tuned, p_value), *_unread(base, tuned), *lacks))
 
 
 def _unread(base: Evaluation, tuned: Evaluation) -> list[str]:
@@ -112,7 +114,7 @@ def _compared(base: Evaluation, tuned: Evaluation, p_value: float | None) -> str
     same = all(before.correct == after.correct for before, after in zip(base.results, tuned.results, strict=True))
     if same and not tuned.labels:  # no open answer may match word for word, and yet all come closer
         return _by_loss(base, tuned)
-    measure = "accuracy" if tuned.labels else MEASURES[tuned.compared]
+    measure = "accuracy" if tuned.labels else PREFERENCE if tuned.pairs else MEASURES[tuned.compared]
     change = tuned.accuracy - base.accuracy
     verdict = _better_or_worse(change) if p_value < SIGNIFICANT else "No clear difference"
     if verdict == "Better":
@@ -137,7 +139,8 @@ def _by_loss(base: Evaluation, tuned: Evaluation) -> str:
     tokens = [row.tokens for row in tuned.results]
     low, high = weighted_mean_interval(differences, tokens)
     verdict = _better_or_worse(-low) if low > 0 or high < 0 else "No clear difference"
-    none = f"; {MEASURES[tuned.compared]} is 0 before and after" if base.accuracy == tuned.accuracy == 0 else ""
+    nothing = base.accuracy == tuned.accuracy == 0 and not tuned.pairs
+    none = f"; {MEASURES[tuned.compared]} is 0 before and after" if nothing else ""
     return (
         f"{verdict}: loss {base.loss:.4f} before, {tuned.loss:.4f} after, on the same {tuned.rows} rows "
         f"(95 % interval of the change: {low:+.4f} to {high:+.4f}){none}."

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from backends.interface import LoraSpec, ModelSpec, OptimSpec
 from backends.model_folder import ModelFolder
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Lora, Recipe
 
 
 def model_spec(recipe: Recipe, folder: ModelFolder) -> ModelSpec:
@@ -45,6 +45,13 @@ def trainable_numbers(recipe: Recipe, folder: ModelFolder) -> int:
     """In the adapter, and in the head beside it. Raises BackendError where the model has no such layers."""
     lora, hidden = lora_spec(recipe), folder.text_config.get("hidden_size")
     return lora.trainable(folder.lora_modules(lora)) + lora.classes * (hidden if isinstance(hidden, int) else 0)
+
+
+def scale_in_words(lora: Lora) -> tuple[str, str]:
+    """What the adapter's scale is, and its figures."""
+    under, number = (f"sqrt({one})" if lora.rslora else str(one) for one in ("rank", lora.rank))
+    scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
+    return f"adapter scale, alpha / {under}", f"{lora.alpha:g} / {number} = {scale:g}"
 
 
 def optim_spec(recipe: Recipe) -> OptimSpec:

@@ -22,6 +22,7 @@ from backends.memory_plan import (
 )
 from backends.model_folder import ModelFolder
 from finetune.data.collate import groups, step_indices, width
+from finetune.data.pair_batches import as_one
 from finetune.data.rows import Example
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import MICRO_TOKENS, Recipe
@@ -117,7 +118,7 @@ def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -
         model=model_spec(recipe, folder),
         lora=lora_spec(recipe),
         adapted=folder.lora_modules(lora_spec(recipe)),
-        examples=examples,
+        examples=[*map(as_one, examples)],
         batch_size=recipe.train.batch_size,
         epochs=plan.foretold / plan.steps_per_epoch,
         seed=recipe.seed,

@@ -220,4 +220,4 @@ def known_validation(job: Job, base: Evaluation | None) -> Evaluation | None:
     """
     if base is None or job.prepared.held_out is not job.prepared.valid or job.recipe.lora.start_from:
         return None
-    return base if job.prepared.task == "classification" else replace(base, accuracy=None)
+    return base if job.prepared.task in ("classification", "preference") else replace(base, accuracy=None)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from backends.interface import Batch, FloatArray, NonFinite, OutOfMemory, Session
-from finetune.data.collate import micro_batches, step_indices
+from finetune.data.collate import step_indices
 from finetune.data.rows import Example, Prepared
 from finetune.disk.checkpoint import Checkpoint, Checkpoints, check_tensors
 from finetune.disk.run_files import check_values
@@ -31,6 +31,7 @@ from finetune.events import (
 )
 from finetune.recipe.schedule import Plan, known_end, learning_rate, make_plan
 from finetune.recipe.schema import Recipe
+from finetune.training.objective import objective_of
 
 _ROWS_NAMED = 4  # of a step that diverged
 _REMEDY = "remove that checkpoint's folder to resume from the one before it"
@@ -77,6 +78,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.stopping = False  # set by whoever takes the events: stop after this step, or within this validation
+        self.objective = objective_of(self.recipe)
         self.longest: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
         self.plan = self.longest  # as far as it is known: with `epochs: auto` the validations say where it ends
         self.state = LoopState(self.recipe.train.tokens_at_once)
@@ -148,9 +150,9 @@ class Trainer:
         rate = learning_rate(self.recipe, self.plan, step)
         started = time.perf_counter()
         while True:
-            micro = micro_batches(examples, self.state.micro_tokens, self.session.shares_prefixes)
+            micro = self.objective.batches(examples, self.state.micro_tokens, self.session.shares_prefixes)
             try:
-                result = self.session.step(micro, rate)
+                result = self.objective.step(self.session, examples, micro, rate)
                 break
             except OutOfMemory as error:
                 self._split(step, micro, error)
@@ -173,7 +175,7 @@ class Trainer:
 
     def _split(self, step: int, micro: list[Batch], error: OutOfMemory) -> None:
         """Halve the largest micro-batch of several rows. Raises MemoryExhausted when every one is a single row."""
-        divisible = [batch.inputs.size for batch in micro if len(batch.inputs) > 1]
+        divisible = [batch.inputs.size for batch in micro if len(batch.inputs) > self.objective.together]
         if not divisible:
             raise MemoryExhausted(
                 f"step {step + 1}: a single row of {micro[0].inputs.shape[1]} tokens does not fit in memory ({error}). "
@@ -215,7 +217,10 @@ class Trainer:
     def _evaluate(self, step: int) -> Generator[Progress, None, Evaluation]:
         """All validation rows. Raises Interrupted between two batches when asked to stop."""
         limit = self.state.micro_tokens
-        work = Work(evaluate(self.session, self.prepared, self.prepared.valid, name="validation", micro_tokens=limit))
+        beta = self.recipe.preferences.beta if self.recipe.preferences else None
+        work = Work(
+            evaluate(self.session, self.prepared, self.prepared.valid, name="validation", micro_tokens=limit, beta=beta)
+        )
         for progress in work:
             yield replace(progress, step=step)
             if self.stopping and progress.done < progress.total:

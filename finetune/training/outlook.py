@@ -9,6 +9,7 @@ import numpy as np
 
 from backends import registry
 from backends.interface import PROMPTS_TOGETHER, BackendError, Session
+from finetune.data.pair_batches import as_one
 from finetune.data.rows import Example, Prepared
 from finetune.data.tokenizer import answer_text
 from finetune.evaluation.samples import Sampler
@@ -18,6 +19,7 @@ from finetune.recipe.schema import Recipe
 from finetune.training.budget import Workload, rate_here, workload
 from finetune.training.head_first import WHAT
 from finetune.training.job import Job
+from finetune.training.references import REFERENCES
 
 
 def look_ahead(job: Job, session: Session) -> Outlook:
@@ -67,6 +69,7 @@ def seconds_of_parts(recipe: Recipe, prepared: Prepared, work: Workload, speed: 
     speed: floating-point operations per second.
     """
     plan = make_plan(recipe, len(prepared.train.examples))
+    held = [example for split in (prepared.valid, prepared.test) if split for example in split.examples]
     measured = _evaluation(recipe, prepared, prepared.held_out.examples, work, speed)
     validated = _evaluation(recipe, prepared, prepared.valid.examples, work, speed)
     by_base = prepared.held_out is prepared.valid and recipe.evaluate.base and not recipe.lora.start_from
@@ -76,7 +79,10 @@ def seconds_of_parts(recipe: Recipe, prepared: Prepared, work: Workload, speed: 
     learned = ("loss",) if all(len(label) == 1 for label in prepared.label_tokens) else ("loss", "labels")
     parts = head_first(recipe, prepared, work, speed)
     parts |= {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
+    parts |= {REFERENCES: _scored(work, (*work.examples, *map(as_one, held)), speed)} if recipe.preferences else {}
     parts["training"] = work.operations() * plan.foretold / plan.steps_per_epoch / speed
+    if recipe.preferences:  # pairs are scored before their gradient is known
+        parts["training"] += _scored(work, work.examples, speed) * plan.foretold / plan.steps_per_epoch
     for name in ("loss", "labels"):
         if times := (untrained + trained * (name in learned)) * (name in validated):
             parts[f"validation: {name}"] = validated[name] * times
@@ -91,10 +97,17 @@ def head_first(recipe: Recipe, prepared: Prepared, work: Workload, speed: float)
     return {WHAT: work.scoring([len(example) - 1 for example in examples], len(examples)) / speed}
 
 
+def _scored(work: Workload, examples: Sequence[Example], speed: float) -> float:
+    """Seconds of scoring these rows once."""
+    supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in examples)
+    return work.scoring([len(example) - 1 for example in examples], supervised) / speed
+
+
 def _evaluation(
     recipe: Recipe, prepared: Prepared, examples: Sequence[Example], work: Workload, speed: float
 ) -> dict[str, float]:
     """Seconds of each kind of evaluation of these rows."""
+    examples = [*map(as_one, examples)]
     supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in examples)
     parts = {"loss": work.scoring([len(example) - 1 for example in examples], supervised) / speed}
     prompts = [len(example.prompt_tokens) for example in examples]

@@ -40,9 +40,9 @@ class SeedIgnored(ReferenceSession):
 
 
 class MeanOfMeans(ReferenceSession):
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
         self.count = len(micro)
-        return super().step(micro, lr)
+        return super().step(micro, lr, total)
 
     def _gradient(self, batch: Batch, total: float) -> Any:
         return super()._gradient(batch, max(float(batch.weights.sum()), 1e-9) * self.count)
@@ -141,9 +141,9 @@ class StateIsNotCopiedIn(ReferenceSession):
 
 
 class StepCountedThoughRefused(ReferenceSession):
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
         try:
-            return super().step(micro, lr)
+            return super().step(micro, lr, total)
         except ArithmeticError:
             raise
         except Exception:
@@ -152,26 +152,26 @@ class StepCountedThoughRefused(ReferenceSession):
 
 
 class BaseIsTrained(ReferenceSession):
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        result = super().step(micro, lr)
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        result = super().step(micro, lr, total)
         self._frozen = {name: value * np.float32(1.001) for name, value in self._frozen.items()}
         return result
 
 
 class RateIgnored(ReferenceSession):
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        return super().step(micro, 1e-2)
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        return super().step(micro, 1e-2, total)
 
 
 class NormAfterClipping(ReferenceSession):
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        result = super().step(micro, lr)
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        result = super().step(micro, lr, total)
         return replace(result, grad_norm=min(result.grad_norm, self._optim.clip_norm or np.inf))
 
 
 class PadsCounted(ReferenceSession):
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        return replace(super().step(micro, lr), tokens=sum(batch.weights.size for batch in micro))
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        return replace(super().step(micro, lr, total), tokens=sum(batch.weights.size for batch in micro))
 
 
 class EverythingScored(ReferenceSession):
