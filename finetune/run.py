@@ -7,24 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backends import registry
 from backends.interface import FloatArray, Session, TrainState
 from finetune import connections
 from finetune.check.analysis import analysing, questions_of
-from finetune.check.show import as_text
-from finetune.check.survey import as_json, survey
-from finetune.check.told import leaked_into, read_told
+from finetune.check.records import Records
+from finetune.check.told import leaked_into
 from finetune.check.verdict import headline
 from finetune.data.limit import limit_notes
 from finetune.disk.adapter import check_base, check_start
 from finetune.disk.adapter_check import loadings
-from finetune.disk.atomic import write_file
-from finetune.disk.checkpoint import Checkpoint, Checkpoints, load_newest
+from finetune.disk.checkpoint import Checkpoints
 from finetune.disk.held_out import write_held_out
-from finetune.disk.identity import check_identity, identity_of, read_identity
 from finetune.disk.lock import Lock
 from finetune.disk.metrics import MetricsFile, read
-from finetune.disk.run_folder import ENVIRONMENT, RunFolder, environment
+from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.analysis import Questions
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
 from finetune.evaluation.leaked import leaked_rows
@@ -77,7 +73,7 @@ class Run:
     def __init__(self, job: Job, folder: RunFolder, lock: Lock | None = None) -> None:
         self.job, self.folder, self.lock = job, folder, lock
         self.stopping = False
-        self._recomputed: bool | None = None  # whether blocks are; None: as the recipe says, or not decided yet
+        self._records = Records(job, folder, self)
 
     def events(self, resume: bool = False) -> Generator[Event, None, Report]:
         """Everything that happens, to the report. Raises Interrupted, FinetuneError, and errors of the backend.
@@ -108,24 +104,24 @@ class Run:
         """
         job, folder = self.job, self.folder
         unsettled = job.recipe.train.gradient_checkpointing == "auto"
-        self._recomputed = folder.recomputed() if resume and unsettled else None
-        identity, saved = yield from self._identity(resume)
+        self._records.recomputed = folder.recomputed() if resume and unsettled else None
+        identity, saved = yield from self._records.identity(resume)
         start = Path(job.recipe.lora.start_from) if job.recipe.lora.start_from else None
         if start:
             check_base(start, job.folder, job.recipe.model.path)
             check_start(start, job.folder, lora_spec(job.recipe))
         folder.write_identity(identity)
-        self._write_environment()
+        self._records.write_environment()
         write_held_out(folder, job.prepared)
         folder.write_json("data.json", account_of(job.prepared))
-        told = yield from self._check_data()
+        told = yield from self._records.checked_data()
         asked = questions_of(job)
         job.prepared.forget_records()
-        settled = yield from settle_recomputation(job, self._recomputed)
-        self._recomputed = settled.recipe.train.gradient_checkpointing is True if unsettled else None
+        settled = yield from settle_recomputation(job, self._records.recomputed)
+        self._records.recomputed = settled.recipe.train.gradient_checkpointing is True if unsettled else None
         session = settled.open()
-        self._write_environment(session)
-        yield (ahead := look_ahead(settled, session))
+        self._records.write_environment(session)
+        yield (ahead := look_ahead(settled, session, asked))
         times = Times.of(folder, ahead)
         prepared, head = yield from first_of_all(settled, session, folder, self)
         self.job, settled = replace(job, prepared=prepared), replace(settled, prepared=prepared)
@@ -155,7 +151,7 @@ class Run:
                     yield Note(event.step, notice)
                 if repeatable and not trainer.session.repeatable:
                     repeatable = False
-                    self._write_environment(trainer.session)
+                    self._records.write_environment(trainer.session)
                     yield Note(event.step, NOT_REPEATABLE)
                 trainer.stopping = self.stopping
 
@@ -168,14 +164,18 @@ class Run:
 
     def report(self, begun: Begun) -> Generator[Event, None, Report]:
         """The tuned model evaluated, and the report written. Raises Interrupted, Diverged."""
-        session = begun.trainer.session
+        job, session = self.job, begun.trainer.session
         with begun.times.measuring("tuned model", self.folder):
             tuned = yield from self._evaluate(session, "tuned model")
         save_evaluation(self.folder.evaluation("tuned"), tuned)
         with begun.times.measuring("errors", self.folder):
-            errors = analysing(self.job, session, begun.questions, begun.base, tuned, begun.head)
+            errors = analysing(job, session, begun.questions, begun.base, tuned, begun.head)
             analysis = yield from stoppable(errors, self, "analysing the errors")
-        suite = yield from stoppable(ask_suite(self.job, session, begun.head), self, "asking the suite")
+        suite = None
+        if job.suite is not None:
+            with begun.times.measuring("suite", self.folder):
+                asking = ask_suite(job, job.suite, session, begun.head)
+                suite = yield from stoppable(asking, self, "asking the suite")
         report = replace(self._figures(begun, tuned), analysis=analysis, suite=suite)
         write_report(self.folder, report)
         return report
@@ -207,54 +207,6 @@ class Run:
             limited=limit_notes(job.prepared),
             race=begun.race,
         )
-
-    def _write_environment(self, session: Session | None = None) -> None:
-        """environment.json: at first without what the session says, since opening one may crash."""
-        backend = self.job.backend
-        facts = environment(backend, registry.describe(backend, self.job.recipe.device))
-        facts["remote_code"] = self.job.recipe.model.remote_code
-        if self._recomputed is not None:
-            facts["recomputed"] = self._recomputed
-        if session:
-            facts |= {"shortcuts": list(session.shortcuts), "repeatable": session.repeatable}
-        self.folder.write_json(ENVIRONMENT, facts)
-
-    def _identity(self, resume: bool) -> Generator[Event, None, tuple[Mapping[str, Any], Checkpoint | None]]:
-        """The run's, of the kind that it began with, and its newest checkpoint. Raises Incompatible if they differ."""
-        earlier = read_identity(self.folder.path) if resume else None
-        if earlier or not resume:  # it is there before any checkpoint, as the evaluated base may be
-            identity = yield from self._reading(earlier)
-        if not resume:
-            return identity, None
-        saved, messages = load_newest(self.folder.checkpoints)
-        for message in messages:
-            yield Note(0, message)
-        if not earlier:
-            return (yield from self._reading(saved.identity if saved else None)), saved
-        if saved is not None:
-            check_identity(saved.identity, identity)
-        return identity, saved
-
-    def _reading(self, known: Mapping[str, Any] | None) -> Generator[Event, None, Mapping[str, Any]]:
-        """What the run is now. Raises Incompatible where that is not `known`; Interrupted."""
-        job = self.job
-        reading = identity_of(job.recipe, job.prepared, job.folder, like=known)
-        identity = yield from stoppable(reading, self, "reading the model")
-        if known is not None:
-            check_identity(known, identity)
-        return identity
-
-    def _check_data(self) -> Generator[Event, None, Mapping[str, Any]]:
-        """`finetune check` of the run's data, in check.txt and check.json, which a resumed run finds."""
-        job, folder = self.job, self.folder
-        if told := read_told(folder.path / "check.json"):
-            return told
-        survey_of_rows = survey(job.recipe, job.prepared, job.folder, job.tokenizer)
-        findings = yield from stoppable(survey_of_rows, self, "checking the data")
-        write_file(folder.path / "check.txt", as_text(findings, job.tokenizer))
-        values = as_json(findings, job.tokenizer)
-        folder.write_json("check.json", values)  # last: it says that both are there
-        return values
 
     def _evaluate_base(self, session: Session, times: Times) -> Generator[Event, None, Evaluation | None]:
         """The base model on the held-out rows: evaluated once per run, and kept for a resumed one."""

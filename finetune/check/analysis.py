@@ -12,13 +12,14 @@ from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.kinds import Analysis
 from finetune.events import Progress
 from finetune.recipe.schema import Groups
+from finetune.training.general import general_text_for
 from finetune.training.job import Job
 
 
 def questions_of(job: Job) -> Questions:
     """What is asked beside the held-out rows. The job's rows must still have their records."""
     groups = groups_held_out(job.prepared, job.recipe.data.groups)
-    return questions(job.recipe, job.tokenizer, job.prepared, groups)
+    return questions(job.recipe, job.tokenizer, job.prepared, groups, general_text_for(job))
 
 
 def groups_held_out(prepared: Prepared, groups: Groups | None) -> dict[str, list[int]]:
@@ -44,5 +45,5 @@ def analysing(
     """The errors of both models. session: with the tuned one in it. base, tuned: on the held-out rows. head: as
     `base_weights` takes it.
     """
-    analyst = Analyst(session, job.recipe, job.prepared, job.tokenizer, asked, job.folder.vocabulary, head)
+    analyst = Analyst(session, job.recipe, job.prepared, job.tokenizer, asked, head)
     return (yield from analyst.analysing(base, tuned))

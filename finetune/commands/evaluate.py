@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from backends.interface import FloatArray, Session
+from finetune.check.analysis import analysing, questions_of
 from finetune.console import Console
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
@@ -21,7 +22,7 @@ from finetune.recipe.names import local
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.report.report import compare
-from finetune.report.summary import print_comparison
+from finetune.report.summary import print_comparison, render_analysis
 from finetune.training.again import measured_again
 from finetune.training.head_first import HEAD_ALONE
 from finetune.training.job import Job, making_ready
@@ -29,22 +30,27 @@ from finetune.training.references import with_references
 
 
 def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
-    """Prints both models side by side and writes eval.json."""
+    """Prints both models side by side with their kinds of error, and writes eval.json."""
     adapter = read_adapter(opened.adapter)
     recorded = measured_again(recipe, backend, opened) if data is None else None
     job = recorded or job_of_files(opened, recipe, data, backend)
     check_base(opened.adapter, job.folder)
     session = job.open(adapter)
-    base, tuned = with_progress(_evaluate_both(job, session, read_head(opened)))
+    head = read_head(opened)
+    base, tuned = with_progress(_evaluate_both(job, session, head))
+    analysis = with_progress(analysing(without_forgetting(job), session, questions_of(job), base, tuned, head))
     comparison = compare(base, tuned, bag_of_words(job.prepared, opened.words))
-    print_comparison(
-        Console(),
-        base,
-        tuned,
-        comparison,
-        f"{tuned.rows} rows of {data or opened.path}{HEAD_ALONE if recipe.head else ''}",
-    )
-    values = {"data": data, "base": base.summary(), "tuned": tuned.summary(), "verdict": comparison.verdict}
+    console = Console()
+    title = f"{tuned.rows} rows of {data or opened.path}{HEAD_ALONE if recipe.head else ''}"
+    print_comparison(console, base, tuned, comparison, title)
+    render_analysis(console, analysis)
+    values = {
+        "data": data,
+        "base": base.summary(),
+        "tuned": tuned.summary(),
+        "verdict": comparison.verdict,
+        "analysis": analysis.to_json(rows=False),
+    }
     write_file(opened.path / "eval.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -59,6 +65,12 @@ def job_of_files(opened: RunFolder, recipe: Recipe, data: str | None, backend: s
     if data is None:
         check_held_out(opened.path, job.prepared, "Put the rows back as they were, or name other rows with --data")
     return job
+
+
+def without_forgetting(job: Job) -> Job:
+    """The run has measured it, and the adapter is the same."""
+    evaluate = job.recipe.evaluate.model_copy(update={"forgetting": False})
+    return replace(job, recipe=job.recipe.model_copy(update={"evaluate": evaluate}))
 
 
 def _evaluate_both(

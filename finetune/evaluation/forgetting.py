@@ -11,6 +11,7 @@ from statistics import NormalDist
 from typing import ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from backends.interface import IntArray, Session
 from finetune.data.rows import Example
@@ -22,12 +23,29 @@ from finetune.events import Progress
 
 FILE = "general.jsonl"  # 200 short pieces of our own writing, of five kinds in turn
 LONGEST = 64  # tokens of a piece; what lies beyond is not read
-MOST_ANSWERED = 32  # pieces that the base goes on with itself
+MOST_ANSWERED, FEWEST_ANSWERED = 32, 10  # pieces that the base goes on with itself; fewer tell nothing
 ANSWERED = 16  # tokens of a greedy answer to the first half of a piece
 FEWEST = 20  # pieces, to say anything
 MARGIN = 0.1  # nats per token: a smaller rise is of no account
 SIGNIFICANT = 0.01  # p-values below this, of a rise beyond the margin
+READING, ANSWERS = "errors: general text, {}", "errors: its own answers, {}"  # in the progress: of which model
+WRITING = "errors: its own answers, writing"
 Verdict = Literal["forgot", "some", "none", "too short to say"]
+
+
+@dataclass(frozen=True)
+class GeneralText:
+    """Pieces of text that are not of the recipe's data."""
+
+    kinds: Sequence[str] = ()  # of each piece
+    examples: Sequence[Example] = ()
+    answered: int = 0  # of them, that the base goes on with itself
+
+    @property
+    def halves(self) -> list[Example]:
+        """The first half of each of those."""
+        some = self.examples[: self.answered]
+        return [replace(example, answer_start=max(len(example) // 2, 1)) for example in some]
 
 
 @dataclass(frozen=True)
@@ -58,34 +76,44 @@ class Forgetting:
 
 
 def measuring(
-    session: Session, tokenizer: Tokenizer, stop: frozenset[int], most: int, micro_tokens: int, vocabulary: int | None
+    session: Session, general: GeneralText, stop: frozenset[int], micro_tokens: int
 ) -> Generator[Progress, None, tuple[Change, ...]]:
-    """Both models on as many pieces as `most` tokens allow; the kinds take turns. Nothing where they are too few.
-
-    vocabulary: pieces with a token beyond it are left out. Raises MemoryExhausted.
-    """
-    kinds, examples = pieces(tokenizer, vocabulary)
-    count = _affordable(examples, most)
-    if count < FEWEST:
+    """Both models on these pieces. Nothing where there are none. Raises MemoryExhausted."""
+    examples = general.examples
+    if not examples:
         return ()
-    kinds, examples = kinds[:count], examples[:count]
     with base_weights(session):
-        before = yield from row_losses(session, examples, micro_tokens, "general text: base model")
-        answers = yield from _answers(session, examples[: min(MOST_ANSWERED, count // 4)], stop)
-        own = yield from row_losses(session, answers, micro_tokens, "its own answers: base model")
-    after = yield from row_losses(session, examples, micro_tokens, "general text: tuned model")
-    named = {"all": list(range(count))}
-    for number, kind in enumerate(kinds):
+        before = yield from row_losses(session, examples, micro_tokens, READING.format("base model"))
+        answers = yield from _answers(session, general.halves, stop)
+        own = yield from row_losses(session, answers, micro_tokens, ANSWERS.format("base model"))
+    after = yield from row_losses(session, examples, micro_tokens, READING.format("tuned model"))
+    named = {"all": list(range(len(examples)))}
+    for number, kind in enumerate(general.kinds):
         named.setdefault(kind, []).append(number)
     changes = [change_of(name, before, after, rows) for name, rows in named.items()]
     if answers:
-        tuned = yield from row_losses(session, answers, micro_tokens, "its own answers: tuned model")
+        tuned = yield from row_losses(session, answers, micro_tokens, ANSWERS.format("tuned model"))
         changes.append(change_of("answers", own, tuned, range(len(answers))))
     return tuple(changes)
 
 
-def pieces(tokenizer: Tokenizer, vocabulary: int | None) -> tuple[list[str], list[Example]]:
-    """The kind of each piece, and the piece."""
+def general_text(tokenizer: Tokenizer, most: int, vocabulary: int | None) -> GeneralText:
+    """As many pieces as `most` tokens allow; the kinds take turns. None where they are too few.
+
+    vocabulary: pieces with a token beyond it are left out.
+    """
+    whole = pieces(tokenizer, vocabulary)
+    lengths = np.array([len(example) for example in whole.examples])
+    count = _affordable(2.4 * lengths + ANSWERED, most)  # both models read it; a quarter of them is gone on with too
+    if count < 4 * FEWEST_ANSWERED:
+        count = min(_affordable(2.0 * lengths, most), 4 * FEWEST_ANSWERED - 1)
+    if count < FEWEST:
+        return GeneralText()
+    answered = min(MOST_ANSWERED, count // 4) if count >= 4 * FEWEST_ANSWERED else 0
+    return GeneralText(whole.kinds[:count], whole.examples[:count], answered)
+
+
+def pieces(tokenizer: Tokenizer, vocabulary: int | None) -> GeneralText:
     file = resources.files("finetune") / "assets" / FILE
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     begin = begin_tokens(tokenizer)
@@ -95,7 +123,7 @@ def pieces(tokenizer: Tokenizer, vocabulary: int | None) -> tuple[list[str], lis
         if len(tokens) > 2 * len(begin) + 2 and (vocabulary is None or int(np.max(tokens)) < vocabulary):
             kinds.append(row["kind"])
             examples.append(_example(tokens, max(len(begin), 1), f"{FILE}:{len(kinds)}"))
-    return kinds, examples
+    return GeneralText(kinds, examples)
 
 
 def _example(tokens: IntArray, start: int, location: str) -> Example:
@@ -103,18 +131,16 @@ def _example(tokens: IntArray, start: int, location: str) -> Example:
     return Example(tokens, (np.arange(len(tokens)) >= start).astype(np.float32), location)
 
 
-def _affordable(examples: Sequence[Example], most: int) -> int:
-    """How many pieces both models can read for so many tokens; a quarter of them are gone on with too."""
-    each = np.array([2.4 * len(example) + ANSWERED for example in examples])
-    return int((each.cumsum() <= most).sum())
+def _affordable(each: NDArray[np.float64], most: int) -> int:
+    """How many of the first pieces, of so many tokens each, together have no more than `most`."""
+    return int(np.count_nonzero(np.cumsum(each) <= most))
 
 
 def _answers(
-    session: Session, examples: Sequence[Example], stop: frozenset[int]
+    session: Session, halves: Sequence[Example], stop: frozenset[int]
 ) -> Generator[Progress, None, list[Example]]:
-    """How the model itself goes on from the first half of each piece; those that end at once are left out."""
-    halves = [replace(example, answer_start=max(len(example) // 2, 1)) for example in examples]
-    written = yield from write_tokens(session, halves, stop, ANSWERED, "its own answers: writing")
+    """How the model itself goes on from each; those that end at once are left out."""
+    written = yield from write_tokens(session, halves, stop, ANSWERED, WRITING)
     return [
         _example(np.array([*half.prompt_tokens, *tokens], np.int32), len(half.prompt_tokens), half.location)
         for half, tokens in zip(halves, written, strict=True)

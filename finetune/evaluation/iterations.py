@@ -14,10 +14,9 @@ from typing import Any
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import holm, mcnemar_exact, standard_error, weighted_mean_interval, wilson_interval
 from finetune.evaluation.kinds import Analysis
-from finetune.evaluation.verdict import SIGNIFICANT
+from finetune.evaluation.verdict import LEAST_CHANGED, SIGNIFICANT
 from finetune.recipe.schema import MEASURES
 
-LEAST_CHANGED = 6  # rows: with fewer, McNemar's test cannot reach p < 0.05, and Holm's need not count it (Tarone, 1990)
 MOST_ADVISED = 5  # kinds for which to add rows
 KindKey = tuple[str, tuple[str, str] | None]  # a kind's name and, of a confusion, (true, predicted)
 

@@ -89,10 +89,11 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Data:
-    """What is known of the data, to look for misspelt words and inventions by; None where the rows are not there."""
+    """What is known of the data, to look for misspelt words and inventions by."""
 
     known: Known
     speller: Speller | None
+    trained: bool = True  # whether `known` is of the training rows; else inventions are not looked for
 
     def of_row(self, example: Example) -> Known:
         return Known.of((example.prompt, example.answer or ""))
@@ -135,9 +136,10 @@ def _rows_by_kind(
         if data.speller:
             spelt = data.speller.misspelt
             rows["misspelling"] = [i for i, answer, _ in said if spelt(answer, data.known.words, rows_own[i].words)]
-        rows["hallucination"] = [
-            i for i, answer, expected in said if invented(answer, expected, data.known, rows_own[i], data.speller)
-        ]
+        if data.trained:
+            rows["hallucination"] = [
+                i for i, answer, expected in said if invented(answer, expected, data.known, rows_own[i], data.speller)
+            ]
     if again:
         rows["inconsistency"] = [i for i, others in again.items() if inconsistent((answers[i], *others))]
     return rows

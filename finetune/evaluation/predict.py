@@ -22,18 +22,22 @@ class Prediction:
 
 
 def predict(
-    session: Reader, recipe: Recipe, prepared: Prepared, tokenizer: Tokenizer, max_tokens: int
+    session: Reader, recipe: Recipe, prepared: Prepared, tokenizer: Tokenizer, max_tokens: int, what: str = ""
 ) -> Generator[Progress, None, list[Prediction]]:
-    """Of each row of `prepared.held_out`, as evaluation has them. Raises MemoryExhausted, which names the row."""
+    """Of each row of `prepared.held_out`, as evaluation has them. Raises MemoryExhausted, which names the row.
+
+    what: names the progress, if not "labels" or "answers".
+    """
     examples = prepared.held_out.examples
     if prepared.task != "classification":
         stop = prepared.stop_tokens
         answers = yield from write_answers(
-            session, examples, stop, max_tokens, lambda tokens: answer_text(tokenizer, tokens, stop)
+            session, examples, stop, max_tokens, lambda tokens: answer_text(tokenizer, tokens, stop), what or "answers"
         )
         return [Prediction(answer.text) for answer in answers]
     micro_tokens = recipe.train.tokens_at_once
-    logprobs = yield from label_logprobs(session, examples, prepared.label_tokens, micro_tokens)  # [n, labels]
+    scoring = label_logprobs(session, examples, prepared.label_tokens, micro_tokens, what or "labels")
+    logprobs = yield from scoring  # [n, labels]
     likely = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
     shares = likely / likely.sum(axis=1, keepdims=True)
     chosen = logprobs.argmax(axis=1).tolist()

@@ -24,6 +24,7 @@ from finetune.recipe.schema import Recipe
 from finetune.text import harmless, shorten
 
 CHECKS, NAME = "checks", "name"  # keys of a case beside what is asked
+ASKED = "suite: {}"  # in the progress: of which model
 _SHOWN = 200  # characters of an answer
 
 
@@ -83,10 +84,18 @@ class SuiteResult:
         total, line = len(self.cases), f"suite {self.file}: the tuned model passes {self._share(self.tuned)}"
         if self.base is None:
             return f"{line} of {total} cases"
+        change = self._change()
+        test = f"McNemar's exact test: p = {change['p_value']:.2g}"
+        changed = f"{change['fixed']} fixed, {change['broken']} broken, {test}"
+        return f"{line} of {total} cases, the base {self._share(self.base)}; {changed}"
+
+    def _change(self) -> dict[str, Any]:
+        """From the base to the tuned model; nothing without a base."""
+        if self.base is None:
+            return {}
         pairs = [(not b.failures, not t.failures) for b, t in zip(self.base, self.tuned, strict=True)]
         fixed, broken = pairs.count((False, True)), pairs.count((True, False))
-        changed = f"{fixed} fixed, {broken} broken, McNemar's exact test: p = {mcnemar_exact(fixed, broken):.2g}"
-        return f"{line} of {total} cases, the base {self._share(self.base)}; {changed}"
+        return {"fixed": fixed, "broken": broken, "p_value": mcnemar_exact(fixed, broken)}
 
     def shortfall(self, at_least: float) -> str | None:
         """Why the tuned model does not surely pass that share of cases: the interval's lower end is below; or None."""
@@ -102,7 +111,7 @@ class SuiteResult:
         """Of both models, for JSON, without the single cases."""
         shares = {name: outcomes and self.passed(outcomes) for name, outcomes in self._models.items()}
         plain = {name: share and {"passed": share[0], "interval": list(share[1])} for name, share in shares.items()}
-        return {"file": self.file, "cases": len(self.cases), **plain}
+        return {"file": self.file, "cases": len(self.cases), **plain, **self._change()}
 
     def to_json(self) -> dict[str, Any]:
         """What suite.json holds: a case's location has the key `place`."""
@@ -202,14 +211,16 @@ def measure_suite(
     before = None
     if base:
         with base_weights(session, head):
-            before = yield from _outcomes(session, recipe, tokenizer, suite)
-    return SuiteResult(suite.file, suite.cases, before, (yield from _outcomes(session, recipe, tokenizer, suite)))
+            before = yield from _outcomes(session, recipe, tokenizer, suite, "base model")
+    after = yield from _outcomes(session, recipe, tokenizer, suite, "tuned model")
+    return SuiteResult(suite.file, suite.cases, before, after)
 
 
 def _outcomes(
-    session: Session, recipe: Recipe, tokenizer: Tokenizer, suite: Suite
+    session: Session, recipe: Recipe, tokenizer: Tokenizer, suite: Suite, model: str
 ) -> Generator[Progress, None, tuple[Outcome, ...]]:
-    made = yield from predict(session, recipe, suite.prepared, tokenizer, recipe.evaluate.max_tokens)
+    what, most = ASKED.format(model), recipe.evaluate.max_tokens
+    made = yield from predict(session, recipe, suite.prepared, tokenizer, most, what)
     return tuple(
         Outcome(one.predicted, tuple(case.checks.failures(one.predicted)))
         for case, one in zip(suite.cases, made, strict=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PREFERENCE = "share of pairs whose better answer is the more probable one per token"
 RISE = 0.01  # of the lowest validation loss; a smaller rise counts as noise
 SIGNIFICANT = 0.05  # p-values below this
+LEAST_CHANGED = 6  # rows: with fewer, McNemar's test cannot reach that, and Holm's need not count it (Tarone, 1990)
 
 CLEAR = 0.1  # of the loss at the start; a smaller rise may come from the rows of a batch
 IN_A_ROW = 3  # steps with a high loss; fewer may come from a few strange rows
@@ -90,9 +91,9 @@ def _epoch(validated: Validated) -> str:
 def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | None, words: Words | None = None) -> str:
     """Better, worse, or no clear difference, and why; and what models that know nothing would have.
 
-    `p_value` of McNemar's test decides where answers are right or wrong; elsewhere the 95 % interval of the change
-    of the loss on the same rows does. A gain is "Not good yet" where a constant answer does as well, and "Mixed" where
-    macro F1 clearly falls. words: of `bag_of_words`.
+    `p_value` of McNemar's test decides where answers are right or wrong; elsewhere, and where too few open answers
+    changed for that test, the 95 % interval of the change of the loss on the same rows does. A gain is "Not good yet"
+    where a constant answer does as well, and "Mixed" where macro F1 clearly falls. words: of `bag_of_words`.
     """
     lacks = [] if tuned.pairs else shortcomings(base, tuned, words)
     return " ".join((_compared(base, tuned, p_value), *_unread(base, tuned), *lacks))
@@ -111,8 +112,10 @@ def _unread(base: Evaluation, tuned: Evaluation) -> list[str]:
 def _compared(base: Evaluation, tuned: Evaluation, p_value: float | None) -> str:
     if base.accuracy is None or tuned.accuracy is None or p_value is None:
         return _by_loss(base, tuned)
-    same = all(before.correct == after.correct for before, after in zip(base.results, tuned.results, strict=True))
-    if same and not tuned.labels:  # no open answer may match word for word, and yet all come closer
+    changed = sum(before.correct != after.correct for before, after in zip(base.results, tuned.results, strict=True))
+    if (
+        changed < LEAST_CHANGED and not tuned.labels
+    ):  # few open answers may match word for word, and yet all come closer
         return _by_loss(base, tuned)
     measure = "accuracy" if tuned.labels else PREFERENCE if tuned.pairs else MEASURES[tuned.compared]
     change = tuned.accuracy - base.accuracy
@@ -139,11 +142,14 @@ def _by_loss(base: Evaluation, tuned: Evaluation) -> str:
     tokens = [row.tokens for row in tuned.results]
     low, high = weighted_mean_interval(differences, tokens)
     verdict = _better_or_worse(-low) if low > 0 or high < 0 else "No clear difference"
-    nothing = base.accuracy == tuned.accuracy == 0 and not tuned.pairs
-    none = f"; {MEASURES[tuned.compared]} is 0 before and after" if nothing else ""
+    matches = ""
+    if base.accuracy is not None and tuned.accuracy is not None:
+        measure = PREFERENCE if tuned.pairs else MEASURES[tuned.compared]
+        both = f"{base.accuracy:.3f} before, {tuned.accuracy:.3f} after"
+        matches = f"; {measure} {both if base.accuracy or tuned.accuracy else 'is 0 before and after'}"
     return (
         f"{verdict}: loss {base.loss:.4f} before, {tuned.loss:.4f} after, on the same {tuned.rows} rows "
-        f"(95 % interval of the change: {low:+.4f} to {high:+.4f}){none}."
+        f"(95 % interval of the change: {low:+.4f} to {high:+.4f}){matches}."
     )
 
 

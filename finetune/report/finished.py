@@ -20,6 +20,7 @@ from finetune.evaluation.verdict import Overfitting
 from finetune.events import Event, StepDone, Validated
 from finetune.recipe.schema import Recipe
 from finetune.report.facts import Facts
+from finetune.report.finished_suite import ToldSuite, with_cases
 from finetune.report.report import Report, load_evaluation
 
 _REMEDY = "delete it and resume the run, which writes it anew"
@@ -82,6 +83,7 @@ class Told:
     loads: list[Loading] = field(default_factory=list)
     connections: int | None = None
     time: ToldTimes | None = None
+    suite: ToldSuite | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class FinishedRun:
     checked: Checked | None  # None where the run has no check.json
     analysis: Analysis | None  # None where the run has no kinds.json
     identity: Mapping[str, Any]
+    suite: ToldSuite | None = None  # None where the recipe names none
 
     @property
     def name(self) -> str:
@@ -206,4 +209,5 @@ def _with_files(
         checked=read_json(folder.path / "check.json", Checked, remedy, "ignore"),
         analysis=read_json(folder.path / "kinds.json", Analysis, remedy, "ignore"),
         identity=read_identity(folder.path) or {},
+        suite=with_cases(told.suite, read_json(folder.path / "suite.json", ToldSuite, remedy, "ignore")),
     )

@@ -41,12 +41,15 @@ def _parts(compared: Compared) -> Iterator[RenderableType]:
 def _runs_table(names: Sequence[str], compared: Compared) -> Table:
     iterations, forgotten = compared.iterations, compared.forgotten
     told = any(forgotten)
-    table = _table("", "run", iterations.measure, "95 % interval", "wrong", *(["forgot"] if told else []), texts=2)
+    by_loss = iterations.measure == "loss"
+    more = [*([] if by_loss else ["loss"]), *(["forgot"] if told else [])]
+    table = _table("", "run", iterations.measure, "95 % interval", "wrong", *more, texts=2)
     for i, (name, figures) in enumerate(zip(names, iterations.runs, strict=True)):
         wrong = "-" if figures.right is None else f"{iterations.rows - figures.right:,}"
         change = forgotten[i]
         forgot = [f"{change.change:+.3f}" if change else "-"] if told else []
-        table.add_row(str(i + 1), _cell(name), _value(figures), _interval(figures), wrong, *forgot)
+        loss = [] if by_loss else [f"{compared.losses[i]:.4f}"]
+        table.add_row(str(i + 1), _cell(name), _value(figures), _interval(figures), wrong, *loss, *forgot)
     table.caption = "forgot: change of the loss on general text, nats per token" if told else None
     return table
 

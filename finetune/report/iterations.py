@@ -50,6 +50,11 @@ class Compared:
         return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
     @property
+    def losses(self) -> list[float]:
+        """Of each run, nats per token."""
+        return [run.tuned.loss for run in self.runs]
+
+    @property
     def forgotten(self) -> list[Change | None]:
         """Of each run the change of the loss on general text; None where it was not measured."""
         told = [run.analysis and run.analysis.forgetting for run in self.runs]
@@ -57,7 +62,9 @@ class Compared:
 
     def to_json(self) -> dict[str, Any]:
         runs = [
-            {"name": name, "path": str(run.path)} | asdict(figures) | {"forgotten": change and asdict(change)}
+            {"name": name, "path": str(run.path), "loss": run.tuned.loss}
+            | asdict(figures)
+            | {"forgotten": change and asdict(change)}
             for name, run, figures, change in zip(
                 self.names, self.runs, self.iterations.runs, self.forgotten, strict=True
             )

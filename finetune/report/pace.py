@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 from finetune.events import EndKnown, Event, Outlook, Progress, RunStarted, Samples, StepDone, StoppedEarly, Validated
 
 BASE, TRAINING, VALIDATION, TUNED = "base model", "training", "validation", "tuned model"
-PHASES = (BASE, TRAINING, VALIDATION, TUNED)
+ERRORS, SUITE = "errors", "suite"  # what both models are asked beside the held-out rows
+_ORDER = {BASE: 0, TRAINING: 1, VALIDATION: 1, TUNED: 2, ERRORS: 3, SUITE: 4}
+PHASES, AFTER = tuple(_ORDER), (TUNED, ERRORS, SUITE)  # training
 RECENT = 20  # steps whose time those to come are taken to need
 
 
@@ -28,7 +30,7 @@ class Pace:
     """Give it every event in order. What was measured counts before what was foretold."""
 
     clock: Callable[[], float] = time.monotonic  # seconds
-    phase: str = ""  # BASE, TRAINING, VALIDATION or TUNED; before the first, what the work is called
+    phase: str = ""  # of PHASES; before the first, what the work is called
     done: int = 0  # rows or steps of the phase
     total: int = 0
     steps: int = 0  # in the whole run
@@ -109,10 +111,13 @@ class Pace:
         """Of the whole run; None while nothing is known."""
         if not (self.outlook and self.outlook.seconds) and not self._recent:
             return None
-        return self._left(BASE) + self._training_left() + self._left(TUNED)
+        return self._left(BASE) + self._training_left() + sum(map(self._left, AFTER))
+
+    def is_over(self, phase: str) -> bool:
+        return _ORDER[phase] < _ORDER.get(self.phase, 0)
 
     def _training_left(self) -> float:
-        if self.phase == TUNED:
+        if self.phase in AFTER:
             return 0.0
         steps = 0 if self._stopped else self.steps - self.step
         left = steps * self._step_seconds()
@@ -134,8 +139,8 @@ class Pace:
         return self._foretold(VALIDATION) * self._slower() / planned
 
     def _left(self, phase: str) -> float:
-        """Of the base or of the tuned model's evaluation, which are alike."""
-        if self.outlook is None or (phase == BASE and (self.validations or self.phase in (TRAINING, TUNED))):
+        """Of what is not training; what the base and what the tuned model does are alike."""
+        if self.outlook is None or self.is_over(phase) or (phase == BASE and self.validations):
             return 0.0
         left = 0.0
         for what, seconds in self.outlook.seconds.items():

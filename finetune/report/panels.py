@@ -13,7 +13,7 @@ from rich.text import Text
 
 from finetune.console import lines
 from finetune.events import Outlook, Sample
-from finetune.report.pace import BASE, TRAINING, TUNED, VALIDATION
+from finetune.report.pace import BASE, ERRORS, PHASES, SUITE, TRAINING, TUNED, VALIDATION
 from finetune.report.screen import Status
 from finetune.report.tables import distinct
 from finetune.text import duration, shorten
@@ -21,6 +21,8 @@ from finetune.text import duration, shorten
 NARROW = 64  # columns below which nothing stands side by side
 ANSWERS = 10  # lines of the samples
 PROMPT = 2  # lines of a prompt
+
+_SHORT = {BASE: "base", TRAINING: "train", VALIDATION: "valid.", TUNED: "tuned", ERRORS: "err.", SUITE: "suite"}
 
 Overflow = Literal["crop", "ellipsis"]
 
@@ -48,21 +50,23 @@ class Header:
         yield title
         yield ProgressBar(1.0, pace.share or 0.0, complete_style="green", finished_style="green")
         yield Segment.line()
+        whole, short = (self._line(options.ascii_only, short) for short in (False, True))
+        yield whole if whole.cell_len <= options.max_width else short
+
+    def _line(self, ascii_only: bool, short: bool) -> Text:
         phases = Text(no_wrap=True, overflow="crop", end="\n")
-        for i, (mark, style, text) in enumerate(self._phases(options.ascii_only, options.max_width < NARROW)):
-            phases.append(f"{'   ' if i else ''}{mark} {text}", style)
-        yield phases
+        for i, (mark, style, text) in enumerate(self._phases(ascii_only, short)):
+            phases.append(f"{'  ' if short and i else '   ' if i else ''}{mark} {text}", style)
+        return phases
 
     def _phases(self, ascii_only: bool, short: bool) -> list[tuple[str, str, str]]:
         """(mark, style, text) of each."""
         pace = self._status.pace
         over, now, later = ("+", ">", "-") if ascii_only else ("✓", "●", "○")
         outlook: Outlook | None = pace.outlook
-        names = {BASE: BASE, TRAINING: TRAINING, VALIDATION: VALIDATION, TUNED: TUNED}
-        if short:
-            names |= {BASE: "base", TRAINING: "train", VALIDATION: "valid.", TUNED: "tuned"}
-        has_base = outlook is not None and any(what.startswith(BASE) for what in outlook.seconds)
-        order = [name for name in names if name != BASE or has_base or pace.phase == BASE]
+        names = {name: name for name in PHASES} | (_SHORT if short else {})
+        there = {TRAINING, VALIDATION, TUNED, pace.phase, *(outlook.parts if outlook else ())}
+        order = [name for name in names if name in there]
         if outlook is None and pace.phase not in names:
             return [(now, "bold", pace.phase)] if pace.phase else []
         phases = []
@@ -72,16 +76,9 @@ class Header:
                 text += f" {pace.step}/{pace.steps}"
             elif name == VALIDATION and outlook:
                 text += f" {pace.validations}/{outlook.validations}"
-            done = self._is_over(name)
-            mark, style = (over, "green") if done else (now, "bold") if name == pace.phase else (later, "dim")
-            phases.append((mark, style, text))
+            mark, style = (now, "bold") if name == pace.phase else (later, "dim")
+            phases.append((over, "green", text) if pace.is_over(name) else (mark, style, text))
         return phases
-
-    def _is_over(self, name: str) -> bool:
-        pace = self._status.pace
-        if name == BASE:
-            return pace.phase in (TRAINING, VALIDATION, TUNED)
-        return name != TUNED and pace.phase == TUNED
 
 
 class Foot:

@@ -103,8 +103,11 @@ def render_analysis(console: Console, analysis: Analysis) -> None:
         console.print(kinds_table(analysis.kinds))
     if none := [kind.name for kind in analysis.kinds if not kind.occurs and kind.labels is None]:
         console.print(f"in no answer: {', '.join(none)}", soft_wrap=True)
-    if any(kind.labels is None for kind in analysis.kinds) and not analysis.language:
+    if (named := {kind.name for kind in analysis.kinds if kind.labels is None}) and not analysis.language:
         console.print("misspelt words were not looked for: there is no list of this language", soft_wrap=True)
+    if named and "hallucination" not in named:
+        known = "only words of the measured rows count as the data's own"
+        console.print(f"the training rows were not read: inventions were not looked for, and {known}", soft_wrap=True)
     for sentence in sentences(analysis.slices):
         console.print(lines(sentence, style="bold red"))
     if analysis.swaps:

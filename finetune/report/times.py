@@ -54,9 +54,15 @@ class Times:
         if not both:
             return []
         foretold, measured = (sum(values[part] for part in both) for values in (self.foretold, self.measured))
-        change = f" ({100 * (measured / foretold - 1):+.0f} %)" if foretold else ""
+        change = f" ({_change(measured / foretold)})" if foretold else ""
         parts = ", ".join(f"{part} {_pair(self.measured, self.foretold, part)}" for part in both)
         return [f"time: {duration(measured)}, foretold {duration(foretold)}{change}; {parts}"]
+
+
+def _change(ratio: float) -> str:
+    if ratio < 2:
+        return f"{100 * (ratio - 1):+.0f} %"
+    return f"{ratio:.1f} times as long" if ratio < 100 else "more than 100 times as long"
 
 
 def _pair(measured: Mapping[str, float], foretold: Mapping[str, float], part: str) -> str:

@@ -133,9 +133,14 @@ def making_ready(
         prepared = yield from prepare(recipe, setup.tokenizer, None, clock, labels, parting)
     refuse(prepared, recipe)
     refuse_unfit(setup, prepared)
+    known = recognised(recipe, prepared)
+    return Job(recipe=known, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
+
+
+def recognised(recipe: Recipe, prepared: Prepared) -> Recipe:
+    """The recipe with the format and the task that its rows were found to have."""
     data = recipe.data.model_copy(update={"format": prepared.format})
-    recipe = with_classes(recipe.model_copy(update={"data": data, "task": prepared.task}), prepared.labels)
-    return Job(recipe=recipe, folder=setup.folder, tokenizer=setup.tokenizer, backend=chosen, prepared=prepared)
+    return with_classes(recipe.model_copy(update={"data": data, "task": prepared.task}), prepared.labels)
 
 
 def refuse_unfit(setup: Setup, prepared: Prepared) -> None:

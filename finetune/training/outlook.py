@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-
-import numpy as np
 
 from backends import registry
-from backends.interface import PROMPTS_TOGETHER, BackendError, Session
-from finetune.data.pair_batches import as_one
-from finetune.data.rows import Example, Prepared
+from backends.interface import BackendError, Session
+from finetune.data.rows import Prepared
 from finetune.data.tokenizer import answer_text
+from finetune.evaluation.analysis import Questions
 from finetune.evaluation.samples import Sampler
 from finetune.events import Outlook
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
+from finetune.training.beside import Beside, Seconds
 from finetune.training.budget import Workload, rate_here, workload
 from finetune.training.head_first import WHAT
 from finetune.training.job import Job
 from finetune.training.references import REFERENCES
 
 
-def look_ahead(job: Job, session: Session) -> Outlook:
+def look_ahead(job: Job, session: Session, questions: Questions) -> Outlook:
     """Of a run on this machine, whose matrix products are timed for a moment."""
     examples = job.prepared.train.examples
     free = session.free_bytes()
@@ -31,21 +29,22 @@ def look_ahead(job: Job, session: Session) -> Outlook:
         title=f"{job.recipe.model.path} on {job.backend} ({session.device}), {len(examples):,} rows",
         steps=make_plan(job.recipe, len(examples)).steps,
         validations=validations(job.recipe, job.prepared),
-        seconds=_foretold(job, session),
+        seconds=_foretold(job, session, questions),
         chance=1 / len(job.prepared.labels) if job.prepared.labels else None,
         majority=_majority(job.prepared),
         memory=None if free is None else free + session.peak_bytes(),
     )
 
 
-def _foretold(job: Job, session: Session) -> dict[str, float]:
+def _foretold(job: Job, session: Session, questions: Questions) -> dict[str, float]:
     """Nothing of a model that no files describe, as the toys of the reference backend."""
     try:
         work = workload(job.recipe, job.folder, job.prepared.train.examples)
     except BackendError:
         return {}
     costs = registry.costs(job.backend, registry.device_kind(session.device))
-    return seconds_of_parts(job.recipe, job.prepared, work, rate_here(job.backend, work) * costs.reached)
+    speed = rate_here(job.backend, work) * costs.reached
+    return seconds_of_parts(job.recipe, job.prepared, work, speed, Beside(questions, job.suite))
 
 
 def sampler_of(job: Job) -> Sampler:
@@ -63,15 +62,17 @@ def validations(recipe: Recipe, prepared: Prepared) -> int:
     return sum(plan.evaluates_after(step) for step in {*every, steps})
 
 
-def seconds_of_parts(recipe: Recipe, prepared: Prepared, work: Workload, speed: float) -> dict[str, float]:
+def seconds_of_parts(
+    recipe: Recipe, prepared: Prepared, work: Workload, speed: float, asked: Beside | None = None
+) -> dict[str, float]:
     """In the order of the run; the keys are "training" and the names of `Progress.what`.
 
-    speed: floating-point operations per second.
+    speed: floating-point operations per second. asked: beside the held-out rows.
     """
-    plan = make_plan(recipe, len(prepared.train.examples))
+    plan, seconds = make_plan(recipe, len(prepared.train.examples)), Seconds(recipe, prepared, work, speed)
     held = [example for split in (prepared.valid, prepared.test) if split for example in split.examples]
-    measured = _evaluation(recipe, prepared, prepared.held_out.examples, work, speed)
-    validated = _evaluation(recipe, prepared, prepared.valid.examples, work, speed)
+    measured = seconds.evaluation(prepared.held_out.examples)
+    validated = seconds.evaluation(prepared.valid.examples)
     by_base = prepared.held_out is prepared.valid and recipe.evaluate.base and not recipe.lora.start_from
     untrained = 0 if by_base else 1  # validations before the first step; the base model's may serve
     trained = validations(recipe, prepared) - 1
@@ -79,14 +80,16 @@ def seconds_of_parts(recipe: Recipe, prepared: Prepared, work: Workload, speed: 
     learned = ("loss",) if all(len(label) == 1 for label in prepared.label_tokens) else ("loss", "labels")
     parts = head_first(recipe, prepared, work, speed)
     parts |= {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
-    parts |= {REFERENCES: _scored(work, (*work.examples, *map(as_one, held)), speed)} if recipe.preferences else {}
+    parts |= {REFERENCES: seconds.reading((*work.examples, *held))} if recipe.preferences else {}
     parts["training"] = work.operations() * plan.foretold / plan.steps_per_epoch / speed
     if recipe.preferences:  # pairs are scored before their gradient is known
-        parts["training"] += _scored(work, work.examples, speed) * plan.foretold / plan.steps_per_epoch
+        parts["training"] += seconds.reading(work.examples) * plan.foretold / plan.steps_per_epoch
     for name in ("loss", "labels"):
         if times := (untrained + trained * (name in learned)) * (name in validated):
             parts[f"validation: {name}"] = validated[name] * times
-    return parts | {f"tuned model: {name}": t for name, t in measured.items() if name in (*learned, "answers")}
+    parts |= {f"tuned model: {name}": t for name, t in measured.items() if name in (*learned, "answers")}
+    models = ("base model", "tuned model") if recipe.evaluate.base else ("tuned model",)
+    return parts | (seconds.beside(asked, models) if asked else {})
 
 
 def head_first(recipe: Recipe, prepared: Prepared, work: Workload, speed: float) -> dict[str, float]:
@@ -95,30 +98,6 @@ def head_first(recipe: Recipe, prepared: Prepared, work: Workload, speed: float)
         return {}
     examples = (*prepared.train.examples, *prepared.valid.examples)
     return {WHAT: work.scoring([len(example) - 1 for example in examples], len(examples)) / speed}
-
-
-def _scored(work: Workload, examples: Sequence[Example], speed: float) -> float:
-    """Seconds of scoring these rows once."""
-    supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in examples)
-    return work.scoring([len(example) - 1 for example in examples], supervised) / speed
-
-
-def _evaluation(
-    recipe: Recipe, prepared: Prepared, examples: Sequence[Example], work: Workload, speed: float
-) -> dict[str, float]:
-    """Seconds of each kind of evaluation of these rows."""
-    examples = [*map(as_one, examples)]
-    supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in examples)
-    parts = {"loss": work.scoring([len(example) - 1 for example in examples], supervised) / speed}
-    prompts = [len(example.prompt_tokens) for example in examples]
-    if prepared.task == "classification" and not recipe.head:
-        tokens = sum(map(len, prepared.label_tokens))
-        parts["labels"] = work.scoring([n + tokens for n in prompts], tokens * len(prompts)) / speed
-    elif prepared.task == "generation" and recipe.evaluate.generate:
-        steps = -(-len(prompts) // PROMPTS_TOGETHER) * recipe.evaluate.max_tokens
-        reading = work.scoring(prompts, len(prompts)) / speed
-        parts["answers"] = reading + work.scoring([1], 1) * steps * min(PROMPTS_TOGETHER, len(prompts)) / speed
-    return parts
 
 
 def _majority(prepared: Prepared) -> float | None:

@@ -16,7 +16,7 @@ from finetune.data.label_names import Labels
 from finetune.data.problems import listed
 from finetune.data.read import read
 from finetune.data.renderers import CONVERSATIONS
-from finetune.data.rows import Row, Rows
+from finetune.data.rows import Prepared, Row, Rows
 from finetune.data.unanswered import unanswered
 from finetune.disk.identity import clock_of
 from finetune.disk.run_folder import RunFolder
@@ -32,15 +32,19 @@ PROMPT = "prompt"  # how a case may call its question, whatever the recipe's col
 
 def ready_with_suite(recipe: Recipe, run: Path | None) -> Generator[Progress, None, Job]:
     """`making_ready`, with the suite that the recipe names: read before anything else, and written as prompts."""
-    file = recipe.evaluate.suite
-    cases = read_suite(file) if file else ()
+    cases = read_suite(recipe.evaluate.suite) if recipe.evaluate.suite else ()
     job = yield from making_ready(recipe, run=run)
+    return replace(job, suite=(yield from suite_of(job, job.prepared, cases)))
+
+
+def suite_of(setup: Setup, rows: Prepared, cases: tuple[Case, ...]) -> Generator[Progress, None, Suite | None]:
+    """The recipe's, with prompts as the rows have them; None where it names none. Needs the rows' records."""
+    file = setup.recipe.evaluate.suite
     if not file:
-        return job
-    rows = job.prepared
+        return None
     always = always_filled(rows.renderer, rows.format, rows.train.records)
     clock = rows.renderer.clock if rows.renderer else None
-    return replace(job, suite=(yield from _prepare(job, file, cases, rows.labels, always, clock)))
+    return (yield from _prepare(setup, file, cases, rows.labels, always, clock))
 
 
 def suite_again(
@@ -58,15 +62,10 @@ def suite_again(
 
 
 def ask_suite(
-    job: Job, session: Session, head: Mapping[str, FloatArray] | None = None
-) -> Generator[Progress, None, SuiteResult | None]:
-    """The suite of a run, asked of both models where the recipe measures both; None where it names none.
-
-    head: as `base_weights` takes it.
-    """
-    if job.suite is None:
-        return None
-    return (yield from measure_suite(session, job.recipe, job.tokenizer, job.suite, job.recipe.evaluate.base, head))
+    job: Job, suite: Suite, session: Session, head: Mapping[str, FloatArray] | None = None
+) -> Generator[Progress, None, SuiteResult]:
+    """The suite of a run, asked of both models where the recipe measures both. head: as `base_weights` takes it."""
+    return measure_suite(session, job.recipe, job.tokenizer, suite, job.recipe.evaluate.base, head)
 
 
 def read_suite(file: str) -> tuple[Case, ...]:

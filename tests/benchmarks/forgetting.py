@@ -23,7 +23,7 @@ from finetune.run import Run
 from tests.unit.toy_run import load_job
 
 ROOT = Path(__file__).parents[2]
-ANALYSIS = ("general text", "its own answers")  # what the progress says of it
+ANALYSIS = ("errors: general text", "errors: its own answers")  # what the progress says of it
 REVIEWS = ROOT / "finetune" / "assets" / "reviews" / "train.jsonl"
 
 

@@ -26,6 +26,7 @@ from finetune.report.finished import (  # its parts, as check.json gives them
     _Pairs,
     _Split,
 )
+from finetune.report.finished_suite import ToldSuite
 from finetune.report.report import compare
 
 LABELS = ("good", "bad")
@@ -92,6 +93,7 @@ def finished(
     name: str = "run",
     analysis: Analysis | None = None,
     identity: Mapping[str, Any] | None = None,
+    suite: ToldSuite | None = None,
     **sections: Any,
 ) -> FinishedRun:
     """A run of this recipe with these figures."""
@@ -128,5 +130,6 @@ def finished(
         environment=Environment("3.12", "Linux", "x86_64", {"numpy": "2"}, ["shared prefixes"], True),
         checked=checked,
         analysis=analysis,
+        suite=suite,
         identity=identity or {"rows": {"train": "a", "test": "b"}, "base_model": {"files": {}}},
     )

@@ -10,7 +10,7 @@ from finetune.check.duplicates import Duplicates, Pair
 from finetune.check.show import _duplicates
 from finetune.console import plain_page
 from finetune.data.rows import Prepared, Split
-from finetune.report.tables import account_notes, account_table
+from finetune.report.tables import account_notes, account_table, distinct
 from finetune.text import from_here
 
 LONG = "text is empty, and a reason may be so long that no cell of a narrow table can hold it; give it some text"
@@ -56,3 +56,19 @@ def test_what_leaked_stands_a_line_each_from_here(tmp_path: Path, monkeypatch: p
 def test_paths_are_named_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str) -> None:
     monkeypatch.chdir(tmp_path)
     assert from_here(text.format(here=tmp_path)) == said.format(here=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+        ("[INST]", "[/INST]"),
+        ("<s>", "</s>"),
+        ("Review: ", "\n\nSentiment:"),
+        ("", ""),
+    ],
+)
+def test_a_prompt_is_shown_without_its_template(before: str, after: str) -> None:
+    texts = ["what is this? :)", "who wrote that? :)", "a<b? :)"]
+    shown = distinct([f"{before}{text}{after}" for text in texts])
+    assert [text.removesuffix(" :)") for text in shown] == [text.removesuffix(" :)") for text in texts]

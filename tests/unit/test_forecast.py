@@ -19,13 +19,14 @@ from rich.table import Table
 from backends import rate, registry
 from backends.interface import LoraSpec
 from backends.model_folder import ModelFolder
-from finetune.commands.plan import answer, compare_backends, steps_table
+from finetune.commands.plan import answer, compare_backends
 from finetune.console import Console, plain_page
 from finetune.data.collate import micro_batches, step_indices
 from finetune.data.rows import Example, Prepared, Split
 from finetune.events import Work
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import MICRO_TOKENS
+from finetune.report.plan_tables import steps_table
 from finetune.training import budget, settle
 from finetune.training.budget import (
     LEAST,

@@ -9,12 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from finetune.data.rows import Example, Split
 from finetune.data.tokenizer import load_tokenizer
-from finetune.evaluation.analysis import FORGETTING, rows_again, run_tokens
-from finetune.evaluation.forgetting import Change, beyond, change_of, judge, measuring, pieces
+from finetune.evaluation.analysis import rows_again, run_tokens
+from finetune.evaluation.forgetting import (
+    Change,
+    GeneralText,
+    beyond,
+    change_of,
+    general_text,
+    judge,
+    measuring,
+    pieces,
+)
 from finetune.evaluation.scoring import RowLosses
 from finetune.recipe.load import check_recipe
+from finetune.training.general import affordable, computed_share
 from finetune.training.job import find_folder
+from finetune.training.outlook import seconds_of_parts
+from tests.unit.test_forecast import work
 from tests.unit.test_groups import evaluation
 from tests.unit.toy_run import dataset, prepared, recipe, result_of, session, trainer
 
@@ -26,16 +39,17 @@ def tokenizer() -> object:
 
 
 def test_the_pieces_are_200_of_five_kinds_in_turn(tokenizer: object) -> None:
-    kinds, examples = pieces(tokenizer, None)
+    whole = pieces(tokenizer, None)
+    kinds, examples = whole.kinds, whole.examples
     assert Counter(kinds) == dict.fromkeys(("encyclopaedic", "dialogue", "code", "instructions", "arithmetic"), 40)
     assert kinds[:5] == kinds[5:10] and len({example.tokens.tobytes() for example in examples}) == 200
     assert all(example.weights[0] == 0 and 4 < len(example) <= 64 for example in examples)
 
 
 def test_a_piece_with_tokens_that_the_model_lacks_is_left_out(tokenizer: object) -> None:
-    _, every = pieces(tokenizer, None)
+    every = pieces(tokenizer, None).examples
     limit = sorted(int(example.tokens.max()) for example in every)[100]
-    _, examples = pieces(tokenizer, limit)
+    examples = pieces(tokenizer, limit).examples
     assert 0 < len(examples) <= 100 and all(example.tokens.max() < limit for example in examples)
 
 
@@ -86,9 +100,8 @@ def test_a_run_too_short_says_so() -> None:
 def test_the_base_is_measured_without_the_adapter_and_the_tuned_model_is_left_as_it_was(
     tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "finetune.evaluation.forgetting.pieces", lambda *_: (["code"] * 40, dataset("x", 40, 5).examples)
-    )
+    general = GeneralText(["code"] * 40, dataset("x", 40, 5).examples, 10)
+    monkeypatch.setattr("finetune.evaluation.forgetting.pieces", lambda *_: general)
     live = session(tmp_path / "model")
     state = live.get_state()
     rng = np.random.default_rng(0)
@@ -96,18 +109,44 @@ def test_the_base_is_measured_without_the_adapter_and_the_tuned_model_is_left_as
         type(state)(3, {n: rng.standard_normal(t.shape).astype(np.float32) for n, t in state.adapter.items()}, {})
     )
     kept = live.get_state()
-    changes = result_of(measuring(live, tokenizer, frozenset({2}), 10**6, 4096, None))
+    changes = result_of(measuring(live, general, frozenset({2}), 4096))
     assert [change.name for change in changes] == ["all", "code", "answers"]
     assert changes[0].change > 0.1 and changes[2].pieces <= 10
     assert all(np.array_equal(kept.adapter[n], t) for n, t in live.get_state().adapter.items())
-    assert result_of(measuring(live, tokenizer, frozenset({2}), 100, 4096, None)) == ()  # too few for what it may cost
+    assert general_text(tokenizer, 10**6, None) == general
+    some = general_text(tokenizer, 800, None)  # too few for answers of its own to tell anything
+    assert 20 <= len(some.examples) < 40 and not some.halves
+    assert [one.name for one in result_of(measuring(live, some, frozenset({2}), 4096))] == ["all", "code"]
+    few = general_text(tokenizer, 100, None)  # too few for what it may cost
+    assert not few.examples and result_of(measuring(live, few, frozenset({2}), 4096)) == ()
 
 
 def test_it_costs_a_share_of_the_run() -> None:
     rows = prepared(train=200, valid=50)
     few, many = (recipe(train={"epochs": epochs}) for epochs in (1, 10))
     assert run_tokens(many, rows) > 5 * run_tokens(few, rows) > 0
-    assert FORGETTING <= 0.05 and rows_again(few, rows) == 0  # labels are not asked again
+    assert rows_again(few, rows) == 0  # labels are not asked again
+
+
+@pytest.mark.parametrize("vocabulary", [500, 200_000])
+def test_what_it_reads_is_a_share_of_what_the_run_computes(vocabulary: int) -> None:
+    """Whatever the head weighs, through which only general text passes with every token."""
+    rows = prepared(train=200, valid=50)
+    asked = check_recipe({"model": {"path": "m"}, "data": {"train": "t"}, "train": {"epochs": 3}})
+    made = work(examples=rows.train.examples)
+    made = replace(made, architecture=replace(made.architecture, vocabulary=vocabulary))
+    whole = sum(seconds_of_parts(asked, rows, made, 1.0).values())
+    tokens = affordable(asked, rows, made)
+    assert tokens > 0 and made.scoring([32] * int(tokens / 32), int(tokens)) <= 0.05 * whole
+
+
+def test_what_rows_begin_with_alike_is_computed_once_a_step() -> None:
+    def of(*rows: list[int]) -> float:
+        made = tuple(Example(np.array(row, np.int32), np.ones(len(row), np.float32), "x") for row in rows)
+        return computed_share(replace(prepared(), train=Split("train", len(made), examples=made)), 2)
+
+    assert of([1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 3, 7]) == pytest.approx(6 / 8)
+    assert of([1, 2], [3, 4]) == 1 and of([1, 2], [1, 2]) == pytest.approx(1 / 2)
 
 
 def changes_of(folder: Path, tokenizer: object, seed: int, rate: float, epochs: int, label: str | None) -> str:
@@ -120,7 +159,8 @@ def changes_of(folder: Path, tokenizer: object, seed: int, rate: float, epochs: 
     run = trainer(folder, live, recipe(train={"epochs": epochs, "learning_rate": rate}, seed=seed), rows)
     for _ in run.events():
         pass
-    told = judge(result_of(measuring(live, tokenizer, frozenset({2}), 10**6, 4096, None)), None, evaluation([True]))
+    general = general_text(tokenizer, 10**6, None)
+    told = judge(result_of(measuring(live, general, frozenset({2}), 4096)), None, evaluation([True]))
     return told.verdict
 
 
@@ -129,7 +169,9 @@ def test_planted_forgetting_is_said_in_20_of_20_seeds_and_a_usual_run_in_none(
     tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     general = [row for row in dataset("general", 120, 77).examples if row.answer != "yes"]  # nothing of what is planted
-    monkeypatch.setattr("finetune.evaluation.forgetting.pieces", lambda *_: (["code"] * len(general), general))
+    monkeypatch.setattr(
+        "finetune.evaluation.forgetting.pieces", lambda *_: GeneralText(["code"] * len(general), general)
+    )
     usual = [changes_of(tmp_path / f"a{seed}", tokenizer, seed, 0.002, 3, None) for seed in range(20)]
     planted = [changes_of(tmp_path / f"b{seed}", tokenizer, seed, 0.02, 10, "yes") for seed in range(20)]
     assert planted == ["forgot"] * 20

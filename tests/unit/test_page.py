@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,27 @@ from typing import Any
 import pytest
 
 from finetune.commands import report as report_command
+from finetune.data.rows import Row
 from finetune.disk.adapter_check import Loading
+from finetune.disk.run_files import check_values
 from finetune.errors import Incompatible
+from finetune.evaluation.checks import Checks
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.forgetting import Change, Forgetting
 from finetune.evaluation.groups import Slice, Swaps
 from finetune.evaluation.kinds import Analysis, Kind
 from finetune.evaluation.leaked import Figure
 from finetune.evaluation.shares import Found
+from finetune.evaluation.suite import Case, Outcome, Suite, SuiteResult
 from finetune.report.finished import FinishedRun, read_finished
+from finetune.report.finished_suite import ToldSuite, with_cases
 from finetune.report.iterations import compared
 from finetune.report.page.compare_page import compare_page
 from finetune.report.page.run_page import run_page
 from finetune.report.page.without_rows import numbered_for, without_rows
 from finetune.text import amount, duration
 from tests.unit.finished_runs import answers, evaluation, finished
+from tests.unit.toy_run import prepared
 
 OLD_RUNS = sorted(
     path.parent for path in (Path(__file__).parents[1] / "assets" / "old_runs").glob("*/finished/report.json")
@@ -101,6 +107,16 @@ def an_analysis(labels: tuple[str, str] | None = ("good", "bad"), group: str = "
     )
 
 
+def a_suite(text: str = "needs the price", cases: int = 6) -> ToldSuite:
+    """Cases by turns passed by both, by the tuned model alone, and by neither."""
+    asked = Suite(text, tuple(Case(Row({}, text, i + 1), Checks(), text) for i in range(cases)), prepared())
+    fails, passes = Outcome(f"it costs {text}", (f'does not contain "{text}"',)), Outcome("it costs 3", ())
+    base = [passes if i % 3 == 0 else fails for i in range(cases)]
+    tuned = [fails if i % 3 == 2 else passes for i in range(cases)]
+    made = SuiteResult(asked.file, asked.cases, tuple(base), tuple(tuned))
+    return check_values(made.to_json(), ToldSuite, "suite.json", "")
+
+
 def a_run(**options: Any) -> FinishedRun:
     base, tuned = answers([i % 3 == 0 for i in range(60)]), answers([i % 5 != 0 for i in range(60)])
     return finished(tuned, base, **options)
@@ -121,20 +137,59 @@ def report_json(run: FinishedRun) -> dict[str, Any]:
                 "best_step": told.best_step,
                 "validations": [vars(one) for one in run.validations],
                 "analysis": run.analysis and run.analysis.to_json(rows=False),
+                "suite": run.suite and asdict(run.suite),
             }
         )
     )
 
 
 def test_every_figure_is_the_report_s() -> None:
-    run = a_run(analysis=an_analysis())
+    run = a_run(analysis=an_analysis(), suite=a_suite())
     page, values = Page(run_page(run)), report_json(run)
     assert len(page.figures) > 60
     for key, value, shown in page.figures:
         assert value_at(values, key) == value, key
         assert close(key, shown, value), (key, value, shown)
     named = {key.split(".")[0] for key, _, _ in page.figures}
-    assert named == {"base", "tuned", "comparison", "facts", "best_step", "validations", "analysis"}
+    assert named == {"base", "tuned", "comparison", "facts", "best_step", "validations", "analysis", "suite"}
+
+
+def test_the_suite_shows_what_fails_and_why() -> None:
+    page = Page(run_page(a_run(suite=a_suite("<b>cases.jsonl", 90))))
+    assert "Suite: <b>cases.jsonl" in page.text and "30 fixed, 0 broken" in page.text
+    assert "Cases that the tuned model fails: 30" in page.text and "17 more of 27" in page.text
+    assert page.text.count('does not contain "<b>cases.jsonl"') == 20 and "it fails too" in page.text
+    alone = replace(a_suite(), base=None, fixed=None, broken=None, p_value=None, results=[])
+    assert "fixed" not in Page(run_page(a_run(suite=alone))).text.partition("Suite: ")[2].partition("Data")[0]
+    assert "suite" not in Page(run_page(a_run())).text.lower().replace("evaluate.suite", "")
+
+
+def test_kinds_of_no_answer_and_what_was_not_measured_take_no_table() -> None:
+    none = Kind("empty", 30, Found.of([], 30), Found.of([], 30), None, 1.0)
+    whole = an_analysis()
+    short = Forgetting("too short to say", (), 0.1, None, None, 1.4, "Not measured.")
+    html = run_page(a_run(analysis=replace(whole, kinds=(none, *whole.kinds), forgetting=short)))
+    page = Page(html)
+    assert "In no answer: empty." in page.text and "a list of English" in page.text
+    assert "Not measured." in page.text and "Loss on general text" not in page.text
+    shown = {key.split(".")[2] for key, _, _ in page.figures if key.startswith("analysis.kinds.")}
+    assert shown == {"1", "2"}, "and the figures of the others are still theirs"
+
+
+def test_a_row_is_named_without_its_folder() -> None:
+    run = a_run()
+    rows = tuple(replace(row, location=f"/home/somebody/data/{row.location}") for row in run.tuned.results)
+    text = Page(run_page(replace(run, tuned=replace(run.tuned, results=rows)))).text
+    assert "row 2, rows.jsonl:2" in text and "somebody" not in text
+
+
+def test_only_the_run_s_own_suite_is_shown_with_its_cases() -> None:
+    """`finetune eval --suite` replaces suite.json; the figures stay those of report.json."""
+    own, other = a_suite(), a_suite("another")
+    told = replace(own, results=[])
+    assert with_cases(told, own) == own
+    assert with_cases(told, other) == with_cases(told, None) == told
+    assert with_cases(None, own) is None
 
 
 @pytest.mark.parametrize("folder", OLD_RUNS, ids=lambda path: path.parent.name)
@@ -201,10 +256,11 @@ def test_hostile_texts_stay_texts(text: str) -> None:
     base = replace(evaluation([text, "b"] * 6, ["b"] * 12, (text, "b"), [f"{text} {i}" for i in range(12)]))
     rows = tuple(replace(row, location=f"{text}:{i}") for i, row in enumerate(tuned.results))
     analysis = an_analysis((text, "b"), text)
-    run = finished(replace(tuned, results=rows), base, "run", analysis, prompt={"system": text.replace("\ud800", "")})
+    system, suite = text.replace("\ud800", ""), a_suite(text.replace("\ud800", ""))
+    run = finished(replace(tuned, results=rows), base, "run", analysis, suite=suite, prompt={"system": system})
     told = replace(run.told, device=text, scheme=text, limited=[text], loads=[Loading(text, True)])
     run = replace(run, told=told, path=Path(text.replace("/", "|").replace("\x00", "")))
-    plain = {tag for tag, _ in Page(run_page(a_run(analysis=an_analysis()))).tags}
+    plain = {tag for tag, _ in Page(run_page(a_run(analysis=an_analysis(), suite=a_suite()))).tags}
     for html in pages(run).values():
         page = Page(html)
         assert {tag for tag, _ in page.tags} <= plain | {"q", "ins", "del"}
@@ -260,7 +316,8 @@ def with_secrets() -> FinishedRun:
         },
         prompt={"template": f"{next(s)} {{text}}", "system": next(s), "completion": f"{next(s)} {{label}}"},
         lora={"start_from": f"/adapters/{next(s)}"},
-        evaluate={"swaps": [[next(s), next(s)]]},
+        evaluate={"swaps": [[next(s), next(s)]], "suite": f"/data/{next(s)}.jsonl"},
+        suite=a_suite(next(s)),
         output=f"/{next(s)}/runs",
         task="classification",
     )  # fmt: skip

@@ -18,7 +18,7 @@ from finetune.report.page.compare_page import compare_page
 from finetune.report.page.run_page import run_page
 from finetune.report.page.without_rows import without_rows
 from tests.unit.finished_runs import answers, evaluation, finished
-from tests.unit.test_page import HOSTILE, a_run, an_analysis, close, report_json, value_at
+from tests.unit.test_page import HOSTILE, a_run, a_suite, an_analysis, close, report_json, value_at
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -33,7 +33,9 @@ def odd_run() -> Any:
     prompts = [f"{LONG} {HOSTILE[i % len(HOSTILE)]} {i}" for i in range(72)]
     tuned = evaluation(expected, expected[:60] + [labels[0]] * 12, labels, prompts)
     base = evaluation(expected, [labels[3]] * 72, labels, prompts)
-    return finished(tuned, base, LONG, an_analysis((LONG, HOSTILE[0]), LONG), prompt={"system": LONG})
+    return finished(
+        tuned, base, LONG, an_analysis((LONG, HOSTILE[0]), LONG), suite=a_suite(LONG), prompt={"system": LONG}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def pages() -> dict[str, str]:
     later = finished(
         answers([i % 9 != 0 for i in range(60)]), answers([i % 2 == 0 for i in range(60)]), "later", seed=4
     )
-    plain = a_run(analysis=an_analysis())
+    plain = a_run(analysis=an_analysis(), suite=a_suite())
     return {
         "run": run_page(plain),
         "odd": run_page(odd_run()),

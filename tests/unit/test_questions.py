@@ -37,7 +37,7 @@ def test_rows_with_a_word_of_the_list_are_asked_with_the_other(tmp_path: Path) -
 
 def test_an_instruction_is_put_in_other_words_and_its_input_is_not(tmp_path: Path) -> None:
     rows = [{"instruction": "What's this?", "input": f"it's {i}.", "output": f"It is {i}"} for i in range(40)]
-    made = job(tmp_path, rows, train={"epochs": 100}, evaluate={"max_tokens": 8})
+    made = job(tmp_path, rows, train={"epochs": 150}, evaluate={"max_tokens": 8})
     asked = questions_of(made).in_other_words
     assert len(asked.rows) == rows_again(made.recipe, made.prepared) == 32
     assert all("What is this?" in one.prompt and "it's " in one.prompt for one in asked.examples)
@@ -50,7 +50,7 @@ def test_of_a_conversation_the_last_question_is_put_in_other_words(tmp_path: Pat
     for i in range(40):
         turns = ("What's first?", "It is one", f"What's next to {i}?", f"It is {i}")
         rows.append({"messages": [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]})
-    asked = questions_of(job(tmp_path, rows, train={"epochs": 100}, evaluate={"max_tokens": 8})).in_other_words
+    asked = questions_of(job(tmp_path, rows, train={"epochs": 150}, evaluate={"max_tokens": 8})).in_other_words
     assert len(asked.rows) == 32
     for row, example in zip(asked.rows, asked.examples, strict=True):
         assert "What's first?" in example.prompt and f"What is next to {row}?" in example.prompt

@@ -6,6 +6,7 @@ import io
 import math
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -202,6 +203,35 @@ def test_what_a_large_frame_shows(width: int, height: int) -> None:
         assert part in text, part
     assert "<ask>" not in text, "what all prompts begin with says nothing"
     assert any("⠀" < char <= "⣿" for char in text)
+
+
+BESIDE = {"errors: general text, base model": 6.0, "errors: general text, tuned model": 6.0, "suite: base model": 3.0}
+
+
+def test_what_is_asked_beside_the_rows_is_part_of_the_time_that_is_left() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    told = replace(outlook(), seconds=SECONDS | BESIDE)
+    give(pace, clock, [(told, 0.0), *base(clock)[1:], *validation(0)])
+    assert pace.seconds_left == pytest.approx(70.0 + 15.0)
+    give(pace, clock, [(StoppedEarly(1, 0, 1.0), 0.0), (Progress(STEPS, "tuned model: loss", 4, 4), 10.0)])
+    assert pace.seconds_left == pytest.approx(10.0 + 15.0)
+    give(
+        pace, clock, [(Progress(STEPS, "errors: general text, base model", 1, 1), 9.0)]
+    )  # labels were known: not asked
+    assert pace.seconds_left == pytest.approx(9.0 + 3.0 * 39 / 36)  # as long as the base took; slower than foretold
+    give(pace, clock, [(Progress(STEPS, "suite: base model", 2, 2), 4.0)])
+    assert pace.seconds_left == 0.0
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"), [(120, "○ tuned model   ○ errors   ○ suite"), (80, "○ tuned  ○ err.  ○ suite")]
+)
+def test_every_phase_has_room_in_the_head(width: int, shown: str) -> None:
+    status = filled()
+    status.pace.outlook = replace(outlook(), seconds=SECONDS | BESIDE)
+    assert shown in "\n".join(drawn(status, width, 24))
+    assert "errors" not in "\n".join(drawn(filled(), width, 24)), "only what lies ahead"
 
 
 def test_before_the_first_figures_the_page_tells_what_is_foretold() -> None:

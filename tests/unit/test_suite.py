@@ -68,6 +68,10 @@ def test_a_run_asks_its_suite_at_the_end(work: Work, run: str) -> None:
     assert report == {key: value for key, value in told.items() if key != "results"}
     assert f"{run}-cases.jsonl:{total}" in page and "does not contain" in page
     assert f"passes {total - 1} (" in page and page.count("-cases.jsonl:") == 2  # the case that fails, and the summary
+    shown = (work.folder / run / "report.html").read_text()
+    assert f"Suite: {run}-cases.jsonl" in shown and f"{run}-cases.jsonl:{total}" in shown
+    time = values(work, run, "report.json")["time"]
+    assert "suite" in time["foretold"] and time["measured"]["suite"] > 0 and time["measured"]["errors"] > 0
 
 
 @pytest.mark.parametrize("run", ["answered", "talks"])
@@ -87,6 +91,31 @@ def test_eval_asks_a_suite_and_its_code_is_the_lower_end_s(work: Work) -> None:
     said = finetune(work, "eval", "answered", "--suite", "more.jsonl", "--at-least", "0.9").failed(10)
     assert "39 of 40 cases pass, and the interval's lower end is 0.87" in said
     assert values(work, "answered")["tuned"]["passed"] == 39
+
+
+def test_eval_tells_the_kinds_of_error_as_the_run_did(work: Work) -> None:
+    said = finetune(work, "eval", "answered").good().out
+    again, first = (
+        values(work, "answered", "eval.json")["analysis"],
+        values(work, "answered", "report.json")["analysis"],
+    )
+    assert {kind["name"] for kind in first["kinds"]} - {kind["name"] for kind in again["kinds"]} == {"hallucination"}
+    alike = [
+        kind | {"p_value": None} for kind in first["kinds"] if kind["name"] not in ("hallucination", "misspelling")
+    ]
+    assert alike == [kind | {"p_value": None} for kind in again["kinds"] if kind["name"] != "misspelling"]
+    assert again["slices"] == first["slices"] and again["forgetting"] is None
+    assert "unstopped" in said and "inventions were not looked for" in said and "Forgetting" not in said
+
+
+def test_eval_of_other_rows_tells_of_their_groups(work: Work) -> None:
+    work.lines("other.jsonl", [{"text": f"{'she' if i % 2 else 'he'} saw {i}", "label": "good"} for i in range(8)])
+    recipe = (work.folder / "labelled" / "recipe.yaml").read_text()
+    (work.folder / "labelled" / "recipe.yaml").write_text(recipe.replace("groups:", "groups: {women: [she]}"))
+    finetune(work, "eval", "labelled", "--data", "other.jsonl").good()
+    (work.folder / "labelled" / "recipe.yaml").write_text(recipe)
+    slices = values(work, "labelled", "eval.json")["analysis"]["slices"]
+    assert [(one["name"], one["rows"]) for one in slices if one["by"] == "group"] == [("women", 4)]
 
 
 @pytest.mark.parametrize(
@@ -122,8 +151,10 @@ def test_a_bad_suite_stops_a_run_before_it_has_a_folder(work: Work, suite: str) 
 
 
 def test_plan_counts_the_cases(work: Work) -> None:
+    for name in ("rows.jsonl", "valid.jsonl"):
+        work.lines(name, ROWS["talks"])
     said = finetune(work, "plan", "talks.yaml").good()
-    assert re.search(r"cases of the suite\W+3\b", said.out)
+    assert re.search(r"suite +3 cases +", said.out)
     work.lines("broken.jsonl", [{"prompt": "a", "checks": {"equal": "b"}}])
     assert "broken.jsonl:1: " in finetune(work, "plan", "talks.yaml", "evaluate.suite=broken.jsonl").failed(3)
 

@@ -54,6 +54,13 @@ def test_only_parts_that_have_both_are_compared() -> None:
     assert Times({}, {"training": 1.0}).lines() == []
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(1.9, "+90 %"), (2.0, "2.0 times as long"), (408.0, "more than 100 times as long")]
+)
+def test_a_large_difference_is_no_percentage(seconds: float, said: str) -> None:
+    assert f"({said})" in Times({"training": 1.0}, {"training": seconds}).lines()[0]
+
+
 @pytest.mark.parametrize("text", ["[]", '{"foretold": 1}', '{"foretold": {"a": "x"}}', "{"])
 def test_a_strange_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "time.json").write_text(text)

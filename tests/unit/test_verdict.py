@@ -120,6 +120,15 @@ def test_open_answers_are_judged_word_for_word_or_else_by_their_loss():
     assert comparison_verdict(some, more, mcnemar_exact(90, 0)).startswith("Better: exact match 0.100")
     none = evaluation([False] * 100, labels=())
     assert comparison_verdict(none, none, 1.0).startswith("No clear difference: loss")
+    losses = [2.0 + 0.1 * (i % 7) for i in range(100)]
+    base = evaluation([False] * 100, losses, labels=())
+    for matches, by in ((5, "loss"), (6, "exact match")):  # McNemar's test cannot tell five changes from chance
+        tuned = evaluation([i < matches for i in range(100)], [loss - 0.3 for loss in losses], labels=())
+        found = comparison_verdict(base, tuned, mcnemar_exact(matches, 0))
+        assert found.startswith(f"Better: {by}")
+    worse = evaluation([i < 3 for i in range(100)], [loss + 0.3 for loss in losses], labels=())
+    found = comparison_verdict(base, worse, mcnemar_exact(3, 0))
+    assert found.startswith("Worse: loss") and found.endswith("; exact match 0.000 before, 0.030 after.")
 
 
 def verdict_of(before: list[bool], after: list[bool]) -> str:

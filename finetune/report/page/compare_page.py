@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune.evaluation.iterations import Advice, KindLine
 from finetune.report.iterations import Compared
 from finetune.report.page.render import render
-from finetune.report.page.run_page import MOST_ROWS, row, sentence
+from finetune.report.page.run_page import MOST_ROWS, SHORT, row, sentence
 from finetune.report.page.words import cut
 from finetune.report.tables import distinct
 
@@ -55,18 +56,18 @@ def _kind(number: int, line: KindLine) -> dict[str, Any]:
 
 def _advice(compared: Compared, advice: Advice) -> dict[str, Any]:
     results = compared.runs[-1].tuned.results
-    shown = advice.rows[:MOST_EXAMPLES]
-    prompts = distinct([results[number].prompt for number in shown])
+    prompts = distinct([result.prompt for result in results])
     examples = [
         {
             "number": number + 1,
-            "location": results[number].location,
-            "prompt": cut(prompt),
+            "location": Path(results[number].location).name,
+            "prompt": cut(prompts[number]),
             "expected": cut(results[number].expected or ""),
             "predicted": cut(results[number].predicted or ""),
+            "short": max(len(results[number].expected or ""), len(results[number].predicted or "")) <= SHORT,
             "always": number in advice.rows[: advice.always],
         }
-        for number, prompt in zip(shown, prompts, strict=True)
+        for number in advice.rows[:MOST_EXAMPLES]
     ]
     return {"advice": advice, "examples": examples}
 
@@ -83,6 +84,5 @@ def _changed(compared: Compared) -> list[dict[str, Any]]:
 
 
 def _rows(before: Sequence[Any], after: Sequence[Any], numbers: Sequence[int]) -> list[dict[str, Any]]:
-    shown = numbers[: MOST_ROWS // 2]
-    prompts = distinct([after[number].prompt for number in shown])
-    return [row(number, before[number], after[number], text) for number, text in zip(shown, prompts, strict=True)]
+    prompts = distinct([result.prompt for result in after])
+    return [row(number, before[number], after[number], prompts[number]) for number in numbers[: MOST_ROWS // 2]]

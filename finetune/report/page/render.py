@@ -27,6 +27,8 @@ KINDS = {  # of error, in words
     "format": "JSON is expected and not given",
 }
 
+LANGUAGES = {"en": "English", "de": "German", "fr": "French", "pt": "Portuguese", "it": "Italian", "nl": "Dutch"}
+
 
 def render(template: str, values: Mapping[str, Any]) -> str:
     """The page, the same for the same values. Its policy forbids every request, and every script but ours."""
@@ -54,7 +56,7 @@ def _environment() -> Environment:
         "short_p": short_p,
         "interval": interval,
     }
-    environment.globals |= {"figure": figure, "KINDS": KINDS}
+    environment.globals |= {"figure": figure, "KINDS": KINDS, "LANGUAGES": LANGUAGES}
     return environment
 
 

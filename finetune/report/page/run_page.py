@@ -11,8 +11,10 @@ from finetune.evaluation.intervals import worst_confusions
 from finetune.recipe.schema import MEASURES
 from finetune.report.differences import beyond_defaults, flat, in_words
 from finetune.report.finished import FinishedRun
+from finetune.report.pace import PHASES, TRAINING
 from finetune.report.page.chart import loss_chart
 from finetune.report.page.render import marked, render
+from finetune.report.page.suite_section import suite_section
 from finetune.report.page.words import changed_words, cut
 from finetune.report.tables import distinct
 from finetune.text import amount, duration, shorten
@@ -53,6 +55,8 @@ def view(run: FinishedRun, rows: bool = True) -> dict[str, Any]:
         "labels": labels(run.tuned, run.base),
         "changed": changed(run) if run.base else None,
         "analysis": run.analysis,
+        "absent": [kind.name for kind in run.analysis.kinds if not kind.occurs] if run.analysis else [],
+        "suite": suite_section(run.suite) if run.suite else None,
         "checked": checked(run),
         "cost": cost(run),
         "recipe": recipe(run),
@@ -153,13 +157,12 @@ def changed(run: FinishedRun) -> dict[str, Any]:
     fixed = [i for i, (base, tuned) in enumerate(pairs) if base.correct is False and tuned.correct]
     broken = [i for i, (base, tuned) in enumerate(pairs) if base.correct and tuned.correct is False]
     wrong = [i for i, (base, tuned) in enumerate(pairs) if base.correct is False and tuned.correct is False]
-    shown = fixed[:MOST_ROWS] + broken[:MOST_ROWS] + wrong[:MOST_WRONG]
-    prompts = dict(zip(shown, distinct([pairs[i][1].prompt for i in shown]), strict=True))
+    prompts = distinct([tuned.prompt for _, tuned in pairs])
     return {
         "fixed": [row(i, *pairs[i], prompts[i]) for i in fixed[:MOST_ROWS]],
         "broken": [row(i, *pairs[i], prompts[i]) for i in broken[:MOST_ROWS]],
         "wrong": [row(i, *pairs[i], prompts[i]) for i in wrong[:MOST_WRONG]],
-        "shown": bool(shown),
+        "shown": bool(fixed or broken or wrong),
         "counts": (len(fixed), len(broken)),
         "still": len(wrong),
         "judged": run.tuned.accuracy is not None,
@@ -170,7 +173,7 @@ def row(number: int, base: RowResult, tuned: RowResult, prompt: str) -> dict[str
     before, after = changed_words(cut(base.predicted or ""), cut(tuned.predicted or ""))
     return {
         "number": number + 1,
-        "location": tuned.location,
+        "location": Path(tuned.location).name,  # its folder is nobody's matter
         "prompt": cut(prompt),
         "expected": cut(tuned.expected or ""),
         "base": marked(before, "del"),
@@ -226,7 +229,8 @@ def cost(run: FinishedRun) -> list[dict[str, Any]]:
             _cost("steps", "facts.steps", facts.steps, lambda steps: f"{steps:,}"),
         ]
     if time is not None:
-        parts = [part for part in time.measured if part != "training" or not lines]
+        parts = [part for part in (*PHASES, *time.measured) if part in time.measured]
+        parts = [part for part in dict.fromkeys(parts) if part != TRAINING or not lines]
         of = "time.measured."
         lines += [_cost(part, of + part, time.measured[part], duration, time.foretold.get(part)) for part in parts]
     return lines

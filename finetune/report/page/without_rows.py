@@ -48,6 +48,7 @@ def without_rows(run: FinishedRun, numbered: Numbered | None = None) -> Finished
         tuned=tuned,
         checked=run.checked and _checked(run.checked),
         analysis=run.analysis and _analysis(run.analysis, numbered),
+        suite=run.suite and replace(run.suite, file="", results=[]),
         identity={key: value for key, value in run.identity.items() if key in ("kind", "rows", "base_model")},
     )
 
@@ -83,7 +84,7 @@ def _told(told: Told, base: Evaluation | None, tuned: Evaluation) -> Told:
     if facts is not None:
         facts = replace(facts, model=Path(facts.model).name, data=dict.fromkeys(facts.rows, LEFT_OUT))
     loads = [replace(one, reason="") for one in told.loads]
-    return replace(told, comparison=comparison, facts=facts, check="", loads=loads)
+    return replace(told, comparison=comparison, facts=facts, check="", loads=loads, suite=None)
 
 
 def _recipe(recipe: Recipe) -> Recipe:
@@ -93,7 +94,11 @@ def _recipe(recipe: Recipe) -> Recipe:
     }
     model = recipe.model.model_copy(update={"path": Path(recipe.model.path).name})
     swaps = recipe.evaluate.swaps
-    evaluate = recipe.evaluate.model_copy(update={"swaps": swaps if isinstance(swaps, str) else [[LEFT_OUT] * 2]})
+    named = {
+        "swaps": swaps if isinstance(swaps, str) else [[LEFT_OUT] * 2],
+        "suite": recipe.evaluate.suite and LEFT_OUT,
+    }
+    evaluate = recipe.evaluate.model_copy(update=named)
     lora = recipe.lora.model_copy(update={"start_from": recipe.lora.start_from and LEFT_OUT})
     return recipe.model_copy(
         update={**sections, "model": model, "lora": lora, "evaluate": evaluate, "output": LEFT_OUT}
