@@ -8,17 +8,39 @@ from dataclasses import replace
 
 import numpy as np
 
-from backends.interface import FloatArray, IncompatibleState, TrainState
+from backends.interface import (
+    HEAD_WEIGHT,
+    BackendError,
+    CheckedFolder,
+    FloatArray,
+    IncompatibleState,
+    LoraSpec,
+    TrainState,
+)
 from backends.text_blocks import ending
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NO_HEAD = "this session has no classification head; set LoraSpec.classes"
+NO_TEXT = "this model has a classification head in the place of its output layer, and writes no text"
 
 
-def initial_adapter(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, FloatArray]:
+def head_shape(folder: CheckedFolder, lora: LoraSpec) -> tuple[int, int] | None:
+    """Of the head's weight, (K, D); None where there is none. Raises BackendError where the config says no D."""
+    if not lora.classes:
+        return None
+    hidden = folder.text_config.get("hidden_size")
+    if type(hidden) is not int or hidden < 1:
+        raise BackendError(f"{folder.path}: config.json has no hidden_size, which a classification head needs")
+    return lora.classes, hidden
+
+
+def initial_adapter(
+    shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, head: tuple[int, int] | None = None
+) -> dict[str, FloatArray]:
     """A uniform in +-1/sqrt(in) [r, in], as PEFT and mlx-lm draw it; B zero [out, r], so training starts at the base.
 
     `shapes` maps a module to (out, in). Each module has its own generator, so adding or leaving out
-    one module changes no other.
+    one module changes no other. A head of that shape is zero.
     """
     adapter: dict[str, FloatArray] = {}
     for module, (outputs, inputs) in shapes.items():
@@ -27,16 +49,18 @@ def initial_adapter(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int)
         bound = 1.0 / np.sqrt(inputs)
         adapter[f"{module}.lora_A"] = rng.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
         adapter[f"{module}.lora_B"] = np.zeros((outputs, rank), dtype=np.float32)
-    return adapter
+    return adapter if head is None else {**adapter, HEAD_WEIGHT: np.zeros(head, np.float32)}
 
 
-def adapter_shapes(modules: Mapping[str, tuple[int, int]], rank: int) -> dict[str, tuple[int, ...]]:
-    """`<module>.lora_A` -> (r, in) and `<module>.lora_B` -> (out, r), of `modules` -> (out, in)."""
+def adapter_shapes(
+    modules: Mapping[str, tuple[int, int]], rank: int, head: tuple[int, int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """`<module>.lora_A` -> (r, in) and `<module>.lora_B` -> (out, r), of `modules` -> (out, in); then the head's."""
     shapes: dict[str, tuple[int, ...]] = {}
     for module, (outputs, inputs) in modules.items():
         shapes[f"{module}.lora_A"] = (rank, inputs)
         shapes[f"{module}.lora_B"] = (outputs, rank)
-    return shapes
+    return shapes if head is None else {**shapes, HEAD_WEIGHT: head}
 
 
 def fitting(state: TrainState, shapes: Mapping[str, tuple[int, ...]]) -> TrainState:

@@ -9,6 +9,7 @@ B is the number of rows in a micro-batch, T its padded width, r the LoRA rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ Device = Literal["cpu", "gpu"]  # the kind of device: all that memory and time d
 Half = Literal["bfloat16", "float16"]
 NumberType = Literal["float32", "bfloat16", "float16"]
 Wanted = Literal["auto", "cpu"]  # the device to use: auto is an accelerator where there is one
+HEAD_WEIGHT = "score.weight"  # of a classification head, as transformers calls it in its classes for sequences
 PROMPTS_TOGETHER = 32  # the most prompts that `Session.generate` completes side by side
 
 
@@ -119,17 +121,19 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """The adapter: W x + scale * B A x on every chosen linear layer (Hu et al., 2021)."""
+    """What trains: W x + scale * B A x on chosen linear layers (Hu et al., 2021), and a head where there is one."""
 
     rank: int
     alpha: float
     dropout: float = 0.0  # of the adapter's input, while training
     targets: tuple[str, ...] = ()  # last parts of module names ("q_proj"); empty: every linear in the blocks
     layers: int | None = None  # only the last so many blocks; None: all
+    by_root: bool = False  # scale by alpha / sqrt(rank), as rank-stabilised LoRA does (Kalajdzievski, 2023)
+    classes: int = 0  # of a linear head in the place of the output layer, which is trained too; 0: the output layer
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.by_root else self.rank)
 
     def trainable(self, modules: Modules) -> int:
         """Numbers in the adapter of `modules`."""
@@ -158,7 +162,7 @@ class Batch:
     """
 
     inputs: IntArray  # [B, T]
-    targets: IntArray  # [B, T] the token after each input; a valid id even where the weight is 0
+    targets: IntArray  # [B, T] the token after each input, or with a head its class; any id where the weight is 0
     weights: FloatArray  # [B, T] 0 = prompt or padding
     prefixes: tuple[IntArray, ...] = ()  # [P] each, at least one token
     prefix_of: tuple[int, ...] = ()  # B of them; empty without prefixes
@@ -183,7 +187,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything training changes. Names are `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r]."""
+    """Everything training changes. Names are `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r].
+
+    A head with K classes is HEAD_WEIGHT [K, D], the last of them.
+    """
 
     step: int  # optimiser steps done
     adapter: Mapping[str, FloatArray]
@@ -222,11 +229,18 @@ class Session(Reader, Protocol):
     repeatable: bool  # True: equal steps from equal states give equal bytes. A step may find that they do not
     team: Any  # a `team.Team` where several processes share each step; None: this one is alone
 
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        """One AdamW update from the mean loss over all micro-batches.
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        """One AdamW update from the mean loss over all micro-batches: sum(weight * nll) / sum(weight).
 
+        total: to divide by instead of that sum, above 0; weights may then be below 0 too.
         Raises OutOfMemory, NonFinite, or ValueError for a token that the model does not have; then the state is as
         it was.
+        """
+
+    def states(self, batch: Batch) -> FloatArray:
+        """What a head is given at the supervised positions, row by row: the last hidden states. [N, D]
+
+        Dropout off, nothing changed. Raises as `score`, and BackendError where the session has no head.
         """
 
     def base_weight(self, module: str) -> FloatArray:

@@ -7,7 +7,7 @@ says the layer's name there (`Library`): read from the library's own tree, or by
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -39,6 +39,7 @@ class Library(Protocol):
     """What a backend's module for another library's adapter folders exports. Importing it loads no framework."""
 
     NAME: str  # "PEFT"
+    HEADS: bool  # whether it has models with a classification head
 
     def names(self, folder: CheckedFolder, modules: Modules) -> Names:
         """The library's names of these layers; by a rule where it is not installed or cannot build the model."""
@@ -49,10 +50,12 @@ class Library(Protocol):
         Raises ImportError where it is not installed, BackendError with the reason where it would not load the folder.
         """
 
-    def lines(self, model: ModelSpec, base: str, adapter: str, number_type: NumberType) -> str:
+    def lines(
+        self, model: ModelSpec, base: str, adapter: str, number_type: NumberType, labels: Sequence[str] = ()
+    ) -> str:
         """Python that loads the base as a session of `model` holds it, in this type, with the adapter: `model`.
 
-        base, adapter: where they are, for a person who runs it.
+        base, adapter: where they are, for a person who runs it. labels: among which a head chooses (`HEADS`).
         """
 
 

@@ -112,7 +112,8 @@ def footprint(
     architecture: Architecture, model: ModelSpec, lora: LoraSpec, adapted: Modules, micro: Micro, costs: Costs
 ) -> Footprint:
     """Of training `adapted` with micro-batches no larger than `micro`, with the backend and device of `costs`."""
-    number, trainable = model.number_bytes(costs.device), lora.trainable(adapted)
+    number = model.number_bytes(costs.device)
+    trainable = lora.trainable(adapted) + lora.classes * architecture.hidden
     micro = _at_once(micro, costs)
     activations = costs.held * _activations(architecture, model, lora, adapted, micro, costs)
     block = _block_working(architecture, micro, number, costs) + _unpacked(architecture, model, number, costs)
@@ -120,7 +121,8 @@ def footprint(
         block += 3.0 * number * architecture.heads * micro.width * micro.tokens
     if architecture.recurrence:
         block = max(block, costs.recurrent_working(architecture.recurrence, micro.tokens))
-    working = costs.held * max(block, _head_working(architecture, micro, number, costs))
+    headed = replace(architecture, vocabulary=lora.classes or architecture.vocabulary)
+    working = costs.held * max(block, _head_working(headed, micro, number, costs))
     parked = architecture.embedding * float(number) if model.checkpointing and costs.parks_embedding else 0.0
     return Footprint(
         runtime=_runtime(model, micro, number, costs),

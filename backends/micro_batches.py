@@ -17,14 +17,26 @@ Rows = NDArray[np.int64]
 _NARROW = 256  # tokens
 
 
-def check_tokens(batches: Sequence[Batch], vocabulary: int) -> None:
-    """Raises ValueError for a token that a model of `vocabulary` tokens does not have.
+def check_tokens(batches: Sequence[Batch], vocabulary: int, classes: int = 0) -> None:
+    """Raises ValueError for a token that a model of `vocabulary` tokens does not have, or a class that its head lacks.
 
     Here on the host: a GPU would find it too late, and the process could not use the device again.
     """
     for batch in batches:
-        for tokens in (batch.inputs, batch.targets, *batch.prefixes):
+        for tokens in (batch.inputs, *batch.prefixes):
             check_range(tokens, vocabulary)
+        if not classes:
+            check_range(batch.targets, vocabulary)
+        elif wrong := [target for target in batch.targets[batch.weights != 0] if not 0 <= target < classes]:
+            raise ValueError(f"class {wrong[0]} is not one of the head's {classes}")
+
+
+def total_of(micro: Sequence[Batch]) -> float:
+    """The sum of a step's weights. Raises ValueError where nothing is supervised."""
+    total = float(sum(np.sum(batch.weights, dtype=np.float64) for batch in micro))
+    if not total > 0:
+        raise ValueError("nothing is supervised in this step: all weights are 0")
+    return total
 
 
 def check_range(tokens: NDArray[Any], vocabulary: int) -> None:

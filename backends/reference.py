@@ -6,6 +6,7 @@ The model is a bigram table in factors. With x = E[token], its logits are the su
 
 where E [V, in] and U [V, out] are shared by modules of one size. E, U and W are random, the same for every
 seed, and frozen; modules and shapes are the folder's own (without weights in it, one module of 32 x 32).
+With a classification head U is [D, out], the sum is the states h, and the logits are S h with S trained.
 It learns which token follows which, no more: a fast stand-in, never chosen unless it is named.
 """
 
@@ -18,8 +19,17 @@ from typing import Any
 import numpy as np
 
 from backends import dropout
-from backends.adapter_state import adapter_shapes, fitting, initial_adapter
+from backends.adapter_state import (
+    NO_HEAD,
+    NO_TEXT,
+    adapter_shapes,
+    fitting,
+    head_shape,
+    initial_adapter,
+)
+from backends.arithmetic import Arrays, adamw, clipped, log_softmax
 from backends.interface import (
+    HEAD_WEIGHT,
     BackendError,
     Batch,
     CheckedFolder,
@@ -39,14 +49,12 @@ from backends.interface import (
     Wanted,
 )
 from backends.memory import available_bytes, process_peak_bytes
-from backends.micro_batches import check_tokens, numbered, places_of
+from backends.micro_batches import check_tokens, numbered, places_of, total_of
 from backends.model_folder import folder_of
 from backends.predictions import Architecture, Costs, Machine
 from backends.rate import SIZES, operations_per_second
 from backends.sampling import check_prompts
 from backends.team import Team
-
-Arrays = dict[str, FloatArray]
 
 
 def saved(architecture: Architecture, adapted: Modules, lora: LoraSpec, number: int) -> float:
@@ -94,27 +102,8 @@ def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Refer
     modules, vocabulary = _modules(folder, lora), folder.config.get("vocab_size")
     if type(vocabulary) is not int or vocabulary < 1:
         raise BackendError(f"{model.path}: config.json has no vocab_size")
-    return ReferenceSession(modules, vocabulary, lora, optim, seed)
-
-
-def clipped(grads: Arrays, limit: float | None) -> tuple[float, Arrays]:
-    """The global norm, and the gradients times limit / (norm + 1e-6) where it is above the limit (Pascanu, 2013)."""
-    norm = float(np.sqrt(sum(float(np.sum(np.square(grad))) for grad in grads.values())))
-    if limit is None or not norm > limit:
-        return norm, grads
-    return norm, {name: grad * np.float32(limit / (norm + 1e-6)) for name, grad in grads.items()}
-
-
-def adamw(
-    weight: FloatArray, grad: FloatArray, m: FloatArray, v: FloatArray, number: int, lr: float, optim: OptimSpec
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """New weight, exp_avg and exp_avg_sq after optimiser step `number`, counted from 1 (Loshchilov & Hutter, 2019)."""
-    beta1, beta2 = optim.betas
-    m = m * beta1 + grad * (1 - beta1)
-    v = v * beta2 + grad * grad * (1 - beta2)
-    m_hat, v_hat = m / (1 - beta1**number), v / (1 - beta2**number)
-    updated: Any = weight * (1 - lr * optim.weight_decay) - lr * m_hat / (np.sqrt(v_hat) + optim.eps)
-    return updated, m, v
+    head = head_shape(folder, lora)
+    return ReferenceSession(modules, vocabulary, lora, optim, seed, head[1] if head else 0)
 
 
 class ReferenceSession:
@@ -124,22 +113,24 @@ class ReferenceSession:
     team: Team | None = None
 
     def __init__(
-        self, modules: Mapping[str, tuple[int, int]], vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int
+        self, modules: Modules, vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int, hidden: int = 0
     ) -> None:
+        """hidden: D, the width of what a classification head is given; without one the states are the logits."""
         self.device, self.scheme, self.lora_shapes = "cpu", "none", modules
         self._lora, self._optim, self._seed, self._vocabulary = lora, optim, seed, vocabulary
         rng = np.random.default_rng(20190111)  # the base is one model, whatever the run's seed
         inputs, outputs = sorted({i for _, i in modules.values()}), sorted({o for o, _ in modules.values()})
         self._embed = {i: _normal(rng, (vocabulary, i), 1.0) for i in inputs}
-        self._head = {o: _normal(rng, (vocabulary, o), o**-0.5) for o in outputs}
+        self._head = {o: _normal(rng, (hidden or vocabulary, o), o**-0.5) for o in outputs}
         self._frozen = {m: _normal(rng, (o, i), (i * len(modules)) ** -0.5) for m, (o, i) in modules.items()}
-        self.set_state(TrainState(0, initial_adapter(modules, lora.rank, seed), {}))
+        head = (lora.classes, hidden) if lora.classes else None
+        self._shapes = adapter_shapes(modules, lora.rank, head)
+        self.set_state(TrainState(0, initial_adapter(modules, lora.rank, seed, head), {}))
 
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        total = self.team.weight if self.team else float(sum(np.sum(b.weights, dtype=np.float64) for b in micro))
-        if not total > 0:
-            raise ValueError("nothing is supervised in this step: all weights are 0")
-        check_tokens(micro, self._vocabulary)
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        given = self.team.weight if self.team else total
+        total = total_of(micro) if given is None else given
+        check_tokens(micro, self._vocabulary, self._lora.classes)
         with _memory_guard(), np.errstate(all="ignore"):
             loss, grads = 0.0, {name: np.zeros_like(value) for name, value in self._adapter.items()}
             for batch in numbered(micro):
@@ -159,14 +150,21 @@ class ReferenceSession:
         return StepResult(loss, sum(int(np.count_nonzero(batch.weights)) for batch in micro), norm)
 
     def score(self, batch: Batch) -> Scores:
-        check_tokens([batch], self._vocabulary)
+        check_tokens([batch], self._vocabulary, self._lora.classes)
         chosen = batch.weights != 0  # [B, T]
         logprob, greedy = np.zeros(chosen.shape, np.float32), np.zeros(chosen.shape, np.int32)
         with _memory_guard(), np.errstate(all="ignore"):
             logits = self._logits(batch.inputs[chosen])  # [N, V]
-            logprob[chosen] = _log_softmax(logits)[np.arange(len(logits)), batch.targets[chosen]]
+            logprob[chosen] = log_softmax(logits)[np.arange(len(logits)), batch.targets[chosen]]
             greedy[chosen] = logits.argmax(-1)
         return Scores(logprob, greedy)
+
+    def states(self, batch: Batch) -> FloatArray:
+        if not self._lora.classes:
+            raise BackendError(NO_HEAD)
+        check_tokens([batch], self._vocabulary, self._lora.classes)
+        with _memory_guard(), np.errstate(all="ignore"):
+            return self._states(batch.inputs[batch.weights != 0])
 
     def generate(
         self,
@@ -176,6 +174,8 @@ class ReferenceSession:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
+        if self._lora.classes:
+            raise BackendError(NO_TEXT)
         check_prompts(prompts, self._vocabulary)
         completions: list[list[int]] = []
         for row, prompt in enumerate(prompts):
@@ -203,7 +203,7 @@ class ReferenceSession:
         return TrainState(self._step, *copies)
 
     def set_state(self, state: TrainState) -> None:
-        state = fitting(state, adapter_shapes(self.lora_shapes, self._lora.rank))
+        state = fitting(state, self._shapes)
         self._step, self._adapter, self._moments = state.step, dict(state.adapter), dict(state.moments)
 
     def peak_bytes(self) -> int:
@@ -213,15 +213,20 @@ class ReferenceSession:
         return available_bytes()
 
     def _logits(self, tokens: IntArray, masks: Mapping[str, FloatArray] | None = None) -> FloatArray:
-        """[N] -> [N, V]; `masks` holds each module's dropout mask [N, in], already over 1 - p."""
-        logits = np.zeros((len(tokens), len(next(iter(self._head.values())))), np.float32)
+        """[N] -> [N, V], or with a head [N, K]; `masks` as in `_states`."""
+        states = self._states(tokens, masks)
+        return states @ self._adapter[HEAD_WEIGHT].T if self._lora.classes else states
+
+    def _states(self, tokens: IntArray, masks: Mapping[str, FloatArray] | None = None) -> FloatArray:
+        """[N] -> [N, D]; `masks` holds each module's dropout mask [N, in], already over 1 - p."""
+        states = np.zeros((len(tokens), len(next(iter(self._head.values())))), np.float32)
         for module, (outputs, inputs) in self.lora_shapes.items():
             x = self._embed[inputs][tokens]  # [N, in]
             a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
             dropped = x if masks is None else x * masks[module]
             hidden = x @ self._frozen[module].T + self._lora.scale * (dropped @ a.T) @ b.T  # [N, out]
-            logits += hidden @ self._head[outputs].T
-        return logits
+            states += hidden @ self._head[outputs].T
+        return states
 
     def _gradient(self, batch: Batch, total: float) -> tuple[float, Arrays]:
         """sum(w * nll) / total over this micro-batch, and its gradient for every adapter tensor."""
@@ -229,15 +234,19 @@ class ReferenceSession:
         tokens, targets = batch.inputs[chosen], batch.targets[chosen]  # [N]
         share = batch.weights[chosen] / np.float32(total)  # [N]
         masks = self._dropout(places_of(batch)[chosen])
-        logs = _log_softmax(self._logits(tokens, masks))  # [N, V]
+        logs = log_softmax(self._logits(tokens, masks))  # [N, V]
         rows, grad_logits = np.arange(len(tokens)), np.exp(logs)
         grad_logits[rows, targets] -= 1  # d nll / d logits = softmax - one hot
         grad_logits *= share[:, None]
         grads: Arrays = {}
+        grad_states = grad_logits  # [N, D]
+        if self._lora.classes:
+            grads[HEAD_WEIGHT] = grad_logits.T @ self._states(tokens, masks)
+            grad_states = grad_logits @ self._adapter[HEAD_WEIGHT]
         for module, (outputs, inputs) in self.lora_shapes.items():
             a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
             x = self._embed[inputs][tokens] * masks[module]  # [N, in]
-            grad_output = self._lora.scale * grad_logits @ self._head[outputs]  # [N, out]
+            grad_output = self._lora.scale * grad_states @ self._head[outputs]  # [N, out]
             grads |= {f"{module}.lora_A": (grad_output @ b).T @ x, f"{module}.lora_B": grad_output.T @ (x @ a.T)}
         return float(np.sum(share * -logs[rows, targets], dtype=np.float64)), grads
 
@@ -275,9 +284,3 @@ def _modules(folder: CheckedFolder, lora: LoraSpec) -> dict[str, tuple[int, int]
 
 def _normal(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> FloatArray:
     return (rng.standard_normal(shape) * deviation).astype(np.float32)
-
-
-def _log_softmax(logits: FloatArray) -> FloatArray:
-    shifted: FloatArray = logits - logits.max(-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return shifted

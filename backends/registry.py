@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -145,12 +146,19 @@ def libraries() -> dict[str, Library]:
     return {module.NAME: module for module in modules}
 
 
-def loading_lines(name: str, model: ModelSpec, base: str, adapter: str, device: str, half: Half) -> str | None:
-    """Python that loads base and adapter as a session on this device held them (`Library.lines`); None: no library."""
-    if not (library := row(name).library):
+def loading_lines(
+    name: str, model: ModelSpec, base: str, adapter: str, device: str, half: Half, labels: Sequence[str] = ()
+) -> str | None:
+    """Python that loads base and adapter as a session on this device held them (`Library.lines`); None: no library.
+
+    labels: those that a head chooses among; a library that has such models loads it.
+    """
+    if not (own := row(name).library):
         return None
-    number_type = model.number_type(device_kind(device), half)
-    return cast(Library, import_module(library)).lines(model, base, adapter, number_type)
+    library = cast(Library, import_module(own))
+    if labels and not library.HEADS:
+        library = next(one for one in libraries().values() if one.HEADS)
+    return library.lines(model, base, adapter, model.number_type(device_kind(device), half), labels)
 
 
 def device_kind(device: str) -> Device:

@@ -66,10 +66,10 @@ class SharedSession:
         self.team.whole(cut["step"], weight, tokens, mine, LEAVE if last else GO)
         self._next = {**cut, "step": cut["step"] + 1}
 
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
         """One update from this process's share of a step and the others'. Raises as `Session.step`, Lost, and Apart."""
         try:
-            result = self.inner.step(micro, lr)
+            result = self.inner.step(micro, lr, total)
         except OutOfMemory as error:
             self._next = None
             if not self.team.summed:
@@ -124,6 +124,9 @@ class SharedSession:
 
     def score(self, batch: Batch) -> Scores:
         return self.inner.score(batch)
+
+    def states(self, batch: Batch) -> FloatArray:
+        return self.inner.states(batch)
 
     def generate(
         self, prompts: Prompts, max_tokens: int, stop: Collection[int], temperature: float = 0.0, seed: int = 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backends.interface import Session, TrainState
+from backends.interface import FloatArray, Session, TrainState
 from finetune import connections
 from finetune.check.analysis import analysing, questions_of
 from finetune.check.records import Records
@@ -32,12 +32,13 @@ from finetune.report.facts import facts_of
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
 from finetune.report.summary import account_of, write_report
 from finetune.report.times import Times
+from finetune.training.head_first import HEAD_ALONE
 from finetune.training.job import Job, known_validation
 from finetune.training.keep import save_adapter
 from finetune.training.loop import Trainer
 from finetune.training.outlook import look_ahead, sampler_of
 from finetune.training.race import Race
-from finetune.training.ready import ready_trainer
+from finetune.training.ready import first_of_all, ready_trainer
 from finetune.training.settle import settle_recomputation
 from finetune.training.suites import ask_suite
 from finetune.training.together import Others
@@ -60,6 +61,7 @@ class Begun:
     times: Times
     questions: Questions  # what is asked beside the held-out rows themselves
     race: Race | None  # None where the recipe names the learning rate
+    head: Mapping[str, FloatArray] | None  # the head that learned alone; None where the recipe has none
 
 
 class Run:
@@ -122,11 +124,13 @@ class Run:
         self._records.write_environment(session)
         yield (ahead := look_ahead(settled, session, asked))
         times = Times.of(folder, ahead)
+        prepared, head = yield from first_of_all(settled, session, folder, self)
+        self.job, settled = replace(job, prepared=prepared), replace(settled, prepared=prepared)
         base = yield from self._evaluate_base(session, times)
         words = bag_of_words(job.prepared, folder.words) if base else None
         checkpoints = Checkpoints(folder.checkpoints, identity)
         trainer, race = yield from ready_trainer(settled, session, folder, checkpoints, saved, self)
-        return Begun(trainer, None if saved is None else saved.state.step, base, told, words, times, asked, race)
+        return Begun(trainer, None if saved is None else saved.state.step, base, told, words, times, asked, race, head)
 
     def train(self, begun: Begun) -> Iterator[Event]:
         """All steps that are left; metrics.jsonl records them. Raises Interrupted, Diverged, MemoryExhausted."""
@@ -166,12 +170,13 @@ class Run:
             tuned = yield from self._evaluate(session, "tuned model")
         save_evaluation(self.folder.evaluation("tuned"), tuned)
         with begun.times.measuring("errors", self.folder):
-            errors = analysing(job, session, begun.questions, begun.base, tuned)
+            errors = analysing(job, session, begun.questions, begun.base, tuned, begun.head)
             analysis = yield from stoppable(errors, self, "analysing the errors")
         suite = None
         if job.suite is not None:
             with begun.times.measuring("suite", self.folder):
-                suite = yield from stoppable(ask_suite(job, job.suite, session), self, "asking the suite")
+                asking = ask_suite(job, job.suite, session, begun.head)
+                suite = yield from stoppable(asking, self, "asking the suite")
         report = replace(self._figures(begun, tuned), analysis=analysis, suite=suite)
         write_report(self.folder, report)
         return report
@@ -191,7 +196,7 @@ class Run:
             device=trainer.session.device,
             scheme=trainer.session.scheme,
             check=headline(begun.told),
-            held_out=f"{len(job.prepared.held_out.examples)} {kind} rows",
+            held_out=f"{len(job.prepared.held_out.examples)} {kind} rows{HEAD_ALONE if begun.head else ''}",
             base=begun.base,
             tuned=tuned,
             comparison=compare(begun.base, tuned, begun.words) if begun.base else None,

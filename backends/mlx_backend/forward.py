@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from backends.interface import Batch, Scores
+from backends.interface import BackendError, Batch, FloatArray, Scores
 from backends.micro_batches import Rows, joined, parts, places_of, prefix_places, widened
 from backends.mlx_backend.attention import TiledAttention
 from backends.mlx_backend.costs import COSTS
@@ -40,8 +40,19 @@ class Forward:
     `shortcuts` names them; `left_out` says of the others why not.
     """
 
-    def __init__(self, model: nn.Module, masks: Dropout, on_cpu: bool, checkpointing: bool, window: int | None) -> None:
-        """`window`: the tokens that a row may have, if there is a limit."""
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Dropout,
+        on_cpu: bool,
+        checkpointing: bool,
+        window: int | None,
+        classes: int = 0,
+    ) -> None:
+        """`window`: the tokens that a row may have, if there is a limit. `classes`: of a classification head.
+
+        Raises BackendError where the model takes no such head.
+        """
         costs = COSTS["cpu" if on_cpu else "gpu"]
         self.model, self.window, self._masks = model, window, masks
         self._width_step = costs.width_step
@@ -55,6 +66,8 @@ class Forward:
         expected = self._hidden(_SAMPLE)
         self._keep_frozen_blocks(expected)
         self.shares_prefixes = self._can_share_prefixes(checkpointing)
+        if classes and not self.head.apart:
+            raise BackendError("this model has no body of its own in mlx-lm, so it takes no classification head")
         if not self.head.apart:
             self.left_out[HEAD] = "the model has no module of its own for its blocks"
         if not self._attention.used:
@@ -110,6 +123,20 @@ class Forward:
             scores = self.head.score(self._hidden(part, self.entering(part)), part.targets[row, column])
             logprob[rows[row], column], greedy[rows[row], column] = scores
         return Scores(logprob, greedy)
+
+    def last_states(self, batch: Batch) -> FloatArray:
+        """[N, D] of the supervised positions, row by row."""
+        chosen = batch.weights != 0
+        number = np.cumsum(chosen).reshape(chosen.shape) - 1  # of each supervised position
+        made: FloatArray | None = None
+        for rows, part in self.parts(batch):
+            row, column = np.nonzero(part.weights)
+            states = np.array(self._hidden(part, self.entering(part)).astype(mx.float32))
+            made = np.zeros((int(chosen.sum()), states.shape[1]), np.float32) if made is None else made
+            made[number[rows[row], column]] = states
+        if made is None:
+            raise ValueError("nothing is supervised in this batch: all weights are 0")
+        return made
 
     def _hidden(self, part: Batch, entering: mx.array | None = None, step: int | None = None) -> mx.array:
         """[N, D] of the supervised positions; `step`: of a training step after so many others."""

@@ -30,6 +30,7 @@ class Head:
         self._recorded: mx.array | None = None  # what the body returned
         self._given: mx.array | None = None  # what the body is to return instead
         self._vocabulary = 0
+        self.classes: mx.array | None = None  # [D, K] a classification head's weight, in the place of what follows
         self.apart = False  # whether the last forward pass stopped at the body
         for module in model.modules():
             if module is not model and _is_body(module, model.layers):
@@ -54,7 +55,9 @@ class Head:
     def logits(self, hidden: mx.array) -> mx.array:
         """float32 [N, vocab] of hidden states [N, D]."""
         logits = hidden
-        if self.apart:
+        if self.classes is not None:
+            logits = hidden.astype(mx.float32) @ self.classes
+        elif self.apart:
             self._given = hidden[None]
             try:
                 logits = self._model(mx.zeros((1, hidden.shape[0]), mx.int32))[0]
@@ -64,10 +67,12 @@ class Head:
         return logits.astype(mx.float32)
 
     def loss(self, hidden: mx.array, targets: IntArray, shares: FloatArray) -> mx.array:
-        """sum(share x nll), differentiable by `hidden` [N, D].
+        """sum(share x nll), differentiable by `hidden` [N, D], and by a classification head's weight.
 
         Each chunk's gradient is computed with its loss, while its logits exist.
         """
+        if self.classes is not None:  # so few logits that they may exist at once
+            return weighted_nll(self.logits(hidden), targets, shares)[0]
 
         @mx.custom_function
         def loss(hidden: mx.array) -> tuple[mx.array, mx.array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backends.formats import quantised_by
@@ -11,6 +11,7 @@ from backends.layer_names import Names, Tensors, under
 from backends.model_folder import folder_of
 
 NAME = "mlx-lm"
+HEADS = False
 _LINES = """import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.utils import load_adapters
@@ -55,7 +56,7 @@ def looks_for(folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:
     return looks_for(folder, config)
 
 
-def lines(model: ModelSpec, base: str, adapter: str, number_type: NumberType) -> str:
+def lines(model: ModelSpec, base: str, adapter: str, number_type: NumberType, labels: Sequence[str] = ()) -> str:
     """As `layer_names.Library` says."""
     folder = folder_of(model)
     packed = model.quantize == "4bit" and quantised_by(folder.config) is None

@@ -8,13 +8,22 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from backends.adapter_state import adapter_shapes, fitting, initial_adapter
+from backends.adapter_state import (
+    NO_HEAD,
+    NO_TEXT,
+    adapter_shapes,
+    fitting,
+    head_shape,
+    initial_adapter,
+)
 from backends.interface import (
+    HEAD_WEIGHT,
+    BackendError,
     Batch,
     FloatArray,
     LoraSpec,
@@ -29,7 +38,7 @@ from backends.interface import (
 from backends.layer_names import Names, Part
 from backends.loss_scale import loss_scales
 from backends.memory_plan import answering_bytes
-from backends.micro_batches import check_tokens, joined, numbered, own_part
+from backends.micro_batches import check_tokens, joined, numbered, own_part, total_of
 from backends.mlx_backend import blas_bridge
 from backends.mlx_backend.costs import NUMPY_PRODUCTS
 from backends.mlx_backend.device import (
@@ -48,6 +57,7 @@ from backends.mlx_backend.generate import generate
 from backends.mlx_backend.lora import Dropout, attach, base_weight
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import AdamW, Tensors
+from backends.mlx_backend.state import State, to_mlx, to_numpy
 from backends.mlx_backend.tree import check_format, check_taken, parts_of
 from backends.model_folder import folder_of
 from backends.sampling import check_prompts, room_for_answers
@@ -96,14 +106,6 @@ def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSe
         return MlxSession(model, lora, optim, seed, device)
 
 
-class _State(NamedTuple):
-    """Replaced as one, so that an interruption cannot leave half of a step."""
-
-    step: int
-    adapter: Tensors
-    moments: Tensors
-
-
 class MlxSession:
     """`interface.Session` in MLX. Adapter and moments are float32 in mlx-lm's layout: A [in, r], B [r, out]."""
 
@@ -124,7 +126,9 @@ class MlxSession:
             blas_bridge.connect(model)
         if spec.checkpointing:
             checkpoint_blocks(model)
-        self._forward = Forward(model, masks, on_cpu, spec.checkpointing, ignored_window(model, folder.text_config))
+        self._forward = Forward(
+            model, masks, on_cpu, spec.checkpointing, ignored_window(model, folder.text_config), lora.classes
+        )
         self.shares_prefixes = self._forward.shares_prefixes
         self._vocabulary = folder.vocabulary or sys.maxsize
         self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
@@ -132,15 +136,15 @@ class MlxSession:
         self.repeatable = True
         self.team: Team | None = None
         self._trained, self._most_held = False, 0
-        self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
-        self._state: _State
-        self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
+        head, self._classes = head_shape(folder, lora), lora.classes
+        self._shapes = adapter_shapes(self.lora_shapes, lora.rank, head)
+        self._state: State
+        self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed, head), {}))
 
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        total = self.team.weight if self.team else float(sum(batch.weights.sum(dtype=np.float64) for batch in micro))
-        if not total > 0:
-            raise ValueError("nothing is supervised in this step: all weights are 0")
-        check_tokens(micro, self._vocabulary)
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        given = self.team.weight if self.team else total
+        total = total_of(micro) if given is None else given
+        check_tokens(micro, self._vocabulary, self._classes)
         with self._running(training=True):
             for scale in loss_scales(self._number_type, total):
                 loss, grads = self._loss_and_grads(micro, total, scale)
@@ -150,7 +154,7 @@ class MlxSession:
                 if math.isfinite(norm):
                     break
             step = self._state.step + 1
-            updated = _State(step, *self._adamw(self._state.adapter, self._state.moments, grads, norm, step, lr))
+            updated = State(step, *self._adamw(self._state.adapter, self._state.moments, grads, norm, step, lr))
             finite = mx.stack([mx.isfinite(value).all() for value in updated.adapter.values()]).all()
             mx.eval(finite, updated.adapter, updated.moments)
             if not (math.isfinite(loss) and math.isfinite(norm) and finite.item()):
@@ -159,11 +163,18 @@ class MlxSession:
         return StepResult(loss, int(sum(np.count_nonzero(batch.weights) for batch in micro)), norm)
 
     def score(self, batch: Batch) -> Scores:
-        check_tokens([batch], self._vocabulary)
+        check_tokens([batch], self._vocabulary, self._classes)
         with self._running():
             if self.shares_prefixes:
                 return self._forward.scores(batch)
             return own_part(self._forward.scores(joined(batch)), batch)
+
+    def states(self, batch: Batch) -> FloatArray:
+        if not self._classes:
+            raise BackendError(NO_HEAD)
+        check_tokens([batch], self._vocabulary, self._classes)
+        with self._running():
+            return self._forward.last_states(batch if self.shares_prefixes else joined(batch))
 
     def generate(
         self,
@@ -173,6 +184,8 @@ class MlxSession:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
+        if self._classes:
+            raise BackendError(NO_TEXT)
         check_prompts(prompts, self._vocabulary)
         check_window(max(map(len, prompts), default=0) + max_tokens, self._forward.window)
         with self._running():
@@ -190,11 +203,11 @@ class MlxSession:
         return parts_of(self._folder, self._folder.lora_modules(LoraSpec(1, 1.0)))
 
     def get_state(self) -> TrainState:
-        return TrainState(self._state.step, _to_numpy(self._state.adapter), _to_numpy(self._state.moments))
+        return TrainState(self._state.step, to_numpy(self._state.adapter), to_numpy(self._state.moments))
 
     def set_state(self, state: TrainState) -> None:
         state = fitting(state, self._shapes)
-        self._state = _State(state.step, _to_mlx(state.adapter), _to_mlx(state.moments))
+        self._state = State(state.step, to_mlx(state.adapter), to_mlx(state.moments))
 
     def peak_bytes(self) -> int:
         self._most_held = max(self._most_held, held_bytes(self._mlx_device))
@@ -248,12 +261,5 @@ class MlxSession:
     def _put_in(self, adapter: Tensors) -> None:
         for module, attached in self._attached.items():
             attached.put(adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"])
-
-
-def _to_numpy(tensors: Tensors) -> dict[str, FloatArray]:
-    """Copies in PEFT's layout."""
-    return {name: np.array(value).T.copy() for name, value in tensors.items()}
-
-
-def _to_mlx(tensors: Mapping[str, FloatArray]) -> Tensors:
-    return {name: mx.array(np.ascontiguousarray(value.T)) for name, value in tensors.items()}
+        if self._classes:
+            self._forward.head.classes = adapter[HEAD_WEIGHT]

@@ -14,7 +14,7 @@ from backends.interface import Batch, IntArray
 from backends.micro_batches import joined
 from backends.torch_backend.device import uploaded
 from backends.torch_backend.frozen import FrozenBlocks
-from backends.torch_backend.head import find_head
+from backends.torch_backend.head import class_head, find_head
 from backends.torch_backend.patch import blocks_of, one_sequence_per_row
 from backends.torch_backend.prefix import SharedPrefixes, attends_to_all
 
@@ -22,8 +22,12 @@ from backends.torch_backend.prefix import SharedPrefixes, attends_to_all
 class Forward:
     """The model's blocks, and its head beside them."""
 
-    def __init__(self, model: Any, device: torch.device, logits_at_once: int) -> None:
-        self._model, self._device, self.head = model, device, find_head(model, logits_at_once)
+    def __init__(
+        self, model: Any, device: torch.device, logits_at_once: int, score: torch.nn.Parameter | None = None
+    ) -> None:
+        """score: the weight of a classification head in the place of the model's own."""
+        self._model, self._device = model, device
+        self.head = find_head(model, logits_at_once) if score is None else class_head(model, score, logits_at_once)
         self._selected: torch.Tensor | None = None  # [N] flat positions, during a pass that ends in logits
         self._frozen: FrozenBlocks | None = None
         if self.head.linear is None:  # every pass ends in logits

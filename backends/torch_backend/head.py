@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from backends.interface import BackendError
 from backends.torch_backend.patch import forward_as
 
 
@@ -62,10 +63,42 @@ class Head:
             return grad_logits.to(dtype)
         return (grad_logits.mul_(self.scale) if self.scale != 1 else grad_logits).to(dtype) @ self.linear.weight
 
+    def _width(self, states: torch.Tensor) -> int:
+        """How many logits a position has."""
+        return int(states.shape[-1] if self.linear is None else self.linear.out_features)
+
     def _chunks(self, states: torch.Tensor, targets: torch.Tensor) -> Iterator[slice]:
-        width = states.shape[-1] if self.linear is None else self.linear.out_features
-        size = max(1, self.logits_at_once // width)
+        size = max(1, self.logits_at_once // self._width(states))
         return (slice(start, start + size) for start in range(0, len(targets), size))
+
+
+class ClassHead(Head):
+    """logits = S h in float32, where S [K, D], which stands in the place of the linear layer, is trained."""
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = states.float() @ self.linear.T
+        return logits
+
+    def loss(
+        self, states: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Head.loss`; the gradient of S is added to it."""
+        leaf = states.detach().float().requires_grad_()
+        nll = torch.nn.functional.cross_entropy(self.logits(leaf), targets, reduction="none")
+        loss = (shares * nll).sum()
+        loss.backward()
+        assert leaf.grad is not None
+        return loss.detach(), leaf.grad.to(states.dtype)
+
+    def _width(self, states: torch.Tensor) -> int:
+        return len(self.linear)
+
+
+def class_head(model: Any, weight: torch.nn.Parameter, logits_at_once: int) -> ClassHead:
+    """Raises BackendError where the model has no body of its own that gives hidden states."""
+    if model.base_model is model:
+        raise BackendError("this model has no body apart from its output layer, so it takes no classification head")
+    return ClassHead(weight, logits_at_once)
 
 
 def find_head(model: Any, logits_at_once: int) -> Head:

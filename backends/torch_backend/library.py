@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backends.formats import quantised_by
@@ -11,6 +11,7 @@ from backends.layer_names import Names, Tensors, matched, under
 from backends.model_folder import folder_of
 
 NAME = "PEFT"
+HEADS = True
 _QUANTISED = """    quantization_config=BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -37,16 +38,18 @@ def looks_for(folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:
     return looks_for(folder, config)
 
 
-def lines(model: ModelSpec, base: str, adapter: str, number_type: NumberType) -> str:
+def lines(model: ModelSpec, base: str, adapter: str, number_type: NumberType, labels: Sequence[str] = ()) -> str:
     """As `layer_names.Library` says."""
     from backends.torch_backend.tree import auto_class, config_of
 
     folder = folder_of(model)
-    kind = auto_class(folder, config_of(folder)).__name__
+    kind = auto_class(folder, config_of(folder), len(labels)).__name__
     packed = model.quantize == "4bit" and quantised_by(folder.config) is None
     more = ", BitsAndBytesConfig" if packed else ""
     settings = _QUANTISED.format(number_type=number_type) if packed else ""
     trust = "    trust_remote_code=True,\n" if folder.remote_code else ""
+    if labels:
+        settings += f"    num_labels={len(labels)},\n    id2label={dict(enumerate(labels))!r},\n"
     return (
         f"import torch\nfrom peft import PeftModel\nfrom transformers import {kind}{more}\n\n"
         f"base = {kind}.from_pretrained(\n    {base!r},\n    dtype=torch.{number_type},\n{settings}{trust})\n"

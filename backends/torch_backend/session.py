@@ -12,8 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.adapter_state import adapter_shapes, fitting, initial_adapter
+from backends.adapter_state import (
+    NO_HEAD,
+    NO_TEXT,
+    adapter_shapes,
+    fitting,
+    head_shape,
+    initial_adapter,
+)
 from backends.interface import (
+    HEAD_WEIGHT,
+    BackendError,
     Batch,
     FloatArray,
     LoraSpec,
@@ -28,7 +37,7 @@ from backends.interface import (
 from backends.layer_names import matched
 from backends.loss_scale import loss_scales
 from backends.memory_plan import answering_bytes
-from backends.micro_batches import check_tokens, joined, own_part, parts
+from backends.micro_batches import check_tokens, joined, own_part, total_of
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 from backends.sampling import check_prompts, room_for_answers
@@ -48,7 +57,6 @@ from backends.torch_backend.device import (
     random_numbers,
     repeatable_kernels,
     unused_card,
-    uploaded,
 )
 from backends.torch_backend.forward import Forward
 from backends.torch_backend.generate import generate
@@ -58,6 +66,7 @@ from backends.torch_backend.lora import Dropout, add_adapter, base_weight
 from backends.torch_backend.model import load_frozen, scheme_of
 from backends.torch_backend.optim import AdamW
 from backends.torch_backend.parked import keep_embedding_on_host
+from backends.torch_backend.read import last_states, scores_of
 from backends.torch_backend.recompute import recompute_blocks
 from backends.torch_backend.tree import check_experts, check_format, tree_of
 
@@ -102,7 +111,8 @@ class TorchSession:
         self.device = device_name(self._device)
         bound_memory(self._device)
         self.lora_shapes = folder_of(model).lora_modules(lora)
-        self._shapes = adapter_shapes(self.lora_shapes, lora.rank)
+        head = head_shape(folder_of(model), lora)
+        self._classes, self._shapes = lora.classes, adapter_shapes(self.lora_shapes, lora.rank, head)
         self._dropout = Dropout(lora.dropout, seed, self.lora_shapes, self._device)
         costs = COSTS[device_kind(self._device)]
         self._number_type = model.number_type(device_kind(self._device), half_type(self._device))
@@ -117,7 +127,10 @@ class TorchSession:
             if model.checkpointing:
                 recompute_blocks(self._model, self._dropout, self._device)
                 keep_embedding_on_host(self._model, self._device)
-            self._forward = Forward(self._model, self._device, costs.logits_at_once or sys.maxsize)
+            if head is not None:
+                self._adapter[HEAD_WEIGHT] = torch.nn.Parameter(torch.zeros(head, device=self._device))
+            score = self._adapter.get(HEAD_WEIGHT)
+            self._forward = Forward(self._model, self._device, costs.logits_at_once or sys.maxsize, score)
             self._frozen_kept = self._forward.keep_frozen_blocks()
         self.scheme = scheme_of(self._model)
         self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
@@ -125,7 +138,7 @@ class TorchSession:
         self.repeatable = True
         self.team: Team | None = None
         self._optimiser = AdamW(self._adapter, optim)
-        self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed), {}))
+        self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed, head), {}))
 
     @cached_property
     def shares_prefixes(self) -> bool:
@@ -140,11 +153,10 @@ class TorchSession:
         again = [RECOMPUTED] if self._spec.checkpointing else []
         return (*shared, *frozen, *head, LORA, *self._block_shortcuts, *again)
 
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        total = self.team.weight if self.team else float(sum(np.sum(b.weights, dtype=np.float64) for b in micro))
-        if not total > 0:
-            raise ValueError("nothing is supervised in this step: all weights are 0")
-        check_tokens(micro, self._vocabulary)
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        given = self.team.weight if self.team else total
+        total = total_of(micro) if given is None else given
+        check_tokens(micro, self._vocabulary, self._classes)
         for scale in loss_scales(self._number_type, total):
             loss, norm = self._repeatably_updated(micro, total, lr, scale)
             if np.isfinite(norm):
@@ -181,24 +193,21 @@ class TorchSession:
                     tensor.grad = None
 
     def score(self, batch: Batch) -> Scores:
-        check_tokens([batch], self._vocabulary)
+        check_tokens([batch], self._vocabulary, self._classes)
         if batch.prefixes and not self.shares_prefixes:
             return own_part(self._score(joined(batch)), batch)
         return self._score(batch)
 
     def _score(self, batch: Batch) -> Scores:
-        logprob = np.zeros(batch.weights.shape, np.float32)
-        greedy = np.zeros(batch.weights.shape, np.int32)
         with memory_guard(self._device), torch.inference_mode():
-            prefixes = self._forward.prefixes(batch.prefixes) if batch.prefixes else None
-            for rows, part in parts(batch, self._tokens_at_once):
-                supervised = np.nonzero(part.weights)
-                states = self._forward.states(part, prefixes)  # [N, D]
-                targets = uploaded([part.targets[supervised].astype(np.int64)], self._device)[0]
-                part_logprob, part_greedy = self._forward.head.score(states, targets)
-                positions = rows[supervised[0]], supervised[1]
-                logprob[positions], greedy[positions] = part_logprob.cpu().numpy(), part_greedy.cpu().numpy()
-        return Scores(logprob, greedy)
+            return scores_of(self._forward, batch, self._tokens_at_once)
+
+    def states(self, batch: Batch) -> FloatArray:
+        if not self._classes:
+            raise BackendError(NO_HEAD)
+        check_tokens([batch], self._vocabulary, self._classes)
+        with memory_guard(self._device), torch.inference_mode():
+            return last_states(self._forward, batch, self.shares_prefixes, self._tokens_at_once)
 
     def generate(
         self,
@@ -208,6 +217,8 @@ class TorchSession:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
+        if self._classes:
+            raise BackendError(NO_TEXT)
         check_prompts(prompts, self._vocabulary)
         with memory_guard(self._device), torch.inference_mode():
             room = room_for_answers(self.free_bytes(), self._answering)

@@ -11,10 +11,11 @@ import transformers
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
 from backends.formats import quantised_by, refuse_format
-from backends.interface import BackendError, CheckedFolder, LoraSpec, ModelSpec
+from backends.interface import HEAD_WEIGHT, BackendError, CheckedFolder, LoraSpec, ModelSpec
 from backends.layer_names import Tensors, Tree
 from backends.text_blocks import expert_numbers
 from backends.torch_backend.quiet import quiet
@@ -57,8 +58,15 @@ def check_experts(model: ModelSpec, folder: CheckedFolder) -> None:
     )
 
 
-def auto_class(folder: CheckedFolder, config: Any) -> Any:
-    """The class that loads a text model for this config. Raises BackendError where transformers has none."""
+def auto_class(folder: CheckedFolder, config: Any, classes: int = 0) -> Any:
+    """The class that loads a text model for this config, or one with a head of so many classes.
+
+    Raises BackendError where transformers has none.
+    """
+    if classes and (folder.remote_code or type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING):
+        return transformers.AutoModelForSequenceClassification
+    if classes:
+        raise BackendError(f"transformers has no model with a classification head for model_type {config.model_type}")
     if folder.remote_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -76,10 +84,12 @@ def cannot(folder: CheckedFolder, error: Exception) -> BackendError:
     return BackendError(f"{folder.path}: transformers cannot load this model ({type(error).__name__}: {error!s:.300})")
 
 
-def model_of(folder: CheckedFolder) -> Any:
-    """The model as users load it, whole, on the meta device. Raises BackendError."""
+def model_of(folder: CheckedFolder, classes: int = 0) -> Any:
+    """The model as users load it, whole, on the meta device; with a head of so many classes. Raises BackendError."""
     config = config_of(folder)
-    auto = auto_class(folder, config)
+    auto = auto_class(folder, config, classes)
+    if classes:
+        config.num_labels = classes
     try:
         with quiet(), torch.device("meta"):
             return auto.from_config(config, trust_remote_code=folder.remote_code)
@@ -104,7 +114,10 @@ def tree_of(folder: CheckedFolder) -> Tree:
 def looks_for(folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:
     """The tensors that PEFT reads for an adapter with this config. Raises BackendError where PEFT would refuse it."""
     check_format(folder)
-    model, rank, tensors = model_of(folder), config["r"], {}
+    classes = len(config["finetune"]["labels"]) if config["task_type"] == "SEQ_CLS" else 0
+    model, rank, tensors = model_of(folder, classes), config["r"], {}
+    if classes:
+        tensors[f"base_model.model.{HEAD_WEIGHT}"] = tuple(model.score.weight.shape)
     for name, module in model.named_modules():
         if not _is_target(name, config):
             continue

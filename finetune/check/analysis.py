@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 
-from backends.interface import Session
+from backends.interface import FloatArray, Session
 from finetune.check.balance import groups_of
 from finetune.data.rows import Prepared
 from finetune.evaluation.analysis import Analyst, Questions, questions
@@ -35,8 +35,15 @@ def groups_held_out(prepared: Prepared, groups: Groups | None) -> dict[str, list
 
 
 def analysing(
-    job: Job, session: Session, asked: Questions, base: Evaluation | None, tuned: Evaluation
+    job: Job,
+    session: Session,
+    asked: Questions,
+    base: Evaluation | None,
+    tuned: Evaluation,
+    head: Mapping[str, FloatArray] | None = None,
 ) -> Generator[Progress, None, Analysis]:
-    """The errors of both models. session: with the tuned one in it. base, tuned: on the held-out rows."""
-    analyst = Analyst(session, job.recipe, job.prepared, job.tokenizer, asked)
+    """The errors of both models. session: with the tuned one in it. base, tuned: on the held-out rows. head: as
+    `base_weights` takes it.
+    """
+    analyst = Analyst(session, job.recipe, job.prepared, job.tokenizer, asked, head)
     return (yield from analyst.analysing(base, tuned))

@@ -23,7 +23,7 @@ from finetune.errors import DataError
 from finetune.events import Progress
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
-from finetune.recipe.specs import lora_spec
+from finetune.recipe.specs import trainable_numbers, with_classes
 from finetune.training.job import beyond_context
 
 SAMPLES = 3
@@ -66,15 +66,16 @@ def survey(
     """Looks at the records and the examples. Raises DataError where no row can be trained on, RecipeError for groups
     that fit no row, BackendError where lora.targets fit no layer.
     """
-    lora = lora_spec(recipe)
-    trainable = lora.trainable(folder.lora_modules(lora))
+    trainable = trainable_numbers(with_classes(recipe, prepared.labels), folder)
     balance = weigh(prepared.splits, prepared.labels, recipe.data.groups)
     if not prepared.train.examples:
         lost = [problem for split in prepared.splits for problem in (*split.left_out, *split.too_long)]
         remedy = "fix its rows, add some, or raise train.max_length"
         raise DataError(f"{recipe.data.train}: no row can be trained on; {remedy}", *listed(lost))
     personal, specials = yield from _words(prepared, tokenizer)
-    tokens = yield from check_tokens(prepared, tokenizer, recipe.prompt.end_token, folder.vocabulary)
+    tokens = yield from check_tokens(
+        prepared, tokenizer, recipe.prompt.end_token and not recipe.head, folder.vocabulary
+    )
     duplicates = yield from find_duplicates(prepared.splits, bool(prepared.labels))
     return Findings(
         prepared=prepared,

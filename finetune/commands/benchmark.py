@@ -26,7 +26,7 @@ from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import open_screen
 from finetune.report.tables import figures_table
 from finetune.text import shorten
-from finetune.training.job import set_up
+from finetune.training.job import refuse_head, set_up
 
 _SHOWN = 12  # tasks of groups, one by one; the rest stand in benchmark.json
 
@@ -41,6 +41,7 @@ def run(
     backend: str | None,
 ) -> None:
     """Prints the figures of both models, and writes benchmark.json."""
+    refuse_head(recipe, "benchmark")
     manager = task_manager()
     _check_tasks(tasks, manager.all_tasks)
     if data is not None and not data.is_dir():

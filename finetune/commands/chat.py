@@ -32,7 +32,7 @@ from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.text import one_line
 from finetune.training.again import ready_to_answer
-from finetune.training.job import Setup, room_for_answer, set_up
+from finetune.training.job import Setup, refuse_head, room_for_answer, set_up
 
 _MOST = 16 * 2**20  # bytes of a file of tools
 _REMEMBERED = 1000  # lines that were typed
@@ -92,6 +92,7 @@ def run(
     row: str | None = None,
 ) -> None:
     """Answer `prompt`, or the row at FILE:LINE, or talk where both are None. The rest goes with every question."""
+    refuse_head(recipe, "generate and chat")
     if row is not None:
         _answer_row(opened, recipe, row, base, temperature, max_tokens, backend)
         return

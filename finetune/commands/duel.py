@@ -18,6 +18,7 @@ from finetune.console import Console, lines
 from finetune.data.read import read
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
+from finetune.disk.head import read_head
 from finetune.disk.run_files import read_json_lines
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import Incompatible
@@ -110,7 +111,7 @@ def _of_file(runs: Runs, names: Sequence[str], data: str, base: bool, backend: s
         check_base(opened.adapter, job.folder)
         session, most = job.open(adapter), recipe.evaluate.max_tokens
         if base and not answers:
-            with base_weights(session):
+            with base_weights(session, read_head(opened)):
                 made = with_progress(predict(session, job.recipe, job.prepared, job.tokenizer, most))
             answers[BASE] = [one.predicted for one in made]
         made = with_progress(predict(session, job.recipe, job.prepared, job.tokenizer, most))

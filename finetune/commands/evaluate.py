@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from backends.interface import Session
+from backends.interface import FloatArray, Session
 from finetune.check.analysis import analysing, questions_of
 from finetune.console import Console
 from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
+from finetune.disk.head import read_head
 from finetune.disk.identity import check_held_out
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
@@ -23,7 +24,9 @@ from finetune.report.live_screen import with_progress
 from finetune.report.report import compare
 from finetune.report.summary import print_comparison, render_analysis
 from finetune.training.again import measured_again
+from finetune.training.head_first import HEAD_ALONE
 from finetune.training.job import Job, making_ready
+from finetune.training.references import with_references
 
 
 def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
@@ -33,11 +36,13 @@ def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None
     job = recorded or job_of_files(opened, recipe, data, backend)
     check_base(opened.adapter, job.folder)
     session = job.open(adapter)
-    base, tuned = with_progress(_evaluate_both(job, session))
-    analysis = with_progress(analysing(without_forgetting(job), session, questions_of(job), base, tuned))
+    head = read_head(opened)
+    base, tuned = with_progress(_evaluate_both(job, session, head))
+    analysis = with_progress(analysing(without_forgetting(job), session, questions_of(job), base, tuned, head))
     comparison = compare(base, tuned, bag_of_words(job.prepared, opened.words))
     console = Console()
-    print_comparison(console, base, tuned, comparison, f"{tuned.rows} rows of {data or opened.path}")
+    title = f"{tuned.rows} rows of {data or opened.path}{HEAD_ALONE if recipe.head else ''}"
+    print_comparison(console, base, tuned, comparison, title)
     render_analysis(console, analysis)
     values = {
         "data": data,
@@ -68,9 +73,13 @@ def without_forgetting(job: Job) -> Job:
     return replace(job, recipe=job.recipe.model_copy(update={"evaluate": evaluate}))
 
 
-def _evaluate_both(job: Job, session: Session) -> Generator[Progress, None, tuple[Evaluation, Evaluation]]:
-    """The base model, then the tuned one."""
-    with base_weights(session):
+def _evaluate_both(
+    job: Job, session: Session, head: Mapping[str, FloatArray] | None
+) -> Generator[Progress, None, tuple[Evaluation, Evaluation]]:
+    """The base model, then the tuned one. head: as `base_weights` takes it."""
+    prepared = yield from with_references(job.prepared, session, job.recipe.train.tokens_at_once)
+    job = replace(job, prepared=prepared)
+    with base_weights(session, head):
         base = yield from evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, "base model")
     tuned = yield from evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, "tuned model")
     return base, tuned

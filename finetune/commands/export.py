@@ -27,7 +27,7 @@ from finetune.export.verify import KEPT, Check, checks_table, model_checks, sent
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.supervisor import announce_model
-from finetune.training.job import Job, making_ready
+from finetune.training.job import Job, making_ready, refuse_head
 
 FILE = "export.json"
 
@@ -48,10 +48,13 @@ def run(
     Raises ExportFailed where it does something else; the folder NAME.failed then holds what was written.
     """
     check_options(to, kind, bits, adapter_alone)
+    refuse_head(recipe, "export")
     adapter = read_adapter(opened.adapter)
     job = with_progress(making_ready(recipe, backend, opened.path))
     check_base(opened.adapter, job.folder)
     check_held_out(opened.path, job.prepared, "Put the rows back as they were")
+    if job.prepared.task == "preference":  # what is verified is how the model answers
+        job = replace(job, prepared=replace(job.prepared, task="generation"))
     rows_measured = chosen(job.prepared.held_out, rows)
     if len(rows_measured.examples) < 2:
         raise Incompatible(f"{opened.path}: no held-out rows, so an export cannot be verified; set data.test")

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.data.column_template import PLAIN
+from finetune.data.compared import compared
 from finetune.data.formats import REQUIRED, STANDARD, recognise
 from finetune.data.guess import by_content, headerless
 from finetune.data.label_names import Spellings, find_labels, labels_in, refuse_many, respelt
-from finetune.data.preferences import refuse_preferences
+from finetune.data.preferences import better_columns, refuse_preferences
 from finetune.data.problems import BadSource, refuse_rows
 from finetune.data.read import read
 from finetune.data.records import read_records
@@ -29,9 +30,10 @@ from finetune.recipe.schema import Data
 from finetune.text import shorten
 
 TITLES = ("title", "headline", "heading", "subject")  # of a text in the column beside
+MANY_LABELS = 20
 _WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "~", ".inf", ".nan")  # not text to YAML
 TEMPLATE = """\
-# A starter recipe for {name}: {rows} rows, read as {format}.{seen}
+# A starter recipe for {name}: {rows} rows, read as {read}.{seen}
 # `finetune plan {output}` shows what will happen; `finetune train {output}` does it.
 # Every key and its default: `finetune plan`; for editors: `finetune schema > schema.json`.
 
@@ -45,10 +47,10 @@ data:
 prompt:
   template: {template}
 
-lora:
+{head}lora:
   rank: 16
   alpha: 32                 # the adapter's weight is alpha / rank
-  dropout: 0.05
+  dropout: {dropout}
 
 quantize: 4bit              # none | 4bit
 
@@ -68,6 +70,7 @@ class Look(NamedTuple):
     columns: Mapping[str, str]  # those that the recipe names: standard name -> the file's column
     labels: Mapping[str, int]  # how often each occurs
     guessed: bool  # the columns were told by what they hold
+    pairs: bool = False  # two answers to a prompt, chosen and rejected
 
 
 def run(data: str, output: Path, model: str, columns: Mapping[str, str]) -> None:
@@ -96,6 +99,11 @@ def run(data: str, output: Path, model: str, columns: Mapping[str, str]) -> None
 def _look(source: Rows, given: Mapping[str, str]) -> Look:
     """Raises DataError for rows that cannot be trained on, as `check` does."""
     guessed = dict(given)
+    if not given and better_columns(_names(source.rows)):
+        pairs = compared(source, {})
+        refuse_rows(pairs.bad)
+        refuse_rows(read_records(pairs.rows, recognise(pairs.rows))[1])
+        return Look("auto", {}, {}, False, pairs=True)
     try:
         layout = recognise(source.rows, "auto", given)
     except BadSource:
@@ -133,6 +141,7 @@ def _recipe(rows: Sequence[Row], look: Look, data: str, output: Path, model: str
         name=shorten(Path(data).name, 100),
         rows=len(rows),
         format=look.format,
+        read="pairs of answers" if look.pairs else look.format,
         seen=_labels(look.labels),
         output=shlex.quote(shorten(str(output), 200)),
         model=_written(model),
@@ -140,6 +149,9 @@ def _recipe(rows: Sequence[Row], look: Look, data: str, output: Path, model: str
         held_out=_held_out(data, bool(look.labels)),
         columns=_columns(rows, look),
         template=_written(_template(rows, look)),
+        head="preferences: {}             # learn to prefer chosen to rejected, by DPO\n\n" * look.pairs
+        or _head(look.labels),
+        dropout=0 if look.pairs else 0.05,
         max_length=next((size for size in (128, 256, 512, 1024, 2048) if 2 * words < size), 4096),
         longest=words,
     )
@@ -220,8 +232,18 @@ def _labels(labels: Mapping[str, int]) -> str:
     return f"\n# Labels: {shown}{', ...' if len(labels) > 8 else ''}"
 
 
+def _head(labels: Mapping[str, int]) -> str:
+    """A head chooses among many labels many times as fast as their tokens are scored."""
+    if not labels:
+        return ""
+    line = "head: {}                    # a layer that chooses the label, head first; without it its tokens are scored"
+    return f"{line if len(labels) >= MANY_LABELS else f'# {line}'}\n\n"
+
+
 def _columns(rows: Sequence[Row], look: Look) -> str:
     lines = [f"    {standard}: {_written(column)}\n" for standard, column in look.columns.items()]
+    if look.pairs:
+        return ""
     if look.format != "auto":
         return "  columns:\n" + "".join(lines) if lines else ""
     names = ", ".join(shorten(column, 40) for column in _names(rows)[:20])

@@ -25,7 +25,7 @@ from finetune.data.rows import Example, Prepared
 from finetune.launch import processes
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
-from finetune.recipe.specs import lora_spec, model_spec, optim_spec
+from finetune.recipe.specs import lora_spec, model_spec, optim_spec, with_classes
 from finetune.report.live_screen import with_progress
 from finetune.report.plan_tables import (
     largest_table,
@@ -70,6 +70,7 @@ def run(recipe: Recipe, compare: bool, largest: bool = False, devices: str | Non
     suite = with_progress(suite_of(replace(setup, recipe=known), prepared, cases))
     job = Job(known, folder, tokenizer, backend, prepared, suite)
     count = processes(devices, backend) if devices and backend else 1
+    recipe = with_classes(recipe, prepared.labels)
     for part in answer(recipe, folder, prepared, backend, largest, Beside(questions_of(job), suite), count):
         console.print(part)
     console.rule("rows", align="left")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune.console import Console
 from finetune.disk.adapter import check_base, read_adapter
+from finetune.disk.head import read_head
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import CasesFailed
 from finetune.evaluation.suite import measure_suite
@@ -20,7 +21,7 @@ def run(opened: RunFolder, recipe: Recipe, file: str, at_least: float | None, ba
     adapter = read_adapter(opened.adapter)
     job, suite = with_progress(suite_again(recipe, backend, opened, file))
     check_base(opened.adapter, job.folder)
-    result = with_progress(measure_suite(job.open(adapter), job.recipe, job.tokenizer, suite))
+    result = with_progress(measure_suite(job.open(adapter), job.recipe, job.tokenizer, suite, head=read_head(opened)))
     print_suite(Console(), result)
     opened.write_json("suite.json", result.to_json())
     if at_least is not None and (why := result.shortfall(at_least)):

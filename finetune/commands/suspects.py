@@ -34,11 +34,15 @@ SPARE = 1.5  # of the run's own time: without so much a proof would hardly end
 
 def run(opened: RunFolder, recipe: Recipe, minutes: float | None, backend: str | None) -> None:
     """Writes suspects.csv into the run's folder, whole or not at all. minutes: that the proof may take."""
+    if recipe.preferences:
+        raise RecipeError("suspects: it judges rows with one answer; of pairs `finetune check` names contradictions")
     adapter = read_adapter(opened.adapter)
     tuned = load_evaluation(opened.evaluation("tuned"))
     if tuned is None:
         raise Incompatible(f"{opened.path}: this run is not finished; resume it first")
     if minutes is not None:
+        if recipe.head:
+            raise RecipeError("--prove: a run with a head cannot be trained again without rows; leave --prove out")
         _refuse_too_short(opened, minutes)
     job = with_progress(making_ready(recipe, backend, opened.path))
     check_rows(opened.path, job.prepared, "Put the rows back as they were, or train a new run on the rows as they are")

@@ -65,6 +65,31 @@ class LabelWriter:
         return _with_label(example, self._alone[record.answer or ""])
 
 
+class ClassWriter:
+    """Writes each label as its number, after the prompt: what a head chooses among."""
+
+    def __init__(self, labels: Labels) -> None:
+        self.scored: LabelTokens = tuple((number,) for number in range(len(labels)))
+        self._numbers = {label: number for number, label in enumerate(labels)}
+
+    def write(self, record: Record, example: Example) -> Example:
+        """The prompt, and the class after its last token. Raises ValueError where there is no token before it."""
+        prompt = example.prompt_tokens
+        count = len(prompt)
+        if not count:
+            raise ValueError("has no token before its label; write some text around {text} in prompt.template")
+        return dataclasses.replace(
+            example,
+            tokens=np.append(prompt, np.int32(self._numbers[record.answer or ""])),
+            weights=np.append(np.zeros(count, np.float32), np.float32(1.0)),
+            answer_start=count,
+            answer_end=count + 1,
+            apart=False,
+            cut=False,
+            classed=True,
+        )
+
+
 def _with_label(example: Example, tokens: Sequence[int]) -> Example:
     """The example with its label written in `tokens`, which are without the end token."""
     start, end = example.answer_start, example.answer_end

@@ -24,21 +24,27 @@ def refuse_preferences(
 
 
 def _compared(columns: Sequence[str], wanted: str, mapping: Mapping[str, str]) -> str | None:
-    worse = [column for column in columns if any(word in column.casefold() for word in _WORSE)]
-    better = [column for column in columns if _better(worse, column)]
-    if not worse or not better or wanted != "auto" or set(better) & set(mapping.values()):
+    pairs = better_columns(columns)
+    if not pairs or wanted != "auto" or {better for better, _ in pairs} & set(mapping.values()):
         return None
+    better, worse = pairs[0]
     return (
-        f"the rows are preferences ({better[0]}, {worse[0]}), as DPO takes them, and only answers to imitate are "
-        f"trained here; keep the better answers: data.format with data.columns (completion: {better[0]})"
+        f"the rows are preferences ({better}, {worse}), as DPO takes them; to learn from pairs set preferences: {{}}, "
+        f"to imitate the better answers data.format with data.columns (completion: {better})"
     )
 
 
-def _better(worse: Sequence[str], column: str) -> bool:
-    """Whether the column is the counterpart of one of those: chosen of rejected, score_chosen of score_rejected."""
-    pairs = (("rejected", "chosen"), ("rejected", "accepted"), ("dispreferred", "preferred"))
-    named = {one.casefold().replace(bad, good) for one in worse for bad, good in pairs} - {*map(str.casefold, worse)}
-    return column.casefold() in named
+def better_columns(columns: Sequence[str]) -> list[tuple[str, str]]:
+    """(better, worse) of columns that are counterparts: chosen of rejected, score_chosen of score_rejected."""
+    worse = [column for column in columns if any(word in column.casefold() for word in _WORSE)]
+    names = (("rejected", "chosen"), ("rejected", "accepted"), ("dispreferred", "preferred"))
+    found = []
+    for column in columns:
+        for bad in worse:
+            named = {bad.casefold().replace(old, new) for old, new in names} - {*map(str.casefold, worse)}
+            if column.casefold() in named:
+                found.append((column, bad))
+    return found
 
 
 def _judged(rows: Sequence[Row], columns: Sequence[str], mapping: Mapping[str, str]) -> str | None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from finetune.data.compared import compared, others
 from finetune.data.formats import Layout, recognise
 from finetune.data.label_names import Labels, Spellings, find_labels, labels_in, refuse_many, respelt, unknown_labels
 from finetune.data.limit import limited
@@ -19,7 +20,7 @@ from finetune.data.records import read_records
 from finetune.data.renderers import make_renderer
 from finetune.data.rows import Prepared, Problem, Rows, Split, Task
 from finetune.data.sides import WORDS, part
-from finetune.data.sources import held_out_sources
+from finetune.data.sources import SplitName, held_out_sources
 from finetune.data.split import set_apart
 from finetune.data.tokenizer import Tokenizer, stop_tokens
 from finetune.data.writer import Writer
@@ -68,15 +69,16 @@ def _gather(
     """The rows of every split as records, without an example yet, and how they will be written."""
     data = recipe.data
     alone = known is not None
-    source = read((alone and data.test) or data.train, base, "test" if alone else "train", data.encoding)
+    source = _read(recipe, (alone and data.test) or data.train, base, "test" if alone else "train")
     if not source.rows:
         refuse_rows(source.bad)
-    layout = recognise(source.rows, data.format, data.columns, source.bad)
+    columns = data.columns if recipe.preferences is None else others(data.columns)
+    layout = recognise(source.rows, data.format, columns, source.bad)
     task = _task(recipe, layout)
     if data.long_rows == "split" and layout.name != "text":
         raise RecipeError(f"data.long_rows: only plain text can be split, and the rows are {layout.name}; remove it")
-    columns = {*layout.columns, *(column for row in source.rows for column in row.fields)}
-    renderer = make_renderer(recipe.prompt, layout.name, columns, tokenizer, clock)
+    names = {*layout.columns, *(column for row in source.rows for column in row.fields)}
+    renderer = make_renderer(recipe.prompt, layout.name, names, tokenizer, clock)
     reads = {*renderer.reads, *([data.groups] if isinstance(data.groups, str) else [])}
     spellings = _spellings(source, layout, known or data.labels) if task == "classification" else None
     records = Prepared(
@@ -95,9 +97,7 @@ def _gather(
     held_out: dict[str, Split] = {}
     for name, held in held_out_sources(data, base).items():
         try:
-            held_out[name] = _split(
-                name, read(held, base, name, data.encoding), layout, recipe, reads, spellings, labels
-            )
+            held_out[name] = _split(name, _read(recipe, held, base, name), layout, recipe, reads, spellings, labels)
         except BadSource as error:
             broken.append((name, error.problem))
     if "valid" not in held_out:
@@ -109,6 +109,12 @@ def _gather(
     )
 
 
+def _read(recipe: Recipe, source: str, base: Path | None, name: SplitName) -> Rows:
+    """The rows of a source; with preferences each with its worse answer too."""
+    rows = read(source, base, name, recipe.data.encoding)
+    return rows if recipe.preferences is None else compared(rows, recipe.data.columns)
+
+
 def _spellings(source: Rows, layout: Layout, given: Sequence[str] | None) -> Spellings:
     """Of the labels of some rows. Raises BadSource where there are too many, and the recipe names none."""
     column = layout.columns["label"]
@@ -118,8 +124,12 @@ def _spellings(source: Rows, layout: Layout, given: Sequence[str] | None) -> Spe
 
 
 def _task(recipe: Recipe, layout: Layout) -> Task:
+    if recipe.head is not None and layout.name != "classification":
+        raise RecipeError(f"head: it chooses among labels, and the rows are {layout.name} and have none; remove it")
     if recipe.data.labels is not None and layout.name != "classification":
         raise RecipeError(f"data.labels: the rows are {layout.name} and have no label; remove it")
+    if recipe.preferences is not None:
+        return "preference"
     fits: dict[str, Task] = {"classification": "classification", "text": "text"}
     if recipe.task == "auto":
         return fits.get(layout.name, "generation")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from finetune.data.calls import parsed, read_tools
@@ -35,12 +36,21 @@ def read_records(
     for row in rows:
         try:
             left_out = [name for name, value in row.fields.items() if name not in known and value not in _NOTHING]
-            records.append(_record(row, layout, labels, left_out))
+            record = _record(row, layout, labels, left_out)
+            if row.rejected is not None:
+                worse = _record(replace(row, fields=row.rejected), layout, labels, [])
+                record = replace(_last(record), rejected=_last(worse))
+            records.append(record)
         except RecursionError:
             bad.append((row.location, "the values are nested too deeply; make them flatter, or remove the row"))
         except ValueError as error:
             bad.append((row.location, str(error)))
     return records, bad
+
+
+def _last(record: Record) -> Record:
+    """With its last answer alone supervised."""
+    return replace(record, last_only=bool(record.messages))
 
 
 def _record(row: Row, layout: Layout, labels: Sequence[str] | None, left_out: list[str]) -> Record:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # whoever only reads rows needs no numpy
 Message = Mapping[str, Any]  # role, content (text), and where given tool_calls, name, tool_call_id, weight
 Span = tuple[int, int]  # (start, end) in characters, or in tokens
 Problem = tuple[str, str]  # (location, reason with its remedy); a location is file:line, or the recipe's key
-Task = Literal["classification", "generation", "text"]
+Task = Literal["classification", "generation", "text", "preference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Row:
     fields: Mapping[str, Any]
     file: str
     line: int  # 1-based line in the file; for Parquet and hub data the row's number
+    rejected: Mapping[str, Any] | None = None  # of a pair of answers: the same fields with the worse one
 
     @property
     def location(self) -> str:
@@ -48,6 +49,7 @@ class Record:
     system: str = ""  # beside an instruction or a prompt; a conversation has it as its first message
     history: tuple[tuple[str, str], ...] = ()  # (question, answer) before an instruction or a prompt; not learned
     left_out: tuple[str, ...] = ()  # fields that no text can hold: columns that nothing reads, and what reading dropped
+    rejected: Record | None = None  # of a pair of answers: the worse one to the same prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,9 @@ class Example:
     apart: bool = False  # a token would lie across an answer's border, so prompt and answer were encoded apart
     cut: bool = False  # its end is missing
     piece: bool = False  # of a longer text, which goes on in the next example
+    classed: bool = False  # its last number is the number of its label, and no token
+    rejected: Example | None = None  # of a pair of answers: the worse one to the same prompt
+    under_base: float = 0.0  # of a pair: the answer's log-probability under the model without its adapter
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -8,7 +8,9 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
-from finetune.data.labels import LabelWriter
+import numpy as np
+
+from finetune.data.labels import ClassWriter, LabelWriter
 from finetune.data.left_out import lost_fields, notes
 from finetune.data.loss_mask import tokenise
 from finetune.data.rows import Example, Prepared, Problem, Record, Rendered, Split
@@ -17,6 +19,7 @@ from finetune.data.truncate import Pair, fit, overlap, windows
 from finetune.events import Progress
 from finetune.recipe.schema import Recipe
 
+_UNPAIRED = "its two answers do not both fit after the same prompt; raise train.max_length"
 TOGETHER = 2000  # rows that are text and tokens at the same time; what is kept of them is smaller
 
 
@@ -26,10 +29,20 @@ class Writer:
         self._settings, self._tokenizer, self._renderer = recipe.train, tokenizer, prepared.renderer
         self._splits = recipe.data.long_rows == "split"
         self._known = frozenset(re.findall(r"\w+", self._renderer.source))
-        self.labels = LabelWriter(tokenizer, self._renderer, prepared.labels)
+        self.labels: LabelWriter | ClassWriter = (
+            ClassWriter(prepared.labels) if recipe.head else LabelWriter(tokenizer, self._renderer, prepared.labels)
+        )
 
     def write(self, split: Split) -> Generator[Progress, None, Split]:
-        """The split with its rows as tokens within max_length; some rows at a time, so that memory stays small."""
+        """The split with its rows as tokens within max_length; a pair of answers as one example with another in it."""
+        written = yield from self._write(split)
+        worse = [record.rejected for record in split.records if record.rejected is not None]
+        if not worse:
+            return written
+        return _paired(written, (yield from self._write(replace(split, records=worse))))
+
+    def _write(self, split: Split) -> Generator[Progress, None, Split]:
+        """Some rows at a time, so that memory stays small."""
         fate, total = _Fate(), len(split.records)
         for start in range(0, total, TOGETHER):
             rendered = self._render(split.records[start : start + TOGETHER], fate)
@@ -75,10 +88,15 @@ class Writer:
                 fate.lose(whole, None)
                 continue
             text, example = row
+            try:
+                written = self.labels.write(text.record, example)
+            except ValueError as error:
+                fate.refused.append((whole.location, str(error)))
+                continue
             if long:
                 fate.shortened.append(whole.location)
                 fate.lose(whole, example)
-            fate.examples.append(self.labels.write(text.record, example))
+            fate.examples.append(written)
 
     def _split_up(self, pair: Pair, fate: _Fate) -> bool:
         """Whether the row was too long, and so has become windows."""
@@ -89,6 +107,19 @@ class Writer:
         fate.examples += parts
         fate.split, fate.windows = fate.split + 1, fate.windows + len(parts)
         return True
+
+
+def _paired(better: Split, worse: Split) -> Split:
+    """Both answers of each row in one example; a row that lost one, or whose prompts differ now, is left out."""
+    others = {example.location: example for example in worse.examples}
+    pairs, dropped = [], [*better.dropped]
+    for example in better.examples:
+        other = others.get(example.location)
+        if other is not None and np.array_equal(example.prompt_tokens, other.prompt_tokens):
+            pairs.append(replace(example, rejected=other))
+        else:
+            dropped.append((example.location, _UNPAIRED))
+    return replace(better, examples=tuple(pairs), dropped=tuple(dropped))
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.interface import BackendError, FloatArray, IncompatibleState, LoraSpec, Session, TrainState
+from backends.interface import HEAD_WEIGHT, BackendError, FloatArray, IncompatibleState, LoraSpec, Session, TrainState
 from backends.model_folder import ModelFolder, ending, read_object, validate
 from finetune.disk.adapter_writer import CONFIG_FILE, FILES, MLX, PEFT
 from finetune.disk.base_model import FULL, base_model, fingerprint
@@ -25,11 +26,13 @@ _LARGEST = float(np.finfo(np.float32).max)  # scale; a backend's numbers hold no
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA tensors by canonical name (`<module>.lora_A` [r, in], `.lora_B` [out, r]), and their scale."""
+    """LoRA tensors by canonical name (`<module>.lora_A` [r, in], `.lora_B` [out, r]), and their scale; HEAD_WEIGHT
+    [K, D] beside them where there is a head.
+    """
 
     tensors: Mapping[str, FloatArray]
     rank: int
-    scale: float  # alpha / rank
+    scale: float  # alpha / rank, or alpha / sqrt(rank)
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 def read_adapter(folder: Path) -> Adapter:
     """An adapter of either format. Raises Incompatible, naming the file and what is wrong with it."""
     config, config_file = adapter_config(folder), folder / CONFIG_FILE
-    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
+    for key in ("use_dora", "rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise Incompatible(f"{config_file}: {key} is set; only plain LoRA can be a start")
     if config.get("peft_type", "LORA") != "LORA":
@@ -59,8 +62,9 @@ def read_adapter(folder: Path) -> Adapter:
     else:
         tensors = _canonical(folder / FILES[MLX], _from_mlx)
     rank, scale = _rank_and_scale(config, config_file)
-    wrong = [n for n, t in tensors.items() if t.shape[0 if n.endswith("lora_A") else 1] != rank]
-    if wrong or not tensors:
+    factors = {name: tensor for name, tensor in tensors.items() if name != HEAD_WEIGHT}
+    wrong = [n for n, t in factors.items() if t.shape[0 if n.endswith("lora_A") else 1] != rank]
+    if wrong or not factors:
         raise Incompatible(
             f"{folder}: {wrong[0] if wrong else 'no LoRA tensor'} is not of rank {rank} as its config says"
         )
@@ -71,7 +75,8 @@ def _rank_and_scale(config: Mapping[str, Any], file: Path) -> tuple[int, float]:
     try:
         own = config if "r" in config else config["lora_parameters"]
         rank = own["r" if "r" in config else "rank"]
-        scale = own["lora_alpha"] / rank if "r" in config else own["scale"]
+        by_root = config.get("use_rslora") is True
+        scale = own["lora_alpha"] / (math.sqrt(rank) if by_root else rank) if "r" in config else own["scale"]
         fits = type(rank) is int and rank > 0 and type(scale) in (int, float) and abs(scale) <= _LARGEST
     except (KeyError, TypeError, ArithmeticError):
         fits = False
@@ -100,6 +105,8 @@ def _canonical(file: Path, convert: Any) -> dict[str, FloatArray]:
 
 
 def _from_peft(name: str, tensor: FloatArray) -> tuple[str | None, FloatArray]:
+    if name == f"base_model.model.{HEAD_WEIGHT}":
+        return HEAD_WEIGHT, tensor
     match = re.fullmatch(r"(?:base_model\.model\.)?(.+\.lora_[AB])(?:\.default)?\.weight", name)
     return (match[1] if match else None), tensor
 
@@ -122,6 +129,8 @@ def check_start(folder: Path, model: ModelFolder, lora: LoraSpec) -> None:
     """Raises Incompatible where an adapter folder does not fit the recipe, with the keys that make it fit."""
     adapter = read_adapter(folder)
     _check_scale(folder, adapter, lora)
+    if HEAD_WEIGHT in adapter.tensors:
+        raise Incompatible(f"lora.start_from: {folder} has a classification head, and is no start without it")
     theirs = {ending(name.rsplit(".", 1)[0]) for name in adapter.tensors}
     ours = {ending(module) for module in model.lora_modules(lora)}
     if theirs == ours:
@@ -155,7 +164,7 @@ def _check_scale(folder: Path, adapter: Adapter, lora: LoraSpec) -> None:
         raise Incompatible(
             f"lora.start_from: {folder} has rank {adapter.rank} and scale {adapter.scale:g}; the recipe has rank "
             f"{lora.rank} and scale {lora.scale:g}. Set lora.rank: {adapter.rank} and "
-            f"lora.alpha: {adapter.scale * adapter.rank:g}"
+            f"lora.alpha: {adapter.scale * (math.sqrt(adapter.rank) if lora.by_root else adapter.rank):g}"
         )
 
 

@@ -46,7 +46,10 @@ def in_words(checked: tuple[Loading, ...]) -> Iterator[str]:
 
 def _loading(library: str, adapter: Path, base: ModelFolder) -> Loading:
     try:
-        expected = registry.libraries()[library].looks_for(base, read_object(adapter / CONFIG_FILE))
+        module, config = registry.libraries()[library], read_object(adapter / CONFIG_FILE)
+        if config.get("task_type") == "SEQ_CLS" and not module.HEADS:
+            return Loading(library, None, "it has no models with a classification head")
+        expected = module.looks_for(base, config)
         problem = _difference(validate(adapter / FILES[library]), expected)
     except ImportError as error:
         return Loading(library, None, f"{error.name or error} is not installed here")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from backends import registry
-from backends.interface import FloatArray, LoraSpec, Modules
+from backends.interface import HEAD_WEIGHT, FloatArray, LoraSpec, Modules
 from backends.model_folder import ModelFolder
 from finetune.disk.atomic import write_pieces
 from finetune.disk.safetensors_file import tensor_pieces
@@ -21,6 +21,7 @@ from finetune.disk.safetensors_file import tensor_pieces
 PEFT, MLX, CONFIG_FILE = "PEFT", "mlx-lm", "adapter_config.json"
 FILES = {PEFT: "adapter_model.safetensors", MLX: "adapters.safetensors"}
 _PEFT_PREFIX = "base_model.model."
+_SEQUENCES = {"task_type": "SEQ_CLS", "modules_to_save": [HEAD_WEIGHT.partition(".")[0]]}  # of PEFT, with a head
 _BLOCK = re.compile(r"^(?P<before>.*?layers)\.(?P<index>\d+)\.(?P<within>.+)$")
 
 Names = Mapping[str, tuple[tuple[str, int, int], ...]]  # as `backends.layer_names.Names`
@@ -35,16 +36,20 @@ def write_adapter(
     facts: Mapping[str, Any],
     model: ModelFolder | None = None,
 ) -> None:
-    """Both formats into `folder`, which exists. `blocks` is how many the base has; `facts` go into the config.
+    """Both formats, or with a head PEFT's alone, into `folder`, which exists.
 
-    model: the base's folder, for the names that each library has for its layers; None: those in `tensors`.
+    blocks: how many the base has. facts: go into the config. model: the base's folder, for the names that each library
+    has for its layers; None: those in `tensors`.
     """
     modules = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
     sizes = {m: (len(tensors[f"{m}.lora_B"]), tensors[f"{m}.lora_A"].shape[1]) for m in modules}
     peft, mlx = (_named(library, model, sizes) for library in (PEFT, MLX))
-    write_pieces(folder / FILES[PEFT], tensor_pieces({f"{_PEFT_PREFIX}{n}.weight": t for n, t in _cut(tensors, peft)}))
-    write_pieces(folder / FILES[MLX], tensor_pieces({_mlx_name(n): t.T for n, t in _cut(tensors, mlx)}))
-    config = _config(peft, mlx, lora, base, blocks, model) | {"finetune": dict(facts)}
+    head = {f"{_PEFT_PREFIX}{HEAD_WEIGHT}": tensors[HEAD_WEIGHT]} if HEAD_WEIGHT in tensors else {}
+    named = {f"{_PEFT_PREFIX}{n}.weight": t for n, t in _cut(tensors, peft)}
+    write_pieces(folder / FILES[PEFT], tensor_pieces(named | head))
+    if not head:  # mlx-lm has no models with one
+        write_pieces(folder / FILES[MLX], tensor_pieces({_mlx_name(n): t.T for n, t in _cut(tensors, mlx)}))
+    config = _config(peft, mlx, lora, base, blocks, model) | (_SEQUENCES if head else {}) | {"finetune": dict(facts)}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -79,7 +84,7 @@ def _config(
         **_targets(peft, None if len(indices) == blocks else indices, model),
         "bias": "none",
         "fan_in_fan_out": False,
-        "use_rslora": False,
+        "use_rslora": lora.by_root,
         "use_dora": False,
         "modules_to_save": None,
         "inference_mode": True,

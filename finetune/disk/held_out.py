@@ -45,13 +45,19 @@ class HeldOut:
 
 
 def write_held_out(run: RunFolder, prepared: Prepared) -> None:
-    """held-out.jsonl, whole or absent: every row with its texts and tokens. Raises DiskError."""
+    """held-out.jsonl, whole or absent: every row with its texts and tokens, but for pairs. Raises DiskError."""
+    if prepared.task == "preference":
+        return
     lines = (json.dumps(_as_json(example), ensure_ascii=False) for example in prepared.held_out.examples)
     write_file(run.held_out, "".join(f"{line}\n" for line in lines))
 
 
-def described(prepared: Prepared) -> dict[str, Any]:
-    """What of them stands in data.json: their split, and the tokens by which each label is measured."""
+def described(prepared: Prepared) -> dict[str, Any] | None:
+    """What of them stands in data.json: their split, and the tokens by which each label is measured; nothing of pairs,
+    which are read from the recipe's files again.
+    """
+    if prepared.task == "preference":
+        return None
     return {"split": prepared.held_out.name, "label_tokens": [list(tokens) for tokens in prepared.label_tokens]}
 
 

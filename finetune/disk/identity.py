@@ -33,6 +33,9 @@ _NOT_IDENTITY = {
     "evaluate.answer", "evaluate.base", "evaluate.forgetting", "evaluate.swaps", "evaluate.suite",
 }  # fmt: skip
 
+# Keys that came later, with the value that says nothing: not in the identities of earlier runs.
+_LATER: Mapping[str, Any] = {"head": None, "preferences": None, "lora.rslora": False}
+
 
 def identity_of(
     recipe: Recipe, prepared: Prepared, folder: ModelFolder, like: Mapping[str, Any] | None = None
@@ -42,7 +45,8 @@ def identity_of(
     like: an identity of this run, whose kind is kept.
     """
     values = _flat(recipe.model_dump(mode="json", exclude={"data": {"groups"}}))
-    settings = {key: value for key, value in values if key not in _NOT_IDENTITY}
+    known = ((key, value) for key, value in values if key not in _LATER or value != _LATER[key])
+    settings = {key: value for key, value in known if key not in _NOT_IDENTITY}
     if like is not None and "kind" not in like:
         rows = sha256(b"".join(_tokens(example) for split in prepared.splits for example in split.examples))
         return {"base_model_weights": folder.sampled_fingerprint, "data_rows": rows.hexdigest()} | settings
@@ -74,6 +78,8 @@ def split_digest(split: Split) -> str:
     for example in split.examples:
         ends = [len(example), example.answer, example.answer_start, example.answer_end]
         digest.update(json.dumps(ends).encode() + _tokens(example))
+        if example.rejected:
+            digest.update(_tokens(example.rejected))
     return digest.hexdigest()
 
 

@@ -88,6 +88,16 @@ class RunFolder:
         return self.path / "words.json"
 
     @property
+    def head(self) -> Path:
+        """The head that learned alone, where the recipe has one."""
+        return self.path / "head.safetensors"
+
+    @property
+    def references(self) -> Path:
+        """Log-probabilities of pairs of answers under the model without its adapter."""
+        return self.path / "references.json"
+
+    @property
     def race(self) -> Path:
         """The race that chose the learning rate, where the recipe leaves it open."""
         return self.path / "race.json"

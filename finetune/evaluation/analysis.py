@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from backends.interface import Session
+from backends.interface import FloatArray, Session
 from finetune.data.rows import Example, Prepared
 from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.data.variants import Variants, held_out_with, variants
@@ -117,6 +117,7 @@ class Analyst:
     prepared: Prepared
     tokenizer: Tokenizer
     questions: Questions
+    head: Mapping[str, FloatArray] | None = None  # as `base_weights` takes it
 
     def analysing(self, base: Evaluation | None, tuned: Evaluation) -> Generator[Progress, None, Analysis]:
         """base, tuned: on the held-out rows. Raises MemoryExhausted."""
@@ -125,7 +126,7 @@ class Analyst:
             "group": self.questions.groups,
             "length": by_length([len(example.prompt_tokens) for example in examples]),
         }
-        data, kinds = self._data(), confusions(base, tuned)
+        data, kinds = self._data(), [] if tuned.pairs else confusions(base, tuned)
         if _writes(self.recipe, self.prepared):
             kinds = yield from self._kinds_of_answers(base, tuned, data)
         swaps = yield from self._swaps(base, tuned)
@@ -147,7 +148,7 @@ class Analyst:
     ) -> Generator[Progress, None, list[Kind]]:
         before: Asked = {}
         if base is not None:
-            with base_weights(self.session):
+            with base_weights(self.session, self.head):
                 before = yield from self._asked_again("base model")
         after = yield from self._asked_again("tuned model")
         return kinds_of_answers(base, tuned, self.prepared.held_out.examples, data, (before, after))
@@ -182,7 +183,7 @@ class Analyst:
             return None
         before: Found | None = None
         if base is not None:
-            with base_weights(self.session):
+            with base_weights(self.session, self.head):
                 before = yield from self._flips("base model", base)
         after = yield from self._flips("tuned model", tuned)
         return swaps_of(asked.rows, before, after)
@@ -203,7 +204,7 @@ class Analyst:
         return flips(asked.rows, first, answers, pairs_of(self.recipe.evaluate.swaps), bool(prepared.labels))
 
     def _forgetting(self, base: Evaluation | None, tuned: Evaluation) -> Generator[Progress, None, Forgetting | None]:
-        if not self.recipe.evaluate.forgetting:
+        if not self.recipe.evaluate.forgetting or self.recipe.head:  # a head reads no text
             return None
         stop, micro_tokens = self.prepared.stop_tokens, self.recipe.train.tokens_at_once
         changes = yield from measuring(self.session, self.questions.general, stop, micro_tokens)

@@ -7,87 +7,23 @@ to get through it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, ClassVar
+from dataclasses import replace
 
-import numpy as np
-from pydantic import Field
-
-from backends.interface import Reader, Session, TrainState
+from backends.interface import FloatArray, Reader, Session, TrainState
 from finetune.data.rows import Example, Prepared, Split
 from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.errors import Diverged
 from finetune.evaluation.answers import part_of
-from finetune.evaluation.intervals import confusion_matrix, macro_f1, macro_f1_interval, per_class, wilson_interval
+from finetune.evaluation.intervals import confusion_matrix, macro_f1, macro_f1_interval, wilson_interval
+from finetune.evaluation.pair_evaluation import evaluate_pairs
+from finetune.evaluation.results import Evaluation, RowResult
 from finetune.evaluation.scoring import RowLosses, choose_labels, row_losses, write_answers
 from finetune.events import Progress
 from finetune.recipe.schema import AnswerPart, Recipe
 
-
-@dataclass(frozen=True)
-class RowResult:
-    """One held-out row under one model."""
-
-    __pydantic_config__: ClassVar = {"allow_inf_nan": False}
-
-    location: Annotated[str, Field(validation_alias="place")]  # file:line
-    prompt: str
-    expected: str | None
-    predicted: str | None  # None where only the loss is measured
-    correct: bool | None
-    loss: float  # mean negative log-likelihood of its supervised tokens, nats
-    tokens: int  # supervised
-    compared: tuple[str | None, str | None] | None = None  # parts of both answers; None: the answers as they are
-    ended: bool | None = None  # whether a written answer ended by itself; None: none was written, or it is not known
-
-    @property
-    def judged(self) -> tuple[str | None, str | None]:
-        """What is expected, and what was predicted, as they are compared."""
-        return self.compared or (self.expected, self.predicted)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One model on one set of rows. In files a row's location has the key `place`."""
-
-    __pydantic_config__: ClassVar = {"allow_inf_nan": False}
-
-    rows: int
-    tokens: int  # supervised
-    loss: float  # nats per supervised token
-    perplexity: float
-    token_accuracy: float
-    accuracy: float | None  # of labels, or of whole answers word for word; None for plain text
-    interval: tuple[float, float] | None  # of the accuracy, 95 %
-    macro_f1: float | None
-    labels: tuple[str, ...]
-    confusion: list[list[int]] | None  # [true][predicted]
-    results: tuple[RowResult, ...]
-    macro_f1_interval: tuple[float, float] | None = None  # 95 %; runs of 0.1.0 have none
-    compared: AnswerPart = "all"  # of open answers; of the rest nothing is told by it
-    unread: tuple[int, int] = (0, 0)  # rows whose expected, and whose predicted answer has no such part
-
-    @property
-    def classes(self) -> list[dict[str, Any]]:
-        """Precision, recall, F1 and support of each label."""
-        return per_class(np.array(self.confusion), self.labels) if self.confusion else []
-
-    def label_numbers(self) -> tuple[list[int], list[int]]:
-        """The true and the predicted label of each row, as indices of `labels`. [n] each"""
-        number = {label: i for i, label in enumerate(self.labels)}
-        rows = self.results
-        return [number[str(row.expected)] for row in rows], [number[str(row.predicted)] for row in rows]
-
-    def summary(self) -> dict[str, Any]:
-        """Everything but the rows, for JSON."""
-        return {key: value for key, value in asdict(self).items() if key != "results"} | {"classes": self.classes}
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, rows included; pydantic reads it back."""
-        results = [{"place": row.pop("location")} | row for row in map(asdict, self.results)]
-        return asdict(self) | {"results": results}
+__all__ = ["Evaluation", "RowResult", "base_weights", "evaluate", "evaluate_held_out"]
 
 
 def evaluate(
@@ -100,13 +36,16 @@ def evaluate(
     max_tokens: int = 0,
     decode: Callable[[Sequence[int]], str] | None = None,
     compared: AnswerPart = "all",
+    beta: float | None = None,
 ) -> Generator[Progress, None, Evaluation]:
     """Loss on every row; labels where there are labels; written answers where `max_tokens` allows any.
 
-    compared: what of those. `name` says in the progress what is evaluated. Raises MemoryExhausted where one row alone
-    does not fit.
+    compared: what of those. beta: of pairs of answers, which are measured by themselves. `name` says in the progress
+    what is evaluated. Raises MemoryExhausted where one row alone does not fit.
     """
     examples = split.examples
+    if beta is not None:
+        return (yield from evaluate_pairs(session, examples, micro_tokens, beta, name))
     losses = yield from row_losses(session, examples, micro_tokens, f"{name}: loss")
     predicted: list[str | None] = [None] * len(examples)
     ended: list[bool | None] = [None] * len(examples)
@@ -214,6 +153,7 @@ def evaluate_held_out(
         max_tokens=recipe.evaluate.max_tokens if recipe.evaluate.generate else 0,
         decode=lambda tokens: answer_text(tokenizer, tokens, prepared.stop_tokens),
         compared=recipe.evaluate.answer,
+        beta=recipe.preferences.beta if recipe.preferences else None,
     )
     if not math.isfinite(evaluation.loss):
         remedy = f"check the weights of {recipe.model.path}"
@@ -225,10 +165,13 @@ def evaluate_held_out(
 
 
 @contextmanager
-def base_weights(session: Session) -> Iterator[None]:
-    """Inside, the session is the base model: every lora_B is zero. Afterwards the adapter is back."""
+def base_weights(session: Session, head: Mapping[str, FloatArray] | None = None) -> Iterator[None]:
+    """Inside, the session is the base model: every lora_B is zero. Afterwards the adapter is back.
+
+    head: of a run with one, the head that learned alone, on the frozen model.
+    """
     state = session.get_state()
-    zero = {name: t * 0 if name.endswith("lora_B") else t for name, t in state.adapter.items()}
+    zero = {name: t * 0 if name.endswith("lora_B") else t for name, t in state.adapter.items()} | dict(head or {})
     session.set_state(TrainState(state.step, zero, state.moments))
     try:
         yield

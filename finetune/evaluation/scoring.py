@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.interface import PROMPTS_TOGETHER, Batch, FloatArray, IntArray, OutOfMemory, Reader
+from backends.interface import PROMPTS_TOGETHER, Batch, FloatArray, IntArray, OutOfMemory, Reader, Session
 from backends.together import generate_all, score_all, side_by_side
 from finetune.data.collate import evaluation_batches, halve, label_batches
 from finetune.data.rows import Example
@@ -58,15 +58,38 @@ def scored(
             if not isinstance(scores, OutOfMemory):
                 yield rows, part, scores.logprob, scores.greedy
                 continue
-            halves = halve(part)
-            if halves is None:
-                raise MemoryExhausted(
-                    f"{examples[rows[0] // per_example].location}: this row alone does not fit in memory during "
-                    f"evaluation ({scores}); lower train.max_length or choose a smaller model"
-                ) from None
-            cut = len(halves[0].inputs)
-            halved += [(rows[:cut], halves[0]), (rows[cut:], halves[1])]
+            halved += _halves(rows, part, examples[rows[0] // per_example], scores)
         waiting.extendleft(reversed(halved))
+
+
+def row_states(
+    session: Session, examples: Sequence[Example], micro_tokens: int, what: str
+) -> Generator[Progress, None, FloatArray]:
+    """What a head is given for each example. [n, D] Raises MemoryExhausted, which names the example."""
+    waiting = deque(evaluation_batches(examples, micro_tokens, session.shares_prefixes))
+    states: dict[int, FloatArray] = {}
+    while waiting:
+        rows, part = waiting.popleft()
+        try:
+            found = session.states(part)
+        except OutOfMemory as error:
+            waiting.extendleft(reversed(_halves(rows, part, examples[rows[0]], error)))
+            continue
+        states |= zip(rows, found, strict=True)
+        yield Progress(0, what, len(states), len(examples))
+    return np.stack([states[row] for row in range(len(examples))])
+
+
+def _halves(rows: list[int], part: Batch, first: Example, error: OutOfMemory) -> list[tuple[list[int], Batch]]:
+    """Of a batch that does not fit in memory. Raises MemoryExhausted where it is `first` alone."""
+    halves = halve(part)
+    if halves is None:
+        raise MemoryExhausted(
+            f"{first.location}: this row alone does not fit in memory during evaluation ({error}); lower "
+            "train.max_length or choose a smaller model"
+        ) from None
+    cut = len(halves[0].inputs)
+    return [(rows[:cut], halves[0]), (rows[cut:], halves[1])]
 
 
 def row_losses(

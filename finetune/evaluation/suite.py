@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from backends.interface import Session
+from backends.interface import FloatArray, Session
 from finetune.data.problems import listed
 from finetune.data.rows import Prepared, Row, Rows
 from finetune.data.tokenizer import Tokenizer
@@ -197,12 +197,20 @@ def _answer(text: str) -> str:
 
 
 def measure_suite(
-    session: Session, recipe: Recipe, tokenizer: Tokenizer, suite: Suite, base: bool = True
+    session: Session,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    suite: Suite,
+    base: bool = True,
+    head: Mapping[str, FloatArray] | None = None,
 ) -> Generator[Progress, None, SuiteResult]:
-    """The tuned model's answers judged, and the base's where that is asked for. Raises MemoryExhausted."""
+    """The tuned model's answers judged, and the base's where that is asked for. Raises MemoryExhausted.
+
+    head: as `base_weights` takes it.
+    """
     before = None
     if base:
-        with base_weights(session):
+        with base_weights(session, head):
             before = yield from _outcomes(session, recipe, tokenizer, suite, "base model")
     after = yield from _outcomes(session, recipe, tokenizer, suite, "tuned model")
     return SuiteResult(suite.file, suite.cases, before, after)

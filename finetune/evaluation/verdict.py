@@ -16,6 +16,7 @@ from finetune.text import p_text
 if TYPE_CHECKING:
     from finetune.evaluation.evaluate import Evaluation
 
+PREFERENCE = "share of pairs whose better answer is the more probable one per token"
 RISE = 0.01  # of the lowest validation loss; a smaller rise counts as noise
 SIGNIFICANT = 0.05  # p-values below this
 LEAST_CHANGED = 6  # rows: with fewer, McNemar's test cannot reach that, and Holm's need not count it (Tarone, 1990)
@@ -94,7 +95,8 @@ def comparison_verdict(base: Evaluation, tuned: Evaluation, p_value: float | Non
     changed for that test, the 95 % interval of the change of the loss on the same rows does. A gain is "Not good yet"
     where a constant answer does as well, and "Mixed" where macro F1 clearly falls. words: of `bag_of_words`.
     """
-    return " ".join((_compared(base, tuned, p_value), *_unread(base, tuned), *shortcomings(base, tuned, words)))
+    lacks = [] if tuned.pairs else shortcomings(base, tuned, words)
+    return " ".join((_compared(base, tuned, p_value), *_unread(base, tuned), *lacks))
 
 
 def _unread(base: Evaluation, tuned: Evaluation) -> list[str]:
@@ -115,7 +117,7 @@ def _compared(base: Evaluation, tuned: Evaluation, p_value: float | None) -> str
         changed < LEAST_CHANGED and not tuned.labels
     ):  # few open answers may match word for word, and yet all come closer
         return _by_loss(base, tuned)
-    measure = "accuracy" if tuned.labels else MEASURES[tuned.compared]
+    measure = "accuracy" if tuned.labels else PREFERENCE if tuned.pairs else MEASURES[tuned.compared]
     change = tuned.accuracy - base.accuracy
     verdict = _better_or_worse(change) if p_value < SIGNIFICANT else "No clear difference"
     if verdict == "Better":
@@ -142,8 +144,9 @@ def _by_loss(base: Evaluation, tuned: Evaluation) -> str:
     verdict = _better_or_worse(-low) if low > 0 or high < 0 else "No clear difference"
     matches = ""
     if base.accuracy is not None and tuned.accuracy is not None:
+        measure = PREFERENCE if tuned.pairs else MEASURES[tuned.compared]
         both = f"{base.accuracy:.3f} before, {tuned.accuracy:.3f} after"
-        matches = f"; {MEASURES[tuned.compared]} {both if base.accuracy or tuned.accuracy else 'is 0 before and after'}"
+        matches = f"; {measure} {both if base.accuracy or tuned.accuracy else 'is 0 before and after'}"
     return (
         f"{verdict}: loss {base.loss:.4f} before, {tuned.loss:.4f} after, on the same {tuned.rows} rows "
         f"(95 % interval of the change: {low:+.4f} to {high:+.4f}){matches}."

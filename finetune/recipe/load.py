@@ -6,7 +6,7 @@ import difflib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -216,9 +216,11 @@ def _fields_of(path: Sequence[str]) -> list[str]:
     model: type[BaseModel] = Recipe
     for key in path:
         annotation = model.model_fields[key].annotation if key in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        kinds = get_args(annotation) or (annotation,)  # a section may be left out
+        section = next((one for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)), None)
+        if section is None:
             return []
-        model = annotation
+        model = section
     return list(model.model_fields)
 
 

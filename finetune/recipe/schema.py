@@ -96,7 +96,9 @@ class Prompt(Section):
 class Lora(Section):
     rank: Annotated[int, Field(gt=0, le=2**16)] = 8
     alpha: Annotated[float, Field(gt=0.0, le=1e6)] = 16.0
-    """The adapter's weight is alpha / rank, on every backend."""
+    """The adapter's weight is alpha / rank, on every backend; with rslora alpha / sqrt(rank)."""
+    rslora: bool = False
+    """Rank-stabilised LoRA: the rate that suits a small rank suits a large one too."""
     dropout: Share = 0.0
     targets: list[str] | Literal["all"] = "all"
     """Linear layers by the last part of their name (q_proj, v_proj), or all of those in the blocks."""
@@ -104,6 +106,17 @@ class Lora(Section):
     """Only the last so many blocks, or all."""
     start_from: str | None = None
     """An adapter folder (PEFT or mlx-lm) whose weights are the start."""
+
+
+class Head(Section):
+    first_epochs: Annotated[int, Field(ge=0, le=10**6)] = 100
+    """Passes, at most, in which the head learns alone before the adapter joins it. Each row goes through the frozen
+    model once, whatever their number; the pass with the lowest validation loss is kept. 0: both begin together."""
+
+
+class Preferences(Section):
+    beta: Annotated[float, Field(gt=0.0, le=1e3)] = 0.1
+    """How strongly the model is held to the one without its adapter (Rafailov et al., 2023)."""
 
 
 class Train(Section):
@@ -175,11 +188,17 @@ class Evaluate(Section):
 
 class Recipe(Section):
     model: Model
-    task: Literal["auto", "classification", "generation", "text"] = "auto"
-    """What is measured: labels, open answers, or the loss alone; auto follows the data's format."""
+    task: Literal["auto", "classification", "generation", "text", "preference"] = "auto"
+    """What is measured: labels, open answers, the loss alone, or pairs of answers; auto follows the data's format."""
     data: Data
     prompt: Prompt = Prompt()
     lora: Lora = Lora()
+    head: Head | None = None
+    """For rows with a label each: a linear layer on the last token's state chooses the label, head first and then with
+    the adapter ({} for the defaults); without it the labels' own tokens are scored."""
+    preferences: Preferences | None = None
+    """For rows with two answers to a prompt, chosen and rejected: learn to prefer the first, by DPO ({} for the
+    defaults)."""
     quantize: Literal["none", "4bit"] = "none"
     """4bit: NF4 of bitsandbytes on torch, affine 4-bit on MLX."""
     train: Train = Train()
@@ -203,6 +222,26 @@ class Recipe(Section):
             raise ValueError(
                 f"task classification needs rows of text and label, and data.format says {self.data.format}"
             )
+        if self.head is not None:
+            if self.task not in ("auto", "classification") or self.data.format not in ("auto", "classification"):
+                raise ValueError("head: it chooses among labels, so the rows need a text and a label; remove it")
+            if self.lora.start_from is not None:
+                raise ValueError("lora.start_from: an adapter without this head is no start for it; remove one of them")
+            if self.prompt.loss_on != "completion":
+                raise ValueError("prompt.loss_on: with a head only the label is learned; remove it")
+        if self.preferences is None and self.task == "preference":
+            raise ValueError("task: preference needs the section preferences; write preferences: {}")
+        if self.preferences is not None:
+            if self.task not in ("auto", "preference"):
+                raise ValueError(f"preferences: pairs of answers are measured, and task says {self.task}; remove it")
+            if self.head is not None:
+                raise ValueError("preferences: pairs of answers have no label for a head to choose; remove one of them")
+            if self.evaluate.swaps != "none":
+                raise ValueError("evaluate.swaps: pairs of answers are not asked again; remove it")
+            if self.lora.dropout:
+                raise ValueError("lora.dropout: pairs are compared without chance; set it to 0")
+            if self.prompt.loss_on == "all" or self.data.format not in ("auto", "prompt", "chat"):
+                raise ValueError("preferences: two answers to a prompt are compared; leave data.format and loss_on out")
         if self.data.labels is not None and self.task not in ("auto", "classification"):
             raise ValueError(f"data.labels belongs to task classification, and task says {self.task}")
         return self

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from backends.interface import LoraSpec, ModelSpec, OptimSpec
 from backends.model_folder import ModelFolder
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Lora, Recipe
 
 
 def model_spec(recipe: Recipe, folder: ModelFolder) -> ModelSpec:
@@ -19,15 +21,37 @@ def model_spec(recipe: Recipe, folder: ModelFolder) -> ModelSpec:
     )
 
 
+def with_classes(recipe: Recipe, labels: Sequence[str]) -> Recipe:
+    """With the rows' own labels named where a head chooses among them: its size follows from the recipe alone then."""
+    if recipe.head is None:
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"labels": list(labels)})})
+
+
 def lora_spec(recipe: Recipe) -> LoraSpec:
     lora = recipe.lora
     return LoraSpec(
         rank=lora.rank,
         alpha=lora.alpha,
         dropout=lora.dropout,
+        by_root=lora.rslora,
         targets=() if lora.targets == "all" else tuple(lora.targets),
         layers=None if lora.layers == "all" else lora.layers,
+        classes=len(recipe.data.labels or ()) if recipe.head else 0,
     )
+
+
+def trainable_numbers(recipe: Recipe, folder: ModelFolder) -> int:
+    """In the adapter, and in the head beside it. Raises BackendError where the model has no such layers."""
+    lora, hidden = lora_spec(recipe), folder.text_config.get("hidden_size")
+    return lora.trainable(folder.lora_modules(lora)) + lora.classes * (hidden if isinstance(hidden, int) else 0)
+
+
+def scale_in_words(lora: Lora) -> tuple[str, str]:
+    """What the adapter's scale is, and its figures."""
+    under, number = (f"sqrt({one})" if lora.rslora else str(one) for one in ("rank", lora.rank))
+    scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
+    return f"adapter scale, alpha / {under}", f"{lora.alpha:g} / {number} = {scale:g}"
 
 
 def optim_spec(recipe: Recipe) -> OptimSpec:

@@ -12,17 +12,18 @@ from rich.text import Text
 from backends import registry
 from backends.model_folder import ModelFolder
 from finetune.console import lines
-from finetune.data.collate import micro_batches, step_indices
+from finetune.data.collate import step_indices
 from finetune.data.rows import Example, Prepared
 from finetune.events import by_part
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
-from finetune.recipe.specs import lora_spec
+from finetune.recipe.specs import lora_spec, scale_in_words, trainable_numbers
 from finetune.report.tables import figures_table
 from finetune.text import duration
 from finetune.training.beside import Beside
 from finetune.training.budget import Forecast, Workload
 from finetune.training.largest import largest_model, longest_row
+from finetune.training.objective import objective_of
 from finetune.training.outlook import validations
 
 POSITIONS = 2**20  # of a model that does not say how many it takes
@@ -37,6 +38,8 @@ def time_table(recipe: Recipe, prepared: Prepared, seconds: dict[str, float], as
     held_out, valid = len(prepared.held_out.examples), len(prepared.valid.examples)
     steps = make_plan(recipe, len(prepared.train.examples)).steps
     counts = {
+        "head": f"{len(prepared.train.examples) + valid:,} rows",
+        "references": f"{len(prepared.train.examples) + valid + held_out * (prepared.test is not None):,} rows",
         "base model": f"{held_out:,} rows",
         "training": f"{steps:,} steps",
         "validation": f"{validations(recipe, prepared):,} x {valid:,} rows",
@@ -93,11 +96,12 @@ def machines_table(forecasts: dict[str, Forecast]) -> Table:
 def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Table:
     rows, plan = len(examples), make_plan(recipe, len(examples))
     first = step_indices(rows, recipe.train.batch_size, recipe.seed, 0)
-    micro = micro_batches([examples[i] for i in first], recipe.train.tokens_at_once)
+    micro = objective_of(recipe).batches([examples[i] for i in first], recipe.train.tokens_at_once, True)
     modules, lora = folder.lora_modules(lora_spec(recipe)), recipe.lora
     total = sum(int(np.prod(shape)) for shape in folder.shapes.values())
     minutes = recipe.train.checkpoint_minutes
     shapes = ", ".join(f"{batch.inputs.shape[0]} x {batch.inputs.shape[1]}" for batch in micro)
+    scale_name, scale = scale_in_words(lora)
     figures = {
         "optimiser steps" + ", at most" * plan.open_end: f"{plan.steps:,}",
         "steps per epoch": f"{plan.steps_per_epoch:,}",
@@ -107,9 +111,9 @@ def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]
         "warmup steps": f"{plan.warmup:,}",
         "rows of the first step": f"{len(first):,}",
         "its micro-batches, rows x tokens": shapes,
-        "adapter scale, alpha / rank": f"{lora.alpha:g} / {lora.rank} = {lora.alpha / lora.rank:g}",
+        scale_name: scale,
         "adapted layers": f"{len(modules):,}",
-        "trainable parameters": f"{lora_spec(recipe).trainable(modules):,}",
+        "trainable parameters": f"{trainable_numbers(recipe, folder):,}",
         "numbers in the base's tensors": f"{total:,}",
     }
     table = figures_table("", "")

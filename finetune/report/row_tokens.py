@@ -33,6 +33,8 @@ def highlighted(example: Example, tokenizer: Any) -> Text:
 def _pieces(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
     """(text, supervised) of each token; tokens that are parts of one character are joined."""
     tokens: Sequence[int] = example.tokens.tolist()
+    if example.classed:
+        tokens = tokens[:-1]
     start = 0
     while start < len(tokens):
         supervised = bool(example.weights[start])
@@ -44,3 +46,5 @@ def _pieces(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
             end, piece = start + 1, tokenizer.decode(tokens[start : start + 1])
         yield piece, supervised
         start = end
+    if example.classed:
+        yield example.answer or "", True

@@ -111,11 +111,23 @@ _MEASURES = (
 )
 
 
+_OF_PAIRS = (
+    ("accuracy", "prefers the better answer", True),
+    ("loss", "loss, nats/pair", False),
+    ("margin", "margin", True),
+    ("rewarded", "margin above 0, share", True),
+    ("longer", "prefers the longer answer, share", False),
+)
+
+
 def comparison_table(base: Mapping[str, Any], tuned: Mapping[str, Any], title: str | None = None) -> Table:
     """Base and tuned side by side, without the measures that neither has. An empty `base`: the tuned model alone."""
     table = _table("", *(["base"] if base else []), "tuned", *(["change"] if base else []), title=title)
     accuracy = "accuracy" if tuned.get("labels") else MEASURES[tuned.get("compared", "all")]
-    for key, name, more in (("accuracy", accuracy, True), *_MEASURES):
+    measures = (("accuracy", accuracy, True), *_MEASURES)
+    if pairs := tuned.get("pairs"):
+        measures, tuned, base = _OF_PAIRS, {**tuned, **pairs}, {**base, **base["pairs"]} if base else {}
+    for key, name, more in measures:
         before, after = base.get(key), tuned.get(key)
         if before is not None or after is not None:
             cells: list[str | Text] = [_measured(key, after)]

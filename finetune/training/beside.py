@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from backends.interface import PROMPTS_TOGETHER
+from finetune.data.pair_batches import as_one
 from finetune.data.rows import Example, Prepared
 from finetune.evaluation.analysis import AGAIN, SWAPPED, Questions
 from finetune.evaluation.consistency import SAMPLED
@@ -41,22 +42,23 @@ class Seconds:
 
     def reading(self, examples: Sequence[Example]) -> float:
         """Their losses."""
+        examples = [*map(as_one, examples)]
         supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in examples)
-        return self._passes([len(example) - 1 for example in examples], supervised)
+        return self.passes([len(example) - 1 for example in examples], supervised)
 
     def choosing(self, prompts: Sequence[int]) -> float:
         """A label for each prompt of so many tokens."""
         tokens = sum(map(len, self.prepared.label_tokens))
-        return self._passes([n + tokens for n in prompts], tokens * len(prompts))
+        return self.passes([n + tokens for n in prompts], tokens * len(prompts))
 
     def writing(self, prompts: Sequence[int], most: int) -> float:
         """An answer to each, of `most` tokens."""
         steps = -(-len(prompts) // PROMPTS_TOGETHER) * most
         step = self.work.scoring([1], 1) * min(PROMPTS_TOGETHER, len(prompts))
         layers = len(self.work.architecture.modules)
-        return self._passes(prompts, len(prompts)) + steps * self.speed.seconds(step, layers)
+        return self.passes(prompts, len(prompts)) + steps * self.speed.seconds(step, layers)
 
-    def _passes(self, lengths: Sequence[int], supervised: int) -> float:
+    def passes(self, lengths: Sequence[int], supervised: int) -> float:
         """Of forward passes of rows of so many tokens, as many together as the recipe says."""
         batches = -(-sum(lengths) // self.recipe.train.tokens_at_once)
         layers = batches * len(self.work.architecture.modules)
@@ -65,7 +67,7 @@ class Seconds:
     def evaluation(self, examples: Sequence[Example]) -> dict[str, float]:
         """Of each kind of evaluation of these rows, as `evaluate` names them."""
         parts, prompts = {"loss": self.reading(examples)}, lengths(examples)
-        if self.prepared.task == "classification":
+        if self.prepared.task == "classification" and not self.recipe.head:
             parts["labels"] = self.choosing(prompts)
         elif self.prepared.task == "generation" and self.recipe.evaluate.generate:
             parts["answers"] = self.writing(prompts, self.recipe.evaluate.max_tokens)

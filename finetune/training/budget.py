@@ -22,6 +22,7 @@ from backends.memory_plan import (
 )
 from backends.model_folder import ModelFolder
 from finetune.data.collate import balanced, groups, step_indices, width
+from finetune.data.pair_batches import as_one
 from finetune.data.rows import Example
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import MICRO_TOKENS, Recipe
@@ -89,7 +90,7 @@ class Workload:
         adapted = shape.blocks - frozen
         lora = 6.0 * self.lora.trainable(self.adapted) * sum(lengths)
         passes = 2.0 + self.model.checkpointing
-        head = 4.0 * shape.vocabulary * shape.hidden * supervised
+        head = (6.0 * self.lora.classes or 4.0 * shape.vocabulary) * shape.hidden * supervised
         return self._block(lengths) * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head
 
     def layers_run(self, micro_tokens: int) -> float:
@@ -105,7 +106,11 @@ class Workload:
         """Floating-point operations of one forward pass of rows of so many tokens, and the head where it is read."""
         shape = self.architecture
         lora = 2.0 * self.lora.trainable(self.adapted) * sum(lengths)
-        return self._block(lengths) * shape.blocks + lora + 2.0 * shape.vocabulary * shape.hidden * supervised
+        return (
+            self._block(lengths) * shape.blocks
+            + lora
+            + 2.0 * (self.lora.classes or shape.vocabulary) * shape.hidden * supervised
+        )
 
     def _block(self, lengths: Sequence[int]) -> float:
         """Of one block's forward pass."""
@@ -122,7 +127,7 @@ def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -
         model=model_spec(recipe, folder),
         lora=lora_spec(recipe),
         adapted=folder.lora_modules(lora_spec(recipe)),
-        examples=examples,
+        examples=[*map(as_one, examples)],
         batch_size=recipe.train.batch_size,
         epochs=plan.foretold / plan.steps_per_epoch,
         seed=recipe.seed,

@@ -17,7 +17,7 @@ PIECE = 32  # tokens, about
 
 def general_text_for(job: Job) -> GeneralText:
     """None where the recipe asks for none, or the run is too short for enough of it."""
-    if not job.recipe.evaluate.forgetting or not job.prepared.train.examples:
+    if not job.recipe.evaluate.forgetting or job.recipe.head or not job.prepared.train.examples:
         return GeneralText()
     try:
         work = workload(job.recipe, job.folder, job.prepared.train.examples)

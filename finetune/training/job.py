@@ -26,7 +26,7 @@ from finetune.evaluation.suite import Suite
 from finetune.events import Progress
 from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
-from finetune.recipe.specs import lora_spec, model_spec, optim_spec
+from finetune.recipe.specs import lora_spec, model_spec, optim_spec, with_classes
 from finetune.supervisor import announce_model, reading
 
 
@@ -107,6 +107,15 @@ def set_up(recipe: Recipe, run: Path | None = None) -> Setup:
         return Setup(recipe, folder, load_tokenizer(folder))
 
 
+def refuse_head(recipe: Recipe, command: str) -> None:
+    """Raises RecipeError for a command that needs text of a model that has a head instead."""
+    if recipe.head is not None:
+        raise RecipeError(
+            f"{command}: this run's model chooses a label with its head and writes no text; label rows with "
+            "`finetune predict RUN FILE`, or load its adapter folder, whose README.md says how"
+        )
+
+
 def refuse_unused_accelerator(recipe: Recipe) -> None:
     """Raises BackendError where training would take many times as long as on the card that is in the machine."""
     backend = registry.choose(recipe.backend)
@@ -140,7 +149,7 @@ def making_ready(
 def recognised(recipe: Recipe, prepared: Prepared) -> Recipe:
     """The recipe with the format and the task that its rows were found to have."""
     data = recipe.data.model_copy(update={"format": prepared.format})
-    return recipe.model_copy(update={"data": data, "task": prepared.task})
+    return with_classes(recipe.model_copy(update={"data": data, "task": prepared.task}), prepared.labels)
 
 
 def refuse_unfit(setup: Setup, prepared: Prepared) -> None:
@@ -225,4 +234,4 @@ def known_validation(job: Job, base: Evaluation | None) -> Evaluation | None:
     """
     if base is None or job.prepared.held_out is not job.prepared.valid or job.recipe.lora.start_from:
         return None
-    return base if job.prepared.task == "classification" else replace(base, accuracy=None)
+    return base if job.prepared.task in ("classification", "preference") else replace(base, accuracy=None)

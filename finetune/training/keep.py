@@ -24,6 +24,7 @@ def save_adapter(job: Job, run: RunFolder, tensors: Mapping[str, FloatArray], se
         "step": step,
         "template": job.prepared.template,
         "prompt": job.recipe.prompt.model_dump(mode="json"),
+        **({"labels": list(job.prepared.labels)} if job.recipe.head else {}),
     }
     with new_folder(run.adapter) as folder:
         write_adapter(folder, tensors, lora_spec(job.recipe), base, job.folder.blocks, facts, job.folder)
@@ -31,16 +32,24 @@ def save_adapter(job: Job, run: RunFolder, tensors: Mapping[str, FloatArray], se
         (folder / "README.md").write_text(_how_to_load(job, session, base), encoding="utf-8")
 
 
+_HEAD = (
+    "The head reads the state of the last token, so give it the prompt as training wrote it (in adapter_config.json, "
+    "`finetune.prompt`), one row at a time; for several rows set `base.config.pad_token_id`.\n\n"
+)
+
+
 def _how_to_load(job: Job, session: Session, base: str) -> str:
     """The adapter's README: how to load what was measured, and what differs where it is loaded otherwise."""
     half = registry.describe(job.backend, job.recipe.device)["half"]
     spec = model_spec(job.recipe, job.folder)
-    lines = registry.loading_lines(job.backend, spec, base, ".", session.device, half)
+    labels = job.prepared.labels if job.recipe.head else ()
+    lines = registry.loading_lines(job.backend, spec, base, ".", session.device, half, labels)
     if lines is None:
         return f"# Adapter for {base}\n\nMade by the backend {job.backend}.\n"
     return (
         f"# Adapter for {base}\n\nThe report's figures are of these base weights: {session.scheme}. "
         f"Run in this folder, this loads the same ({job.backend}, {session.device}):\n\n```python\n{lines}```\n\n"
+        f"{_HEAD if labels else ''}"
         "Another library, another type of number or other quantisation of the base gives other figures, usually by "
         "little: measure again before you rely on them.\n"
     )

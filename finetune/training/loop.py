@@ -30,6 +30,7 @@ from finetune.events import (
 )
 from finetune.recipe.schedule import Plan, known_end, learning_rate, make_plan
 from finetune.recipe.schema import Recipe
+from finetune.training.objective import objective_of
 from finetune.training.shares import Cut, every_micro, own_micro
 
 _ROWS_NAMED = 4  # of a step that diverged
@@ -77,6 +78,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.stopping = False  # set by whoever takes the events: stop after this step, or within this validation
+        self.objective = objective_of(self.recipe)
         self.longest: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
         self.plan = self.longest  # as far as it is known: with `epochs: auto` the validations say where it ends
         self.state = LoopState(self.recipe.train.tokens_at_once)
@@ -154,10 +156,11 @@ class Trainer:
         while True:
             cut = self._cut(step)
             try:
-                result = self.session.step(own_micro(self.session, cut, rows, last), rate)
+                micro = own_micro(self.session, self.objective.batches, cut, rows, last)
+                result = self.objective.step(self.session, examples, micro, rate)
                 break
             except OutOfMemory as error:
-                self._split(step, every_micro(self.session, cut, examples), error)
+                self._split(step, every_micro(self.session, self.objective.batches, cut, examples), error)
             except NonFinite as error:
                 raise _diverged(step + 1, error, examples, rate) from None
             yield MemorySplit(step, self.state.micro_tokens)
@@ -181,7 +184,7 @@ class Trainer:
 
     def _split(self, step: int, micro: list[Batch], error: OutOfMemory) -> None:
         """Halve the largest micro-batch of several rows. Raises MemoryExhausted when every one is a single row."""
-        divisible = [batch.inputs.size for batch in micro if len(batch.inputs) > 1]
+        divisible = [batch.inputs.size for batch in micro if len(batch.inputs) > self.objective.together]
         if not divisible:
             raise MemoryExhausted(
                 f"step {step + 1}: a single row of {micro[0].inputs.shape[1]} tokens does not fit in memory ({error}). "
@@ -223,7 +226,10 @@ class Trainer:
     def _evaluate(self, step: int) -> Generator[Progress, None, Evaluation]:
         """All validation rows. Raises Interrupted between two batches when asked to stop."""
         limit = self.state.micro_tokens
-        work = Work(evaluate(self.session, self.prepared, self.prepared.valid, name="validation", micro_tokens=limit))
+        beta = self.recipe.preferences.beta if self.recipe.preferences else None
+        work = Work(
+            evaluate(self.session, self.prepared, self.prepared.valid, name="validation", micro_tokens=limit, beta=beta)
+        )
         for progress in work:
             yield replace(progress, step=step)
             if self.stopping and progress.done < progress.total:

@@ -16,7 +16,9 @@ from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.training.beside import Beside, Seconds
 from finetune.training.budget import Speed, Workload, imbalance, rate_here, workload
+from finetune.training.head_first import WHAT
 from finetune.training.job import Job
+from finetune.training.references import REFERENCES
 
 
 def look_ahead(job: Job, session: Session, questions: Questions) -> Outlook:
@@ -71,6 +73,7 @@ def seconds_of_parts(
     asked: beside the held-out rows.
     """
     plan, seconds = make_plan(recipe, len(prepared.train.examples)), Seconds(recipe, prepared, work, speed)
+    held = [example for split in (prepared.valid, prepared.test) if split for example in split.examples]
     measured = seconds.evaluation(prepared.held_out.examples)
     validated = seconds.evaluation(prepared.valid.examples)
     by_base = prepared.held_out is prepared.valid and recipe.evaluate.base and not recipe.lora.start_from
@@ -78,15 +81,27 @@ def seconds_of_parts(
     trained = validations(recipe, prepared) - 1
     # Once a model has learned that labels follow, the most probable token is one of them, and nothing more is asked.
     learned = ("loss",) if all(len(label) == 1 for label in prepared.label_tokens) else ("loss", "labels")
-    parts = {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
+    parts = head_first(recipe, prepared, seconds)
+    parts |= {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
+    parts |= {REFERENCES: seconds.reading((*work.examples, *held))} if recipe.preferences else {}
     epochs, layers = plan.foretold / plan.steps_per_epoch, work.layers_run(recipe.train.tokens_at_once)
     parts["training"] = epochs * speed.seconds(work.operations(), layers)
+    if recipe.preferences:  # pairs are scored before their gradient is known
+        parts["training"] += epochs * seconds.reading(work.examples)
     for name in ("loss", "labels"):
         if times := (untrained + trained * (name in learned)) * (name in validated):
             parts[f"validation: {name}"] = validated[name] * times
     parts |= {f"tuned model: {name}": t for name, t in measured.items() if name in (*learned, "answers")}
     models = ("base model", "tuned model") if recipe.evaluate.base else ("tuned model",)
     return parts | (seconds.beside(asked, models) if asked else {})
+
+
+def head_first(recipe: Recipe, prepared: Prepared, seconds: Seconds) -> dict[str, float]:
+    """Seconds of the one pass over the rows that a head alone needs."""
+    if not recipe.head or not recipe.head.first_epochs:
+        return {}
+    examples = (*prepared.train.examples, *prepared.valid.examples)
+    return {WHAT: seconds.passes([len(example) - 1 for example in examples], len(examples))}
 
 
 def _majority(prepared: Prepared) -> float | None:

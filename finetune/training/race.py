@@ -18,6 +18,7 @@ from finetune.disk.checkpoint import Checkpoints
 from finetune.disk.run_files import read_json
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import Diverged
+from finetune.evaluation.pair_evaluation import evaluate_pairs
 from finetune.evaluation.scoring import row_losses
 from finetune.events import Event, Note, Progress, StepDone, Work, result_of
 from finetune.recipe.schedule import make_plan
@@ -188,8 +189,11 @@ def _lap(
     judges = [
         prepared.valid.examples[i] for i in step_indices(len(prepared.valid.examples), course.rows, recipe.seed, 0)
     ]
-    losses = result_of(row_losses(session, judges, micro_tokens))
-    loss = float(losses.loss.sum() / losses.tokens.sum())
+    if recipe.preferences:
+        loss = result_of(evaluate_pairs(session, judges, micro_tokens, recipe.preferences.beta, "race")).loss
+    else:
+        losses = result_of(row_losses(session, judges, micro_tokens))
+        loss = float(losses.loss.sum() / losses.tokens.sum())
     return loss if math.isfinite(loss) else None
 
 

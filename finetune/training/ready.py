@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
-from backends.interface import Session
+from backends.interface import FloatArray, Session
+from finetune.data.rows import Prepared
 from finetune.disk.adapter import start_from
 from finetune.disk.checkpoint import Checkpoint, Checkpoints
 from finetune.disk.run_folder import RunFolder
 from finetune.events import Event, Stoppable, stoppable
 from finetune.recipe.specs import lora_spec
+from finetune.training.head_first import head_first
 from finetune.training.job import Job
 from finetune.training.loop import Trainer
 from finetune.training.race import Race, choose_rate, with_rate
+from finetune.training.references import with_references
 from finetune.training.settle import starting_tokens
+
+
+def first_of_all(
+    job: Job, session: Session, run: RunFolder, by: Stoppable
+) -> Generator[Event, None, tuple[Prepared, Mapping[str, FloatArray] | None]]:
+    """What is computed once, before the base model is evaluated: the pairs' references, which are in the rows
+    afterwards, and the head that learns alone, which is in the session then. by: who may stop it.
+    """
+    pairs = with_references(job.prepared, session, job.recipe.train.tokens_at_once, run)
+    prepared = yield from stoppable(pairs, by, "scoring the pairs")
+    return prepared, (yield from stoppable(head_first(job, session, run), by, "training the head"))
 
 
 def ready_trainer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Cut:
     def examples(self, rows: Sequence[Example]) -> list[Example]:
         return [rows[i] for i in step_indices(len(rows), self.batch_size, self.seed, self.step)]
 
-    def micro(self, examples: Sequence[Example], rank: int = 0, size: int = 1) -> list[Batch]:
+    def micro(self, examples: Sequence[Example], rank: int, size: int) -> list[Batch]:
         return micro_batches(examples, self.micro_tokens, self.prefixes, rank, size)
 
     def share(self, rows: Sequence[Example], rank: int, size: int) -> Share:
@@ -42,18 +42,26 @@ class Cut:
         )
 
 
-def own_micro(session: Session, cut: Cut, rows: Sequence[Example], last: bool) -> list[Batch]:
-    """This process's micro-batches of a step; all where it is alone. last: whether other work comes after the step."""
+Batches = Callable[[Sequence[Example], int, bool], list[Batch]]  # of `Objective`
+
+
+def own_micro(session: Session, batches: Batches, cut: Cut, rows: Sequence[Example], last: bool) -> list[Batch]:
+    """This process's micro-batches of a step; where it is alone all, as its objective forms them.
+
+    last: whether other work comes after the step.
+    """
     if not isinstance(session, SharedSession):
-        return cut.micro(cut.examples(rows))
+        return batches(cut.examples(rows), cut.micro_tokens, cut.prefixes)
     share = cut.share(rows, 0, session.processes)
     session.next_step(asdict(cut), share.weight, share.tokens, share.mine, last)
     return share.micro
 
 
-def every_micro(session: Session, cut: Cut, examples: Sequence[Example]) -> list[Batch]:
+def every_micro(session: Session, batches: Batches, cut: Cut, examples: Sequence[Example]) -> list[Batch]:
     """The micro-batches of all processes."""
-    size = session.processes if isinstance(session, SharedSession) else 1
+    if not isinstance(session, SharedSession):
+        return batches(examples, cut.micro_tokens, cut.prefixes)
+    size = session.processes
     return [batch for rank in range(size) for batch in cut.micro(examples, rank, size)]
 
 

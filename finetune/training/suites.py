@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backends import registry
-from backends.interface import Session
+from backends.interface import FloatArray, Session
 from finetune.data.beside import Always, always_filled
 from finetune.data.formats import QUESTION
 from finetune.data.label_names import Labels
@@ -61,9 +61,11 @@ def suite_again(
     return Job(recipe, setup.folder, setup.tokenizer, chosen, suite.prepared, suite), suite
 
 
-def ask_suite(job: Job, suite: Suite, session: Session) -> Generator[Progress, None, SuiteResult]:
-    """The suite of a run, asked of both models where the recipe measures both."""
-    return measure_suite(session, job.recipe, job.tokenizer, suite, job.recipe.evaluate.base)
+def ask_suite(
+    job: Job, suite: Suite, session: Session, head: Mapping[str, FloatArray] | None = None
+) -> Generator[Progress, None, SuiteResult]:
+    """The suite of a run, asked of both models where the recipe measures both. head: as `base_weights` takes it."""
+    return measure_suite(session, job.recipe, job.tokenizer, suite, job.recipe.evaluate.base, head)
 
 
 def read_suite(file: str) -> tuple[Case, ...]:

@@ -15,7 +15,7 @@ from finetune.data.rows import Example
 from finetune.disk.base_model import base_model, fingerprint
 from finetune.disk.run_folder import RunFolder
 from finetune.disk.shared_rows import content_of, read_rows, remove_rows, write_rows
-from finetune.errors import ExitCode, FinetuneError, Incompatible, explain
+from finetune.errors import ExitCode, FinetuneError, Incompatible, RecipeError, explain
 from finetune.events import result_of
 from finetune.recipe.schema import Recipe
 from finetune.training.job import Job, find_folder, open_model
@@ -76,10 +76,16 @@ class Others:
 
 
 def joined(recipe: Recipe, here: Place) -> tuple[Recipe, Group]:
-    """The recipe on the backend whose launcher started this process, and its group. Raises BackendError, Lost."""
+    """The recipe on the backend whose launcher started this process, and its group.
+
+    Raises BackendError, RecipeError, Lost.
+    """
     if recipe.backend not in ("auto", here.backend):
         started = f"this process was started for the backend {here.backend}"
         raise BackendError(f"{started}, and the recipe says backend: {recipe.backend}; make them agree")
+    for key in ("head", "preferences"):
+        if getattr(recipe, key) is not None:
+            raise RecipeError(f"{key}: runs in one process so far; leave --devices away")
     return recipe.model_copy(update={"backend": here.backend}), join(here, recipe.device)
 
 

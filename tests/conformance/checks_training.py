@@ -132,6 +132,29 @@ def check_weights_weigh(case: Case) -> None:
     close(twice.get_state(), plain.get_state())
 
 
+def check_weights_below_zero_turn_the_gradient(case: Case) -> None:
+    """With a total of its own, a step's gradient is linear in the weights."""
+    optim = OptimSpec(betas=(0.0, 0.0), clip_norm=None)
+    signs = np.array([[1.0], [-0.5], [0.25], [-1.0], [1.0]], np.float32)
+    mixed = replace(BATCH, weights=BATCH.weights * signs)
+    first = {}
+    for name, batch, total in (
+        ("mixed", mixed, 2.0),
+        ("above", replace(BATCH, weights=mixed.weights.clip(min=0)), 2.0),
+        ("below", replace(BATCH, weights=-mixed.weights.clip(max=0)), 2.0),
+        ("plain", BATCH, None),
+        ("sum", BATCH, float(BATCH.weights.sum())),
+    ):
+        session = begun(case, optim=optim)
+        session.step([batch], 0.0, total)
+        moments = session.get_state().moments
+        first[name] = {key: value for key, value in moments.items() if key.endswith("exp_avg")}
+    for key, value in first["mixed"].items():
+        limit = 1e-4 * max(float(np.abs(first["above"][key]).max()), 1e-9)
+        assert np.abs(value - (first["above"][key] - first["below"][key])).max() <= limit
+        np.testing.assert_allclose(first["sum"][key], first["plain"][key], rtol=1e-4, atol=limit)
+
+
 def check_zero_rate_changes_no_weight(case: Case) -> None:
     session = begun(case, optim=replace(OPTIM, weight_decay=0.1))
     before = session.get_state()

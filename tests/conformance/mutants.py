@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from backends import reference
-from backends.interface import Batch, LoraSpec, OptimSpec, Scores, StepResult, TrainState
+from backends.interface import HEAD_WEIGHT, Batch, LoraSpec, OptimSpec, Scores, StepResult, TrainState
 from backends.reference import ReferenceSession
 
 adamw, clipped = reference.adamw, reference.clipped
@@ -17,8 +18,10 @@ adamw, clipped = reference.adamw, reference.clipped
 
 def with_lora(change: Callable[[LoraSpec], LoraSpec]) -> type[ReferenceSession]:
     class Mutant(ReferenceSession):
-        def __init__(self, modules: Any, vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int) -> None:
-            super().__init__(modules, vocabulary, change(lora), optim, seed)
+        def __init__(
+            self, modules: Any, vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int, hidden: int
+        ) -> None:
+            super().__init__(modules, vocabulary, change(lora), optim, seed, hidden)
 
     return Mutant
 
@@ -32,14 +35,14 @@ def with_batch(change: Callable[[Batch], Batch]) -> type[ReferenceSession]:
 
 
 class SeedIgnored(ReferenceSession):
-    def __init__(self, modules: Any, vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int) -> None:
-        super().__init__(modules, vocabulary, lora, optim, 0)
+    def __init__(self, modules: Any, vocabulary: int, lora: LoraSpec, optim: OptimSpec, seed: int, hidden: int) -> None:
+        super().__init__(modules, vocabulary, lora, optim, 0, hidden)
 
 
 class MeanOfMeans(ReferenceSession):
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
         self.count = len(micro)
-        return super().step(micro, lr)
+        return super().step(micro, lr, total)
 
     def _gradient(self, batch: Batch, total: float) -> Any:
         return super()._gradient(batch, max(float(batch.weights.sum()), 1e-9) * self.count)
@@ -138,9 +141,9 @@ class StateIsNotCopiedIn(ReferenceSession):
 
 
 class StepCountedThoughRefused(ReferenceSession):
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
         try:
-            return super().step(micro, lr)
+            return super().step(micro, lr, total)
         except ArithmeticError:
             raise
         except Exception:
@@ -149,31 +152,44 @@ class StepCountedThoughRefused(ReferenceSession):
 
 
 class BaseIsTrained(ReferenceSession):
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        result = super().step(micro, lr)
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        result = super().step(micro, lr, total)
         self._frozen = {name: value * np.float32(1.001) for name, value in self._frozen.items()}
         return result
 
 
 class RateIgnored(ReferenceSession):
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        return super().step(micro, 1e-2)
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        return super().step(micro, 1e-2, total)
 
 
 class NormAfterClipping(ReferenceSession):
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        result = super().step(micro, lr)
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        result = super().step(micro, lr, total)
         return replace(result, grad_norm=min(result.grad_norm, self._optim.clip_norm or np.inf))
 
 
 class PadsCounted(ReferenceSession):
-    def step(self, micro: Sequence[Batch], lr: float) -> StepResult:
-        return replace(super().step(micro, lr), tokens=sum(batch.weights.size for batch in micro))
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
+        return replace(super().step(micro, lr, total), tokens=sum(batch.weights.size for batch in micro))
 
 
 class EverythingScored(ReferenceSession):
     def score(self, batch: Batch) -> Scores:
         return super().score(replace(batch, weights=np.ones_like(batch.weights)))
+
+
+class HeadIsNotTrained(ReferenceSession):
+    def _gradient(self, batch: Batch, total: float) -> Any:
+        loss, grads = super()._gradient(batch, total)
+        return loss, {name: grad * 0 if name == HEAD_WEIGHT else grad for name, grad in grads.items()}
+
+
+class HeadSeesTheBase(ReferenceSession):
+    def states(self, batch: Batch) -> Any:
+        zero = {name: value * 0 if name.endswith("lora_B") else value for name, value in self._adapter.items()}
+        with mock.patch.object(self, "_adapter", zero):
+            return super().states(batch)
 
 
 class PoorestToken(ReferenceSession):
@@ -235,6 +251,8 @@ SESSIONS: dict[str, type[ReferenceSession]] = {
         NormAfterClipping,
         PadsCounted,
         EverythingScored,
+        HeadIsNotTrained,
+        HeadSeesTheBase,
         PoorestToken,
         StopTokenKept,
         PromptEchoed,
@@ -285,9 +303,9 @@ FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "every tensor clipped alone": ("clipped", _each_alone),
     "clipped by value": ("clipped", _by_value),
     "scaled up to the limit": ("clipped", _always),
-    "any token accepted": ("check_tokens", lambda batches, vocabulary: None),
+    "any token accepted": ("check_tokens", lambda batches, vocabulary, classes: None),
     "any prompt accepted": ("check_prompts", lambda prompts, vocabulary: None),
     "any state accepted": ("fitting", lambda state, shapes: state),
-    "adapter ignores the seed": ("initial_adapter", lambda shapes, rank, seed: _initial(shapes, rank, 0)),
+    "adapter ignores the seed": ("initial_adapter", lambda shapes, rank, seed, head: _initial(shapes, rank, 0, head)),
 }
 _initial = reference.initial_adapter

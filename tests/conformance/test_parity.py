@@ -13,6 +13,7 @@ import pytest
 
 from backends.interface import OptimSpec, Session
 from backends.micro_batches import joined, own_part
+from tests.conformance.checks_head import HEADED, classes_of
 from tests.conformance.toy import (
     DROPPING,
     LORA,
@@ -103,6 +104,23 @@ def test_steps_are_the_same_steps(probability: float, pair: tuple[str, str], tin
     np.testing.assert_allclose(_losses(other), _losses(one), rtol=1e-4)
     one.set_state(other.get_state())  # training that began on one backend continues on the other
     np.testing.assert_allclose(_losses(one), _losses(other), rtol=1e-4)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3"])
+def test_a_head_trains_the_same(
+    name: str, pair: tuple[str, str], family_folder: Callable[[str], Path], usable: Usable
+) -> None:
+    for backend in pair:
+        usable(backend)
+    one, other = (Case(backend, family_folder(name)).open(lora=HEADED) for backend in pair)
+    batches = [classes_of(BATCH), classes_of(OTHER)]
+    np.testing.assert_allclose(other.states(batches[0]), one.states(batches[0]), atol=1e-4)
+    ours, theirs = ([session.step([batches[n % 2]], 5e-3).loss for n in range(12)] for session in (one, other))
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+    assert ours[-1] < 0.9 * ours[0]
+    one.set_state(other.get_state())
+    np.testing.assert_allclose(one.step([batches[0]], 5e-3).loss, other.step([batches[0]], 5e-3).loss, rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", REAL_BACKENDS)

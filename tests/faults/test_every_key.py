@@ -55,6 +55,7 @@ class World:
             turns = [("user", f"what is {i}"), ("assistant", "a film"), ("user", "and this"), ("assistant", f"it {i}")]
             talks.append({"messages": [{"role": role, "content": content} for role, content in turns]})
         self.write("talks", talks)
+        self.write("pairs", [{"prompt": f"what is {i}", "chosen": "fine", "rejected": "bad"} for i in range(8)])
         self.write("answers", [{"prompt": f"what is {i}", "completion": "a fine film"} for i in range(8)])
 
     def write(self, name: str, rows: list[dict[str, Any]]) -> None:
@@ -277,9 +278,12 @@ CASES = {
     "lora.rank": Case(steps, 3),
     "lora.alpha": Case(steps, 7.0),
     "lora.dropout": Case(steps, 0.5),
+    "lora.rslora": Case(steps, True),
     "lora.targets": Case(steps, ["down_proj"]),
     "lora.layers": Case(steps, 1),
     "lora.start_from": Case(from_an_adapter, "an adapter"),
+    "head.first_epochs": Case(whole_run, 0, {"head.first_epochs": 9, "prompt.template": "{text}"}),
+    "preferences.beta": Case(whole_run, 0.9, {"data.train": "pairs", "data.valid": None, "preferences.beta": 0.1}),
     "quantize": Case(steps, "4bit"),
     "train.epochs": Case(rates, 2, {"train.steps": None, "train.epochs": 1}),
     "train.steps": Case(rates, 4),

@@ -28,8 +28,9 @@ def schema_of(key: str) -> dict[str, Any]:
     node = SCHEMA
     for part in key.split("."):
         node = node["properties"][part]
-        if reference := node.get("$ref", "").removeprefix("#/$defs/"):
-            node = SCHEMA["$defs"][reference]
+        for one in (node, *node.get("anyOf", ())):  # of a section that may be left out
+            if reference := one.get("$ref", "").removeprefix("#/$defs/"):
+                node = SCHEMA["$defs"][reference]
     return node
 
 

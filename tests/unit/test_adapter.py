@@ -49,6 +49,7 @@ SPECS = {
     "all": LoraSpec(4, 8.0),
     "some": LoraSpec(4, 6.0, targets=("q_proj", "down_proj")),
     "top": LoraSpec(4, 8.0, layers=1),
+    "by root": LoraSpec(4, 6.0, by_root=True),
 }
 
 
@@ -78,6 +79,18 @@ def test_mlx_lm_loads_it_as_it_is(tmp_path: Path, base: Path, name: str, lora: L
     model.eval()
     logits = np.array(model(mx.array(TOKENS[:, :-1])))
     assert np.abs(chosen_logprob(logits) - ours).max() < 1e-5
+
+
+def test_the_scale_of_rslora_is_alpha_by_the_root_of_the_rank(tmp_path: Path) -> None:
+    lora = LoraSpec(9, 6.0, by_root=True)
+    tensors = {
+        "model.layers.0.q.lora_A": np.ones((9, 4), np.float32),
+        "model.layers.0.q.lora_B": np.ones((4, 9), np.float32),
+    }
+    write_adapter(tmp_path, tensors, lora, "base", 1, {})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["use_rslora"] is True and config["lora_alpha"] == 6
+    assert lora.scale == config["lora_parameters"]["scale"] == read_adapter(tmp_path).scale == 2.0
 
 
 @pytest.mark.parametrize("drop", ["adapter_model.safetensors", "adapters.safetensors"])

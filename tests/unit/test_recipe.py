@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import pytest
@@ -32,9 +33,10 @@ def keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Every dotted key of the recipe."""
     found = []
     for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            found += keys(inner, f"{prefix}{name}.")
+        kinds = get_args(field.annotation) or (field.annotation,)  # a section may be left out
+        section = next((one for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)), None)
+        if section is not None:
+            found += keys(section, f"{prefix}{name}.")
         else:
             found.append(prefix + name)
     return found

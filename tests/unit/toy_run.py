@@ -143,10 +143,10 @@ class Small(Wrapped):
             raise OutOfMemory(f"{size} tokens")
         self.largest = max(self.largest, size)
 
-    def step(self, micro: Sequence[Batch], lr: float) -> Any:
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> Any:
         for batch in micro:
             self._take(batch.inputs.size)
-        return self.inner.step(micro, lr)
+        return self.inner.step(micro, lr, total)
 
     def score(self, batch: Batch) -> Scores:
         self._take(batch.inputs.size)
@@ -165,10 +165,10 @@ class Poisoned(Wrapped):
         super().__init__(inner)
         self.bad_step, self.bad_scores = step, scores
 
-    def step(self, micro: Sequence[Batch], lr: float) -> Any:
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> Any:
         if self.inner.get_state().step + 1 == self.bad_step:
             raise NonFinite("the loss is nan")
-        return self.inner.step(micro, lr)
+        return self.inner.step(micro, lr, total)
 
     def score(self, batch: Batch) -> Scores:
         found = self.inner.score(batch)

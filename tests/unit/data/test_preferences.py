@@ -67,7 +67,7 @@ def test_the_better_answer_can_be_named() -> None:
     assert (layout.name, layout.columns["completion"]) == ("prompt", "chosen")
 
 
-@pytest.mark.parametrize("row", [DPO[0], KTO[0]])
+@pytest.mark.parametrize("row", [KTO[0], KTO[3]])
 def test_init_writes_no_recipe_for_them(tmp_path: Path, row: dict[str, Any]) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     with pytest.raises(DataError, match="takes them"):

@@ -1,0 +1,48 @@
+"""A batch read and not trained on: what its targets are given, and its last hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from backends.interface import Batch, FloatArray, Scores
+from backends.micro_batches import joined, parts
+from backends.torch_backend.device import uploaded
+from backends.torch_backend.forward import Forward
+
+Positions = tuple[NDArray[np.int64], NDArray[np.int64]]  # rows [N] and columns [N] in the whole batch
+
+
+def scores_of(forward: Forward, batch: Batch, tokens_at_once: int) -> Scores:
+    """`Session.score`. The device computes some rows at a time."""
+    logprob, greedy = np.zeros(batch.weights.shape, np.float32), np.zeros(batch.weights.shape, np.int32)
+    for positions, states in _states(forward, batch, tokens_at_once):
+        targets = uploaded([batch.targets[positions].astype(np.int64)], states.device)[0]
+        part_logprob, part_greedy = forward.head.score(states, targets)
+        logprob[positions], greedy[positions] = part_logprob.cpu().numpy(), part_greedy.cpu().numpy()
+    return Scores(logprob, greedy)
+
+
+def last_states(forward: Forward, batch: Batch, share: bool, tokens_at_once: int) -> FloatArray:
+    """`Session.states`. share: whether prefixes are computed once."""
+    whole = batch if share else joined(batch)
+    chosen = whole.weights != 0  # [B, T]
+    number = np.cumsum(chosen).reshape(chosen.shape) - 1  # of each supervised position
+    made: FloatArray | None = None  # [N, D]
+    for positions, states in _states(forward, whole, tokens_at_once):
+        made = np.zeros((int(chosen.sum()), states.shape[1]), np.float32) if made is None else made
+        made[number[positions]] = states.float().cpu().numpy()
+    if made is None:
+        raise ValueError("nothing is supervised in this batch: all weights are 0")
+    return made
+
+
+def _states(forward: Forward, batch: Batch, tokens_at_once: int) -> Iterator[tuple[Positions, torch.Tensor]]:
+    """The positions of some supervised tokens, and their last hidden states. [N, D]"""
+    prefixes = forward.prefixes(batch.prefixes) if batch.prefixes else None
+    for rows, part in parts(batch, tokens_at_once):
+        row, column = np.nonzero(part.weights)
+        yield (rows[row], column), forward.states(part, prefixes)

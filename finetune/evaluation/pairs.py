@@ -1,0 +1,111 @@
+"""Pairs of answers: how probable each is, and what direct preference optimisation makes of that.
+
+DPO (Rafailov et al., 2023): c and r are the log-probabilities of the better and the worse answer, c0 and r0 those of
+the model without its adapter. The margin is beta ((c - c0) - (r - r0)), and the loss log(1 + exp(-margin)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.interface import Batch, OutOfMemory, Reader
+from finetune.data.pair_batches import pair_batches
+from finetune.data.rows import Example
+from finetune.errors import MemoryExhausted
+from finetune.events import Progress
+
+Pairs = NDArray[np.float64]  # [n, 2]: of the better answer, of the worse one
+
+
+@dataclass(frozen=True)
+class PairFigures:
+    """What the pairs of a split tell of a model, beside how often it prefers the better answer."""
+
+    __pydantic_config__: ClassVar = {"allow_inf_nan": False}
+
+    margin: float  # the mean, nats times beta; 0 of the base itself
+    rewarded: float  # the share of pairs whose margin is above 0
+    longer: float | None  # the share of unequal pairs in which it prefers the longer answer, in tokens
+
+
+def scored_pairs(
+    session: Reader, examples: Sequence[Example], micro_tokens: int, what: str
+) -> Generator[Progress, None, Pairs]:
+    """The log-probability of both answers of each pair, summed over their tokens. Raises MemoryExhausted."""
+    found, done = np.zeros((len(examples), 2)), 0
+    for pairs, batch in pair_batches(examples, micro_tokens, session.shares_prefixes):
+        try:
+            found[pairs] = of_batch(session, batch)
+        except OutOfMemory as error:
+            if len(pairs) == 1:
+                where = examples[pairs[0]].location
+                raise MemoryExhausted(
+                    f"{where}: this pair alone does not fit ({error}); lower train.max_length"
+                ) from None
+            found[pairs] = yield from scored_pairs(session, [examples[i] for i in pairs], micro_tokens // 2, what)
+        done += len(pairs)
+        yield Progress(0, what, done, len(examples))
+    return found
+
+
+def of_batch(session: Reader, batch: Batch) -> Pairs:
+    """The same of one batch of `pair_batches`."""
+    told = session.score(batch).logprob.astype(np.float64) * (batch.weights > 0)
+    rows: Pairs = told.sum(axis=1).reshape(-1, 2)
+    return rows
+
+
+def references(examples: Sequence[Example]) -> Pairs:
+    """The log-probabilities under the model without its adapter, which the examples hold. [n, 2]"""
+    return np.array([[one.under_base, one.rejected.under_base if one.rejected else 0.0] for one in examples]).reshape(
+        -1, 2
+    )
+
+
+def referred(examples: Sequence[Example], under_base: Pairs) -> tuple[Example, ...]:
+    """The examples with those in them."""
+    return tuple(
+        replace(one, under_base=float(better), rejected=one.rejected and replace(one.rejected, under_base=float(worse)))
+        for one, (better, worse) in zip(examples, under_base, strict=True)
+    )
+
+
+def margins(logprobs: Pairs, under_base: Pairs, beta: float) -> NDArray[np.float64]:
+    """[n]"""
+    change = logprobs - under_base
+    return beta * (change[:, 0] - change[:, 1])
+
+
+def losses(margin: NDArray[np.float64]) -> NDArray[np.float64]:
+    """log(1 + exp(-margin)), [n]"""
+    return np.logaddexp(0.0, -margin)
+
+
+def pulls(margin: NDArray[np.float64], beta: float) -> NDArray[np.float64]:
+    """The derivative of each loss by the worse answer's log-probability; by the better one's it is minus that. [n]"""
+    return beta * np.exp(-np.logaddexp(0.0, margin))
+
+
+def preferred(examples: Sequence[Example], logprobs: Pairs) -> NDArray[np.bool_]:
+    """Whether the better answer is the more probable one per token, so that length alone decides nothing. [n]"""
+    each = logprobs / np.maximum(_lengths(examples), 1)
+    better: NDArray[np.bool_] = each[:, 0] > each[:, 1]
+    return better
+
+
+def figures(examples: Sequence[Example], logprobs: Pairs, margin: NDArray[np.float64]) -> PairFigures:
+    lengths, prefers = _lengths(examples), preferred(examples, logprobs)
+    unequal = lengths[:, 0] != lengths[:, 1]
+    longer = prefers[unequal] == (lengths[unequal, 0] > lengths[unequal, 1])
+    return PairFigures(float(margin.mean()), float((margin > 0).mean()), float(longer.mean()) if longer.size else None)
+
+
+def _lengths(examples: Sequence[Example]) -> Pairs:
+    """In supervised tokens. [n, 2]"""
+    both = [(one.weights.sum(), one.rejected.weights.sum() if one.rejected else 0.0) for one in examples]
+    return np.array(both, np.float64).reshape(-1, 2)
