@@ -12,7 +12,7 @@ import typer
 
 from finetune.begin import begin
 from finetune.errors import explain
-from finetune.examine import benchmark, compare, duel, evaluate, report, suspects
+from finetune.examine import benchmark, compare, curve, duel, evaluate, next_rows, report, suspects
 from finetune.options import Alone, Backend, Devices, Overrides, RecipeFile, RunPath
 from finetune.streams import guard, outlive_readers
 from finetune.use import chat, export, generate, predict, runs
@@ -106,7 +106,7 @@ def plan(
     ] = False,
     devices: Devices = None,
 ) -> None:
-    """Show the recipe, the rows, the steps, memory and time. Trains nothing."""
+    """Show rows, steps, memory and time. Trains nothing."""
     from finetune.recipe.load import load_recipe
 
     recipe = load_recipe(file, overrides or [])  # first: a mistake in it needs none of the libraries below
@@ -124,13 +124,34 @@ def train(
     devices: Devices = None,
     alone: Alone = False,
 ) -> None:
-    """Measure the base model, fine-tune it, measure again, save the adapter."""
+    """Measure the model, fine-tune it, measure again."""
     _train(file, overrides or [], backend, devices, alone)
 
 
 @app.command(rich_help_panel=TRAIN)
+def search(
+    file: RecipeFile,
+    overrides: Overrides = None,
+    budget: Annotated[str, typer.Option(metavar="TIME", help="For all of it: 90s, 30m or 2h.")] = "30m",
+    backend: Backend = None,
+    alone: Alone = False,
+) -> None:
+    """Try other rates, ranks, epochs, layers; keep the best."""
+    from finetune.recipe.load import load_recipe
+
+    recipe = load_recipe(file, [*(overrides or []), *([f"backend={backend}"] if backend else [])])
+    begin(alone)
+    from finetune.commands.search import run
+
+    run(recipe, file.stem, budget)
+
+
+@app.command(rich_help_panel=TRAIN)
 def resume(folder: RunPath, backend: Backend = None, devices: Devices = None, alone: Alone = False) -> None:
-    """Resume a stopped run from its last intact checkpoint, on any backend."""
+    """Resume a stopped run or search, on any backend."""
+    if (folder / "search.yaml").is_file():
+        _go_on_searching(folder, backend, alone)
+        return
     from finetune.disk.run_folder import open_existing
 
     stopped, recipe = open_existing(folder)
@@ -149,6 +170,8 @@ app.command(rich_help_panel=USE)(duel)
 app.command(rich_help_panel=USE)(benchmark)
 app.command(rich_help_panel=USE)(predict)
 app.command(rich_help_panel=USE)(suspects)
+app.command("next", rich_help_panel=USE)(next_rows)
+app.command(rich_help_panel=USE)(curve)
 app.command(rich_help_panel=USE)(generate)
 app.command(rich_help_panel=USE)(chat)
 app.command(rich_help_panel=USE)(export)
@@ -157,7 +180,7 @@ app.command(rich_help_panel=USE)(runs)
 
 @app.command(rich_help_panel=TOOLS)
 def doctor() -> None:
-    """Show which backends work here, and why others do not."""
+    """Show which backends work here, and why not."""
     begin()
     from finetune.commands.doctor import run
 
@@ -172,6 +195,16 @@ def schema() -> None:
     from finetune.recipe.schema import Recipe
 
     print(json.dumps(Recipe.model_json_schema() | {"title": "finetune recipe"}, indent=2))
+
+
+def _go_on_searching(folder: Path, backend: str | None, alone: bool) -> None:
+    from finetune.recipe.load import load_recipe
+
+    recipe = load_recipe(folder / "search.yaml", [f"backend={backend}"] if backend else [])
+    begin(alone)
+    from finetune.commands.search import run
+
+    run(recipe, "", None, folder)
 
 
 def _train(file: Path, overrides: list[str], backend: str | None, devices: str | None, alone: bool) -> None:

@@ -95,11 +95,14 @@ def _cut_short(mapped: Sequence[Path]) -> str | None:
 
 
 def what_is_left(path: Path | None, code: int) -> list[str]:
-    """A line on what is left of the run, and how to resume it; none when there is no run yet."""
-    if path is None or not (path / "recipe.yaml").exists():
+    """A line on what is left of the run or the search, and how to resume it; none when there is none yet."""
+    if path is None or not any((path / name).exists() for name in ("recipe.yaml", "search.yaml")):
         return []
     with suppress(ValueError):
         path = path.relative_to(Path.cwd())
+    if (path / "search.yaml").exists():
+        again = f"The search is not lost. Go on with: {command_line('finetune', 'resume', str(path))}"
+        return [] if code == ExitCode.DIVERGED else [again]
     if (path / "report.json").exists():
         return [f"The run is finished; its report is {path / 'report.txt'}"]
     newest = newest_good(path / "checkpoints")

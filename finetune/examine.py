@@ -1,4 +1,4 @@
-"""The commands that examine a run or several, as the command line has them, from `eval` to `suspects`."""
+"""The commands that examine a run or several, as the command line has them, from `eval` to `curve`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def evaluate(
     at_least: AtLeast = None,
     backend: Backend = None,
 ) -> None:
-    """Measure both models of a run again, on its held-out rows or on others."""
+    """Measure both models of a run again, or on other rows."""
     if (data and suite) or (at_least is not None and not suite):
         raise RecipeError("give --data FILE alone, or --suite FILE, and --at-least SHARE with that")
     if at_least is not None and not 0 < at_least < 1:
@@ -138,7 +138,7 @@ def benchmark(
     ] = None,
     backend: Backend = None,
 ) -> None:
-    """Measure both models of a run on tasks of lm-eval."""
+    """Measure a run on tasks of lm-eval."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise RecipeError("--tasks: names no task; write some, such as arc_easy,hellaswag")
@@ -167,3 +167,34 @@ def suspects(
     from finetune.commands.suspects import run
 
     run(opened, recipe, prove, backend)
+
+
+def next_rows(
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="Rows to choose from: any file that training reads.")],
+    rows: Annotated[int, typer.Option("--rows", min=1, max=100_000, help="How many to choose.")] = 50,
+    run_folder: Annotated[
+        Path | None, typer.Option("--run", metavar="RUN", help="The newest finished run in runs/ if not given.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help=".jsonl or .csv; in the run's folder if not given."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file where there is one.")] = False,
+    backend: Backend = None,
+) -> None:
+    """Choose rows of a pool to label next."""
+    begin()
+    from finetune.commands.next import run
+
+    run(pool, rows, run_folder, output, force, backend)
+
+
+def curve(folder: RunPath, backend: Backend = None) -> None:
+    """Say whether more rows would help."""
+    from finetune.disk.run_folder import open_existing
+
+    opened, recipe = open_existing(folder)
+    begin()
+    from finetune.commands.curve import run
+
+    run(opened, recipe, backend)

@@ -42,7 +42,7 @@ def predict(
     ] = None,
     backend: Backend = None,
 ) -> None:
-    """Label or answer the rows of a file with the model of a run."""
+    """Label or answer a file's rows with a run's model."""
     from finetune.disk.run_folder import open_existing
 
     opened, recipe = open_existing(folder)
@@ -68,7 +68,7 @@ def generate(
     max_tokens: MaxTokens = 256,
     backend: Backend = None,
 ) -> None:
-    """Answer one prompt with the model of a run."""
+    """Answer one prompt with a run's model."""
     if (prompt is None) == (row is None) or (row is not None and (columns or system or tools)):
         raise RecipeError("give a PROMPT, or --row FILE:LINE alone: a row brings its columns, system text and tools")
     question = sys.stdin.read(MOST + 1) if prompt == "-" else prompt
@@ -95,7 +95,7 @@ def chat(
     max_tokens: MaxTokens = 512,
     backend: Backend = None,
 ) -> None:
-    """Talk to the model of a run. An empty line ends the chat."""
+    """Talk to a run's model. An empty line ends it."""
     from finetune.disk.run_folder import open_existing
 
     opened, recipe = open_existing(folder)
@@ -128,7 +128,7 @@ def export(
 def runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that the runs are in.")] = Path("runs"),
 ) -> None:
-    """List the runs in a folder: state, model, data, gain."""
+    """List a folder's runs: state, model, data, gain."""
     begin()
     from finetune.commands.runs import run
 

@@ -38,13 +38,18 @@ class _Deadline:
 
 
 def without_rows(
-    job: Job, session: Session, run: RunFolder, locations: Collection[str], seconds: float
+    job: Job,
+    session: Session,
+    run: RunFolder | None,
+    locations: Collection[str],
+    seconds: float,
+    name: str = "model without the suspects",
 ) -> Generator[Event, None, Evaluation | None]:
-    """The held-out rows under the model that is trained without some rows, at the run's own rate. None where `seconds`
-    do not suffice.
+    """The held-out rows under the model that is trained without some rows. None where `seconds` do not suffice.
 
-    session: of the base; its adapter is another afterwards. Nothing is left on the disk. Raises DataError where no row
-    would be left, Diverged, MemoryExhausted.
+    session: of the base; its adapter is another afterwards. run: whose rate is taken; None: a race chooses one where
+    the recipe leaves it open. Nothing is left on the disk. Raises DataError where no row would be left, Diverged,
+    MemoryExhausted.
     """
     train, deadline = job.prepared.train, _Deadline(seconds)
     rest = tuple(example for example in train.examples if example.location not in locations)
@@ -55,13 +60,14 @@ def without_rows(
     with tempfile.TemporaryDirectory(prefix="finetune-proof-") as folder:
         checkpoints = Checkpoints(Path(folder), {})
         try:
-            trainer, _ = yield from ready_trainer(fewer, session, run, checkpoints, None, deadline)
+            raced = run or RunFolder(Path(folder))
+            trainer, _ = yield from ready_trainer(fewer, session, raced, checkpoints, None, deadline)
             yield from _trained(trainer, deadline)
         except Interrupted:
             return None
     assert trainer.best is not None  # the validation before the first step is always a best one
     session.set_state(TrainState(trainer.state.best_step, trainer.best, {}))
-    return (yield from evaluate_held_out(session, recipe, fewer.prepared, job.tokenizer, "model without the suspects"))
+    return (yield from evaluate_held_out(session, recipe, fewer.prepared, job.tokenizer, name))
 
 
 def _trained(trainer: Trainer, deadline: _Deadline) -> Generator[Event, None, None]:

@@ -49,7 +49,7 @@ def run(
     write_file(output, as_text(output, lines, added))
     split = job.prepared.held_out
     if left_out := [*split.left_out, *split.too_long]:
-        print(f"{listed(left_out)}\n{len(left_out)} rows left out (data.on_error: skip)", file=sys.stderr)
+        print(*listed(left_out), f"{len(left_out)} rows left out (data.on_error: skip)", sep="\n", file=sys.stderr)
     if split.shortened:
         print(f"{len(split.shortened)} rows with a shortened prompt (train.max_length)", file=sys.stderr)
     print(f"{len(rows)} rows: {output}")

@@ -28,7 +28,7 @@ def run(folder: Path) -> None:
     table = Table("run", "state", "began", "model", "data", "base -> tuned", "verdict", box=box.SIMPLE_HEAD)
     for line in lines:
         state, style = shorten(line.state, 100), "red" if line.state.startswith("damaged") else ""
-        cells = (line.path.name, line.model, line.data, line.figure, line.verdict)
+        cells = (line.name, line.model, line.data, line.figure, line.verdict)
         name, model, data, figure, verdict = (Text(shorten(cell, 60)) for cell in cells)
         table.add_row(name, Text(state, style), f"{line.began:%Y-%m-%d %H:%M}", model, data, figure, verdict)
     console.print(table)

@@ -21,6 +21,7 @@ from finetune.errors import FinetuneError, Incompatible
 from finetune.recipe.load import MAX_BYTES
 from finetune.recipe.schema import MEASURES, AnswerPart
 
+BEST = "best"  # the winner's run, in the folder of a search
 _STAMP = re.compile(r"-(\d{8}-\d{6})(?:-\d+)?$")  # of a run's name, as `create` writes it
 _SECTION = re.compile(r"^(?:model|data):.*\n?(?:^(?:[ \t#].*)?\n?)*", re.MULTILINE)  # a whole recipe takes long to read
 
@@ -59,10 +60,15 @@ class RunLine:
     figure: str = ""  # accuracy 50.0% -> 84.5%
     verdict: str = ""
 
+    @property
+    def name(self) -> str:
+        return f"{self.path.parent.name}/{BEST}" if self.path.name == BEST else self.path.name
+
 
 def overview(folder: Path) -> list[RunLine]:
-    """Every run in the folder, or the folder itself where it is one; the newest first."""
-    paths = [folder] if _is_run(folder) else [path for path in folder.iterdir() if _is_run(path)]
+    """Every run in the folder, those of searches too, or the folder itself where it is one; the newest first."""
+    inside = [path for one in folder.iterdir() for path in (one, one / BEST)]
+    paths = [folder] if _is_run(folder) else [path for path in inside if _is_run(path)]
     return sorted(map(_line, paths), key=lambda line: (line.began, line.path.name), reverse=True)
 
 

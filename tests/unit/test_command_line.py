@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "finetune"
 PANELS = {
     "Start": ["demo", "init", "check", "plan"],
-    "Train": ["train", "resume"],
+    "Train": ["train", "search", "resume"],
     "Use": [
         "eval",
         "compare",
@@ -24,6 +24,8 @@ PANELS = {
         "benchmark",
         "predict",
         "suspects",
+        "next",
+        "curve",
         "generate",
         "chat",
         "export",

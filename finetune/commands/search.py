@@ -1,0 +1,116 @@
+"""`search`: other settings than the recipe's, tried within a budget of time; the best of them is a finished run."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from finetune.commands.train import StopFlag, show_run
+from finetune.console import Console, lines
+from finetune.disk.atomic import write_file
+from finetune.disk.lock import locked
+from finetune.disk.overview import BEST
+from finetune.disk.run_folder import RunFolder, create
+from finetune.errors import Interrupted, RecipeError, stopped_by
+from finetune.events import stoppable
+from finetune.recipe.load import dump_recipe
+from finetune.recipe.schema import Recipe
+from finetune.report.live_screen import with_progress
+from finetune.report.summary import print_report
+from finetune.report.tables import figures_table
+from finetune.run import Run
+from finetune.supervisor import announce_run, process_id
+from finetune.text import command_line, duration, from_here, one_line
+from finetune.training.job import refuse_unused_accelerator
+from finetune.training.ledger import LEDGER
+from finetune.training.search import AS_GOOD, Search
+from finetune.training.settle import settle_recomputation
+from finetune.training.suites import ready_with_suite
+
+RECIPE = "search.yaml"
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds_of(budget: str) -> float:
+    """Of 90s, 30m, 2h. Raises RecipeError."""
+    try:
+        seconds = float(budget[:-1]) * UNITS[budget[-1:]]
+    except (KeyError, ValueError):
+        seconds = 0.0
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise RecipeError(f"--budget {budget}: write a number and its unit: 90s, 30m or 2h")
+    return seconds
+
+
+def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = None) -> None:
+    """A new search in a folder that begins with `name`, or the `stopped` one within what is left of its budget.
+
+    Exits with 130 or 143 when a signal asks it to stop.
+    """
+    began = time.monotonic()
+    seconds = seconds_of(budget) if budget is not None else 0.0
+    refuse_unused_accelerator(recipe)
+    folder = RunFolder(stopped) if stopped else None
+    with StopFlag().listening() as stop, ExitStack() as held:
+        try:
+            ready = ready_with_suite(recipe, _begun(folder) if folder else None)
+            job = with_progress(stoppable(ready, stop, "preparing the data"), stop)
+            job = with_progress(settle_recomputation(job, None), stop)
+            if not job.prepared.valid.examples:
+                raise RecipeError("data.valid: a search needs validation rows to compare trials by")
+            if folder is None:
+                folder = _create(job.recipe, name)
+            held.enter_context(locked(folder.path, process_id()))
+            announce_run(folder.path)
+            search = Search(job, folder, seconds, stop, began)
+            winner = with_progress(search.events(), stop)
+            if not search.best.report.exists():
+                lock = held.enter_context(locked(search.best.path, process_id()))
+                print_report(show_run(Run(search.job_of(winner), search.best, lock), stop, resume=True))
+            _show(search, winner)
+        except (Interrupted, KeyboardInterrupt) as end:
+            remedy = f"; go on with: {command_line('finetune', 'resume', str(folder.path))}" if folder else ""
+            print(one_line(f"{str(end) or 'stopped at once'}{remedy}"), file=sys.stderr)
+            sys.exit(stopped_by(stop.signal or signal.SIGINT))
+
+
+def _create(recipe: Recipe, name: str) -> RunFolder:
+    folder = create(recipe, f"{name}-search")
+    write_file(folder.path / RECIPE, dump_recipe(recipe))
+    folder.recipe.unlink()  # a search is not a run; its best is
+    return folder
+
+
+def _begun(search: RunFolder) -> Path | None:
+    """A run of the search, whose time chat templates write."""
+    runs = [search.path / BEST, search.path / "trials" / "00"]
+    return next((path for path in runs if (path / "identity.json").exists()), None)
+
+
+def _show(search: Search, winner: int) -> None:
+    """The verdict first, then what each trial came to."""
+    console, ledger = Console(), search.ledger
+    ends = {trial: lap for trial in range(len(search.trials)) if (lap := ledger.last(trial))}
+    own, best = ends[0], min(lap.loss for lap in ends.values() if lap.finished and lap.loss is not None)
+    if winner == 0:
+        better = f", of all {best:.4f}" if own.loss is not None and best < own.loss else ""
+        said = f"The default was as good: validation loss {own.loss:.4f}{better} (within {AS_GOOD:.0%})."
+    else:
+        before = "diverged" if own.loss is None else f"has {own.loss:.4f}"
+        said = f"Best: {search.trials[winner].settings}, validation loss {ends[winner].loss:.4f}; the default {before}."
+    console.print(lines(said, style="bold"))
+    table = figures_table("trial", "validation loss", "steps", "time")
+    order = sorted(ends.values(), key=lambda lap: (not lap.finished, lap.loss if lap.loss is not None else math.inf))
+    for lap in order:
+        taken = sum(one.seconds for one in ledger.laps if one.trial == lap.trial)
+        loss = "diverged" if lap.loss is None else f"{lap.loss:.4f}"
+        steps = f"{lap.steps:,}" if lap.finished else f"{lap.steps:,}, left out"
+        table.add_row(lines(search.trials[lap.trial].settings), loss, steps, duration(taken))
+    console.print(table)
+    skipped = f"; {len(ledger.skipped)} trials left out for want of time" if ledger.skipped else ""
+    console.print(lines(f"{duration(ledger.spent)} of {duration(ledger.budget)} for the trials{skipped}"))
+    console.print(lines(f"The winner's run: {from_here(str(search.best.path))}; figures: {LEDGER} beside it"))

@@ -1,0 +1,260 @@
+"""`finetune search`: trials of other settings beside the recipe's own, halved by thirds within a budget of time.
+
+A trial is a run: it trains to the same bytes as `finetune train` with its settings, stops at a checkpoint where trials
+are compared, and goes on from there. Rows are read once for all; the base is measured once on the validation rows; and
+trials of the same adapter's shape share a loaded model with what its frozen blocks keep.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, replace
+
+from backends.interface import Session, TrainState
+from finetune.disk.atomic import remove, rename, write_file
+from finetune.disk.checkpoint import Checkpoints, load_newest
+from finetune.disk.identity import identity_of
+from finetune.disk.metrics import MetricsFile
+from finetune.disk.overview import BEST
+from finetune.disk.run_folder import RunFolder
+from finetune.errors import Diverged, Interrupted, RecipeError
+from finetune.evaluation.analysis import Questions
+from finetune.evaluation.evaluate import Evaluation, evaluate
+from finetune.evaluation.scoring import row_losses
+from finetune.events import Event, Progress, StepDone, Stoppable, Validated, stoppable
+from finetune.recipe.load import dump_recipe
+from finetune.recipe.schedule import make_plan
+from finetune.recipe.specs import lora_spec
+from finetune.text import duration
+from finetune.training.job import Job
+from finetune.training.ledger import LEDGER, Lap, Ledger, read_ledger
+from finetune.training.loop import Trainer
+from finetune.training.outlook import look_ahead
+from finetune.training.rate_rule import starting_rate
+from finetune.training.ready import ready_trainer
+from finetune.training.trials import Halving, Trial, halving, stops_of, trials_of
+
+AS_GOOD = 0.01  # of the lowest validation loss: a recipe this near to it is as good
+SPARE = 1.1  # times the time that steps took: what the next ones may take
+MEASURING = 1.5  # times what both models' measurements take: the analysis, and a model that is loaded again
+AT_THE_END = ("base model", "tuned model")  # of a run's foretold parts
+
+
+class Search:
+    """One search in its folder, new or gone on with. `events` does all but the winner's own measurement."""
+
+    def __init__(self, job: Job, folder: RunFolder, budget: float, by: Stoppable, began: float | None = None) -> None:
+        """budget: seconds from `began` (time.monotonic) or from now on; a search that goes on keeps its own.
+
+        Raises Incompatible for a ledger that no search writes.
+        """
+        self.job, self.folder, self._by = job, folder, by
+        self.ledger = read_ledger(folder.path) or Ledger(budget)
+        rows = len(job.prepared.train.examples)
+        start = starting_rate(job.recipe, job.folder, rows)
+        modules = job.folder.lora_modules(lora_spec(job.recipe)) if job.folder.weights else {}
+        self.trials = trials_of(job.recipe, start, modules)
+        self._stops = stops_of(job.recipe, rows)
+        self._began = (time.monotonic() if began is None else began) - self.ledger.spent
+        self._sessions: tuple[Trial, Session, TrainState] | None = None
+        self._base: Evaluation | None = None
+
+    def run_of(self, trial: int) -> RunFolder:
+        return RunFolder(self.folder.path / "trials" / f"{trial:02}")
+
+    @property
+    def best(self) -> RunFolder:
+        return RunFolder(self.folder.path / BEST)
+
+    def job_of(self, trial: int) -> Job:
+        return replace(self.job, recipe=self.trials[trial].recipe(self.job.recipe))
+
+    def steps_of(self, trial: int) -> int:
+        """The longest that it may be."""
+        return make_plan(self.job_of(trial).recipe, len(self.job.prepared.train.examples)).steps
+
+    def events(self) -> Generator[Event, None, int]:
+        """The winner, whose run then stands in `best` with all its steps. Raises Interrupted, RecipeError, Diverged."""
+        if self.ledger.winner is None:
+            first, second = self._stops
+            yield from self._lap(0, first)
+            plan = self._planned()
+            others = list(range(1, plan.others + 1))
+            yield from self._lap(0, self.steps_of(0))
+            for stop, left in zip((first, second), plan.left, strict=True):
+                for trial in self._by_shape(others):
+                    yield from self._within_budget(trial, stop)
+                others = self._kept(others, left)
+            for trial in self._by_shape(others):
+                yield from self._within_budget(trial, self.steps_of(trial))
+            self._decide()
+        self._sessions = None  # its run opens a model of its own
+        winner = self.ledger.winner
+        assert winner is not None
+        if not self.best.path.exists():
+            rename(self.run_of(winner).path, self.best.path)
+        if (rest := self.folder.path / "trials").exists():
+            remove(rest)
+        return winner
+
+    def _planned(self) -> Halving:
+        """Raises RecipeError where the budget does not suffice for the recipe itself."""
+        if self.ledger.plan is None:
+            lap, per_step = self.ledger.laps[0], self._per_step()
+            whole = SPARE * per_step * (self.steps_of(0) - lap.steps) + self._last_seconds()
+            left = self.ledger.budget - self.ledger.spent - whole
+            if left < 0:
+                enough = math.ceil((self.ledger.spent + whole) * 2 / 60)
+                raise RecipeError(
+                    f"--budget: one run takes about {duration(self.ledger.spent + whole)} here, and the budget is "
+                    f"{duration(self.ledger.budget)}; allow --budget {enough}m"
+                )
+            longest = [self.steps_of(trial) for trial in range(1, len(self.trials))]
+            self.ledger.plan = halving(self._stops, longest, left / SPARE / per_step)
+            self._write()
+        return self.ledger.plan
+
+    def _per_step(self) -> float:
+        """Seconds of an optimiser step, with what belongs to it: loading, comparing, checkpoints."""
+        taken = sum(lap.seconds for lap in self.ledger.laps) - (self.ledger.base_seconds or 0.0)
+        return max(taken, 1e-6) / self._steps_done()
+
+    def _steps_done(self) -> int:
+        done: dict[int, int] = {}
+        for lap in self.ledger.laps:
+            done[lap.trial] = max(done.get(lap.trial, 0), lap.steps)
+        return max(sum(done.values()), 1)
+
+    def _last_seconds(self) -> float:
+        """What is needed once the winner is known."""
+        return self.ledger.last_seconds or 0.0
+
+    def _within_budget(self, trial: int, steps: int) -> Iterator[Event]:
+        """The lap, unless its time would be missing at the end."""
+        last = self.ledger.last(trial)
+        if trial in self.ledger.skipped or self.ledger.lap(trial, steps):
+            return
+        ahead = SPARE * self._per_step() * (steps - (last.steps if last else 0))
+        if self.ledger.spent + ahead + self._last_seconds() > self.ledger.budget:
+            self.ledger.skipped.append(trial)
+            self._write()
+            return
+        yield from self._lap(trial, steps)
+
+    def _by_shape(self, trials: list[int]) -> list[int]:
+        """Those that share a session one after the other."""
+        return sorted(trials, key=lambda i: (str(self.trials[i].rank), str(self.trials[i].targets), i))
+
+    def _kept(self, trials: list[int], count: int) -> list[int]:
+        """The best, of equals the first; their checkpoints alone are kept."""
+        laps = [lap for trial in trials if trial not in self.ledger.skipped and (lap := self.ledger.last(trial))]
+        alive = sorted((lap.loss, lap.trial) for lap in laps if lap.loss is not None)
+        kept = [trial for _, trial in alive[:count]]
+        for trial in set(trials) - set(kept):
+            if (folder := self.run_of(trial).path).exists():
+                remove(folder)
+        return kept
+
+    def _decide(self) -> None:
+        """Raises Diverged where no trial has a finite loss."""
+        ends = [lap for lap in self.ledger.laps if lap.finished and lap.loss is not None]
+        if not ends:
+            raise Diverged("no trial has a finite loss; look at the data, or name a lower train.learning_rate")
+        best = min(ends, key=lambda lap: (lap.loss, lap.trial))
+        own = next((lap for lap in ends if lap.trial == 0), None)
+        as_good = own is not None and (own.loss or 0.0) <= (best.loss or 0.0) * (1 + AS_GOOD)
+        self.ledger.winner = 0 if as_good else best.trial
+        self._write()
+
+    def _write(self) -> None:
+        self.ledger.spent = round(time.monotonic() - self._began, 3)
+        self.folder.write_json(LEDGER, asdict(self.ledger))
+
+    def _lap(self, trial: int, steps: int) -> Iterator[Event]:
+        """The trial up to that step, or to its end; nothing where that is done. Raises Interrupted."""
+        if self.ledger.lap(trial, steps):
+            return
+        began = time.monotonic()
+        try:
+            at, loss, finished = yield from self._trained(trial, steps)
+        except Diverged:
+            at, loss, finished = steps, None, True
+        finally:
+            self._write()
+        self.ledger.laps.append(Lap(trial, at, loss, round(time.monotonic() - began, 3), finished))
+        self._write()
+
+    def _trained(self, trial: int, steps: int) -> Generator[Event, None, tuple[int, float | None, bool]]:
+        """(steps done, lowest validation loss, whether it is at its end)."""
+        job, run = self.job_of(trial), self.run_of(trial)
+        session = self._session(trial)
+        untrained = yield from self._measured(session)
+        if not run.recipe.exists():
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_file(run.recipe, dump_recipe(job.recipe))
+        identity = yield from identity_of(job.recipe, job.prepared, job.folder)
+        run.write_identity(identity)
+        saved, _ = load_newest(run.checkpoints)
+        checkpoints = Checkpoints(run.checkpoints, identity)
+        trainer, _ = yield from ready_trainer(job, session, run, checkpoints, saved, self._by)
+        at = saved.state.step if saved else 0
+        if at < steps:
+            known = None if job.recipe.lora.start_from else untrained
+            at = yield from self._steps(trial, trainer, run, at, steps, known)
+        finished = trainer.state.stopped_early or at >= trainer.plan.steps
+        loss = trainer.state.best_loss
+        if not finished and trainer.state.validations[-1].step < at:
+            limit = trainer.state.micro_tokens
+            losses = yield from row_losses(session, job.prepared.valid.examples, limit, self._title(trial, "compared"))
+            loss = min(loss, float(losses.loss.sum() / losses.tokens.sum()))
+        return at, loss if math.isfinite(loss) else None, finished
+
+    def _steps(
+        self, trial: int, trainer: Trainer, run: RunFolder, done: int, steps: int, untrained: Evaluation | None
+    ) -> Generator[Event, None, int]:
+        """The last step that is done. Raises Interrupted where somebody else asks to stop."""
+        at = done
+        with MetricsFile(run.metrics) as metrics:
+            metrics.truncate_after(done if done else -1)
+            try:
+                for event in trainer.events(untrained):
+                    metrics.record(event)
+                    if isinstance(event, StepDone):
+                        at = event.step
+                        yield Progress(0, self._title(trial, "training"), at, min(steps, trainer.plan.steps))
+                    here = at >= steps and (isinstance(event, Validated) or not trainer.plan.evaluates_after(at))
+                    trainer.stopping = self._by.stopping or here
+            except Interrupted:
+                if self._by.stopping:
+                    raise
+        return at
+
+    def _title(self, trial: int, what: str) -> str:
+        return f"trial {trial + 1}: {what}"
+
+    def _measured(self, session: Session) -> Generator[Event, None, Evaluation]:
+        """The base on the validation rows: the first validation of every trial."""
+        if self._base is None:
+            began, prepared, limit = time.monotonic(), self.job.prepared, self.job.recipe.train.tokens_at_once
+            work = evaluate(session, prepared, prepared.valid, name="base model", micro_tokens=limit)
+            self._base = yield from stoppable(work, self._by, "measuring the base model")
+            if self.ledger.base_seconds is None:
+                self.ledger.base_seconds = round(time.monotonic() - began, 3)
+                rows = len(prepared.held_out.examples) / len(prepared.valid.examples)
+                foretold = sum(look_ahead(self.job, session, Questions()).parts.get(part, 0.0) for part in AT_THE_END)
+                self.ledger.last_seconds = round(max(2 * rows * self.ledger.base_seconds, foretold) * MEASURING, 3)
+        return self._base
+
+    def _session(self, trial: int) -> Session:
+        """At its beginning: as it was opened."""
+        now = self.trials[trial]
+        shape = Trial(rank=now.rank, targets=now.targets)
+        if self._sessions is None or self._sessions[0] != shape:
+            self._sessions = None  # two models at once may not fit
+            session = self.job_of(trial).open()
+            self._sessions = (shape, session, session.get_state())
+        _, session, start = self._sessions
+        session.set_state(start)
+        return session

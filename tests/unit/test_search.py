@@ -1,0 +1,227 @@
+"""A search within a budget: what it tries, that trials are runs, that it goes on after a stop, and what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.commands.search import seconds_of
+from finetune.crashes import what_is_left
+from finetune.disk.overview import overview
+from finetune.disk.run_folder import RunFolder, open_existing
+from finetune.errors import ExitCode, Interrupted, RecipeError
+from finetune.events import Work as Events
+from finetune.recipe.load import load_recipe
+from finetune.training import search
+from finetune.training.job import Job
+from finetune.training.ledger import Lap, read_ledger
+from finetune.training.rate_rule import Start
+from finetune.training.search import Search
+from finetune.training.trials import Halving, Trial, halving, stops_of, trials_of
+from tests.end_to_end.command import Work
+from tests.unit.test_suspects import labelled
+from tests.unit.test_wrong_resume import finetune
+from tests.unit.toy_run import Wrapped, load_job, recipe
+
+START = Start(1e-3, 64, 1000, 30, 16)
+MODULES = {f"model.layers.0.{name}": (8, 8) for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")}
+RECIPE = """
+data: {train: rows.jsonl, valid: valid.jsonl, test: test.jsonl}
+prompt: {template: plain}
+lora: {rank: 2, alpha: 4, targets: [q_proj]}
+train: {steps: 9, batch_size: 4}
+evaluate: {every: 4, forgetting: false}
+backend: reference
+"""
+
+
+def test_the_recipe_as_it_is_comes_first_and_no_trial_twice() -> None:
+    asked = recipe(train={"learning_rate": "auto"})
+    trials = trials_of(asked, START, MODULES)
+    assert trials[0] == Trial() and trials[0].recipe(asked) == asked
+    assert len(trials) == len({*trials}) == 1 + 4 * 3 * 2 * 2
+    assert trials == trials_of(asked, START, MODULES)
+    assert {trial.learning_rate for trial in trials[1:5]} == {1e-3, 2e-3, 5e-4, 4e-3}, "every rate comes early"
+    assert len({(trial.rank, trial.epochs, trial.targets) for trial in trials[5:9]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "count"),
+    [
+        ({}, 4 * 3 * 2 * 2),  # a named rate stands for itself
+        ({"train": {"steps": 5, "epochs": None}}, 4 * 3 * 2),
+        ({"lora": {"start_from": "/adapter"}}, 4 * 2),
+        ({"lora": {"rank": 1}}, 4 * 2 * 2 * 2),
+        ({"lora": {"targets": ["q_proj"]}}, 4 * 3 * 2),
+        ({"train": {"epochs": "auto", "learning_rate": "auto"}}, 1 + 4 * 3 * 2 * 2),
+    ],
+)
+def test_only_what_the_recipe_leaves_free_is_tried(sections: dict[str, Any], count: int) -> None:
+    assert len(trials_of(recipe(**sections), START, MODULES)) == count
+
+
+def test_a_trial_changes_what_it_says_and_keeps_the_adapters_weight() -> None:
+    asked = recipe(lora={"rank": 4, "alpha": 12.0})
+    made = Trial(3e-3, 8, 5, ("q_proj", "v_proj")).recipe(asked)
+    assert (made.train.learning_rate, made.train.epochs) == (3e-3, 5)
+    assert (made.lora.rank, made.lora.alpha, made.lora.targets) == (8, 24.0, ["q_proj", "v_proj"])
+    said = Trial(3e-3, 8, 5, ("q_proj",)).settings
+    assert said == "train.learning_rate=3.0e-03 train.epochs=5 lora.rank=8 lora.targets=[q_proj]"
+
+
+def test_the_halving_is_the_largest_that_fits() -> None:
+    longest = [90] * 20
+    for steps in (0, 9, 100, 199, 200, 500, 10_000):
+        made = halving((10, 30), longest, steps)
+        assert made.steps(90) <= steps or made.others == 0
+        assert made.others == 20 or Halving(made.others + 1, (10, 30)).steps(90) > steps
+    assert Halving(9, (10, 30)).steps(90) == 9 * 10 + 3 * 20 + 1 * 60
+    assert stops_of(recipe(train={"steps": 90, "epochs": None}), 13) == (10, 30)
+    assert stops_of(recipe(train={"steps": 1, "epochs": None}), 13) == (1, 1)
+
+
+@pytest.mark.parametrize(("said", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400)])
+def test_a_budget_has_a_unit(said: str, seconds: float) -> None:
+    assert seconds_of(said) == seconds
+
+
+@pytest.mark.parametrize("said", ["30", "m", "", "-3m", "0s", "infm", "nanh", "3 days"])
+def test_other_budgets_are_refused(said: str) -> None:
+    with pytest.raises(RecipeError, match="write a number and its unit"):
+        seconds_of(said)
+
+
+def test_after_a_crash_a_search_says_how_it_goes_on(tmp_path: Path) -> None:
+    assert what_is_left(tmp_path, ExitCode.MEMORY) == []
+    (tmp_path / "search.yaml").write_text("")
+    (line,) = what_is_left(tmp_path, ExitCode.MEMORY)
+    assert line == f"The search is not lost. Go on with: finetune resume {tmp_path}"
+    assert what_is_left(tmp_path, ExitCode.DIVERGED) == [], "it would diverge again"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    pytest.importorskip("torch")
+    from tests.tiny_models import model_with_tokenizer
+
+    model = model_with_tokenizer(tmp_path_factory.mktemp("models") / "model", num_hidden_layers=1)
+    made = Work(tmp_path_factory.mktemp("work"), model)
+    rows = [{"text": example.prompt, "label": str(example.answer)} for example in labelled(60, set())]
+    for name, part in (("rows", rows[:36]), ("valid", rows[36:48]), ("test", rows[48:])):
+        made.lines(f"{name}.jsonl", part)
+    made.recipe(RECIPE, "few.yaml")
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "trials_of", lambda *given: trials_of(*given)[:7])
+
+
+class Stopper:
+    """Asks to stop after so many events."""
+
+    def __init__(self, events: int = 10**9) -> None:
+        self.left = events
+
+    @property
+    def stopping(self) -> bool:
+        return self.left <= 0
+
+
+def searched(job: Job, folder: Path, every: int = 10**9, budget: float = 600.0) -> Search:
+    """A search to its end, stopped after each `every` events and gone on with."""
+    folder.mkdir(exist_ok=True)
+    while True:
+        stopper = Stopper(every)
+        made = Search(job, RunFolder(folder), budget, stopper)
+        try:
+            events = Events(made.events())
+            for _ in events:
+                stopper.left -= 1
+            return made
+        except Interrupted:
+            every += 7  # so that it gets on
+
+
+def tensors(search: Search) -> bytes:
+    newest = max((search.best.path / "checkpoints").glob("step-*"))
+    return (newest / "state.safetensors").read_bytes() + (newest / "best.safetensors").read_bytes()
+
+
+def test_the_same_winner_with_the_same_bytes_after_any_stops_and_no_test_row_is_read(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[bytes] = set()
+
+    class Watched(Wrapped):
+        def score(self, batch: Any) -> Any:
+            seen.update(row.tobytes() for row in batch.inputs)
+            return self.inner.score(batch)
+
+    job, opened = load_job(load_recipe(work.folder / "few.yaml")), Job.open
+    monkeypatch.setattr(Job, "open", lambda self, adapter=None: Watched(opened(self, adapter)))
+    whole = searched(job, tmp_path / "whole")
+    assert whole.ledger.plan is not None and whole.ledger.plan.others == len(whole.trials) - 1
+    assert not (tmp_path / "whole" / "trials").exists()
+    valid, test = ([e.prompt_tokens.tobytes() for e in split.examples] for split in job.prepared.splits[1:])
+    assert all(any(prompt in row for row in seen) for prompt in valid)
+    assert not any(prompt in row for row in seen for prompt in test), "the winner alone meets them"
+    stopped = searched(job, tmp_path / "stopped", 5)
+    assert stopped.ledger.winner == whole.ledger.winner and tensors(stopped) == tensors(whole)
+    figures = [{(lap.trial, lap.steps, lap.loss) for lap in one.ledger.laps} for one in (whole, stopped)]
+    assert figures[0] == figures[1]
+
+
+def test_a_short_budget_leaves_trials_out_and_a_shorter_one_is_refused(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = load_job(load_recipe(work.folder / "few.yaml"))
+    monkeypatch.setattr(Search, "_per_step", lambda self: 1e3)  # seconds: its own time is nothing beside that
+    with pytest.raises(RecipeError, match="allow --budget"):
+        searched(job, tmp_path / "none", budget=7e3)
+    few = searched(job, tmp_path / "few", budget=1.1e3 * (8 + 13) + 100)
+    assert few.ledger.plan == Halving(3, (1, 3)) and not few.ledger.skipped, "3 x 1, 1 x 2 and 1 x 6 steps fit in 13"
+    assert few.ledger.lap(0, 9) is not None, "the recipe as it is always has its whole run"
+
+
+def test_trials_for_which_no_time_is_left_are_left_out(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = load_job(load_recipe(work.folder / "few.yaml"))
+    slower = iter([1.0, *[1e3] * 100])
+    monkeypatch.setattr(Search, "_per_step", lambda self: next(slower))
+    late = searched(job, tmp_path / "late", budget=600.0)
+    assert late.ledger.plan is not None and sorted(late.ledger.skipped) == list(range(1, 7))
+    assert late.ledger.winner == 0 and late.best.recipe.exists()
+
+
+@pytest.mark.parametrize(("loss", "winner"), [(1.0, 0), (1.009, 0), (1.011, 2), (None, 2), (0.9, 0)])
+def test_a_recipe_that_is_as_good_wins(work: Work, tmp_path: Path, loss: float | None, winner: int) -> None:
+    made = Search(load_job(load_recipe(work.folder / "few.yaml")), RunFolder(tmp_path), 1.0, Stopper())
+    losses = {0: loss, 1: 1.3, 2: 1.0, 3: None}
+    made.ledger.laps = [Lap(trial, 9, lowest, 1.0, True) for trial, lowest in losses.items()]
+    made.ledger.laps.append(Lap(4, 3, 0.5, 1.0, False))  # compared, and left out
+    made._decide()
+    kept = read_ledger(tmp_path)
+    assert kept is not None and kept.winner == winner
+
+
+def test_the_winner_is_a_run_with_the_bytes_of_a_run_of_its_own(work: Work) -> None:
+    said = finetune(work, "search", "few.yaml", "--budget", "10m", "--no-supervisor", "output=found").good()
+    folder = next((work.folder / "found").glob("few-search-*"))
+    ledger = json.loads((folder / "search.json").read_text())
+    assert "The default was as good" in said.out or "Best: " in said.out
+    run, own = open_existing(folder / "best")
+    assert run.report.exists() and run.evaluation("tuned").exists()
+    changes = [f"train.learning_rate={own.train.learning_rate}", f"lora.rank={own.lora.rank}"]
+    finetune(work, "train", "few.yaml", *changes, f"lora.alpha={own.lora.alpha}", "output=alone").good()
+    alone = next((work.folder / "alone").glob("few-*"))
+    for name in ("adapter/adapter_model.safetensors", "evaluation-tuned.json", "evaluation-base.json"):
+        assert (alone / name).read_bytes() == (run.path / name).read_bytes(), name
+    assert [line.name for line in overview(work.folder / "found")] == [f"{folder.name}/best"]
+    again = finetune(work, "resume", str(folder)).good()  # the helper adds --no-supervisor
+    assert json.loads((folder / "search.json").read_text()) == ledger and "winner's run" in again.out
