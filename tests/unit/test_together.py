@@ -133,7 +133,7 @@ class Failing:
         else:
             super().__setattr__(name, value)
 
-    def step(self, micro: Sequence[Batch], lr: float) -> Any:
+    def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> Any:
         if self.inner.get_state().step == self._bad and self._error is not None:
             error, self._error = self._error, None  # type: ignore[assignment]
             raise error
@@ -159,7 +159,7 @@ def test_lack_of_memory_in_one_splits_the_step_of_all(tmp_path: Path, alone: Any
 
 def test_a_single_row_that_fits_nowhere_ends_the_run(tmp_path: Path) -> None:
     class Never(Failing):
-        def step(self, micro: Sequence[Batch], lr: float) -> Any:
+        def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> Any:
             raise OutOfMemory("always")
 
     with (
@@ -183,7 +183,7 @@ def test_a_number_that_is_not_finite_in_one_stops_all(tmp_path: Path, bad: int) 
     """The step is not applied, in any process: the numbers are those of the step before."""
 
     class Poison(Failing):
-        def step(self, micro: Sequence[Batch], lr: float) -> Any:
+        def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> Any:
             if self.inner.get_state().step == 5:
                 name, value = next(iter(self.inner._embed.items()))
                 self.inner._embed[name] = value * np.float32(np.nan)
@@ -203,7 +203,7 @@ def test_other_numbers_in_one_are_found_with_their_step(tmp_path: Path, monkeypa
     monkeypatch.setattr(team, "CHECK_EVERY", 2)
 
     class Wrong(Failing):
-        def step(self, micro: Sequence[Batch], lr: float) -> Any:
+        def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> Any:
             done = self.inner.step(micro, lr)
             if self.inner.get_state().step == 3:
                 next(iter(self.inner._adapter.values()))[0, 0] += np.float32(1e-6)
