@@ -24,7 +24,12 @@ def found_by(case: Case) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("fault", [*SESSIONS, *FUNCTIONS])
+FAULTS = [*SESSIONS, *FUNCTIONS]
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=[pytest.mark.slow] * (place % 2)) for place, fault in enumerate(FAULTS)]
+)
 @pytest.mark.filterwarnings("ignore:overflow|invalid value|divide by zero:RuntimeWarning")
 def test_a_planted_fault_is_found(fault: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault in SESSIONS:

@@ -60,6 +60,7 @@ def close(run: Path, other: Path) -> None:
     np.testing.assert_allclose([one[1] for one in ours], [one[1] for one in theirs], rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("mlx", marks=pytest.mark.slow)], indirect=True)
 def test_two_processes_make_the_run_of_one(work: Work, backend: str) -> None:
     recipe = work.recipe(RECIPE)
     answer = work.finetune("train", recipe, "--backend", backend, "--devices", "2").good()

@@ -80,7 +80,8 @@ class OldJob(Work):
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * (n == "classification-plain")) for n in NAMES]
+    scope="module",
+    params=[pytest.param(n, marks=[pytest.mark.slow] * (n in ("classification-plain", "chat-torch"))) for n in NAMES],
 )
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OldJob:
     if CASES[request.param].backend == "torch":

@@ -98,9 +98,8 @@ def _look(answers: list[Answer], commands: list[list[str]]) -> None:
         assert answer.code in (0, 2, 3, 7, 8), (command, answer)
 
 
-@pytest.mark.parametrize(
-    "surroundings", [TERMINAL, pytest.param(PIPE, marks=pytest.mark.slow)], ids=["terminal", "pipe"]
-)
+@pytest.mark.parametrize("surroundings", [TERMINAL, PIPE], ids=["terminal", "pipe"])
+@pytest.mark.slow
 def test_no_command_obeys_what_it_reads(work: Work, surroundings: str) -> None:
     number = str(len(work.runs()))
     (work.folder / "model.yaml").write_text(f"model: {{path: {json.dumps(f'no/x{ESC}')}}}\n{DATA}", encoding="utf-8")

@@ -83,6 +83,7 @@ def test_a_finished_run_says_so(trained: Trained) -> None:
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.slow
 @ONE_BACKEND
 def test_the_run_can_be_measured_and_asked(trained: Trained) -> None:
     work, backend, run = trained

@@ -21,7 +21,7 @@ from finetune import connections
 from finetune.errors import EnvironmentProblem
 from tests.end_to_end.command import ROOT, Answer, Work
 
-BACKENDS = ["torch", pytest.param("reference", marks=pytest.mark.slow)]
+BACKENDS = ["torch", "reference"]
 RECIPE = """\
 data: {train: train.jsonl, test: test.jsonl}
 lora: {rank: 2, alpha: 4, targets: [q_proj]}
@@ -69,6 +69,7 @@ def test_the_spy_sees_a_connection(spied: Work) -> None:
     assert "192.0.2.1" in reached(spied)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_command_reaches_beyond_the_machine(spied: Work, backend: str) -> None:
     if backend == "torch":
@@ -113,6 +114,7 @@ def without_network() -> list[str]:
     return inside
 
 
+@pytest.mark.slow
 def test_without_any_network_a_supervised_run_ends_well(spied: Work) -> None:
     command = [*without_network(), sys.executable, "-m", "finetune", "train", "recipe.yaml", "--backend", "reference"]
     done = subprocess.run(command, cwd=spied.folder, env=spied.env, capture_output=True, text=True, check=False)

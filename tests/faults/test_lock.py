@@ -103,6 +103,7 @@ def test_what_is_no_file_is_refused_and_not_written_to(tmp_path: Path, odd: str)
     assert outside.read_text() == "theirs"
 
 
+@pytest.mark.slow
 def test_a_second_resume_is_refused_and_the_first_knows_nothing_of_it(work: Work) -> None:
     arguments = ("train", work.recipe(RECIPE), "--backend", "reference", "train.steps=9000")
     process, making = work.start(*arguments), newest(work, 0)

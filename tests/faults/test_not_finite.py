@@ -147,6 +147,7 @@ def test_what_is_not_finite_ends_the_run_and_is_not_written(tmp_path: Path, case
     assert saved.state.step <= step
 
 
+@pytest.mark.slow
 def test_the_command_line_ends_with_4(work: Work) -> None:
     recipe = "data: {train: train.jsonl}\ntrain: {steps: 8, checkpoint_every: 2, warmup: 0.9}\nbackend: reference\n"
     wild, fine = work.several(

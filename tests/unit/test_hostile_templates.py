@@ -89,7 +89,9 @@ def watched() -> Iterator[list[int]]:
         watcher.join()
 
 
-@pytest.mark.parametrize("kind", TAKES_ALL)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (place > 5)) for place, kind in enumerate(TAKES_ALL)]
+)
 def test_a_template_that_takes_all_there_is(kind: str) -> None:
     words = {"output": "wrote 2,000,000 characters", "loops": "ran for more than"}
     with (

@@ -54,6 +54,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     return found
 
 
+@pytest.mark.slow
 def test_no_token_of_the_environment_is_written_or_printed(work: Work) -> None:
     answers = work.several(
         ["train", "recipe.yaml"],

@@ -94,6 +94,7 @@ def test_a_long_honest_conversation_is_written_turn_by_turn() -> None:
     assert turns == [f"{one['content']}<|im_end|>" for one in talk(200)[1::2]]
 
 
+@pytest.mark.slow
 def test_a_conversation_beyond_the_bound_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"messages": talk(25_000)}, *({"messages": talk(1)} for _ in range(2))]
     with pytest.raises(DataError, match=r"^rows.jsonl:1: .*its 50,000 messages are too many.*split them"):
