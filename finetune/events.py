@@ -52,9 +52,9 @@ class Validated(Event):
     epoch: float
     train_loss: float | None  # token-weighted mean over the steps since the last validation; None before training
     loss: float
-    perplexity: float
-    token_accuracy: float
-    accuracy: float | None  # of labels, where there are labels
+    perplexity: float | None  # of pairs of answers None, as they are compared whole
+    token_accuracy: float | None  # the same
+    accuracy: float | None  # of labels or pairs, where there are any
     best: bool
     seconds: float
 

@@ -77,7 +77,7 @@ def _evaluate_both(
     job: Job, session: Session, head: Mapping[str, FloatArray] | None
 ) -> Generator[Progress, None, tuple[Evaluation, Evaluation]]:
     """The base model, then the tuned one. head: as `base_weights` takes it."""
-    prepared = yield from with_references(job.prepared, session, job.recipe.train.tokens_at_once)
+    prepared = yield from with_references(job, session)
     job = replace(job, prepared=prepared)
     with base_weights(session, head):
         base = yield from evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, "base model")

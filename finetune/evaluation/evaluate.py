@@ -18,6 +18,7 @@ from finetune.errors import Diverged
 from finetune.evaluation.answers import part_of
 from finetune.evaluation.intervals import confusion_matrix, macro_f1, macro_f1_interval, wilson_interval
 from finetune.evaluation.pair_evaluation import evaluate_pairs
+from finetune.evaluation.pair_losses import PairLoss, pair_loss
 from finetune.evaluation.results import Evaluation, RowResult
 from finetune.evaluation.scoring import RowLosses, choose_labels, row_losses, write_answers
 from finetune.events import Progress
@@ -36,16 +37,16 @@ def evaluate(
     max_tokens: int = 0,
     decode: Callable[[Sequence[int]], str] | None = None,
     compared: AnswerPart = "all",
-    beta: float | None = None,
+    pairs: PairLoss | None = None,
 ) -> Generator[Progress, None, Evaluation]:
     """Loss on every row; labels where there are labels; written answers where `max_tokens` allows any.
 
-    compared: what of those. beta: of pairs of answers, which are measured by themselves. `name` says in the progress
-    what is evaluated. Raises MemoryExhausted where one row alone does not fit.
+    compared: what of those. pairs: the loss of pairs of answers, which are measured by themselves. `name` says in the
+    progress what is evaluated. Raises MemoryExhausted where one row alone does not fit.
     """
     examples = split.examples
-    if beta is not None:
-        return (yield from evaluate_pairs(session, examples, micro_tokens, beta, name))
+    if pairs is not None:
+        return (yield from evaluate_pairs(session, examples, micro_tokens, pairs, name))
     losses = yield from row_losses(session, examples, micro_tokens, f"{name}: loss")
     predicted: list[str | None] = [None] * len(examples)
     ended: list[bool | None] = [None] * len(examples)
@@ -78,7 +79,7 @@ def _results(
     losses: RowLosses,
 ) -> tuple[RowResult, ...]:
     """expected: as the predicted answers are read; the rows themselves keep what their file has."""
-    pairs = [
+    judged = [
         None if answer is None else (part_of(truth, part), part_of(answer, part))
         for truth, answer in zip(expected, predicted, strict=True)
     ]
@@ -88,10 +89,10 @@ def _results(
             prompt=example.prompt,
             expected=example.answer,
             predicted=predicted[i],
-            correct=None if pairs[i] is None else _same(pairs[i]),
+            correct=None if judged[i] is None else _same(judged[i]),
             loss=float(losses.loss[i] / losses.tokens[i]),
             tokens=int(losses.tokens[i]),
-            compared=None if part == "all" else pairs[i],
+            compared=None if part == "all" else judged[i],
             ended=ended[i],
         )
         for i, example in enumerate(examples)
@@ -153,7 +154,7 @@ def evaluate_held_out(
         max_tokens=recipe.evaluate.max_tokens if recipe.evaluate.generate else 0,
         decode=lambda tokens: answer_text(tokenizer, tokens, prepared.stop_tokens),
         compared=recipe.evaluate.answer,
-        beta=recipe.preferences.beta if recipe.preferences else None,
+        pairs=pair_loss(recipe),
     )
     if not math.isfinite(evaluation.loss):
         remedy = f"check the weights of {recipe.model.path}"

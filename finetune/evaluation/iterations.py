@@ -15,7 +15,6 @@ from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import holm, mcnemar_exact, standard_error, weighted_mean_interval, wilson_interval
 from finetune.evaluation.kinds import Analysis
 from finetune.evaluation.verdict import LEAST_CHANGED, SIGNIFICANT
-from finetune.recipe.schema import MEASURES
 
 MOST_ADVISED = 5  # kinds for which to add rows
 KindKey = tuple[str, tuple[str, str] | None]  # a kind's name and, of a confusion, (true, predicted)
@@ -116,10 +115,9 @@ def compare_runs(
 def _measure(runs: Sequence[Evaluation]) -> str:
     """The loss where answers are not right or wrong, and where open ones are so on the same rows in every run."""
     judged = [[row.correct for row in run.results] for run in runs]
-    labelled = bool(runs[0].labels)
-    if any(run.accuracy is None for run in runs) or (not labelled and not any(map(any, judged))):
+    if any(run.accuracy is None for run in runs) or (not runs[0].labels and not any(map(any, judged))):
         return "loss"
-    return "accuracy" if labelled else MEASURES[runs[0].compared]
+    return runs[0].measure
 
 
 def _measured(run: Evaluation, measure: str) -> Measured:

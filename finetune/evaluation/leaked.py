@@ -22,7 +22,7 @@ class Figure:
 class Leaked:
     """Both models on all held-out rows, and on those that do not stand in the training rows."""
 
-    measure: str  # accuracy, exact match or loss
+    measure: str  # accuracy, exact match, ..., or loss
     rows: int
     leaked: int  # of those
     all_rows: tuple[Figure | None, Figure]  # (base, tuned); no base where the recipe asks for none
@@ -51,7 +51,7 @@ def leaked_rows(base: Evaluation | None, tuned: Evaluation, locations: Collectio
     if len(clean) == rows:
         return None
     judged = tuned.accuracy is not None
-    measure = ("accuracy" if tuned.labels else "exact match") if judged else "loss"
+    measure = tuned.measure if judged else "loss"
 
     def both(which: Sequence[int]) -> tuple[Figure | None, Figure]:
         before = None if base is None else figure_of([base.results[i] for i in which], judged)

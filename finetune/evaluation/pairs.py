@@ -1,8 +1,4 @@
-"""Pairs of answers: how probable each is, and what direct preference optimisation makes of that.
-
-DPO (Rafailov et al., 2023): c and r are the log-probabilities of the better and the worse answer, c0 and r0 those of
-the model without its adapter. The margin is beta ((c - c0) - (r - r0)), and the loss log(1 + exp(-margin)).
-"""
+"""Pairs of answers: how probable each is, and which of them a model prefers."""
 
 from __future__ import annotations
 
@@ -28,7 +24,7 @@ class PairFigures:
 
     __pydantic_config__: ClassVar = {"allow_inf_nan": False}
 
-    margin: float  # the mean, nats times beta; 0 of the base itself
+    margin: float  # the mean, as the loss has it; of DPO 0 for the base itself
     rewarded: float  # the share of pairs whose margin is above 0
     longer: float | None  # the share of unequal pairs in which it prefers the longer answer, in tokens
 
@@ -75,37 +71,21 @@ def referred(examples: Sequence[Example], under_base: Pairs) -> tuple[Example, .
     )
 
 
-def margins(logprobs: Pairs, under_base: Pairs, beta: float) -> NDArray[np.float64]:
-    """[n]"""
-    change = logprobs - under_base
-    return beta * (change[:, 0] - change[:, 1])
-
-
-def losses(margin: NDArray[np.float64]) -> NDArray[np.float64]:
-    """log(1 + exp(-margin)), [n]"""
-    return np.logaddexp(0.0, -margin)
-
-
-def pulls(margin: NDArray[np.float64], beta: float) -> NDArray[np.float64]:
-    """The derivative of each loss by the worse answer's log-probability; by the better one's it is minus that. [n]"""
-    return beta * np.exp(-np.logaddexp(0.0, margin))
-
-
 def preferred(examples: Sequence[Example], logprobs: Pairs) -> NDArray[np.bool_]:
     """Whether the better answer is the more probable one per token, so that length alone decides nothing. [n]"""
-    each = logprobs / np.maximum(_lengths(examples), 1)
+    each = logprobs / lengths(examples)
     better: NDArray[np.bool_] = each[:, 0] > each[:, 1]
     return better
 
 
 def figures(examples: Sequence[Example], logprobs: Pairs, margin: NDArray[np.float64]) -> PairFigures:
-    lengths, prefers = _lengths(examples), preferred(examples, logprobs)
-    unequal = lengths[:, 0] != lengths[:, 1]
-    longer = prefers[unequal] == (lengths[unequal, 0] > lengths[unequal, 1])
+    sizes, prefers = lengths(examples), preferred(examples, logprobs)
+    unequal = sizes[:, 0] != sizes[:, 1]
+    longer = prefers[unequal] == (sizes[unequal, 0] > sizes[unequal, 1])
     return PairFigures(float(margin.mean()), float((margin > 0).mean()), float(longer.mean()) if longer.size else None)
 
 
-def _lengths(examples: Sequence[Example]) -> Pairs:
-    """In supervised tokens. [n, 2]"""
+def lengths(examples: Sequence[Example]) -> Pairs:
+    """In supervised tokens, at least 1. [n, 2]"""
     both = [(one.weights.sum(), one.rejected.weights.sum() if one.rejected else 0.0) for one in examples]
-    return np.array(both, np.float64).reshape(-1, 2)
+    return np.maximum(np.array(both, np.float64).reshape(-1, 2), 1.0)

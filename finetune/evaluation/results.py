@@ -10,7 +10,7 @@ from pydantic import Field
 
 from finetune.evaluation.intervals import per_class
 from finetune.evaluation.pairs import PairFigures
-from finetune.recipe.schema import AnswerPart
+from finetune.recipe.schema import MEASURES, PAIRS_WON, AnswerPart
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Evaluation:
 
     rows: int
     tokens: int  # supervised
-    loss: float  # nats per supervised token
-    perplexity: float
-    token_accuracy: float
-    accuracy: float | None  # of labels, or of whole answers word for word; None for plain text
+    loss: float  # nats per supervised token; of pairs of answers, per pair
+    perplexity: float | None  # of pairs None, as they are compared whole
+    token_accuracy: float | None  # the same
+    accuracy: float | None  # of labels, of whole answers word for word, or the share of pairs won; None for plain text
     interval: tuple[float, float] | None  # of the accuracy, 95 %
     macro_f1: float | None
     labels: tuple[str, ...]
@@ -56,6 +56,11 @@ class Evaluation:
     compared: AnswerPart = "all"  # of open answers; of the rest nothing is told by it
     pairs: PairFigures | None = None  # of pairs of answers; elsewhere None
     unread: tuple[int, int] = (0, 0)  # rows whose expected, and whose predicted answer has no such part
+
+    @property
+    def measure(self) -> str:
+        """What the accuracy is the share of."""
+        return "accuracy" if self.labels else PAIRS_WON if self.pairs else MEASURES[self.compared]
 
     @property
     def classes(self) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from finetune.text import p_text
 if TYPE_CHECKING:
     from finetune.evaluation.evaluate import Evaluation
 
-PREFERENCE = "share of pairs whose better answer is the more probable one per token"
+PREFERENCE = "share of pairs won (the better answer is the more probable one per token)"
 RISE = 0.01  # of the lowest validation loss; a smaller rise counts as noise
 SIGNIFICANT = 0.05  # p-values below this
 LEAST_CHANGED = 6  # rows: with fewer, McNemar's test cannot reach that, and Holm's need not count it (Tarone, 1990)

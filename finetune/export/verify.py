@@ -118,7 +118,7 @@ def model_checks(base: Evaluation, tuned: Measured, export: Measured, kind: str)
         worse = len(changed.broken) > len(changed.fixed) and p < SIGNIFICANT
         result = f"{ours.accuracy:.1%} of the run, {theirs.accuracy:.1%} exported (p = {p:.2g})"
         where = changed.broken[0][0].location if changed.broken else ""
-        yield Check("accuracy" if ours.labels else "exact match", rows, result, "no" if worse else "yes", where)
+        yield Check(ours.measure, rows, result, "no" if worse else "yes", where)
     if tuned.answers:
         yield from _answer_checks(tuned, export, bounds)
 

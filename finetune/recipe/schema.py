@@ -15,6 +15,7 @@ MEASURES: dict[AnswerPart, str] = {  # names of the share that is right
     "last_number": "same last number",
     "json": "same JSON",
 }
+PAIRS_WON = "pairs won"  # whose better answer is the more probable one per token
 Groups = str | dict[str, list[str]]
 Word = Annotated[str, Field(min_length=1)]
 Swaps = Literal["none", "pronouns"] | list[Annotated[list[Word], Field(min_length=2, max_length=2)]]
@@ -115,8 +116,16 @@ class Head(Section):
 
 
 class Preferences(Section):
+    loss: Literal["dpo", "orpo"] = "dpo"
+    """dpo: hold the model to the one without its adapter (Rafailov et al., 2023); orpo: imitate the better answer too,
+    with no second model (Hong et al., 2024)."""
     beta: Annotated[float, Field(gt=0.0, le=1e3)] = 0.1
-    """How strongly the model is held to the one without its adapter (Rafailov et al., 2023)."""
+    """dpo: how strongly the model is held; orpo: how much the odds of the two answers weigh (the paper's lambda)."""
+
+    @property
+    def refers(self) -> bool:
+        """Whether the model without its adapter must be asked first."""
+        return self.loss == "dpo"
 
 
 class Train(Section):
@@ -198,7 +207,7 @@ class Recipe(Section):
     the adapter ({} for the defaults); without it the labels' own tokens are scored."""
     preferences: Preferences | None = None
     """For rows with two answers to a prompt, chosen and rejected: learn to prefer the first, by DPO ({} for the
-    defaults)."""
+    defaults) or ORPO."""
     quantize: Literal["none", "4bit"] = "none"
     """4bit: NF4 of bitsandbytes on torch, affine 4-bit on MLX."""
     train: Train = Train()

@@ -158,11 +158,13 @@ class PlainScreen:
 
 def _validation_line(event: Validated) -> str:
     train = "" if event.train_loss is None else f"train loss {event.train_loss:.4f}  "
-    labels = "" if event.accuracy is None else f"  accuracy {event.accuracy:.1%}"
+    of_tokens = event.perplexity is not None and event.token_accuracy is not None
+    tokens = f"  perplexity {event.perplexity:.4g}  token accuracy {event.token_accuracy:.1%}" if of_tokens else ""
+    measure = "accuracy" if of_tokens else "pairs won"
+    judged = "" if event.accuracy is None else f"  {measure} {event.accuracy:.1%}"
     return (
-        f"validation after step {event.step}  epoch {event.epoch:.2f}  {train}loss {event.loss:.4f}  "
-        f"perplexity {event.perplexity:.4g}  token accuracy {event.token_accuracy:.1%}{labels}"
-        f"{'  (best so far)' if event.best else ''}"
+        f"validation after step {event.step}  epoch {event.epoch:.2f}  {train}loss {event.loss:.4f}"
+        f"{tokens}{judged}{'  (best so far)' if event.best else ''}"
     )
 
 

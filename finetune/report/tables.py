@@ -17,7 +17,7 @@ from finetune.data.rows import Prepared
 from finetune.evaluation.intervals import worst_confusions
 from finetune.evaluation.kinds import Kind
 from finetune.events import Validated
-from finetune.recipe.schema import MEASURES
+from finetune.recipe.schema import MEASURES, PAIRS_WON
 from finetune.text import from_here, one_line, shorten
 
 MOST_LABELS = 12  # in a whole confusion matrix; of a larger one only the most frequent confusions are shown
@@ -83,19 +83,19 @@ def epoch_table(validations: Sequence[Validated], newest: int | None = None) -> 
     """One row per validation; 40 columns wide; the best is marked. `newest`: show only so many, and the best."""
     best = max((i for i, validated in enumerate(validations) if validated.best), default=None)
     shown = [i for i in range(len(validations)) if newest is None or i >= len(validations) - newest or i == best]
-    labelled = any(validated.accuracy is not None for validated in validations)
-    pairs = [("epoch",), ("train", "loss"), ("valid.", "loss"), ("perpl.",), ("token", "acc."), ("label", "acc.")]
-    headings = [lines(*pair) for pair in pairs[: 5 + labelled]]
-    table = _table(*headings, texts=0)
+    judged = any(validated.accuracy is not None for validated in validations)
+    tokens = any(validated.token_accuracy is not None for validated in validations)  # none of pairs of answers
+    headings = [("epoch",), ("train", "loss"), ("valid.", "loss"), *[("perpl.",), ("token", "acc.")] * tokens]
+    headings += [("label", "acc.") if tokens else ("pairs", "won")] * judged
+    table = _table(*(lines(*heading) for heading in headings), texts=0)
     for i in shown:
         validated = validations[i]
         table.add_row(
             f"{validated.epoch:.2f}",
             "-" if validated.train_loss is None else f"{validated.train_loss:.4f}",
             f"{validated.loss:.4f}{'*' if i == best else ' '}",
-            _perplexity(validated.perplexity),
-            f"{validated.token_accuracy:.1%}",
-            *([_percent(validated.accuracy)] if labelled else []),
+            *([_perplexity(validated.perplexity), _percent(validated.token_accuracy)] if tokens else []),
+            *([_percent(validated.accuracy)] if judged else []),
             style="bold green" if i == best else None,
         )
     table.caption = "* best" + (f"; {len(validations) - len(shown)} not shown" if len(shown) < len(validations) else "")
@@ -112,7 +112,7 @@ _MEASURES = (
 
 
 _OF_PAIRS = (
-    ("accuracy", "prefers the better answer", True),
+    ("accuracy", PAIRS_WON, True),
     ("loss", "loss, nats/pair", False),
     ("margin", "margin", True),
     ("rewarded", "margin above 0, share", True),
@@ -230,8 +230,8 @@ def _interval(bounds: Sequence[float] | None, shares: bool) -> str:
     return "-" if bounds is None else "-".join(f"{100 * end:.1f}" if shares else f"{end:.3f}" for end in bounds)
 
 
-def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 10_000 else f"{value:.1e}"
+def _perplexity(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if value < 10_000 else f"{value:.1e}"
 
 
 def _change(key: str, before: float | None, after: float | None, more_is_better: bool) -> Text:

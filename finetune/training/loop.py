@@ -14,6 +14,7 @@ from finetune.disk.checkpoint import Checkpoint, Checkpoints, check_tensors
 from finetune.disk.run_files import check_values
 from finetune.errors import Diverged, Interrupted, MemoryExhausted
 from finetune.evaluation.evaluate import Evaluation, evaluate
+from finetune.evaluation.pair_losses import pair_loss
 from finetune.events import (
     CheckpointDue,
     CheckpointSaved,
@@ -226,9 +227,11 @@ class Trainer:
     def _evaluate(self, step: int) -> Generator[Progress, None, Evaluation]:
         """All validation rows. Raises Interrupted between two batches when asked to stop."""
         limit = self.state.micro_tokens
-        beta = self.recipe.preferences.beta if self.recipe.preferences else None
+        pairs = pair_loss(self.recipe)
         work = Work(
-            evaluate(self.session, self.prepared, self.prepared.valid, name="validation", micro_tokens=limit, beta=beta)
+            evaluate(
+                self.session, self.prepared, self.prepared.valid, name="validation", micro_tokens=limit, pairs=pairs
+            )
         )
         for progress in work:
             yield replace(progress, step=step)

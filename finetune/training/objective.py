@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from backends.interface import Batch, FloatArray, NonFinite, Session, StepResult
+from backends.interface import Batch, NonFinite, Session, StepResult
 from finetune.data.collate import micro_batches
 from finetune.data.pair_batches import pair_batches
 from finetune.data.rows import Example
-from finetune.evaluation.pairs import losses, margins, of_batch, pulls, references
+from finetune.evaluation.pair_losses import PairLoss, pair_loss
+from finetune.evaluation.pairs import of_batch
 from finetune.recipe.schema import Recipe
 
 
@@ -45,13 +45,13 @@ class Imitation:
 
 @dataclass(frozen=True)
 class Preference:
-    """Direct preference optimisation, as `finetune.evaluation.pairs` has its loss.
+    """A loss of both answers' log-probabilities, as `finetune.evaluation.pair_losses` has it.
 
     The pairs are scored first; then the gradient is that of a weighted sum of -log p, whose weights (below 0 for the
     worse answers) are the loss's derivatives. So no pair needs to be in memory with another.
     """
 
-    beta: float
+    loss: PairLoss
     together = 2
 
     def batches(self, examples: Sequence[Example], micro_tokens: int, share: bool) -> list[Batch]:
@@ -61,12 +61,11 @@ class Preference:
         found = np.zeros((len(examples), 2))
         for batch in micro:
             found[_pairs(batch)] = of_batch(session, batch)
-        margin = margins(found, references(examples), self.beta)
-        loss = float(losses(margin).mean())
+        loss = float(self.loss.losses(examples, found).mean())
         if not np.isfinite(loss):
             raise NonFinite(f"preference loss {loss}")
-        pull = pulls(margin, self.beta) / len(examples)  # [n]
-        weighted = [replace(batch, weights=batch.weights * _signed(pull[_pairs(batch)])) for batch in micro]
+        pull = (-self.loss.slopes(examples, found) / len(examples)).astype(np.float32)  # [n, 2]
+        weighted = [replace(batch, weights=batch.weights * pull[_pairs(batch)].reshape(-1, 1)) for batch in micro]
         return replace(session.step(weighted, rate, total=1.0), loss=loss)
 
 
@@ -75,10 +74,6 @@ def _pairs(batch: Batch) -> list[int]:
     return [row // 2 for row in batch.rows[::2]]
 
 
-def _signed(pull: NDArray[np.float64]) -> FloatArray:
-    """The weight of each row: above 0 for the better answer, below for the worse one. [B, 1]"""
-    return np.stack([pull, -pull], 1).reshape(-1, 1).astype(np.float32)
-
-
 def objective_of(recipe: Recipe) -> Objective:
-    return Imitation() if recipe.preferences is None else Preference(recipe.preferences.beta)
+    loss = pair_loss(recipe)
+    return Imitation() if loss is None else Preference(loss)

@@ -83,7 +83,8 @@ def seconds_of_parts(
     learned = ("loss",) if all(len(label) == 1 for label in prepared.label_tokens) else ("loss", "labels")
     parts = head_first(recipe, prepared, seconds)
     parts |= {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
-    parts |= {REFERENCES: seconds.reading((*work.examples, *held))} if recipe.preferences else {}
+    if recipe.preferences and recipe.preferences.refers:
+        parts[REFERENCES] = seconds.reading((*work.examples, *held))
     epochs, layers = plan.foretold / plan.steps_per_epoch, work.layers_run(recipe.train.tokens_at_once)
     parts["training"] = epochs * speed.seconds(work.operations(), layers)
     if recipe.preferences:  # pairs are scored before their gradient is known

@@ -19,6 +19,7 @@ from finetune.disk.run_files import read_json
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import Diverged
 from finetune.evaluation.pair_evaluation import evaluate_pairs
+from finetune.evaluation.pair_losses import pair_loss
 from finetune.evaluation.scoring import row_losses
 from finetune.events import Event, Note, Progress, StepDone, Work, result_of
 from finetune.recipe.schedule import make_plan
@@ -189,8 +190,8 @@ def _lap(
     judges = [
         prepared.valid.examples[i] for i in step_indices(len(prepared.valid.examples), course.rows, recipe.seed, 0)
     ]
-    if recipe.preferences:
-        loss = result_of(evaluate_pairs(session, judges, micro_tokens, recipe.preferences.beta, "race")).loss
+    if pairs := pair_loss(recipe):
+        loss = result_of(evaluate_pairs(session, judges, micro_tokens, pairs, "race")).loss
     else:
         losses = result_of(row_losses(session, judges, micro_tokens))
         loss = float(losses.loss.sum() / losses.tokens.sum())

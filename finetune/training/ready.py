@@ -26,7 +26,7 @@ def first_of_all(
     """What is computed once, before the base model is evaluated: the pairs' references, which are in the rows
     afterwards, and the head that learns alone, which is in the session then. by: who may stop it.
     """
-    pairs = with_references(job.prepared, session, job.recipe.train.tokens_at_once, run)
+    pairs = with_references(job, session, run)
     prepared = yield from stoppable(pairs, by, "scoring the pairs")
     return prepared, (yield from stoppable(head_first(job, session, run), by, "training the head"))
 

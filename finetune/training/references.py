@@ -15,6 +15,7 @@ from finetune.errors import Incompatible
 from finetune.evaluation.evaluate import base_weights
 from finetune.evaluation.pairs import referred, scored_pairs
 from finetune.events import Progress
+from finetune.training.job import Job
 
 REFERENCES = "references: loss"  # of the progress, and of the forecast
 _REMEDY = "delete it, and the pairs are scored again"
@@ -22,22 +23,21 @@ _REMEDY = "delete it, and the pairs are scored again"
 Kept = dict[str, list[tuple[float, float]]]  # by split
 
 
-def with_references(
-    prepared: Prepared, session: Session, micro_tokens: int, run: RunFolder | None = None
-) -> Generator[Progress, None, Prepared]:
-    """The pairs of every split with their references; other rows as they are.
+def with_references(job: Job, session: Session, run: RunFolder | None = None) -> Generator[Progress, None, Prepared]:
+    """The pairs of every split with their references, where the loss needs any; other rows as they are.
 
     run: where they are kept; a resumed run takes those. Raises Incompatible for a file that no run writes,
     MemoryExhausted.
     """
-    if prepared.task != "preference":
+    prepared, asked = job.prepared, job.recipe.preferences
+    if asked is None or not asked.refers:
         return prepared
     kept = read_json(run.references, Kept, _REMEDY) if run else None
     if kept is None:
         kept = {}
         with base_weights(session):
             for split in prepared.splits:
-                found = yield from scored_pairs(session, split.examples, micro_tokens, REFERENCES)
+                found = yield from scored_pairs(session, split.examples, job.recipe.train.tokens_at_once, REFERENCES)
                 kept[split.name] = [(float(better), float(worse)) for better, worse in found]
         if run:
             run.write_json(run.references.name, kept)

@@ -283,6 +283,7 @@ CASES = {
     "lora.layers": Case(steps, 1),
     "lora.start_from": Case(from_an_adapter, "an adapter"),
     "head.first_epochs": Case(whole_run, 0, {"head.first_epochs": 9, "prompt.template": "{text}"}),
+    "preferences.loss": Case(whole_run, "orpo", {"data.train": "pairs", "data.valid": None, "preferences.loss": "dpo"}),
     "preferences.beta": Case(whole_run, 0.9, {"data.train": "pairs", "data.valid": None, "preferences.beta": 0.1}),
     "quantize": Case(steps, "4bit"),
     "train.epochs": Case(rates, 2, {"train.steps": None, "train.epochs": 1}),

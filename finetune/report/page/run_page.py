@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import worst_confusions
-from finetune.recipe.schema import MEASURES
 from finetune.report.differences import beyond_defaults, flat, in_words
 from finetune.report.finished import FinishedRun
 from finetune.report.pace import PHASES, TRAINING
@@ -27,6 +27,7 @@ MOST_CLASSES = 40
 SHORT = 30  # characters of answers that stand beside each other
 WIDE, NARROW = (1000, 340, 160), (360, 280, 60)  # of a chart: width, height, bands
 
+_LESS_IS_BETTER = ("loss", "perplexity", "pairs.longer")
 _VERDICTS = {
     "Better": "good", "Fixed": "good", "Worse": "bad", "Mixed": "fair", "Not good yet": "fair",
 }  # fmt: skip
@@ -80,9 +81,7 @@ def sentence(text: str) -> str:
 
 
 def measure_of(tuned: Evaluation) -> str:
-    if tuned.accuracy is None:
-        return "loss"
-    return "accuracy" if tuned.labels else MEASURES[tuned.compared]
+    return "loss" if tuned.accuracy is None else tuned.measure
 
 
 def model_name(run: FinishedRun) -> str:
@@ -108,12 +107,14 @@ def bars(run: FinishedRun, measure: str) -> list[dict[str, Any]]:
 
 def table(run: FinishedRun, measure: str) -> list[dict[str, Any]]:
     """Every measure, before and after."""
-    names = {"accuracy": measure, "macro_f1": "macro F1", "loss": "loss, nats/token", "perplexity": "perplexity",
-             "token_accuracy": "token accuracy"}  # fmt: skip
+    unit = "pair" if run.tuned.pairs else "token"
+    names = {"accuracy": measure, "macro_f1": "macro F1", "loss": f"loss, nats/{unit}", "perplexity": "perplexity",
+             "token_accuracy": "token accuracy", "pairs.margin": "margin", "pairs.rewarded": "margin above 0, share",
+             "pairs.longer": "prefers the longer answer, share"}  # fmt: skip
     bounds = {"accuracy": "interval", "macro_f1": "macro_f1_interval"}
     told = []
     for key, name in names.items():
-        base, tuned = (getattr(one, key) if one else None for one in (run.base, run.tuned))
+        base, tuned = (_part(one, key) for one in (run.base, run.tuned))
         if tuned is not None:
             told.append(
                 {
@@ -125,10 +126,15 @@ def table(run: FinishedRun, measure: str) -> list[dict[str, Any]]:
                     "intervals": [getattr(one, bounds.get(key, ""), None) if one else None
                                   for one in (run.base, run.tuned)],
                     "bounds": bounds.get(key),
-                    "better": None if base in (None, tuned) else (tuned > base) == (key not in ("loss", "perplexity")),
+                    "better": None if base in (None, tuned) else (tuned > base) == (key not in _LESS_IS_BETTER),
                 }
             )  # fmt: skip
     return told
+
+
+def _part(evaluation: Any, key: str) -> Any:
+    """key: names of attributes, with points between them."""
+    return reduce(lambda values, name: None if values is None else getattr(values, name), key.split("."), evaluation)
 
 
 def labels(tuned: Evaluation, base: Evaluation | None) -> dict[str, Any] | None:

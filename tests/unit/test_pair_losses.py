@@ -1,8 +1,9 @@
-"""Direct preference optimisation: its loss, its gradient, whole runs, and what is measured of pairs."""
+"""Pairs of answers: DPO and ORPO, their gradients, whole runs, and what is measured of pairs."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from backends.interface import LoraSpec, ModelSpec, OptimSpec, Session, TrainSta
 from finetune.data.rows import Example
 from finetune.disk.run_folder import create
 from finetune.errors import ExitCode
-from finetune.evaluation.pairs import losses, margins, pulls, referred, scored_pairs
+from finetune.evaluation.pair_losses import DPO, ORPO, PairLoss
+from finetune.evaluation.pairs import referred, scored_pairs
 from finetune.events import Event, StepDone
 from finetune.recipe.load import load_recipe
 from finetune.training.objective import Preference
@@ -27,7 +29,9 @@ from tests.unit.toy_run import load_job, result_of, run_to_report
 PAIRED = RECIPE.replace("lora: {rank: 2, alpha: 4}", "lora: {rank: 2, alpha: 4}\npreferences: {}").replace(
     "steps: 3", "steps: 6, learning_rate: 0.02"
 )
+LOSSES: dict[str, PairLoss] = {"dpo": DPO(0.3), "orpo": ORPO(0.3)}
 BETA = 0.3
+either = pytest.mark.parametrize("loss", LOSSES)
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -48,7 +52,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Work:
     work.lines("rows.jsonl", rows(12))
     work.lines("valid.jsonl", rows(7, 100))
     work.recipe(PAIRED)
-    finetune(work, "train", "recipe.yaml", "output=runs").good()
+    told = finetune(work, "train", "recipe.yaml", "output=runs").good()
+    (work.folder / "screen.txt").write_text(told.out + told.err)
     next((work.folder / "runs").glob("recipe-*")).rename(work.folder / "run")
     return work
 
@@ -71,8 +76,10 @@ def pairs(count: int = 4) -> list[Example]:
     return list(referred(made, -20.0 + np.random.default_rng(1).standard_normal((count, 2))))
 
 
-def steps(live: Session, examples: list[Example], count: int, micro_tokens: int = 4096) -> list[float]:
-    objective, told = Preference(BETA), []
+def steps(
+    live: Session, examples: list[Example], count: int, micro_tokens: int = 4096, loss: str = "dpo"
+) -> list[float]:
+    objective, told = Preference(LOSSES[loss]), []
     for number in range(count):
         chosen = [examples[i] for i in ((0, 1), (2, 3), (1, 3))[number % 3]]
         micro = objective.batches(chosen, micro_tokens, live.shares_prefixes)
@@ -80,12 +87,26 @@ def steps(live: Session, examples: list[Example], count: int, micro_tokens: int 
     return told
 
 
-@pytest.mark.parametrize("margin", [-40.0, -1.0, 0.0, 2.0, 700.0])
-def test_the_pull_is_the_derivative_of_the_loss(margin: float) -> None:
-    """By finite differences of the worse answer's log-probability."""
-    ends = [losses(margins(np.array([[margin, sign * 1e-4]]), np.zeros((1, 2)), BETA))[0] for sign in (1, -1)]
-    exact = pulls(margins(np.array([[margin, 0.0]]), np.zeros((1, 2)), BETA), BETA)[0]
-    assert (ends[0] - ends[1]) / 2e-4 == pytest.approx(exact, rel=1e-4, abs=1e-9)
+@either
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("logprobs", [(-40.0, -1.0), (-1.0, -40.0), (-3.0, -2.9), (-0.02, -0.5), (-700.0, -0.01)])
+def test_the_slope_is_the_derivative_of_the_loss(logprobs: tuple[float, float], side: int, loss: str) -> None:
+    """By finite differences of one answer's log-probability."""
+    examples = pairs(1)
+    ends = []
+    for step in (1e-5, -1e-5):
+        moved = np.array([logprobs])
+        moved[0, side] += step
+        ends.append(LOSSES[loss].losses(examples, moved)[0])
+    exact = LOSSES[loss].slopes(examples, np.array([logprobs]))[0, side]
+    assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(exact, rel=1e-4, abs=1e-6)
+
+
+def test_an_answer_that_is_certain_has_a_finite_loss() -> None:
+    """Its odds have no bound, and float32 rounds such a probability to 1."""
+    for logprobs in ((0.0, -5.0), (-5.0, 0.0), (0.0, 0.0)):
+        one = pairs(1), np.array([logprobs])
+        assert np.isfinite(LOSSES["orpo"].losses(*one)).all() and np.isfinite(LOSSES["orpo"].slopes(*one)).all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "mlx"])
@@ -96,8 +117,9 @@ def test_the_loss_of_the_model_itself_is_ln_2(backend: str, tiny_folder: Path) -
     assert steps(live, own, 1)[0] == pytest.approx(np.log(2), abs=1e-6)
 
 
+@either
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
-def test_twenty_steps_are_those_of_the_formula_in_plain_torch(tiny_folder: Path) -> None:
+def test_twenty_steps_are_those_of_the_formula_in_plain_torch(tiny_folder: Path, loss: str) -> None:
     """transformers, PEFT, torch's own AdamW and gradient, every row alone: within 1e-4."""
     torch, peft, transformers = (pytest.importorskip(one) for one in ("torch", "peft", "transformers"))
     live, examples = session(tiny_folder, "torch"), pairs()
@@ -124,20 +146,28 @@ def test_twenty_steps_are_those_of_the_formula_in_plain_torch(tiny_folder: Path)
         total = 0.0
         for example in (examples[i] for i in ((0, 1), (2, 3), (1, 3))[number % 3]):
             assert example.rejected is not None
-            change = logprob(example) - example.under_base, logprob(example.rejected) - example.rejected.under_base
-            total = total - torch.nn.functional.logsigmoid(BETA * (change[0] - change[1])) / 2
+            better, worse, sigmoid = logprob(example), logprob(example.rejected), torch.nn.functional.logsigmoid
+            if loss == "dpo":
+                change = better - example.under_base - (worse - example.rejected.under_base)
+                total = total - sigmoid(BETA * change) / 2
+            else:  # as the paper writes it, by probabilities
+                better, worse = better / example.weights.sum(), worse / example.rejected.weights.sum()
+                odds = [one.exp() / (1 - one.exp()) for one in (better, worse)]
+                total = total - (better + BETA * sigmoid(torch.log(odds[0] / odds[1]))) / 2
         optimiser.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
         optimiser.step()
         theirs.append(float(total.detach()))
-    np.testing.assert_allclose(steps(live, examples, 20), theirs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(steps(live, examples, 20, loss=loss), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_mlx_and_torch_take_the_same_steps_however_pairs_are_cut(tiny_folder: Path) -> None:
-    ours = steps(session(tiny_folder, "torch"), pairs(), 12)
-    for live, micro_tokens in ((session(tiny_folder, "mlx"), 4096), (session(tiny_folder, "torch"), 1)):
-        np.testing.assert_allclose(steps(live, pairs(), 12, micro_tokens), ours, rtol=1e-4)
+@either
+def test_all_backends_take_the_same_steps_however_pairs_are_cut(tiny_folder: Path, loss: str) -> None:
+    ours = steps(session(tiny_folder, "torch"), pairs(), 12, loss=loss)
+    for backend, micro_tokens in (("mlx", 4096), ("torch", 1)):
+        told = steps(session(tiny_folder, backend), pairs(), 12, micro_tokens, loss)
+        np.testing.assert_allclose(told, ours, rtol=1e-4)
     assert ours[-1] < ours[2]
 
 
@@ -148,7 +178,11 @@ def test_a_run_measures_pairs_before_and_after(made: Work) -> None:
     assert report["tuned"]["pairs"]["rewarded"] > 0.5 and report["tuned"]["interval"] is not None
     assert report["validations"][0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     said = (made.folder / "run" / "report.txt").read_text()
-    assert "prefers the better answer" in said and "loss, nats/pair" in said
+    assert re.search(r"pairs won +\d", said) and "loss, nats/pair" in said
+    for name in ("run/report.txt", "run/report.html", "screen.txt"):
+        page = (made.folder / name).read_text()
+        assert "perpl" not in page and "token acc" not in page and "exact match" not in page and "pairs won" in page
+    assert "train valid. pairs epoch loss loss won" in " ".join(said.split())
 
 
 def test_commands_take_a_run_of_pairs(made: Work) -> None:
@@ -177,16 +211,38 @@ def test_recipes_that_pairs_do_not_fit_are_refused(made: Work, key: str, said: s
     assert answer.code == ExitCode.RECIPE and said in answer.err
 
 
-@pytest.mark.parametrize("after", [None, 1, 4])
-def test_a_run_of_pairs_that_goes_on_ends_with_the_same_bytes(made: Work, after: int | None, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def by_odds(made: Work) -> Work:
+    """With one more finished run, `odds`, by ORPO."""
+    finetune(made, "train", "recipe.yaml", "output=by-odds", "preferences.loss=orpo").good()
+    next((made.folder / "by-odds").glob("recipe-*")).rename(made.folder / "odds")
+    return made
+
+
+def test_a_run_by_odds_asks_no_other_model(by_odds: Work) -> None:
+    run = by_odds.folder / "odds"
+    report = json.loads((run / "report.json").read_text())
+    assert not (run / "references.json").exists() and "references" not in (run / "metrics.jsonl").read_text()
+    assert report["tuned"]["loss"] < report["base"]["loss"]
+    assert report["tuned"]["pairs"]["margin"] > report["base"]["pairs"]["margin"]
+    assert report["tuned"]["pairs"]["rewarded"] == report["tuned"]["accuracy"]  # the odds rise with the mean
+    finetune(by_odds, "eval", "odds").good()
+    assert json.loads((run / "eval.json").read_text())["tuned"]["loss"] == pytest.approx(report["tuned"]["loss"])
+
+
+@pytest.mark.parametrize(("loss", "after"), [("dpo", None), ("dpo", 1), ("dpo", 4), ("orpo", 1), ("orpo", 4)])
+def test_a_run_of_pairs_that_goes_on_ends_with_the_same_bytes(
+    by_odds: Work, loss: str, after: int | None, tmp_path: Path
+) -> None:
     """after: the step it was stopped after; None: while the pairs were scored."""
-    job = load_job(load_recipe(made.folder / "recipe.yaml", [f"output={tmp_path}"]))
-    run = create(job.recipe, "stopped")
+    job = load_job(load_recipe(by_odds.folder / "recipe.yaml", [f"output={tmp_path}", f"preferences.loss={loss}"]))
+    run, whole = create(job.recipe, "stopped"), by_odds.folder / {"dpo": "run", "orpo": "odds"}[loss]
     with pytest.raises(Exception, match="stopped"):
         run_to_report(job, run, stop=lambda event: _is_due(event, after))
     run_to_report(load_job(load_recipe(run.recipe)), run, resume=True)
-    for name in ("references.json", "adapter/adapter_model.safetensors", "evaluation-tuned.json"):
-        assert (run.path / name).read_bytes() == (made.folder / "run" / name).read_bytes(), name
+    referred_to = ["references.json"] * (loss == "dpo")
+    for name in (*referred_to, "adapter/adapter_model.safetensors", "evaluation-tuned.json"):
+        assert (run.path / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def _is_due(event: Event, after: int | None) -> bool:
