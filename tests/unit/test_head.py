@@ -21,7 +21,7 @@ from finetune.recipe.load import load_recipe
 from finetune.training.head_first import fit
 from tests.end_to_end.command import Work
 from tests.unit.test_wrong_resume import RECIPE, finetune
-from tests.unit.toy_run import Wrapped, load_job, run_to_report
+from tests.unit.toy_run import Wrapped, load_job, run_to_report, run_until_killed
 
 LABELS = ("bad", "good", "a long label, of some words")
 WORDS = ("it is dull", "it is fine", "what is this")
@@ -184,6 +184,16 @@ def test_a_run_that_goes_on_ends_with_the_same_bytes(made: Work, after: int | No
     for name in ("head.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         ours, theirs = (run.path / name).read_bytes(), (made.folder / "run" / name).read_bytes()
         assert ours == theirs, name
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_killed_run_ends_with_the_same_bytes(made: Work, step: int, tmp_path: Path) -> None:
+    job = load_job(load_recipe(made.folder / "recipe.yaml", [f"output={tmp_path}"]))
+    run = create(job.recipe, "killed")
+    run_until_killed(job, run, step)
+    run_to_report(load_job(load_recipe(run.recipe)), run, resume=True)
+    for name in ("head.safetensors", "adapter/adapter_model.safetensors"):
+        assert (run.path / name).read_bytes() == (made.folder / "run" / name).read_bytes(), name
 
 
 def _is_due(event: Event, after: int | None) -> bool:

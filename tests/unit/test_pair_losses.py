@@ -1,10 +1,7 @@
-"""Pairs of answers: DPO and ORPO, their gradients, whole runs, and what is measured of pairs."""
+"""Pairs of answers: the losses of DPO and ORPO, their gradients, and the steps that follow."""
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,48 +11,15 @@ import pytest
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec, Session, TrainState
 from finetune.data.rows import Example
-from finetune.disk.run_folder import create
-from finetune.errors import ExitCode
 from finetune.evaluation.pair_losses import DPO, ORPO, PairLoss
 from finetune.evaluation.pairs import referred, scored_pairs
-from finetune.events import Event, StepDone
-from finetune.recipe.load import load_recipe
 from finetune.training.objective import Preference
-from tests.end_to_end.command import Work
 from tests.unit.data.test_compared import pair
-from tests.unit.test_wrong_resume import RECIPE, finetune
-from tests.unit.toy_run import load_job, result_of, run_to_report
+from tests.unit.toy_run import result_of
 
-PAIRED = RECIPE.replace("lora: {rank: 2, alpha: 4}", "lora: {rank: 2, alpha: 4}\npreferences: {}").replace(
-    "steps: 3", "steps: 6, learning_rate: 0.02"
-)
 LOSSES: dict[str, PairLoss] = {"dpo": DPO(0.3), "orpo": ORPO(0.3)}
 BETA = 0.3
 either = pytest.mark.parametrize("loss", LOSSES)
-
-
-def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
-    return [
-        {"prompt": f"what is {i}?", "chosen": f"a fine film {i}", "rejected": "a dull cold film"}
-        for i in range(start, start + count)
-    ]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Work:
-    """A working folder with one finished run, `run`."""
-    pytest.importorskip("torch")
-    from tests.tiny_models import model_with_tokenizer
-
-    model = model_with_tokenizer(tmp_path_factory.mktemp("models") / "model", num_hidden_layers=1)
-    work = Work(tmp_path_factory.mktemp("work"), model)
-    work.lines("rows.jsonl", rows(12))
-    work.lines("valid.jsonl", rows(7, 100))
-    work.recipe(PAIRED)
-    told = finetune(work, "train", "recipe.yaml", "output=runs").good()
-    (work.folder / "screen.txt").write_text(told.out + told.err)
-    next((work.folder / "runs").glob("recipe-*")).rename(work.folder / "run")
-    return work
 
 
 def session(folder: Path, backend: str) -> Session:
@@ -169,93 +133,3 @@ def test_all_backends_take_the_same_steps_however_pairs_are_cut(tiny_folder: Pat
         told = steps(session(tiny_folder, backend), pairs(), 12, micro_tokens, loss)
         np.testing.assert_allclose(told, ours, rtol=1e-4)
     assert ours[-1] < ours[2]
-
-
-def test_a_run_measures_pairs_before_and_after(made: Work) -> None:
-    report = json.loads((made.folder / "run" / "report.json").read_text())
-    assert report["base"]["loss"] == pytest.approx(np.log(2), abs=1e-6) and report["base"]["pairs"]["margin"] == 0
-    assert report["tuned"]["loss"] < report["base"]["loss"] and report["tuned"]["pairs"]["margin"] > 0
-    assert report["tuned"]["pairs"]["rewarded"] > 0.5 and report["tuned"]["interval"] is not None
-    assert report["validations"][0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
-    said = (made.folder / "run" / "report.txt").read_text()
-    assert re.search(r"pairs won +\d", said) and "loss, nats/pair" in said
-    for name in ("run/report.txt", "run/report.html", "screen.txt"):
-        page = (made.folder / name).read_text()
-        assert "perpl" not in page and "token acc" not in page and "exact match" not in page and "pairs won" in page
-    assert "train valid. pairs epoch loss loss won" in " ".join(said.split())
-
-
-def test_commands_take_a_run_of_pairs(made: Work) -> None:
-    run = json.loads((made.folder / "run" / "report.json").read_text())
-    finetune(made, "eval", "run").good()
-    again = json.loads((made.folder / "run" / "eval.json").read_text())
-    for model in ("base", "tuned"):
-        assert again[model]["accuracy"] == run[model]["accuracy"]
-        assert again[model]["pairs"]["margin"] == pytest.approx(run[model]["pairs"]["margin"], abs=1e-5)
-    finetune(made, "generate", "run", "what is 5?", "--max-tokens", "3").good()
-    assert "pairs of unequal length" in finetune(made, "check", "recipe.yaml").good().out
-    assert "preferences" in finetune(made, "plan", "recipe.yaml").good().out
-    finetune(made, "init", "rows.jsonl", "--output", "begun.yaml", "--model", "model").good()
-    started = load_recipe(made.folder / "begun.yaml", ["backend=reference", "quantize=none"])
-    assert started.preferences is not None and started.lora.dropout == 0
-    assert len(load_job(started).prepared.train.examples) + len(load_job(started).prepared.valid.examples) == 12
-
-
-@pytest.mark.parametrize(
-    ("key", "said"),
-    [("lora.dropout=0.1", "without chance"), ("task=generation", "remove it"), ("head={}", "no label"),
-     ("evaluate.swaps=pronouns", "not asked again")],
-)  # fmt: skip
-def test_recipes_that_pairs_do_not_fit_are_refused(made: Work, key: str, said: str) -> None:
-    answer = finetune(made, "train", "recipe.yaml", key)
-    assert answer.code == ExitCode.RECIPE and said in answer.err
-
-
-@pytest.fixture(scope="module")
-def by_odds(made: Work) -> Work:
-    """With one more finished run, `odds`, by ORPO."""
-    finetune(made, "train", "recipe.yaml", "output=by-odds", "preferences.loss=orpo").good()
-    next((made.folder / "by-odds").glob("recipe-*")).rename(made.folder / "odds")
-    return made
-
-
-def test_a_run_by_odds_asks_no_other_model(by_odds: Work) -> None:
-    run = by_odds.folder / "odds"
-    report = json.loads((run / "report.json").read_text())
-    assert not (run / "references.json").exists() and "references" not in (run / "metrics.jsonl").read_text()
-    assert report["tuned"]["loss"] < report["base"]["loss"]
-    assert report["tuned"]["pairs"]["margin"] > report["base"]["pairs"]["margin"]
-    assert report["tuned"]["pairs"]["rewarded"] == report["tuned"]["accuracy"]  # the odds rise with the mean
-    finetune(by_odds, "eval", "odds").good()
-    assert json.loads((run / "eval.json").read_text())["tuned"]["loss"] == pytest.approx(report["tuned"]["loss"])
-
-
-@pytest.mark.parametrize(("loss", "after"), [("dpo", None), ("dpo", 1), ("dpo", 4), ("orpo", 1), ("orpo", 4)])
-def test_a_run_of_pairs_that_goes_on_ends_with_the_same_bytes(
-    by_odds: Work, loss: str, after: int | None, tmp_path: Path
-) -> None:
-    """after: the step it was stopped after; None: while the pairs were scored."""
-    job = load_job(load_recipe(by_odds.folder / "recipe.yaml", [f"output={tmp_path}", f"preferences.loss={loss}"]))
-    run, whole = create(job.recipe, "stopped"), by_odds.folder / {"dpo": "run", "orpo": "odds"}[loss]
-    with pytest.raises(Exception, match="stopped"):
-        run_to_report(job, run, stop=lambda event: _is_due(event, after))
-    run_to_report(load_job(load_recipe(run.recipe)), run, resume=True)
-    referred_to = ["references.json"] * (loss == "dpo")
-    for name in (*referred_to, "adapter/adapter_model.safetensors", "evaluation-tuned.json"):
-        assert (run.path / name).read_bytes() == (whole / name).read_bytes(), name
-
-
-def _is_due(event: Event, after: int | None) -> bool:
-    if after is None:
-        return getattr(event, "what", "") == "references: loss"
-    return isinstance(event, StepDone) and event.step == after
-
-
-def test_a_prompt_that_is_shortened_for_one_answer_alone_leaves_the_pair_out(made: Work, tmp_path: Path) -> None:
-    long = [*rows(3), {"prompt": "what is this? " * 20, "chosen": "a film", "rejected": "a fine warm film " * 5}]
-    made.lines("long.jsonl", long)
-    settings = ["data.train=" + str(made.folder / "long.jsonl"), "train.max_length=48", "data.max_dropped=0.5"]
-    job = load_job(load_recipe(made.folder / "recipe.yaml", [*settings, "train.batch_size=2"]))
-    assert len(job.prepared.train.examples) == 3
-    assert "raise train.max_length" in job.prepared.train.dropped[-1][1]
-    assert all(replace(one, rejected=None) and one.rejected for one in job.prepared.train.examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
@@ -119,6 +120,23 @@ def result_of(events: Generator[Event, None, Result]) -> Result:
 
 def load_job(recipe: Recipe, backend: str | None = None) -> Job:
     return result_of(making_ready(recipe, backend))
+
+
+class Killed(BaseException):
+    """What no code of a run catches: as a run that is killed, it saves nothing more."""
+
+
+def run_until_killed(job: Job, folder: RunFolder, step: int) -> None:
+    """A run that ends between a step and the checkpoint after it."""
+
+    def kill(event: Event) -> bool:
+        if isinstance(event, StepDone) and event.step == step:
+            raise Killed
+        return False
+
+    with contextlib.suppress(Killed):
+        run_to_report(job, folder, stop=kill)
+    assert not folder.report.exists()
 
 
 class Wrapped:
