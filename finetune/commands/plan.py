@@ -39,7 +39,8 @@ from finetune.report.row_tokens import highlighted
 from finetune.report.tables import account_notes, account_table, figures_table
 from finetune.text import amount, duration, from_here
 from finetune.training.beside import Beside
-from finetune.training.budget import Forecast, forecast_here, forecast_on, workload
+from finetune.training.budget import workload
+from finetune.training.forecast import Forecast, forecast_here, forecast_on
 from finetune.training.job import Job, beyond_context, recognised, refuse_unfit, set_up
 from finetune.training.outlook import seconds_of_parts
 from finetune.training.race import foretold_race

@@ -28,16 +28,15 @@ from finetune.events import Work
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import MICRO_TOKENS
 from finetune.report.plan_tables import steps_table
-from finetune.training import budget, outlook, settle
+from finetune.training import outlook, settle
 from finetune.training.budget import (
     LEAST,
     Speed,
     Workload,
     fitting_tokens,
-    forecast_here,
-    forecast_on,
     largest_micro,
 )
+from finetune.training.forecast import forecast_here, forecast_on
 from finetune.training.outlook import seconds_of_parts
 from finetune.training.settle import starting_tokens
 from tests.unit.test_memory_plan import FLOAT, HALF, architecture, model_folder
@@ -230,7 +229,7 @@ def test_memory_here_is_asked_for_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(registry, "measured_rate", lambda name, number_type, device: 1e13)
     for free, fits in ((2**40, True), (2**20, False), (None, None)):
         monkeypatch.setattr(registry, "free_bytes", lambda name, device, free=free: free)
-        here = budget.forecast_here(work(), "torch", None)
+        here = forecast_here(work(), "torch", None)
         assert (here.device, here.memory, here.fits) == ("gpu", free, fits)
         assert here.tokens == (MICRO_TOKENS if free is None else here.tokens) and here.tokens >= LEAST
 
