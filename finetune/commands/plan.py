@@ -39,11 +39,12 @@ from finetune.report.row_tokens import highlighted
 from finetune.report.tables import account_notes, account_table, figures_table
 from finetune.text import amount, duration, from_here
 from finetune.training.beside import Beside
-from finetune.training.budget import Forecast, forecast_here, forecast_on, workload
+from finetune.training.budget import workload
+from finetune.training.forecast import Forecast, forecast_here, forecast_on
 from finetune.training.job import Job, beyond_context, recognised, refuse_unfit, set_up
 from finetune.training.outlook import seconds_of_parts
 from finetune.training.race import foretold_race
-from finetune.training.suites import read_suite, suite_of
+from finetune.training.suites import cases_of, suite_of
 
 _AGREE = 1e-3  # nats per token, in float32; models of mlx-lm and transformers differ by 3e-4 at most
 
@@ -62,7 +63,7 @@ def run(recipe: Recipe, compare: bool, largest: bool = False, devices: str | Non
         backend = ""
     else:
         setup.check_backend(backend)
-    cases = read_suite(recipe.evaluate.suite) if recipe.evaluate.suite else ()
+    cases = cases_of(recipe)
     prepared = with_progress(prepare(recipe, tokenizer, base=None, clock=now()))
     refuse(prepared, recipe)
     refuse_unfit(setup, prepared)
@@ -122,7 +123,7 @@ def answer(
         return [Text("no backend works here: see below", "bold red"), *machines]
     here = forecast_here(work, backend, asked, count)
     work = recomputing(work, here.recomputed)
-    seconds = seconds_of_parts(recipe, prepared, work, here.speed, aside)
+    seconds = seconds_of_parts(recipe, prepared, work, here.speed, here.tokens, aside)
     parts: list[RenderableType] = [verdict(here, sum(seconds.values()), count), Text()]
     parts += [Text("time", "bold"), time_table(recipe, prepared, seconds, aside), Text()]
     parts += [Text("memory", "bold"), memory_table(work, here)]
