@@ -17,7 +17,7 @@ from finetune.data.rows import Prepared
 from finetune.evaluation.intervals import worst_confusions
 from finetune.evaluation.kinds import Kind
 from finetune.events import Validated
-from finetune.recipe.schema import MEASURES
+from finetune.recipe.schema import PREFERENCE, measure_name
 from finetune.text import from_here, one_line, shorten
 
 MOST_LABELS = 12  # in a whole confusion matrix; of a larger one only the most frequent confusions are shown
@@ -112,7 +112,7 @@ _MEASURES = (
 
 
 _OF_PAIRS = (
-    ("accuracy", "prefers the better answer", True),
+    ("accuracy", PREFERENCE, True),
     ("loss", "loss, nats/pair", False),
     ("margin", "margin", True),
     ("rewarded", "margin above 0, share", True),
@@ -123,7 +123,7 @@ _OF_PAIRS = (
 def comparison_table(base: Mapping[str, Any], tuned: Mapping[str, Any], title: str | None = None) -> Table:
     """Base and tuned side by side, without the measures that neither has. An empty `base`: the tuned model alone."""
     table = _table("", *(["base"] if base else []), "tuned", *(["change"] if base else []), title=title)
-    accuracy = "accuracy" if tuned.get("labels") else MEASURES[tuned.get("compared", "all")]
+    accuracy = measure_name(tuned.get("labels"), None, tuned.get("compared", "all"))
     measures = (("accuracy", accuracy, True), *_MEASURES)
     if pairs := tuned.get("pairs"):
         measures, tuned, base = _OF_PAIRS, {**tuned, **pairs}, {**base, **base["pairs"]} if base else {}

@@ -35,6 +35,7 @@ def view(compared: Compared, rows: bool) -> dict[str, Any]:
         "rows_shown": rows,
         "verdict": {"word": word, "style": STYLES.get(word, "fair"), "sentence": sentence(rest)},
         "shares": shares,
+        "by_loss": any(step.loss_change is not None for step in iterations.steps),
         "styles": STYLES,
         "kinds": [_kind(i, line) for i, line in enumerate(iterations.kinds[:MOST_KINDS])],
         "more_kinds": max(len(iterations.kinds) - MOST_KINDS, 0),

@@ -8,7 +8,6 @@ from typing import Any
 
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import worst_confusions
-from finetune.recipe.schema import MEASURES
 from finetune.report.differences import beyond_defaults, flat, in_words
 from finetune.report.finished import FinishedRun
 from finetune.report.pace import PHASES, TRAINING
@@ -39,7 +38,7 @@ def run_page(run: FinishedRun, rows: bool = True) -> str:
 
 def view(run: FinishedRun, rows: bool = True) -> dict[str, Any]:
     """What the template shows, by section."""
-    measure = measure_of(run.tuned)
+    measure = run.tuned.measure
     return {
         "run": run,
         "told": run.told,
@@ -77,12 +76,6 @@ def verdict(run: FinishedRun) -> dict[str, Any]:
 def sentence(text: str) -> str:
     """Begun with a capital; a p-value stays on one line."""
     return f"{text[:1].upper()}{text[1:]}".replace("p < ", "p\u00a0<\u00a0").replace("p = ", "p\u00a0=\u00a0")
-
-
-def measure_of(tuned: Evaluation) -> str:
-    if tuned.accuracy is None:
-        return "loss"
-    return "accuracy" if tuned.labels else MEASURES[tuned.compared]
 
 
 def model_name(run: FinishedRun) -> str:
