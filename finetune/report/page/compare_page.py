@@ -11,7 +11,7 @@ from finetune.report.iterations import Compared
 from finetune.report.page.render import render
 from finetune.report.page.run_page import MOST_ROWS, SHORT, row, sentence
 from finetune.report.page.words import cut
-from finetune.report.tables import distinct
+from finetune.report.prompts import distinct
 
 MOST_KINDS = 25
 MOST_EXAMPLES = 5  # rows of each kind for which data are to be added
