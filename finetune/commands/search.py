@@ -53,6 +53,7 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
     """
     began = time.monotonic()
     seconds = seconds_of(budget) if budget is not None else 0.0
+    _refuse_others(recipe)
     refuse_unused_accelerator(recipe)
     folder = RunFolder(stopped) if stopped else None
     with StopFlag().listening() as stop, ExitStack() as held:
@@ -76,6 +77,16 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
             remedy = f"; go on with: {command_line('finetune', 'resume', str(folder.path))}" if folder else ""
             print(one_line(f"{str(end) or 'stopped at once'}{remedy}"), file=sys.stderr)
             sys.exit(stopped_by(stop.signal or signal.SIGINT))
+
+
+def _refuse_others(recipe: Recipe) -> None:
+    """Raises RecipeError where trials would not be what a run of their recipe is."""
+    for key in ("head", "preferences"):
+        if getattr(recipe, key) is not None:
+            raise RecipeError(
+                f"search: trials with {key} cannot be compared yet; use `finetune train`, which chooses among learning "
+                "rates with train.learning_rate: auto"
+            )
 
 
 def _create(recipe: Recipe, name: str) -> RunFolder:
