@@ -77,8 +77,6 @@ def _trained(trainer: Trainer, deadline: _Deadline) -> Generator[Event, None, No
     for event in trainer.events():
         if isinstance(event, StepDone):
             yield Progress(event.step, "training again", event.step, trainer.plan.steps)
-        else:
-            yield event
         if isinstance(event, Validated):
             deadline.kept = event.seconds * held_out / max(valid, 1)  # as the validations tell
         trainer.stopping = deadline.stopping

@@ -111,8 +111,8 @@ def _understood(
     names = {*layout.columns, *(column for row in source.rows for column in row.fields)}
     renderer = make_renderer(recipe.prompt, layout.name, names, tokenizer, clock)
     reads = {*renderer.reads, *([data.groups] if isinstance(data.groups, str) else [])}
-    empty = {name: Split(name, 0) for name in ("train", "valid")}
-    return layout, Prepared(task=task, format=layout.name, template=renderer.name, renderer=renderer, **empty), reads
+    train, valid = Split("train", 0), Split("valid", 0)
+    return layout, Prepared(task, layout.name, renderer.name, train, valid, renderer=renderer), reads
 
 
 def _read(recipe: Recipe, source: str, base: Path | None, name: SplitName) -> Rows:

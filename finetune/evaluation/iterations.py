@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from finetune.evaluation.changes import LEAST_CHANGED, SIGNIFICANT, loss_change, loss_decides
@@ -146,15 +147,15 @@ def _steps(
 def _shifts(
     pairs: Sequence[tuple[Collection[int], Collection[int]]],
     words: tuple[str, str],
-    by_loss: Mapping[int, float] | None = None,
+    by_loss: Mapping[int, float] = MappingProxyType({}),
 ) -> list[Shift]:
     """Of (rows before, rows after) each, as one family. words: for significantly fewer rows, and for more. by_loss: the
     p-values of pairs that the loss decides, by their numbers.
     """
     changes = [({*a} - {*b}, {*a} & {*b}, {*b} - {*a}) for a, b in pairs]
-    p_values = {i: mcnemar_exact(len(fixed), len(new)) for i, (fixed, _, new) in enumerate(changes)} | (by_loss or {})
+    p_values = {i: mcnemar_exact(len(fixed), len(new)) for i, (fixed, _, new) in enumerate(changes)} | {**by_loss}
     tested = [i for i, (fixed, _, new) in enumerate(changes) if len(fixed) + len(new) >= LEAST_CHANGED]
-    tested = sorted({*tested, *(by_loss or {})})
+    tested = sorted({*tested, *by_loss})
     corrected = dict(zip(tested, holm([p_values[i] for i in tested]), strict=True))
     shifts = []
     for i, (fixed, still, new) in enumerate(changes):
