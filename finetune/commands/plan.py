@@ -22,6 +22,7 @@ from finetune.data.collate import collate
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
 from finetune.data.rows import Example, Prepared
+from finetune.data.tokenizer import Tokenizer
 from finetune.launch import processes
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
@@ -75,16 +76,7 @@ def run(recipe: Recipe, compare: bool, largest: bool = False, devices: str | Non
     for part in answer(recipe, folder, prepared, backend, largest, Beside(questions_of(job), suite), count):
         console.print(part)
     console.rule("rows", align="left")
-    console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")
-    console.print(account_table(prepared))
-    for note in (*folder.notes, *account_notes(prepared)):
-        console.print(note, soft_wrap=True)
-    if beyond := beyond_context(folder, prepared):
-        console.print(beyond, soft_wrap=True)
-    for example in prepared.train.examples[:2]:
-        console.print()
-        console.print(f"{from_here(example.location)}; supervised tokens are marked:", soft_wrap=True)
-        console.print(highlighted(example, tokenizer))
+    _print_rows(console, folder, tokenizer, prepared)
     console.rule("steps", align="left")
     console.print(steps_table(recipe, folder, prepared.train.examples))
     if recipe.train.learning_rate == "auto":
@@ -98,6 +90,19 @@ def run(recipe: Recipe, compare: bool, largest: bool = False, devices: str | Non
             console.print(part)
     console.rule("recipe, every default written out", align="left")
     console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
+
+
+def _print_rows(console: Console, folder: ModelFolder, tokenizer: Tokenizer, prepared: Prepared) -> None:
+    console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")
+    console.print(account_table(prepared))
+    for note in (*folder.notes, *account_notes(prepared)):
+        console.print(note, soft_wrap=True)
+    if beyond := beyond_context(folder, prepared):
+        console.print(beyond, soft_wrap=True)
+    for example in prepared.train.examples[:2]:
+        console.print()
+        console.print(f"{from_here(example.location)}; supervised tokens are marked:", soft_wrap=True)
+        console.print(highlighted(example, tokenizer))
 
 
 def answer(

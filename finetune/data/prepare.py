@@ -72,28 +72,14 @@ def _gather(
     source = _read(recipe, (alone and data.test) or data.train, base, "test" if alone else "train", alone)
     if not source.rows:
         refuse_rows(source.bad)
-    columns = data.columns if recipe.preferences is None else others(data.columns)
-    layout = recognise(source.rows, data.format, columns, source.bad)
-    task = _task(recipe, layout)
-    if data.long_rows == "split" and layout.name != "text":
-        raise RecipeError(f"data.long_rows: only plain text can be split, and the rows are {layout.name}; remove it")
-    names = {*layout.columns, *(column for row in source.rows for column in row.fields)}
-    renderer = make_renderer(recipe.prompt, layout.name, names, tokenizer, clock)
-    reads = {*renderer.reads, *([data.groups] if isinstance(data.groups, str) else [])}
-    spellings = _spellings(source, layout, known or data.labels) if task == "classification" else None
-    records = Prepared(
-        task=task,
-        format=layout.name,
-        template=renderer.name,
-        renderer=renderer,
-        train=Split("train", 0),
-        valid=Split("valid", 0),
-    )
+    layout, records, reads = _understood(recipe, source, tokenizer, clock)
+    classified = records.task == "classification"
+    spellings = _spellings(source, layout, known or data.labels) if classified else None
     if known is not None:
         return replace(records, labels=known, test=_split("test", source, layout, recipe, reads, spellings, known))
     train = _split("train", source, layout, recipe, reads, spellings)
     broken: Broken = []
-    labels = _labels(train, recipe, broken) if task == "classification" else ()
+    labels = _labels(train, recipe, broken) if classified else ()
     held_out: dict[str, Split] = {}
     for name, held in held_out_sources(data, base).items():
         try:
@@ -107,6 +93,26 @@ def _gather(
     return replace(
         records, labels=labels, train=fewer["train"], valid=fewer["valid"], test=fewer.get("test"), broken=tuple(broken)
     )
+
+
+def _understood(
+    recipe: Recipe, source: Rows, tokenizer: Tokenizer, clock: datetime | None
+) -> tuple[Layout, Prepared, set[str]]:
+    """How the rows are read and written, as a Prepared without rows; and the columns that are read of each.
+
+    Raises BadSource, and RecipeError for settings that do not fit the rows.
+    """
+    data = recipe.data
+    columns = data.columns if recipe.preferences is None else others(data.columns)
+    layout = recognise(source.rows, data.format, columns, source.bad)
+    task = _task(recipe, layout)
+    if data.long_rows == "split" and layout.name != "text":
+        raise RecipeError(f"data.long_rows: only plain text can be split, and the rows are {layout.name}; remove it")
+    names = {*layout.columns, *(column for row in source.rows for column in row.fields)}
+    renderer = make_renderer(recipe.prompt, layout.name, names, tokenizer, clock)
+    reads = {*renderer.reads, *([data.groups] if isinstance(data.groups, str) else [])}
+    train, valid = Split("train", 0), Split("valid", 0)
+    return layout, Prepared(task, layout.name, renderer.name, train, valid, renderer=renderer), reads
 
 
 def _read(recipe: Recipe, source: str, base: Path | None, name: SplitName, alone: bool = False) -> Rows:

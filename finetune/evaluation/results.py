@@ -10,7 +10,7 @@ from pydantic import Field
 
 from finetune.evaluation.intervals import per_class
 from finetune.evaluation.pairs import PairFigures
-from finetune.recipe.schema import AnswerPart
+from finetune.recipe.schema import AnswerPart, measure_name
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Evaluation:
     compared: AnswerPart = "all"  # of open answers; of the rest nothing is told by it
     pairs: PairFigures | None = None  # of pairs of answers; elsewhere None
     unread: tuple[int, int] = (0, 0)  # rows whose expected, and whose predicted answer has no such part
+
+    @property
+    def measure(self) -> str:
+        """The name of `accuracy`; where there is none, the loss is the measure."""
+        return "loss" if self.accuracy is None else measure_name(self.labels, self.pairs, self.compared)
 
     @property
     def classes(self) -> list[dict[str, Any]]:

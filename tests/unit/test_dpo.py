@@ -12,8 +12,9 @@ import pytest
 
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec, Session, TrainState
+from finetune.check.proof import without_rows
 from finetune.data.rows import Example
-from finetune.disk.run_folder import create
+from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import ExitCode
 from finetune.evaluation.pairs import losses, margins, pulls, referred, scored_pairs
 from finetune.events import Event, StepDone
@@ -148,7 +149,15 @@ def test_a_run_measures_pairs_before_and_after(made: Work) -> None:
     assert report["tuned"]["pairs"]["rewarded"] > 0.5 and report["tuned"]["interval"] is not None
     assert report["validations"][0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     said = (made.folder / "run" / "report.txt").read_text()
-    assert "prefers the better answer" in said and "loss, nats/pair" in said
+    assert "preference accuracy" in said and "loss, nats/pair" in said
+
+
+def test_a_model_of_all_rows_but_none_is_the_run_s_own(made: Work) -> None:
+    """Its pairs have the references of the model without its adapter: without them its margins would be others."""
+    job = load_job(load_recipe(made.folder / "recipe.yaml"))
+    again = result_of(without_rows(job, job.open(), RunFolder(made.folder / "run"), (), 60.0))
+    run = json.loads((made.folder / "run" / "report.json").read_text())["tuned"]
+    assert (again.loss, again.pairs.margin) == pytest.approx((run["loss"], run["pairs"]["margin"]), abs=1e-6)
 
 
 def test_commands_take_a_run_of_pairs(made: Work) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from finetune.commands.search import run as search_command
 from finetune.commands.search import seconds_of
 from finetune.crashes import what_is_left
 from finetune.disk.overview import overview
@@ -225,3 +226,9 @@ def test_the_winner_is_a_run_with_the_bytes_of_a_run_of_its_own(work: Work) -> N
     assert [line.name for line in overview(work.folder / "found")] == [f"{folder.name}/best"]
     again = finetune(work, "resume", str(folder)).good()  # the helper adds --no-supervisor
     assert json.loads((folder / "search.json").read_text()) == ledger and "winner's run" in again.out
+
+
+@pytest.mark.parametrize("key", ["head", "preferences"])
+def test_recipes_whose_trials_would_be_no_runs_are_refused(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"trials with {key} cannot be compared.*finetune train"):
+        search_command(recipe(**{key: {}}), "name", "30s")

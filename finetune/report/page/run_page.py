@@ -8,15 +8,15 @@ from typing import Any
 
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import worst_confusions
-from finetune.recipe.schema import MEASURES
 from finetune.report.differences import beyond_defaults, flat, in_words
 from finetune.report.finished import FinishedRun
+from finetune.report.measures import measures_of, value_of
 from finetune.report.pace import PHASES, TRAINING
 from finetune.report.page.chart import loss_chart
 from finetune.report.page.render import marked, render
 from finetune.report.page.suite_section import suite_section
 from finetune.report.page.words import changed_words, cut
-from finetune.report.tables import distinct
+from finetune.report.prompts import distinct
 from finetune.text import amount, duration, shorten
 
 MOST_ROWS = 20  # fixed rows that are shown, and as many broken ones
@@ -39,7 +39,7 @@ def run_page(run: FinishedRun, rows: bool = True) -> str:
 
 def view(run: FinishedRun, rows: bool = True) -> dict[str, Any]:
     """What the template shows, by section."""
-    measure = measure_of(run.tuned)
+    measure = run.tuned.measure
     return {
         "run": run,
         "told": run.told,
@@ -49,7 +49,7 @@ def view(run: FinishedRun, rows: bool = True) -> dict[str, Any]:
         "verdict": verdict(run),
         "measure": measure,
         "bars": bars(run, measure),
-        "table": table(run, measure),
+        "table": table(run),
         "charts": [loss_chart(run.steps, run.validations, *size) for size in (WIDE, NARROW)],
         "validations": run.validations,
         "labels": labels(run.tuned, run.base),
@@ -79,12 +79,6 @@ def sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}".replace("p < ", "p\u00a0<\u00a0").replace("p = ", "p\u00a0=\u00a0")
 
 
-def measure_of(tuned: Evaluation) -> str:
-    if tuned.accuracy is None:
-        return "loss"
-    return "accuracy" if tuned.labels else MEASURES[tuned.compared]
-
-
 def model_name(run: FinishedRun) -> str:
     """A folder by its last part, a hub id whole."""
     path = run.recipe.model.path
@@ -106,29 +100,25 @@ def bars(run: FinishedRun, measure: str) -> list[dict[str, Any]]:
     return told
 
 
-def table(run: FinishedRun, measure: str) -> list[dict[str, Any]]:
+def table(run: FinishedRun) -> list[dict[str, Any]]:
     """Every measure, before and after."""
-    names = {"accuracy": measure, "macro_f1": "macro F1", "loss": "loss, nats/token", "perplexity": "perplexity",
-             "token_accuracy": "token accuracy"}  # fmt: skip
     bounds = {"accuracy": "interval", "macro_f1": "macro_f1_interval"}
-    told = []
-    for key, name in names.items():
-        base, tuned = (getattr(one, key) if one else None for one in (run.base, run.tuned))
-        if tuned is not None:
-            told.append(
-                {
-                    "key": key,
-                    "name": name,
-                    "base": base,
-                    "tuned": tuned,
-                    "share": "accuracy" in key,
-                    "intervals": [getattr(one, bounds.get(key, ""), None) if one else None
-                                  for one in (run.base, run.tuned)],
-                    "bounds": bounds.get(key),
-                    "better": None if base in (None, tuned) else (tuned > base) == (key not in ("loss", "perplexity")),
-                }
-            )  # fmt: skip
-    return told
+    base, tuned = (one.summary() if one else {} for one in (run.base, run.tuned))
+    return [
+        {
+            "key": key,
+            "name": name,
+            "base": before,
+            "tuned": after,
+            "share": "accuracy" in key,
+            "intervals": [value_of(one, bounds.get(key, "")) for one in (base, tuned)],
+            "bounds": bounds.get(key),
+            "better": None if before in (None, after) else (after > before) == more,
+        }
+        for key, name, more in measures_of(tuned)
+        for before, after in [(value_of(base, key), value_of(tuned, key))]
+        if after is not None
+    ]
 
 
 def labels(tuned: Evaluation, base: Evaluation | None) -> dict[str, Any] | None:
