@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,8 +43,6 @@ def _make_steps(
     session: Session, team: Team, cut: Mapping[str, Any], share_of: Callable[[Mapping[str, Any]], Share]
 ) -> None:
     """One after the other, until the first process says that it was the last, or that one was none."""
-    state = session.get_state()
-    numbers = sum(tensor.size for tensor in state.adapter.values()) + 1
     while True:
         share = share_of(cut)
         team.whole(cut["step"], share.weight, share.tokens, share.mine)
@@ -54,20 +51,13 @@ def _make_steps(
         except OutOfMemory:
             if team.summed and not team.lacking:  # the others have made this step
                 raise
-            _say_lack(team, numbers)
+            team.say_lack()
             return
         except (NonFinite, Abandoned, Apart):  # the first process has it too, and says what comes next
             return
         if team.left:
             return
         cut = {**cut, "step": cut["step"] + 1}
-
-
-def _say_lack(team: Team, numbers: int) -> None:
-    """Unless it was said already."""
-    if not team.summed:
-        with suppress(OutOfMemory, Abandoned):
-            team.absent(numbers, lacking=True)
 
 
 def _answer(session: Session, team: Team, order: Mapping[str, Any], arrays: Any) -> Answer:

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.dropout import Places, places
-from backends.interface import Batch, IntArray, Scores
+from backends.interface import Batch, FloatArray, IntArray, Scores
 
 Rows = NDArray[np.int64]
+Positions = tuple[NDArray[np.int64], NDArray[np.int64]]  # rows [N] and columns [N] in the whole batch
 _NARROW = 256  # tokens
 
 
@@ -31,8 +32,13 @@ def check_tokens(batches: Sequence[Batch], vocabulary: int, classes: int = 0) ->
             raise ValueError(f"class {wrong[0]} is not one of the head's {classes}")
 
 
-def total_of(micro: Sequence[Batch]) -> float:
-    """The sum of a step's weights. Raises ValueError where nothing is supervised."""
+def total_of(micro: Sequence[Batch], given: float | None = None) -> float:
+    """By what a step's loss is divided: what is given, or the sum of its weights.
+
+    Raises ValueError where nothing is supervised.
+    """
+    if given is not None:
+        return given
     total = float(sum(np.sum(batch.weights, dtype=np.float64) for batch in micro))
     if not total > 0:
         raise ValueError("nothing is supervised in this step: all weights are 0")
@@ -128,6 +134,22 @@ def joined(batch: Batch) -> Batch:
         targets[row, rest], weights[row, rest] = batch.targets[row], batch.weights[row]
     rowless = np.maximum(starts, batch.rowless or 0)
     return Batch(inputs, targets, weights, rows=batch.rows, rowless=tuple(rowless.tolist()))
+
+
+def in_row_order(batch: Batch, pieces: Iterable[tuple[Positions, FloatArray]]) -> FloatArray:
+    """What the pieces hold of a batch's supervised positions [n, D] each, in one array, row by row. [N, D]
+
+    Raises ValueError where nothing is supervised.
+    """
+    chosen = batch.weights != 0  # [B, T]
+    number = np.cumsum(chosen).reshape(chosen.shape) - 1  # of each supervised position
+    made: FloatArray | None = None
+    for positions, piece in pieces:
+        made = np.zeros((int(chosen.sum()), piece.shape[1]), np.float32) if made is None else made
+        made[number[positions]] = piece
+    if made is None:
+        raise ValueError("nothing is supervised in this batch: all weights are 0")
+    return made
 
 
 def own_part(scores: Scores, batch: Batch) -> Scores:

@@ -128,8 +128,7 @@ class ReferenceSession:
         self.set_state(TrainState(0, initial_adapter(modules, lora.rank, seed, head), {}))
 
     def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
-        given = self.team.weight if self.team else total
-        total = total_of(micro) if given is None else given
+        total = total_of(micro, self.team.weight if self.team else total)
         check_tokens(micro, self._vocabulary, self._lora.classes)
         with _memory_guard(), np.errstate(all="ignore"):
             loss, grads = 0.0, {name: np.zeros_like(value) for name, value in self._adapter.items()}

@@ -52,9 +52,7 @@ class SharedSession:
         self.lora_shapes: Modules = self.inner.lora_shapes
         self.repeatable = self.inner.repeatable
         self.shares_prefixes, self.processes = self.inner.shares_prefixes, self.team.group.size
-        state = self.inner.get_state()
-        self._numbers = sum(tensor.size for tensor in state.adapter.values()) + 1  # the loss stands behind them
-        self._send_state(state)
+        self._send_state(self.inner.get_state())
 
     def next_step(self, cut: Mapping[str, Any], weight: float, tokens: int, mine: int, last: bool) -> None:
         """Before `step`: all that the others need to find their rows of it, as JSON.
@@ -72,8 +70,7 @@ class SharedSession:
             result = self.inner.step(micro, lr, total)
         except OutOfMemory as error:
             self._next = None
-            if not self.team.summed:
-                self._say_lack()
+            self.team.say_lack()
             if not self.team.lacking:  # the others have made this step
                 raise MemoryError(f"after the processes' sum ({error})") from error
             raise
@@ -167,17 +164,13 @@ class SharedSession:
         self._leave()
         self.team.group.tell(pack(header, arrays))
 
-    def _say_lack(self) -> None:
-        with suppress(OutOfMemory):
-            self.team.absent(self._numbers, lacking=True)
-
     def _leave(self) -> None:
         """The others stop making steps. The one that they have begun is called off."""
         if self._next is None:
             return
         self._next = None
         with suppress(Abandoned, OutOfMemory):
-            self.team.absent(self._numbers, order=ABANDON)
+            self.team.absent(order=ABANDON)
 
     @contextmanager
     def _asking(self, header: Mapping[str, Any], arrays: Mapping[str, Any] | None = None) -> Iterator[None]:

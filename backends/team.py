@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,6 +35,14 @@ def exchange(patience: float = PATIENCE) -> Iterator[None]:
             yield
         except RuntimeError as error:
             raise Lost(f"another process of this run has ended ({str(error).partition(chr(10))[0]:.200})") from error
+
+
+def not_met(error: Exception) -> Lost:
+    """What a process raises that does not find the others at the beginning."""
+    return Lost(
+        f"the processes do not find each other ({str(error).partition(chr(10))[0]:.200}); start all of them at the "
+        "same time, and let no firewall part their machines"
+    )
 
 
 class Abandoned(Exception):
@@ -100,11 +108,18 @@ class Team:
         summed, heard = self.group.sum(tensors, self._tail(rate, lacking=False))
         return summed, self._hear(heard)
 
-    def absent(self, numbers: int, lacking: bool = False, order: int = GO) -> None:
-        """Takes part in a sum of so many numbers and adds nothing. Raises as `sum`."""
+    def absent(self, lacking: bool = False, order: int = GO) -> None:
+        """Takes part in the step's sum and adds nothing. Raises as `sum`."""
         self._order = order
+        numbers = sum(tensor.size for tensor in self.state().adapter.values()) + 1  # the loss stands behind them
         _, heard = self.group.sum(self.group.zeros(numbers), self._tail(0.0, lacking))
         self._hear(heard)
+
+    def say_lack(self) -> None:
+        """That this process lacks memory for the step, unless its sum was made: then all know of it."""
+        if not self.summed:
+            with suppress(OutOfMemory, Abandoned):
+                self.absent(lacking=True)
 
     def _tail(self, rate: float, lacking: bool) -> NDArray[np.float32]:
         tail = np.zeros(_DIGESTS + _PIECES * self.group.size, np.float32)

@@ -125,7 +125,8 @@ class Run:
         yield (ahead := look_ahead(settled, session, asked))
         times = Times.of(folder, ahead)
         prepared, head = yield from first_of_all(settled, session, folder, self)
-        self.job, settled = replace(job, prepared=prepared), replace(settled, prepared=prepared)
+        if prepared is not job.prepared:
+            self.job, settled = replace(job, prepared=prepared), replace(settled, prepared=prepared)
         base = yield from self._evaluate_base(session, times)
         words = bag_of_words(job.prepared, folder.words) if base else None
         checkpoints = Checkpoints(folder.checkpoints, identity)

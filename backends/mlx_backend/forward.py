@@ -12,7 +12,16 @@ import mlx.nn as nn
 import numpy as np
 
 from backends.interface import BackendError, Batch, FloatArray, Scores
-from backends.micro_batches import Rows, joined, parts, places_of, prefix_places, widened
+from backends.micro_batches import (
+    Positions,
+    Rows,
+    in_row_order,
+    joined,
+    parts,
+    places_of,
+    prefix_places,
+    widened,
+)
 from backends.mlx_backend.attention import TiledAttention
 from backends.mlx_backend.costs import COSTS
 from backends.mlx_backend.delta_rule import DeltaRule
@@ -126,17 +135,12 @@ class Forward:
 
     def last_states(self, batch: Batch) -> FloatArray:
         """[N, D] of the supervised positions, row by row."""
-        chosen = batch.weights != 0
-        number = np.cumsum(chosen).reshape(chosen.shape) - 1  # of each supervised position
-        made: FloatArray | None = None
-        for rows, part in self.parts(batch):
-            row, column = np.nonzero(part.weights)
-            states = np.array(self._hidden(part, self.entering(part)).astype(mx.float32))
-            made = np.zeros((int(chosen.sum()), states.shape[1]), np.float32) if made is None else made
-            made[number[rows[row], column]] = states
-        if made is None:
-            raise ValueError("nothing is supervised in this batch: all weights are 0")
-        return made
+        return in_row_order(batch, (self._states(rows, part) for rows, part in self.parts(batch)))
+
+    def _states(self, rows: Rows, part: Batch) -> tuple[Positions, FloatArray]:
+        """The supervised positions of a part in its batch, of which `rows` it has, and their last hidden states."""
+        row, column = np.nonzero(part.weights)
+        return (rows[row], column), np.array(self._hidden(part, self.entering(part)).astype(mx.float32))
 
     def _hidden(self, part: Batch, entering: mx.array | None = None, step: int | None = None) -> mx.array:
         """[N, D] of the supervised positions; `step`: of a training step after so many others."""

@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.interface import Lost, Wanted
+from backends.interface import Wanted
 from backends.place import Place
-from backends.team import exchange
+from backends.team import exchange, not_met
 from backends.waits import FOREVER, PATIENCE
 
 _ENGINES = {"ring": "ring", "jaccl": "JACCL", "mpi": "MPI", "nccl": "NCCL"}
@@ -29,7 +29,7 @@ def join(here: Place, wanted: Wanted) -> MlxGroup:
     try:
         group = mx.distributed.init(strict=True, backend=engine)
     except (RuntimeError, ValueError) as error:
-        raise Lost(f"the processes do not find each other ({str(error).partition(chr(10))[0]:.200})") from None
+        raise not_met(error) from None
     return MlxGroup(group)
 
 

@@ -142,8 +142,7 @@ class MlxSession:
         self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed, head), {}))
 
     def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
-        given = self.team.weight if self.team else total
-        total = total_of(micro) if given is None else given
+        total = total_of(micro, self.team.weight if self.team else total)
         check_tokens(micro, self._vocabulary, self._classes)
         with self._running(training=True):
             for scale in loss_scales(self._number_type, total):

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from backends.interface import BackendError, Lost, Wanted
+from backends.interface import BackendError, Wanted
 from backends.place import Place
-from backends.team import exchange
+from backends.team import exchange, not_met
 from backends.torch_backend.device import pick_device
 from backends.waits import FOREVER, PATIENCE
 
@@ -41,7 +41,7 @@ def join(here: Place, wanted: Wanted) -> TorchGroup:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience)
     except (RuntimeError, ValueError) as error:
-        raise Lost(f"the processes do not find each other ({str(error).partition(chr(10))[0]:.200})") from None
+        raise not_met(error) from None
     return TorchGroup(here, device)
 
 

@@ -6,14 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from backends.interface import Batch, FloatArray, Scores
-from backends.micro_batches import joined, parts
+from backends.micro_batches import Positions, in_row_order, joined, parts
 from backends.torch_backend.device import uploaded
 from backends.torch_backend.forward import Forward
-
-Positions = tuple[NDArray[np.int64], NDArray[np.int64]]  # rows [N] and columns [N] in the whole batch
 
 
 def scores_of(forward: Forward, batch: Batch, tokens_at_once: int) -> Scores:
@@ -29,15 +26,8 @@ def scores_of(forward: Forward, batch: Batch, tokens_at_once: int) -> Scores:
 def last_states(forward: Forward, batch: Batch, share: bool, tokens_at_once: int) -> FloatArray:
     """`Session.states`. share: whether prefixes are computed once."""
     whole = batch if share else joined(batch)
-    chosen = whole.weights != 0  # [B, T]
-    number = np.cumsum(chosen).reshape(chosen.shape) - 1  # of each supervised position
-    made: FloatArray | None = None  # [N, D]
-    for positions, states in _states(forward, whole, tokens_at_once):
-        made = np.zeros((int(chosen.sum()), states.shape[1]), np.float32) if made is None else made
-        made[number[positions]] = states.float().cpu().numpy()
-    if made is None:
-        raise ValueError("nothing is supervised in this batch: all weights are 0")
-    return made
+    pieces = _states(forward, whole, tokens_at_once)
+    return in_row_order(whole, ((positions, states.float().cpu().numpy()) for positions, states in pieces))
 
 
 def _states(forward: Forward, batch: Batch, tokens_at_once: int) -> Iterator[tuple[Positions, torch.Tensor]]:

@@ -154,8 +154,7 @@ class TorchSession:
         return (*shared, *frozen, *head, LORA, *self._block_shortcuts, *again)
 
     def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
-        given = self.team.weight if self.team else total
-        total = total_of(micro) if given is None else given
+        total = total_of(micro, self.team.weight if self.team else total)
         check_tokens(micro, self._vocabulary, self._classes)
         for scale in loss_scales(self._number_type, total):
             loss, norm = self._repeatably_updated(micro, total, lr, scale)

@@ -85,7 +85,10 @@ def _labels(
     examples, given = pool.held_out.examples, rows_judged(trained)
     counts = WordCounts(given, pool.labels)
     own = counts.without_itself()
-    right = float((own.argmax(axis=1) == counts.truth).mean())
+    surest = 1 - 1 / (
+        len(given) + 2
+    )  # all right on so many rows is no proof of more; and without doubt nothing is next
+    right = min(float((own.argmax(axis=1) == counts.truth).mean()), surest)
     said = as_sure_as_right(counts.logprobs([examples[i] for i in new]).reshape(-1, len(counts.labels)), right)
     least = np.sort(np.argsort(margins(said), kind="stable")[:most])
     asked, said = [new[i] for i in least], said[least]
@@ -93,7 +96,7 @@ def _labels(
     tokens, rows = [pool.label_tokens[label] for label in number], [examples[i] for i in asked]
     limit = recipe.train.tokens_at_once
     model = log_shares((yield from label_logprobs(session, rows, tokens, limit, "pool")))
-    both = log_shares(as_sure_as_right(model, right if accuracy is None else accuracy) + said)
+    both = log_shares(as_sure_as_right(model, right if accuracy is None else min(accuracy, surest)) + said)
     return asked, [counts.labels[i] for i in model.argmax(axis=1)], margins(both)
 
 

@@ -17,7 +17,7 @@ from finetune.events import Event, Progress, StepDone, Validated
 from finetune.report.report import compare
 from finetune.training.job import Job
 from finetune.training.loop import Trainer
-from finetune.training.ready import ready_trainer
+from finetune.training.ready import first_of_all, ready_trainer
 
 
 def foretold(events: Collection[Event]) -> float:
@@ -58,10 +58,11 @@ def without_rows(
     recipe = job.recipe.with_train(checkpoint_minutes="none")
     fewer = replace(job, recipe=recipe, prepared=replace(job.prepared, train=replace(train, examples=rest)))
     with tempfile.TemporaryDirectory(prefix="finetune-proof-") as folder:
-        checkpoints = Checkpoints(Path(folder), {})
+        checkpoints, own = Checkpoints(Path(folder), {}), RunFolder(Path(folder))
         try:
-            raced = run or RunFolder(Path(folder))
-            trainer, _ = yield from ready_trainer(fewer, session, raced, checkpoints, None, deadline)
+            prepared, _ = yield from first_of_all(fewer, session, own, deadline)  # of these rows, not of the run's
+            fewer = replace(fewer, prepared=prepared)
+            trainer, _ = yield from ready_trainer(fewer, session, run or own, checkpoints, None, deadline)
             yield from _trained(trainer, deadline)
         except Interrupted:
             return None
@@ -76,8 +77,6 @@ def _trained(trainer: Trainer, deadline: _Deadline) -> Generator[Event, None, No
     for event in trainer.events():
         if isinstance(event, StepDone):
             yield Progress(event.step, "training again", event.step, trainer.plan.steps)
-        else:
-            yield event
         if isinstance(event, Validated):
             deadline.kept = event.seconds * held_out / max(valid, 1)  # as the validations tell
         trainer.stopping = deadline.stopping

@@ -19,9 +19,9 @@ from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import DataError, FinetuneError, RecipeError
 from finetune.evaluation.benchmark import Figure, Share, figures
+from finetune.evaluation.changes import SIGNIFICANT
 from finetune.evaluation.evaluate import base_weights
 from finetune.evaluation.harness import LONGEST, local_data, model_of, task_manager
-from finetune.evaluation.verdict import SIGNIFICANT
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import open_screen
 from finetune.report.tables import figures_table

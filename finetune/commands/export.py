@@ -72,13 +72,18 @@ def run(
         (hidden / FILE).write_text(_as_json(opened, target, checks, notes, measures), encoding="utf-8")
         console.print(checks_table(checks, f"{path}, against the run's model"))
         if wrong := sentence(checks, f"{to} {target.kind}", target.finer):
-            with new_folder(failed) as folder:
-                for entry in list(hidden.iterdir()):
-                    entry.rename(folder / entry.name)
+            _move_entries(hidden, failed)
             raise ExportFailed(f"{wrong}. What was written is in {failed}")
     if (failed / FILE).exists():
         remove(failed)
     _finish(console, opened, target, path, checks, notes)
+
+
+def _move_entries(hidden: Path, failed: Path) -> None:
+    """`new_folder` removes the folder itself after a failure."""
+    with new_folder(failed) as folder:
+        for entry in list(hidden.iterdir()):
+            entry.rename(folder / entry.name)
 
 
 def made_ready(opened: RunFolder, job: Job, adapter: Any) -> Making:

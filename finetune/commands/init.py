@@ -190,6 +190,8 @@ def _held_out(data: str, stratified: bool) -> str:
 
 
 def _told(rows: Sequence[Row], look: Look, output: str) -> str:
+    if look.pairs:
+        return f"{output}: a recipe for {len(rows)} pairs of answers; look at it, then: finetune plan {output}"
     if look.format == "auto":
         return (
             f"{output}: a recipe for {len(rows)} rows whose columns have names that say nothing here; fill in "
@@ -241,10 +243,8 @@ def _head(labels: Mapping[str, int]) -> str:
 
 
 def _columns(rows: Sequence[Row], look: Look) -> str:
-    lines = [f"    {standard}: {_written(column)}\n" for standard, column in look.columns.items()]
-    if look.pairs:
-        return ""
-    if look.format != "auto":
+    if look.format != "auto" or look.pairs:
+        lines = [f"    {standard}: {_written(column)}\n" for standard, column in look.columns.items()]
         return "  columns:\n" + "".join(lines) if lines else ""
     names = ", ".join(shorten(column, 40) for column in _names(rows)[:20])
     needs = "; ".join(f"{name}: {', '.join(parts)}" for name, parts in REQUIRED.items())

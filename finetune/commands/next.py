@@ -21,6 +21,7 @@ from finetune.disk.run_folder import RunFolder, open_existing
 from finetune.errors import DataError, Incompatible, RecipeError
 from finetune.recipe.names import local
 from finetune.report.live_screen import with_progress
+from finetune.report.prompts import distinct
 from finetune.report.report import load_evaluation
 from finetune.report.row_files import as_text, check_output
 from finetune.text import from_here, shorten
@@ -75,10 +76,10 @@ def _show(made: Sequence[Choice], examples: Sequence[Example], opened: RunFolder
     labelled = any(one.answer for one in made)
     table = Table(*["row", "model's answer"][: 1 + labelled], "sure", "text", box=box.SIMPLE_HEAD, pad_edge=False)
     table.columns[1 + labelled].justify = "right"
-    for one in made[:SHOWN]:
-        example = examples[one.number]
-        cells = [from_here(example.location), *([shorten(one.answer, 40)] if labelled else [])]
-        table.add_row(*map(lines, cells), f"{one.sure:.2f}", lines(shorten(example.prompt, TEXT_SHOWN)))
+    texts = distinct([examples[one.number].prompt for one in made])
+    for one, text in zip(made[:SHOWN], texts, strict=False):
+        cells = [from_here(examples[one.number].location), *([shorten(one.answer, 40)] if labelled else [])]
+        table.add_row(*map(lines, cells), f"{one.sure:.2f}", lines(shorten(text, TEXT_SHOWN)))
     console.print(table)
     console.print(
         lines(f"By the model of {from_here(str(opened.path))}. Label them, add them to the training rows, train.")

@@ -22,6 +22,7 @@ from finetune.data.collate import collate
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
 from finetune.data.rows import Example, Prepared
+from finetune.data.tokenizer import Tokenizer
 from finetune.launch import processes
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
@@ -39,11 +40,12 @@ from finetune.report.row_tokens import highlighted
 from finetune.report.tables import account_notes, account_table, figures_table
 from finetune.text import amount, duration, from_here
 from finetune.training.beside import Beside
-from finetune.training.budget import Forecast, forecast_here, forecast_on, workload
+from finetune.training.budget import workload
+from finetune.training.forecast import Forecast, forecast_here, forecast_on
 from finetune.training.job import Job, beyond_context, recognised, refuse_unfit, set_up
 from finetune.training.outlook import seconds_of_parts
 from finetune.training.race import foretold_race
-from finetune.training.suites import read_suite, suite_of
+from finetune.training.suites import cases_of, suite_of
 
 _AGREE = 1e-3  # nats per token, in float32; models of mlx-lm and transformers differ by 3e-4 at most
 
@@ -62,7 +64,7 @@ def run(recipe: Recipe, compare: bool, largest: bool = False, devices: str | Non
         backend = ""
     else:
         setup.check_backend(backend)
-    cases = read_suite(recipe.evaluate.suite) if recipe.evaluate.suite else ()
+    cases = cases_of(recipe)
     prepared = with_progress(prepare(recipe, tokenizer, base=None, clock=now()))
     refuse(prepared, recipe)
     refuse_unfit(setup, prepared)
@@ -74,16 +76,7 @@ def run(recipe: Recipe, compare: bool, largest: bool = False, devices: str | Non
     for part in answer(recipe, folder, prepared, backend, largest, Beside(questions_of(job), suite), count):
         console.print(part)
     console.rule("rows", align="left")
-    console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")
-    console.print(account_table(prepared))
-    for note in (*folder.notes, *account_notes(prepared)):
-        console.print(note, soft_wrap=True)
-    if beyond := beyond_context(folder, prepared):
-        console.print(beyond, soft_wrap=True)
-    for example in prepared.train.examples[:2]:
-        console.print()
-        console.print(f"{from_here(example.location)}; supervised tokens are marked:", soft_wrap=True)
-        console.print(highlighted(example, tokenizer))
+    _print_rows(console, folder, tokenizer, prepared)
     console.rule("steps", align="left")
     console.print(steps_table(recipe, folder, prepared.train.examples))
     if recipe.train.learning_rate == "auto":
@@ -97,6 +90,19 @@ def run(recipe: Recipe, compare: bool, largest: bool = False, devices: str | Non
             console.print(part)
     console.rule("recipe, every default written out", align="left")
     console.print(Syntax(dump_recipe(recipe), "yaml", background_color="default"))
+
+
+def _print_rows(console: Console, folder: ModelFolder, tokenizer: Tokenizer, prepared: Prepared) -> None:
+    console.print(f"task: {prepared.task}; rows read as: {prepared.format}; template: {prepared.template!r}")
+    console.print(account_table(prepared))
+    for note in (*folder.notes, *account_notes(prepared)):
+        console.print(note, soft_wrap=True)
+    if beyond := beyond_context(folder, prepared):
+        console.print(beyond, soft_wrap=True)
+    for example in prepared.train.examples[:2]:
+        console.print()
+        console.print(f"{from_here(example.location)}; supervised tokens are marked:", soft_wrap=True)
+        console.print(highlighted(example, tokenizer))
 
 
 def answer(
@@ -122,7 +128,7 @@ def answer(
         return [Text("no backend works here: see below", "bold red"), *machines]
     here = forecast_here(work, backend, asked, count)
     work = recomputing(work, here.recomputed)
-    seconds = seconds_of_parts(recipe, prepared, work, here.speed, aside)
+    seconds = seconds_of_parts(recipe, prepared, work, here.speed, here.tokens, aside)
     parts: list[RenderableType] = [verdict(here, sum(seconds.values()), count), Text()]
     parts += [Text("time", "bold"), time_table(recipe, prepared, seconds, aside), Text()]
     parts += [Text("memory", "bold"), memory_table(work, here)]

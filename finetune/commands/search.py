@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import signal
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from finetune.commands.train import StopFlag, show_run
+from finetune.commands.train import StopFlag, exit_stopped, show_run
 from finetune.console import Console, lines
 from finetune.disk.atomic import write_file
 from finetune.disk.lock import locked
 from finetune.disk.overview import BEST
 from finetune.disk.run_folder import RunFolder, create
-from finetune.errors import Interrupted, RecipeError, stopped_by
+from finetune.errors import Interrupted, RecipeError
 from finetune.events import stoppable
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
@@ -24,7 +22,7 @@ from finetune.report.summary import print_report
 from finetune.report.tables import figures_table
 from finetune.run import Run
 from finetune.supervisor import announce_run, process_id
-from finetune.text import command_line, duration, from_here, one_line
+from finetune.text import duration, from_here
 from finetune.training.job import refuse_unused_accelerator
 from finetune.training.ledger import LEDGER
 from finetune.training.search import AS_GOOD, Search
@@ -53,6 +51,7 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
     """
     began = time.monotonic()
     seconds = seconds_of(budget) if budget is not None else 0.0
+    _refuse_others(recipe)
     refuse_unused_accelerator(recipe)
     folder = RunFolder(stopped) if stopped else None
     with StopFlag().listening() as stop, ExitStack() as held:
@@ -73,9 +72,17 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
                 print_report(show_run(Run(search.job_of(winner), search.best, lock), stop, resume=True))
             _show(search, winner)
         except (Interrupted, KeyboardInterrupt) as end:
-            remedy = f"; go on with: {command_line('finetune', 'resume', str(folder.path))}" if folder else ""
-            print(one_line(f"{str(end) or 'stopped at once'}{remedy}"), file=sys.stderr)
-            sys.exit(stopped_by(stop.signal or signal.SIGINT))
+            exit_stopped(end, stop, folder)
+
+
+def _refuse_others(recipe: Recipe) -> None:
+    """Raises RecipeError where trials would not be what a run of their recipe is."""
+    for key in ("head", "preferences"):
+        if getattr(recipe, key) is not None:
+            raise RecipeError(
+                f"search: trials with {key} cannot be compared yet; use `finetune train`, which chooses among learning "
+                "rates with train.learning_rate: auto"
+            )
 
 
 def _create(recipe: Recipe, name: str) -> RunFolder:

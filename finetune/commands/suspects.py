@@ -41,8 +41,6 @@ def run(opened: RunFolder, recipe: Recipe, minutes: float | None, backend: str |
     if tuned is None:
         raise Incompatible(f"{opened.path}: this run is not finished; resume it first")
     if minutes is not None:
-        if recipe.head:
-            raise RecipeError("--prove: a run with a head cannot be trained again without rows; leave --prove out")
         _refuse_too_short(opened, minutes)
     job = with_progress(making_ready(recipe, backend, opened.path))
     check_rows(opened.path, job.prepared, "Put the rows back as they were, or train a new run on the rows as they are")

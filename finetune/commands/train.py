@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 from backends.interface import Lost
 from backends.together import find_place, watch
@@ -98,12 +99,17 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
             report = show_run(Run(job, folder, lock, others), stop, resume=stopped is not None)
             print_report(report)
         except (Interrupted, KeyboardInterrupt) as end:
-            remedy = f"; resume with: {command_line('finetune', 'resume', str(folder.path))}" if folder else ""
-            print(one_line(f"{str(end) or 'stopped at once'}{remedy}"), file=sys.stderr)
-            sys.exit(stopped_by(stop.signal or signal.SIGINT))
+            exit_stopped(end, stop, folder)
         except Lost:
             announce_lost()
             raise
+
+
+def exit_stopped(end: BaseException, stop: StopFlag, folder: RunFolder | None) -> NoReturn:
+    """Says how a run or a search that was asked to stop goes on, and exits with 130 or 143. folder: None: none yet."""
+    remedy = f"; resume with: {command_line('finetune', 'resume', str(folder.path))}" if folder else ""
+    print(one_line(f"{str(end) or 'stopped at once'}{remedy}"), file=sys.stderr)
+    sys.exit(stopped_by(stop.signal or signal.SIGINT))
 
 
 def give_up(reason: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.data.preferences import better_columns
 from finetune.data.problems import BadSource
-from finetune.data.rows import Problem, Row, Rows
+from finetune.data.rows import Problem, Record, Row, Rows
 from finetune.text import harmless
 
 _BESIDE = ("system", "tools", "functions")
@@ -43,7 +43,7 @@ def compared(source: Rows, mapping: Mapping[str, str]) -> Rows:
     talks = any(not isinstance(asked, str) for _, asked, _ in read)
     taken = {better, worse, prompt or better, *(name for names in better_columns(columns) for name in names)}
     rows = [_both(row, asked, sides, talks, taken) for row, asked, sides in read]
-    return Rows(rows, [*source.bad, *bad], (*source.notes, *_notes(read)))
+    return Rows(rows, [*source.bad, *bad], source.notes)
 
 
 def others(mapping: Mapping[str, str]) -> dict[str, str]:
@@ -116,17 +116,27 @@ def _fields(asked: Any, answer: Any, talks: bool) -> dict[str, Any]:
     return {"messages": [*before, *after]}
 
 
-def _notes(read: Sequence[tuple[Row, Any, Sides]]) -> list[str]:
-    """How often the longer answer is the better one, and which rows say the opposite of others."""
-    if not read:
-        return []
-    sizes = [(len(str(better)), len(str(worse))) for _, _, (better, worse) in read]
+def pair_notes(records: Sequence[Record]) -> tuple[str, ...]:
+    """How often the longer answer is the better one, and which of these pairs say the opposite of others."""
+    pairs = [(record, record.rejected) for record in records if record.rejected is not None]
+    if not pairs:
+        return ()
+    sizes = [(len(_answer(better)), len(_answer(worse))) for better, worse in pairs]
     longer, unequal = sum(one > two for one, two in sizes), sum(one != two for one, two in sizes)
-    notes = [f"the longer answer is the better one in {longer:,} of {unequal:,} pairs of unequal length"]
+    length = f"the longer answer is the better one in {longer:,} of {unequal:,} pairs of unequal length"
     if unequal >= 50 and not 0.25 <= longer / unequal <= 0.75:
-        notes[0] += ": a model may learn length alone"
-    said = {repr((asked, sides)): row.location for row, asked, sides in read}
-    against = [row.location for row, asked, sides in read if repr((asked, sides[::-1])) in said]
-    if against:
-        notes.append(f"{len(against):,} pairs say the opposite of another one: {', '.join(against[:5])}")
-    return notes
+        length += ": a model may learn length alone"
+    said = {(_whole(better), _whole(worse)) for better, worse in pairs}
+    against = [better.location for better, worse in pairs if (_whole(worse), _whole(better)) in said]
+    if not against:
+        return (length,)
+    return length, f"{len(against):,} pairs say the opposite of another one: {', '.join(against[:5])}"
+
+
+def _answer(record: Record) -> str:
+    return str(record.messages[-1]["content"]) if record.messages else record.answer or ""
+
+
+def _whole(record: Record) -> str:
+    """Its prompt and its answer; a conversation's key holds both."""
+    return record.key if record.messages else repr((record.key, record.answer))

@@ -76,10 +76,6 @@ def _look(name: str, values: Sequence[Any]) -> Column:
     )
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, float) and value.is_integer()
-
-
 def _words(text: str) -> int:
     """Words with letters; in scripts that part no words, three letters are one."""
     words = sum(any(map(str.isalpha, word)) for word in text.split())

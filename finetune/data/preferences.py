@@ -1,4 +1,4 @@
-"""Files of preferences (two answers compared, or one judged), which are not what is trained on here."""
+"""Files of preferences (two answers compared, or one judged), which no recipe of one answer a row may take."""
 
 from __future__ import annotations
 

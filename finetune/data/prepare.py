@@ -10,11 +10,11 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from finetune.data.compared import compared, others
+from finetune.data.compared import compared, others, pair_notes
 from finetune.data.formats import Layout, recognise
 from finetune.data.label_names import Labels, Spellings, find_labels, labels_in, refuse_many, respelt, unknown_labels
 from finetune.data.limit import limited
-from finetune.data.problems import BadSource, refuse_rows
+from finetune.data.problems import BadSource, named_by, refuse_rows
 from finetune.data.read import read
 from finetune.data.records import read_records
 from finetune.data.renderers import make_renderer
@@ -69,31 +69,17 @@ def _gather(
     """The rows of every split as records, without an example yet, and how they will be written."""
     data = recipe.data
     alone = known is not None
-    source = _read(recipe, (alone and data.test) or data.train, base, "test" if alone else "train")
+    source = _read(recipe, (alone and data.test) or data.train, base, "test" if alone else "train", alone)
     if not source.rows:
         refuse_rows(source.bad)
-    columns = data.columns if recipe.preferences is None else others(data.columns)
-    layout = recognise(source.rows, data.format, columns, source.bad)
-    task = _task(recipe, layout)
-    if data.long_rows == "split" and layout.name != "text":
-        raise RecipeError(f"data.long_rows: only plain text can be split, and the rows are {layout.name}; remove it")
-    names = {*layout.columns, *(column for row in source.rows for column in row.fields)}
-    renderer = make_renderer(recipe.prompt, layout.name, names, tokenizer, clock)
-    reads = {*renderer.reads, *([data.groups] if isinstance(data.groups, str) else [])}
-    spellings = _spellings(source, layout, known or data.labels) if task == "classification" else None
-    records = Prepared(
-        task=task,
-        format=layout.name,
-        template=renderer.name,
-        renderer=renderer,
-        train=Split("train", 0),
-        valid=Split("valid", 0),
-    )
+    layout, records, reads = _understood(recipe, source, tokenizer, clock)
+    classified = records.task == "classification"
+    spellings = _spellings(source, layout, known or data.labels) if classified else None
     if known is not None:
         return replace(records, labels=known, test=_split("test", source, layout, recipe, reads, spellings, known))
     train = _split("train", source, layout, recipe, reads, spellings)
     broken: Broken = []
-    labels = _labels(train, recipe, broken) if task == "classification" else ()
+    labels = _labels(train, recipe, broken) if classified else ()
     held_out: dict[str, Split] = {}
     for name, held in held_out_sources(data, base).items():
         try:
@@ -103,15 +89,37 @@ def _gather(
     if "valid" not in held_out:
         records = replace(records, parted=True, parting=parting)
         train, held_out["valid"] = yield from _set_apart(train, recipe, labels, parting, broken)
-    fewer = {split.name: limited(split, data.limit, recipe.seed) for split in (train, *held_out.values())}
+    fewer = {split.name: _fewer(split, recipe) for split in (train, *held_out.values())}
     return replace(
         records, labels=labels, train=fewer["train"], valid=fewer["valid"], test=fewer.get("test"), broken=tuple(broken)
     )
 
 
-def _read(recipe: Recipe, source: str, base: Path | None, name: SplitName) -> Rows:
-    """The rows of a source; with preferences each with its worse answer too."""
-    rows = read(source, base, name, recipe.data.encoding)
+def _understood(
+    recipe: Recipe, source: Rows, tokenizer: Tokenizer, clock: datetime | None
+) -> tuple[Layout, Prepared, set[str]]:
+    """How the rows are read and written, as a Prepared without rows; and the columns that are read of each.
+
+    Raises BadSource, and RecipeError for settings that do not fit the rows.
+    """
+    data = recipe.data
+    columns = data.columns if recipe.preferences is None else others(data.columns)
+    layout = recognise(source.rows, data.format, columns, source.bad)
+    task = _task(recipe, layout)
+    if data.long_rows == "split" and layout.name != "text":
+        raise RecipeError(f"data.long_rows: only plain text can be split, and the rows are {layout.name}; remove it")
+    names = {*layout.columns, *(column for row in source.rows for column in row.fields)}
+    renderer = make_renderer(recipe.prompt, layout.name, names, tokenizer, clock)
+    reads = {*renderer.reads, *([data.groups] if isinstance(data.groups, str) else [])}
+    train, valid = Split("train", 0), Split("valid", 0)
+    return layout, Prepared(task, layout.name, renderer.name, train, valid, renderer=renderer), reads
+
+
+def _read(recipe: Recipe, source: str, base: Path | None, name: SplitName, alone: bool = False) -> Rows:
+    """The rows of a source; with preferences each with its worse answer too. alone: the recipe does not name it."""
+    key = name if getattr(recipe.data, name) == source else "train"  # whose folder may hold the other splits
+    with named_by("" if alone else f"data.{key}", source):
+        rows = read(source, base, name, recipe.data.encoding)
     return rows if recipe.preferences is None else compared(rows, recipe.data.columns)
 
 
@@ -164,6 +172,12 @@ def _split(
     bad = [*source.bad, *bad]
     notes = (*layout.notes, *source.notes)
     return Split(name=name, rows=len(records) + len(bad), bad=tuple(bad), notes=notes, records=records)
+
+
+def _fewer(split: Split, recipe: Recipe) -> Split:
+    """As many as the recipe's limit allows, with what is to be said of the pairs that are left."""
+    split = limited(split, recipe.data.limit, recipe.seed)
+    return replace(split, notes=(*split.notes, *pair_notes(split.records)))
 
 
 def _labels(train: Split, recipe: Recipe, broken: Broken) -> Labels:

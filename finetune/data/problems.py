@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from finetune.data.rows import Prepared, Problem, Split, Task
 from finetune.errors import DataError
@@ -20,6 +21,18 @@ class BadSource(DataError):
         """bad: rows that could not be read; what the good rows lack may be in them."""
         super().__init__(f"{location}: {reason}", *listed(bad))
         self.problem: Problem = location, reason
+
+
+@contextmanager
+def named_by(key: str, source: str) -> Iterator[None]:
+    """Inside, a BadSource of the whole source, and not of a line in it, also names the recipe's key; "": none does."""
+    try:
+        yield
+    except BadSource as error:
+        location, reason = error.problem
+        if not key or location != source:
+            raise
+        raise BadSource(f"{key}: {location}", reason) from None
 
 
 def refuse_rows(bad: Sequence[Problem], skipping: str = "") -> None:
@@ -41,6 +54,8 @@ def refuse(prepared: Prepared, recipe: Recipe) -> None:
     all_splits = (prepared.train, prepared.valid, prepared.test) if prepared.train.rows else (prepared.test,)
     splits = [split for split in all_splits if split]
     skips = recipe.data.on_error == "skip"
+    for problem in (problem for name, problem in prepared.broken if name not in {split.name for split in splits}):
+        raise BadSource(*problem)
     for split in splits:
         if not skips:
             refuse_rows(split.bad, _skipping(split.bad, split, recipe))

@@ -17,9 +17,9 @@ from backends.model_folder import ModelFolder, ending, read_object, validate
 from finetune.disk.adapter_writer import CONFIG_FILE, FILES, MLX, PEFT
 from finetune.disk.base_model import FULL, base_model, fingerprint
 from finetune.disk.safetensors_file import read_tensors
-from finetune.errors import Incompatible
+from finetune.errors import DataError, Incompatible
 from finetune.events import result_of
-from finetune.recipe.names import is_model_id
+from finetune.recipe.names import is_model_id, near
 
 _LARGEST = float(np.finfo(np.float32).max)  # scale; a backend's numbers hold no more
 
@@ -123,6 +123,15 @@ def adapter_digest(folder: Path) -> str:
     for name, tensor in sorted(adapter.tensors.items()):
         digest.update(f"{name} {tensor.shape}".encode() + tensor.tobytes())
     return digest.hexdigest()
+
+
+def check_there(start: Path) -> None:
+    """Raises DataError where lora.start_from names no adapter folder."""
+    if (start / CONFIG_FILE).exists():
+        return
+    close = "" if start.is_dir() or not (name := near(start)) else f"did you mean {name}? Or "
+    lacks = f"has no {CONFIG_FILE}" if start.is_dir() else "no such folder"
+    raise DataError(f"lora.start_from: {start}: {lacks}; {close}give an adapter folder of PEFT or mlx-lm")
 
 
 def check_start(folder: Path, model: ModelFolder, lora: LoraSpec) -> None:

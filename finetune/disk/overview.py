@@ -19,7 +19,7 @@ from finetune.disk.run_files import read_json, read_regular
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import FinetuneError, Incompatible
 from finetune.recipe.load import MAX_BYTES
-from finetune.recipe.schema import MEASURES, PAIRS_WON, AnswerPart
+from finetune.recipe.schema import AnswerPart, measure_name
 
 BEST = "best"  # the winner's run, in the folder of a search
 _STAMP = re.compile(r"-(\d{8}-\d{6})(?:-\d+)?$")  # of a run's name, as `create` writes it
@@ -143,6 +143,6 @@ def _figure(report: _Report) -> str:
     if tuned.accuracy is None or (not tuned.labels and not tuned.accuracy and not (base and base.accuracy)):
         before = "" if base is None else f"{base.loss:.4f} -> "
         return f"loss {before}{tuned.loss:.4f}"
-    measure = "accuracy" if tuned.labels else PAIRS_WON if tuned.pairs else MEASURES[tuned.compared]
+    measure = measure_name(tuned.labels, tuned.pairs, tuned.compared)
     before = "" if base is None or base.accuracy is None else f"{base.accuracy:.1%} -> "
     return f"{measure} {before}{tuned.accuracy:.1%}"

@@ -11,11 +11,11 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from finetune.evaluation.changes import SIGNIFICANT
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import fisher_exact, holm, mcnemar_exact
 from finetune.evaluation.leaked import Figure, figure_of
 from finetune.evaluation.shares import Found
-from finetune.evaluation.verdict import SIGNIFICANT
 from finetune.recipe.schema import Swaps as Swapped
 from finetune.text import shorten
 

@@ -1,20 +1,20 @@
 """Runs one after another on the same held-out rows: what each changed, which kinds of error are gone, what to add next.
 
-Every test is McNemar's exact one on the rows that changed, and Holm's correction covers all tests of one family: that
-of the whole figure, and that of the kinds.
+Every test is McNemar's exact one on the rows that changed; where `loss_decides`, a run is tested by its loss. Holm's
+correction covers all tests of one family: that of the whole figure, and that of the kinds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from statistics import NormalDist
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
+from finetune.evaluation.changes import LEAST_CHANGED, SIGNIFICANT, loss_change, loss_decides
 from finetune.evaluation.evaluate import Evaluation, RowResult
-from finetune.evaluation.intervals import holm, mcnemar_exact, standard_error, weighted_mean_interval, wilson_interval
+from finetune.evaluation.intervals import holm, mcnemar_exact, weighted_mean_interval, wilson_interval
 from finetune.evaluation.kinds import Analysis
-from finetune.evaluation.verdict import LEAST_CHANGED, SIGNIFICANT
 
 MOST_ADVISED = 5  # kinds for which to add rows
 KindKey = tuple[str, tuple[str, str] | None]  # a kind's name and, of a confusion, (true, predicted)
@@ -49,7 +49,7 @@ class Step:
     after: int
     seed_alone: bool  # whether nothing but the seed differs
     errors: Shift
-    loss_change: float | None = None  # nats per token on the same rows, where the loss is compared
+    loss_change: float | None = None  # nats per token on the same rows, where the loss decides
     loss_interval: tuple[float, float] | None = None
 
 
@@ -100,12 +100,7 @@ def compare_runs(
     """runs: at least two, row by row of the same rows. seed_alone: (earlier, later) where only the seed differs."""
     measure = _measure(runs)
     pairs = [(i, i + 1) for i in range(len(runs) - 1)] + ([(0, len(runs) - 1)] if len(runs) > 2 else [])
-    wrong = [{i for i, row in enumerate(run.results) if row.correct is False} for run in runs]
-    if measure == "loss":
-        steps = _by_loss(runs, pairs, seed_alone)
-    else:
-        shifts = _shifts([(wrong[a], wrong[b]) for a, b in pairs], ("Better", "Worse"))
-        steps = [_step(pair, shift, pair in seed_alone) for pair, shift in zip(pairs, shifts, strict=True)]
+    steps = _steps(runs, pairs, seed_alone)
     tables = [kinds_of(run, analysis) for run, analysis in zip(runs, analyses, strict=True)]
     lines = _kind_lines(tables, pairs)
     figures = tuple(_measured(run, measure) for run in runs)
@@ -113,11 +108,9 @@ def compare_runs(
 
 
 def _measure(runs: Sequence[Evaluation]) -> str:
-    """The loss where answers are not right or wrong, and where open ones are so on the same rows in every run."""
-    judged = [[row.correct for row in run.results] for run in runs]
-    if any(run.accuracy is None for run in runs) or (not runs[0].labels and not any(map(any, judged))):
-        return "loss"
-    return runs[0].measure
+    """The loss where answers are not right or wrong, and where no open one is right in any run."""
+    unjudged = any(run.accuracy is None for run in runs)
+    return "loss" if unjudged or not any(run.labels or run.accuracy for run in runs) else runs[0].measure
 
 
 def _measured(run: Evaluation, measure: str) -> Measured:
@@ -128,11 +121,41 @@ def _measured(run: Evaluation, measure: str) -> Measured:
     return Measured(right / run.rows, wilson_interval(right, run.rows), right)
 
 
-def _shifts(pairs: Sequence[tuple[Collection[int], Collection[int]]], words: tuple[str, str]) -> list[Shift]:
-    """Of (rows before, rows after) each, as one family. words: for significantly fewer rows, and for more."""
+def _steps(
+    runs: Sequence[Evaluation], pairs: Sequence[tuple[int, int]], seed_alone: Collection[tuple[int, int]]
+) -> list[Step]:
+    """Each by the rows that it fixed and broke, or where `loss_decides` by the loss; all of them one family."""
+    wrong = [{i for i, row in enumerate(run.results) if row.correct is False} for run in runs]
+    changes = [
+        loss_change(runs[a].results, runs[b].results) if loss_decides(runs[a], runs[b]) else None for a, b in pairs
+    ]
+    by_loss = {i: change.p_value for i, change in enumerate(changes) if change}
+    shifts = _shifts([(wrong[a], wrong[b]) for a, b in pairs], ("Better", "Worse"), by_loss)
+    steps = []
+    for (a, b), shift, change in zip(pairs, shifts, changes, strict=True):
+        if change:
+            same = all(x.loss == y.loss for x, y in zip(runs[a].results, runs[b].results, strict=True))
+            better = ("Better" if change.mean < 0 else "Worse") if shift.corrected < SIGNIFICANT else None
+            shift = replace(shift, verdict=better or ("No change" if same else "No clear difference"))
+        alone = (a, b) in seed_alone
+        if alone and shift.verdict in ("Better", "Worse"):  # which of two draws is better says nothing of the recipe
+            shift = replace(shift, verdict="Only the seed differs")
+        steps.append(Step(a, b, alone, shift, change and change.mean, change and change.interval))
+    return steps
+
+
+def _shifts(
+    pairs: Sequence[tuple[Collection[int], Collection[int]]],
+    words: tuple[str, str],
+    by_loss: Mapping[int, float] = MappingProxyType({}),
+) -> list[Shift]:
+    """Of (rows before, rows after) each, as one family. words: for significantly fewer rows, and for more. by_loss: the
+    p-values of pairs that the loss decides, by their numbers.
+    """
     changes = [({*a} - {*b}, {*a} & {*b}, {*b} - {*a}) for a, b in pairs]
-    p_values = [mcnemar_exact(len(fixed), len(new)) for fixed, _, new in changes]
+    p_values = {i: mcnemar_exact(len(fixed), len(new)) for i, (fixed, _, new) in enumerate(changes)} | {**by_loss}
     tested = [i for i, (fixed, _, new) in enumerate(changes) if len(fixed) + len(new) >= LEAST_CHANGED]
+    tested = sorted({*tested, *by_loss})
     corrected = dict(zip(tested, holm([p_values[i] for i in tested]), strict=True))
     shifts = []
     for i, (fixed, still, new) in enumerate(changes):
@@ -143,43 +166,6 @@ def _shifts(pairs: Sequence[tuple[Collection[int], Collection[int]]], words: tup
         rows = [tuple(sorted(which)) for which in (fixed, still, new)]
         shifts.append(Shift(rows[0], rows[1], rows[2], p_values[i], p, word))
     return shifts
-
-
-def _step(pair: tuple[int, int], shift: Shift, seed_alone: bool, **loss: Any) -> Step:
-    """One run of each seed says nothing of the recipe: which of the two is better is the draw's doing."""
-    if seed_alone and shift.verdict not in ("No change", "No clear difference"):
-        shift = Shift(shift.fixed, shift.still, shift.new, shift.p_value, shift.corrected, "Only the seed differs")
-    return Step(*pair, seed_alone, shift, **loss)
-
-
-def _by_loss(
-    runs: Sequence[Evaluation], pairs: Sequence[tuple[int, int]], seed_alone: Collection[tuple[int, int]]
-) -> list[Step]:
-    """By the change of the loss on the same rows: its normal interval and p-value, over rows."""
-    changes = [_loss_change(runs[a].results, runs[b].results) for a, b in pairs]
-    corrected = holm([p for _, _, p in changes])
-    steps = []
-    for pair, (mean, interval, p), holms in zip(pairs, changes, corrected, strict=True):
-        same = all(x.loss == y.loss for x, y in zip(runs[pair[0]].results, runs[pair[1]].results, strict=True))
-        word = ("Better" if mean < 0 else "Worse") if holms < SIGNIFICANT else "No clear difference"
-        shift = Shift((), (), (), p, holms, "No change" if same else word)
-        steps.append(_step(pair, shift, pair in seed_alone, loss_change=mean, loss_interval=interval))
-    return steps
-
-
-def _loss_change(
-    before: Sequence[RowResult], after: Sequence[RowResult]
-) -> tuple[float, tuple[float, float] | None, float]:
-    """(mean change, its 95 % interval, two-sided p), each row weighted by its tokens."""
-    differences = [y.loss - x.loss for x, y in zip(before, after, strict=True)]
-    tokens = [row.tokens for row in after]
-    mean = sum(d * n for d, n in zip(differences, tokens, strict=True)) / sum(tokens)
-    if len(differences) < 2:
-        return mean, None, 1.0
-    interval = weighted_mean_interval(differences, tokens)
-    error = standard_error(interval)
-    p = 2 * NormalDist().cdf(-abs(mean) / error) if error > 0 else float(mean == 0)
-    return mean, interval, p
 
 
 def kinds_of(run: Evaluation, analysis: Analysis | None) -> dict[KindKey, tuple[int, frozenset[int]]]:

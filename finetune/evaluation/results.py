@@ -10,7 +10,7 @@ from pydantic import Field
 
 from finetune.evaluation.intervals import per_class
 from finetune.evaluation.pairs import PairFigures
-from finetune.recipe.schema import MEASURES, PAIRS_WON, AnswerPart
+from finetune.recipe.schema import AnswerPart, measure_name
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Evaluation:
     loss: float  # nats per supervised token; of pairs of answers, per pair
     perplexity: float | None  # of pairs None, as they are compared whole
     token_accuracy: float | None  # the same
-    accuracy: float | None  # of labels, of whole answers word for word, or the share of pairs won; None for plain text
+    accuracy: float | None  # of labels, of whole answers word for word, or the preference accuracy; None for plain text
     interval: tuple[float, float] | None  # of the accuracy, 95 %
     macro_f1: float | None
     labels: tuple[str, ...]
@@ -59,8 +59,8 @@ class Evaluation:
 
     @property
     def measure(self) -> str:
-        """What the accuracy is the share of."""
-        return "accuracy" if self.labels else PAIRS_WON if self.pairs else MEASURES[self.compared]
+        """The name of `accuracy`; where there is none, the loss is the measure."""
+        return "loss" if self.accuracy is None else measure_name(self.labels, self.pairs, self.compared)
 
     @property
     def classes(self) -> list[dict[str, Any]]:

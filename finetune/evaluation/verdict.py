@@ -7,20 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from finetune.evaluation.intervals import macro_f1_change, weighted_mean_interval
+from finetune.evaluation.changes import SIGNIFICANT, loss_change, loss_decides
+from finetune.evaluation.intervals import macro_f1_change
 from finetune.evaluation.yardstick import Words, shortcomings, too_weak
 from finetune.events import Event, StepDone, Validated
-from finetune.recipe.schema import MEASURES
 from finetune.text import p_text
 
 if TYPE_CHECKING:
     from finetune.evaluation.evaluate import Evaluation
 
-PREFERENCE = "share of pairs won (the better answer is the more probable one per token)"
 RISE = 0.01  # of the lowest validation loss; a smaller rise counts as noise
-SIGNIFICANT = 0.05  # p-values below this
-LEAST_CHANGED = 6  # rows: with fewer, McNemar's test cannot reach that, and Holm's need not count it (Tarone, 1990)
-
 CLEAR = 0.1  # of the loss at the start; a smaller rise may come from the rows of a batch
 IN_A_ROW = 3  # steps with a high loss; fewer may come from a few strange rows
 
@@ -110,21 +106,15 @@ def _unread(base: Evaluation, tuned: Evaluation) -> list[str]:
 
 
 def _compared(base: Evaluation, tuned: Evaluation, p_value: float | None) -> str:
-    if base.accuracy is None or tuned.accuracy is None or p_value is None:
+    if base.accuracy is None or tuned.accuracy is None or p_value is None or loss_decides(base, tuned):
         return _by_loss(base, tuned)
-    changed = sum(before.correct != after.correct for before, after in zip(base.results, tuned.results, strict=True))
-    if (
-        changed < LEAST_CHANGED and not tuned.labels
-    ):  # few open answers may match word for word, and yet all come closer
-        return _by_loss(base, tuned)
-    measure = "accuracy" if tuned.labels else PREFERENCE if tuned.pairs else MEASURES[tuned.compared]
     change = tuned.accuracy - base.accuracy
     verdict = _better_or_worse(change) if p_value < SIGNIFICANT else "No clear difference"
     if verdict == "Better":
         verdict = "Not good yet" if too_weak(tuned) else "Mixed" if _macro_f1_falls(base, tuned) else verdict
     test = f"McNemar's exact test: {p_text(p_value)}"
     return (
-        f"{verdict}: {measure} {base.accuracy:.3f}{_in_brackets(base.interval)} before, {tuned.accuracy:.3f}"
+        f"{verdict}: {tuned.measure} {base.accuracy:.3f}{_in_brackets(base.interval)} before, {tuned.accuracy:.3f}"
         f"{_in_brackets(tuned.interval)} after, on the same {tuned.rows} rows ({test})."
     )
 
@@ -138,18 +128,16 @@ def _macro_f1_falls(base: Evaluation, tuned: Evaluation) -> bool:
 
 
 def _by_loss(base: Evaluation, tuned: Evaluation) -> str:
-    differences = [after.loss - before.loss for before, after in zip(base.results, tuned.results, strict=True)]
-    tokens = [row.tokens for row in tuned.results]
-    low, high = weighted_mean_interval(differences, tokens)
-    verdict = _better_or_worse(-low) if low > 0 or high < 0 else "No clear difference"
+    mean, interval, p_value = loss_change(base.results, tuned.results)
+    verdict = _better_or_worse(-mean) if p_value < SIGNIFICANT else "No clear difference"
+    tested = f" (95 % interval of the change: {interval[0]:+.4f} to {interval[1]:+.4f})" if interval else ""
     matches = ""
     if base.accuracy is not None and tuned.accuracy is not None:
-        measure = PREFERENCE if tuned.pairs else MEASURES[tuned.compared]
         both = f"{base.accuracy:.3f} before, {tuned.accuracy:.3f} after"
-        matches = f"; {measure} {both if base.accuracy or tuned.accuracy else 'is 0 before and after'}"
+        matches = f"; {tuned.measure} {both if base.accuracy or tuned.accuracy else 'is 0 before and after'}"
     return (
-        f"{verdict}: loss {base.loss:.4f} before, {tuned.loss:.4f} after, on the same {tuned.rows} rows "
-        f"(95 % interval of the change: {low:+.4f} to {high:+.4f}){matches}."
+        f"{verdict}: loss {base.loss:.4f} before, {tuned.loss:.4f} after, on the same {tuned.rows} rows"
+        f"{tested}{matches}."
     )
 
 

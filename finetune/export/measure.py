@@ -29,9 +29,7 @@ class Exported:
     """An export as a program loads it: a session of its own, and the ways from texts to tokens."""
 
     session: Reader
-    stops: Collection[
-        int
-    ]  # the tokens that end an answer, as the export says; none where its program ends it by itself
+    stops: Collection[int]  # tokens that end an answer, as the export says; none where its program does it by itself
     tokenise: Callable[[str], list[int]]  # special tokens in a text are read as such, and none is added
     # What programs that know the export alone give to the model of a conversation and tools. Raises ValueError where
     # the template refuses it.

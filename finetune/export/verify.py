@@ -14,8 +14,8 @@ from rich.table import Table
 
 from finetune.data.rows import Message
 from finetune.data.tokenizer import encode, encode_prompt, special_texts
+from finetune.evaluation.changes import SIGNIFICANT
 from finetune.evaluation.evaluate import Evaluation
-from finetune.evaluation.verdict import SIGNIFICANT
 from finetune.export.measure import Exported, Measured, share_kept
 from finetune.export.prompt import PROBES, as_the_run_asks, asked_rows
 from finetune.report.report import compare

@@ -29,8 +29,8 @@ _MODEL_ID = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 # name, org/name or org/name/config, each with :split or without
 _DATA_ID = re.compile(rf"{_PART}(?:/{_PART}){{0,2}}(?::.+)?", re.ASCII)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-_DATA_KEYS = (("data", "train"), ("data", "valid"), ("data", "test"))
-_ON_DISK = (("lora", "start_from"), ("evaluate", "suite"))  # always on this disk
+DATA_KEYS = (("data", "train"), ("data", "valid"), ("data", "test"))
+ON_DISK = (("lora", "start_from"), ("evaluate", "suite"))  # always on this disk
 
 
 def local(text: str, start: Path | None) -> Path | None:
@@ -110,10 +110,10 @@ def absolute_paths(recipe: Recipe, folder: Path, overridden: Collection[str]) ->
     def start(section: str, key: str) -> Path:
         return Path.cwd() if f"{section}.{key}" in overridden else folder
 
-    for section, key in (*_DATA_KEYS, *_ON_DISK, ("model", "path")):
+    for section, key in (*DATA_KEYS, *ON_DISK, ("model", "path")):
         if values[section][key] is not None:
             _check_path(f"{section}.{key}", values[section][key], start(section, key))
-    for section, key in _DATA_KEYS:
+    for section, key in DATA_KEYS:
         text = values[section][key]
         if text is not None and (path := local(text, start(section, key))):
             values[section][key] = str(path)
@@ -122,7 +122,7 @@ def absolute_paths(recipe: Recipe, folder: Path, overridden: Collection[str]) ->
         path = _absolute(model, start("model", "path"))
         if _there(path) or not is_model_id(model):
             values["model"]["path"] = str(path)
-    for section, key in _ON_DISK:
+    for section, key in ON_DISK:
         if (text := values[section][key]) is not None:
             values[section][key] = str(_absolute(text, start(section, key)))
     return Recipe.model_validate(values)

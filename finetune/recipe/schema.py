@@ -15,11 +15,16 @@ MEASURES: dict[AnswerPart, str] = {  # names of the share that is right
     "last_number": "same last number",
     "json": "same JSON",
 }
-PAIRS_WON = "pairs won"  # whose better answer is the more probable one per token
+PREFERENCE = "preference accuracy"  # of pairs: the share whose better answer is the more probable one per token
 Groups = str | dict[str, list[str]]
 Word = Annotated[str, Field(min_length=1)]
 Swaps = Literal["none", "pronouns"] | list[Annotated[list[Word], Field(min_length=2, max_length=2)]]
 MICRO_TOKENS = 4096  # more make a step hardly any faster
+
+
+def measure_name(labels: object, pairs: object, compared: AnswerPart) -> str:
+    """Of the share that is right. labels, pairs: true where the rows have them."""
+    return "accuracy" if labels else PREFERENCE if pairs else MEASURES[compared]
 
 
 class Section(BaseModel):

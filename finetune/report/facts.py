@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from finetune.events import Event, StepDone
 from finetune.text import amount, duration
-from finetune.training.budget import foretold_peak
+from finetune.training.forecast import foretold_peak
 from finetune.training.job import Job
 
 

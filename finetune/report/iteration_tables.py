@@ -55,17 +55,17 @@ def _runs_table(names: Sequence[str], compared: Compared) -> Table:
 
 
 def _steps_table(iterations: Iterations) -> Table:
-    by_loss = iterations.measure == "loss"
-    table = _table(
-        "step", "", *(["change of loss"] if by_loss else ["fixed", "still", "broken"]), "p", "p, Holm", texts=2
-    )
+    """The change of the loss stands where it decides."""
+    shares, by_loss = iterations.measure != "loss", any(step.loss_change is not None for step in iterations.steps)
+    columns = [*(["fixed", "still", "broken"] * shares), *(["change of loss"] * by_loss)]
+    table = _table("step", "", *columns, "p", "p, Holm", texts=2)
     for step in iterations.steps:
         errors = step.errors
-        counts = [f"{len(rows):,}" for rows in (errors.fixed, errors.still, errors.new)]
-        figures = [f"{step.loss_change:+.4f}"] if by_loss else counts
+        counts = [f"{len(rows):,}" for rows in (errors.fixed, errors.still, errors.new)] * shares
+        change = ["" if step.loss_change is None else f"{step.loss_change:+.4f}"] * by_loss
         verdict = Text(errors.verdict, _STYLES.get(errors.verdict, ""))
         name = f"{step.before + 1} -> {step.after + 1}"
-        table.add_row(name, verdict, *figures, f"{errors.p_value:.2g}", f"{errors.corrected:.2g}")
+        table.add_row(name, verdict, *counts, *change, f"{errors.p_value:.2g}", f"{errors.corrected:.2g}")
     return table
 
 

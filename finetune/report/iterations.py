@@ -28,17 +28,19 @@ class Compared:
     @property
     def sentence(self) -> str:
         """The verdict of the last run against the first."""
-        step, measure = self.iterations.steps[-1], self.iterations.measure
-        first, last = (self.iterations.runs[i] for i in (step.before, step.after))
-        figures = f"{measure} {_with_interval(first, measure)} in {self.names[step.before]}, "
-        figures += (
-            f"{_with_interval(last, measure)} in {self.names[step.after]}, on the same {self.iterations.rows} rows"
-        )
-        if step.loss_interval:
-            tested = f"change {step.loss_change:+.4f}, {step.loss_interval[0]:+.4f} to {step.loss_interval[1]:+.4f}"
-        else:
-            fixed, new = len(step.errors.fixed), len(step.errors.new)
+        step = self.iterations.steps[-1]
+        measure = self.iterations.measure if step.loss_change is None else "loss"
+        before, after = (self._figure(i, measure) for i in (step.before, step.after))
+        figures = f"{measure} {before} in {self.names[step.before]}, {after} in {self.names[step.after]}"
+        figures += f", on the same {self.iterations.rows} rows"
+        fixed, new = len(step.errors.fixed), len(step.errors.new)
+        if step.loss_change is None:
             tested = f"{fixed} rows fixed, {new} broken; McNemar's exact test: {p_text(step.errors.p_value)}"
+        else:
+            tested = f"change {step.loss_change:+.4f}"
+            tested += f", {step.loss_interval[0]:+.4f} to {step.loss_interval[1]:+.4f}" if step.loss_interval else ""
+            if self.iterations.measure != "loss":
+                tested += f"; {self.iterations.measure}: {fixed} rows fixed, {new} broken, too few to tell"
         holms = f"; corrected for {len(self.iterations.steps)} comparisons {p_text(step.errors.corrected)}"
         tested += holms if len(self.iterations.steps) > 1 else ""
         return f"{step.errors.verdict}: {figures} ({tested})." + (_SEED if step.seed_alone else _ONE_EACH)
@@ -48,6 +50,13 @@ class Compared:
         """Of the runs: their folders' names, numbered where two are alike."""
         names = [run.name for run in self.runs]
         return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+    def _figure(self, run: int, measure: str) -> str:
+        """With its interval, where it is a share."""
+        figures = self.iterations.runs[run]
+        if measure == "loss" or figures.interval is None:
+            return f"{self.losses[run]:.4f}"
+        return f"{figures.value:.1%} ({100 * figures.interval[0]:.1f} to {100 * figures.interval[1]:.1f})"
 
     @property
     def losses(self) -> list[float]:
@@ -117,10 +126,3 @@ def _beside(first: FinishedRun, run: FinishedRun) -> FinishedRun:
         tuned=in_order(run.tuned, order),
         analysis=run.analysis and kinds_in_order(run.analysis, order),
     )
-
-
-def _with_interval(figures: Any, measure: str) -> str:
-    value = f"{figures.value:.4f}" if measure == "loss" else f"{figures.value:.1%}"
-    if figures.interval is None or measure == "loss":
-        return value
-    return f"{value} ({100 * figures.interval[0]:.1f} to {100 * figures.interval[1]:.1f})"

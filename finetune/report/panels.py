@@ -14,8 +14,8 @@ from rich.text import Text
 from finetune.console import lines
 from finetune.events import Outlook, Sample
 from finetune.report.pace import BASE, ERRORS, PHASES, SUITE, TRAINING, TUNED, VALIDATION
+from finetune.report.prompts import distinct
 from finetune.report.screen import Status
-from finetune.report.tables import distinct
 from finetune.text import duration, shorten
 
 NARROW = 64  # columns below which nothing stands side by side

@@ -21,7 +21,8 @@ from finetune.recipe.specs import lora_spec, scale_in_words, trainable_numbers
 from finetune.report.tables import figures_table
 from finetune.text import duration
 from finetune.training.beside import Beside
-from finetune.training.budget import Forecast, Workload
+from finetune.training.budget import Workload
+from finetune.training.forecast import Forecast
 from finetune.training.largest import largest_model, longest_row
 from finetune.training.objective import objective_of
 from finetune.training.outlook import validations

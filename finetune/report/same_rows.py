@@ -9,7 +9,7 @@ from dataclasses import replace
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.kinds import Analysis, Kind
 from finetune.evaluation.shares import Found
-from finetune.report.tables import distinct
+from finetune.report.prompts import distinct
 
 
 def same_rows(first: Evaluation, other: Evaluation) -> list[int] | None:

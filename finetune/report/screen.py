@@ -24,6 +24,7 @@ from finetune.events import (
     StoppedEarly,
     Validated,
 )
+from finetune.recipe.schema import PREFERENCE
 from finetune.report.pace import Pace
 from finetune.text import amount, duration
 
@@ -160,7 +161,7 @@ def _validation_line(event: Validated) -> str:
     train = "" if event.train_loss is None else f"train loss {event.train_loss:.4f}  "
     of_tokens = event.perplexity is not None and event.token_accuracy is not None
     tokens = f"  perplexity {event.perplexity:.4g}  token accuracy {event.token_accuracy:.1%}" if of_tokens else ""
-    measure = "accuracy" if of_tokens else "pairs won"
+    measure = "accuracy" if of_tokens else PREFERENCE
     judged = "" if event.accuracy is None else f"  {measure} {event.accuracy:.1%}"
     return (
         f"validation after step {event.step}  epoch {event.epoch:.2f}  {train}loss {event.loss:.4f}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from typing import Any, Protocol
 
 from rich import box
@@ -17,7 +15,8 @@ from finetune.data.rows import Prepared
 from finetune.evaluation.intervals import worst_confusions
 from finetune.evaluation.kinds import Kind
 from finetune.events import Validated
-from finetune.recipe.schema import MEASURES, PAIRS_WON
+from finetune.report.measures import measures_of, value_of
+from finetune.report.prompts import distinct
 from finetune.text import from_here, one_line, shorten
 
 MOST_LABELS = 12  # in a whole confusion matrix; of a larger one only the most frequent confusions are shown
@@ -86,7 +85,7 @@ def epoch_table(validations: Sequence[Validated], newest: int | None = None) -> 
     judged = any(validated.accuracy is not None for validated in validations)
     tokens = any(validated.token_accuracy is not None for validated in validations)  # none of pairs of answers
     headings = [("epoch",), ("train", "loss"), ("valid.", "loss"), *[("perpl.",), ("token", "acc.")] * tokens]
-    headings += [("label", "acc.") if tokens else ("pairs", "won")] * judged
+    headings += [("label", "acc.") if tokens else ("prefer.", "acc.")] * judged
     table = _table(*(lines(*heading) for heading in headings), texts=0)
     for i in shown:
         validated = validations[i]
@@ -102,33 +101,11 @@ def epoch_table(validations: Sequence[Validated], newest: int | None = None) -> 
     return table
 
 
-# key of Evaluation.summary, name in the table, whether more is better
-_MEASURES = (
-    ("macro_f1", "macro F1", True),
-    ("loss", "loss, nats/token", False),
-    ("perplexity", "perplexity", False),
-    ("token_accuracy", "token accuracy", True),
-)
-
-
-_OF_PAIRS = (
-    ("accuracy", PAIRS_WON, True),
-    ("loss", "loss, nats/pair", False),
-    ("margin", "margin", True),
-    ("rewarded", "margin above 0, share", True),
-    ("longer", "prefers the longer answer, share", False),
-)
-
-
 def comparison_table(base: Mapping[str, Any], tuned: Mapping[str, Any], title: str | None = None) -> Table:
     """Base and tuned side by side, without the measures that neither has. An empty `base`: the tuned model alone."""
     table = _table("", *(["base"] if base else []), "tuned", *(["change"] if base else []), title=title)
-    accuracy = "accuracy" if tuned.get("labels") else MEASURES[tuned.get("compared", "all")]
-    measures = (("accuracy", accuracy, True), *_MEASURES)
-    if pairs := tuned.get("pairs"):
-        measures, tuned, base = _OF_PAIRS, {**tuned, **pairs}, {**base, **base["pairs"]} if base else {}
-    for key, name, more in measures:
-        before, after = base.get(key), tuned.get(key)
+    for key, name, more in measures_of(tuned):
+        before, after = value_of(base, key), value_of(tuned, key)
         if before is not None or after is not None:
             cells: list[str | Text] = [_measured(key, after)]
             if base:
@@ -244,23 +221,3 @@ def _change(key: str, before: float | None, after: float | None, more_is_better:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def distinct(prompts: Sequence[str]) -> list[str]:
-    """Prompts without the template around them: without what all of them begin or end with, up to a space or a mark."""
-    if len(set(prompts)) < 2:
-        return list(prompts)
-    start = max((edge.end() for edge in _EDGE.finditer(_common(prompts))), default=0)
-    rest = [prompt[start:] for prompt in prompts]
-    shared = _common([prompt[::-1] for prompt in rest])[::-1]
-    edge = _EDGE.search(shared)
-    end = len(shared) - edge.start() if edge else 0
-    return [prompt[: len(prompt) - end] for prompt in rest]
-
-
-_EDGE = re.compile(r"\s|<\|?/?\w+\|?>|\[/?[A-Z]+\]")  # a space, or a mark of a template: <|im_end|>, </s>, [/INST]
-
-
-def _common(texts: Sequence[str]) -> str:
-    """What all texts begin with."""
-    return "".join(chars[0] for chars in takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False)))

@@ -39,6 +39,7 @@ class Seconds:
     prepared: Prepared
     work: Workload
     speed: Speed
+    micro_tokens: int  # computed together
 
     def reading(self, examples: Sequence[Example]) -> float:
         """Their losses."""
@@ -59,8 +60,8 @@ class Seconds:
         return self.passes(prompts, len(prompts)) + steps * self.speed.seconds(step, layers)
 
     def passes(self, lengths: Sequence[int], supervised: int) -> float:
-        """Of forward passes of rows of so many tokens, as many together as the recipe says."""
-        batches = -(-sum(lengths) // self.recipe.train.tokens_at_once)
+        """Of forward passes of rows of so many tokens."""
+        batches = -(-sum(lengths) // self.micro_tokens)
         layers = batches * len(self.work.architecture.modules)
         return self.speed.seconds(self.work.scoring(lengths, supervised), layers)
 

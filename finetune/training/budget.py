@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from backends import registry
-from backends.interface import BackendError, Device, Half, LoraSpec, ModelSpec, Modules
+from backends.interface import Device, Half, LoraSpec, ModelSpec, Modules
 from backends.memory_plan import (
     Architecture,
     Costs,
     Footprint,
-    Machine,
     Micro,
     first_adapted,
     footprint,
@@ -25,9 +24,8 @@ from finetune.data.collate import balanced, groups, step_indices, width
 from finetune.data.pair_batches import as_one
 from finetune.data.rows import Example
 from finetune.recipe.schedule import make_plan
-from finetune.recipe.schema import MICRO_TOKENS, Recipe
+from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec
-from finetune.training.job import Job
 
 SAMPLED = 64  # steps whose micro-batches are looked at; the one with the longest row is always among them
 LEAST, MOST = 64, 2**17  # tokens at a time that `auto` chooses from
@@ -165,6 +163,17 @@ def fitting_tokens(work: Workload, costs: Costs, free: float) -> int:
     return tokens
 
 
+def imbalance(work: Workload, processes: int) -> float:
+    """How many times the mean share of a step's tokens the largest is: the others wait for it."""
+    n = len(work.examples)
+    most = mean = 0.0
+    for step in range(min(-(-n // work.batch_size), SAMPLED)):
+        lengths = [len(work.examples[i].tokens) for i in step_indices(n, work.batch_size, work.seed, step)]
+        most += max(sum(lengths[row] for row in rows) for rows in balanced(lengths, processes))
+        mean += sum(lengths) / processes
+    return most / mean if mean else 1.0
+
+
 @dataclass(frozen=True)
 class Speed:
     """How fast a device computes, and how slowly its host starts that."""
@@ -177,96 +186,8 @@ class Speed:
         return max(operations / self.rate, self.host * layers)
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What a run needs on one machine."""
-
-    backend: str
-    device: Device
-    needed: Footprint
-    memory: float | None  # bytes that the machine can give; None: not known
-    tokens: int  # at a time
-    recomputed: bool  # whether activations are
-    seconds: float  # of training
-    rate: float  # of matrix products, floating-point operations per second
-    reached: float  # the share of it that steps are taken to reach
-    host: float  # as of `Speed`
-
-    @property
-    def speed(self) -> Speed:
-        return Speed(self.rate * self.reached, self.host)
-
-    @property
-    def fits(self) -> bool | None:
-        return None if self.memory is None else self.needed.peak <= self.memory
-
-
-def forecast_here(work: Workload, backend: str, micro_tokens: int | None, processes: int = 1) -> Forecast:
-    """On this machine, whose products are timed for a moment. `micro_tokens` None: as many as fit.
-
-    Of several processes each needs that memory; without GPUs they share what is free, and the processors.
-    """
-    facts = registry.describe(backend, work.model.device)
-    costs = registry.costs(backend, registry.device_kind(facts["device"]))
-    work = work.held_as(facts["half"], costs.device)
-    free = registry.free_bytes(backend, work.model.device)
-    apart = processes if costs.device == "gpu" else 1
-    free = free if free is None else free * apart // processes
-    work = work.settled(costs, free, micro_tokens)
-    tokens = micro_tokens or (MICRO_TOKENS if free is None else _fitting_with_model(work, costs, free))
-    rate = rate_here(backend, work) * apart / imbalance(work, processes)
-    return _forecast(work, backend, costs, free, tokens, rate)
-
-
-def imbalance(work: Workload, processes: int) -> float:
-    """How many times the mean share of a step's tokens the largest is: the others wait for it."""
-    n = len(work.examples)
-    most = mean = 0.0
-    for step in range(min(-(-n // work.batch_size), SAMPLED)):
-        lengths = [len(work.examples[i].tokens) for i in step_indices(n, work.batch_size, work.seed, step)]
-        most += max(sum(lengths[row] for row in rows) for rows in balanced(lengths, processes))
-        mean += sum(lengths) / processes
-    return most / mean if mean else 1.0
-
-
-def forecast_on(machine: Machine, work: Workload, backend: str, micro_tokens: int | None) -> Forecast:
-    """On the GPU of a machine that is not at hand. `micro_tokens` None: as many as fit."""
-    costs = registry.costs(backend, "gpu")
-    work = work.settled(costs, machine.memory, micro_tokens)
-    tokens = micro_tokens or _fitting_with_model(work, costs, machine.memory)
-    return _forecast(work, backend, costs, machine.memory, tokens, machine.rate)
-
-
 def rate_here(backend: str, work: Workload) -> float:
     """Floating-point operations per second of matrix products, timed once by this process."""
     facts = registry.describe(backend, work.model.device)
     kind = registry.device_kind(facts["device"])
     return registry.measured_rate(backend, work.model.number_type(kind, facts["half"]), work.model.device)
-
-
-def _forecast(work: Workload, backend: str, costs: Costs, memory: float | None, tokens: int, rate: float) -> Forecast:
-    speed = Speed(rate * costs.reached, costs.host)
-    seconds = work.epochs * speed.seconds(work.operations(), work.layers_run(tokens))
-    needed, again = work.memory(tokens, costs), work.model.checkpointing
-    return Forecast(backend, costs.device, needed, memory, tokens, again, seconds, rate, costs.reached, costs.host)
-
-
-def _fitting_with_model(work: Workload, costs: Costs, memory: float) -> int:
-    """`fitting_tokens` where the model is not loaded yet."""
-    least = work.memory(LEAST, costs)
-    return fitting_tokens(work, costs, memory - (least.training - least.step))
-
-
-def foretold_peak(job: Job, device: str) -> int | None:
-    """Bytes at most, as `plan` says them before anything is loaded; None where what is free decides, or sizes do not
-    say.
-    """
-    train = job.recipe.train
-    if "auto" in (train.micro_tokens, train.gradient_checkpointing) or not job.prepared.train.examples:
-        return None
-    try:
-        work = workload(job.recipe, job.folder, job.prepared.train.examples)
-        costs = registry.costs(job.backend, registry.device_kind(device))
-        return round(work.memory(job.recipe.train.tokens_at_once, costs).peak)
-    except BackendError:
-        return None

@@ -18,7 +18,7 @@ from finetune.data.problems import refuse
 from finetune.data.rows import Prepared
 from finetune.data.sides import WORDS
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
-from finetune.disk.adapter import Adapter
+from finetune.disk.adapter import Adapter, check_there
 from finetune.disk.identity import check_model, clock_of, parting_of
 from finetune.errors import DataError, Incompatible, RecipeError
 from finetune.evaluation.evaluate import Evaluation
@@ -99,10 +99,13 @@ def set_up(recipe: Recipe, run: Path | None = None) -> Setup:
     """The recipe's model folder and its tokenizer. Raises as `find_folder` does.
 
     run: a run that exists. Raises Incompatible where its model was another, before anything is made of this one.
+    Of a new one also DataError where the adapter to start from is not there.
     """
     folder = find_folder(recipe)
     if run is not None:
         check_model(run, folder)
+    elif recipe.lora.start_from:
+        check_there(Path(recipe.lora.start_from))
     with reading(str(folder.path / "tokenizer.json")):
         return Setup(recipe, folder, load_tokenizer(folder))
 

@@ -49,6 +49,13 @@ class Ledger:
         laps = [lap for lap in self.laps if lap.trial == trial]
         return laps[-1] if laps else None
 
+    @property
+    def per_step(self) -> float:
+        """Seconds of an optimiser step, with what belongs to it: loading, comparing, checkpoints."""
+        taken = sum(lap.seconds for lap in self.laps) - (self.base_seconds or 0.0)
+        done = {lap.trial: lap.steps for lap in sorted(self.laps, key=lambda lap: lap.steps)}
+        return max(taken, 1e-6) / max(sum(done.values()), 1)
+
 
 def read_ledger(folder: Path) -> Ledger | None:
     """Of a folder that holds a search. Raises Incompatible."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from backends import registry
 from backends.interface import BackendError, Session
@@ -19,6 +20,7 @@ from finetune.training.budget import Speed, Workload, imbalance, rate_here, work
 from finetune.training.head_first import WHAT
 from finetune.training.job import Job
 from finetune.training.references import REFERENCES
+from finetune.training.settle import tokens_that_fit
 
 
 def look_ahead(job: Job, session: Session, questions: Questions) -> Outlook:
@@ -47,7 +49,8 @@ def _foretold(job: Job, session: Session, questions: Questions) -> dict[str, flo
     count = side_by_side(session)  # each process computes as fast as this one
     rate = rate_here(job.backend, work) * costs.reached * count / imbalance(work, count)
     speed = Speed(rate, costs.host / count)
-    return seconds_of_parts(job.recipe, job.prepared, work, speed, Beside(questions, job.suite))
+    tokens = tokens_that_fit(job, session)
+    return seconds_of_parts(job.recipe, job.prepared, work, speed, tokens, Beside(questions, job.suite))
 
 
 def sampler_of(job: Job) -> Sampler:
@@ -66,16 +69,18 @@ def validations(recipe: Recipe, prepared: Prepared) -> int:
 
 
 def seconds_of_parts(
-    recipe: Recipe, prepared: Prepared, work: Workload, speed: Speed, asked: Beside | None = None
+    recipe: Recipe, prepared: Prepared, work: Workload, speed: Speed, micro_tokens: int, asked: Beside | None = None
 ) -> dict[str, float]:
     """In the order of the run; the keys are "training" and the names of `Progress.what`.
 
-    asked: beside the held-out rows.
+    micro_tokens: that training and validation compute together. asked: beside the held-out rows.
     """
-    plan, seconds = make_plan(recipe, len(prepared.train.examples)), Seconds(recipe, prepared, work, speed)
+    plan = make_plan(recipe, len(prepared.train.examples))
+    seconds = Seconds(recipe, prepared, work, speed, recipe.train.tokens_at_once)
+    in_training = replace(seconds, micro_tokens=micro_tokens)
     held = [example for split in (prepared.valid, prepared.test) if split for example in split.examples]
     measured = seconds.evaluation(prepared.held_out.examples)
-    validated = seconds.evaluation(prepared.valid.examples)
+    validated = in_training.evaluation(prepared.valid.examples)
     by_base = prepared.held_out is prepared.valid and recipe.evaluate.base and not recipe.lora.start_from
     untrained = 0 if by_base else 1  # validations before the first step; the base model's may serve
     trained = validations(recipe, prepared) - 1
@@ -85,10 +90,10 @@ def seconds_of_parts(
     parts |= {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
     if recipe.preferences and recipe.preferences.refers:
         parts[REFERENCES] = seconds.reading((*work.examples, *held))
-    epochs, layers = plan.foretold / plan.steps_per_epoch, work.layers_run(recipe.train.tokens_at_once)
+    epochs, layers = plan.foretold / plan.steps_per_epoch, work.layers_run(micro_tokens)
     parts["training"] = epochs * speed.seconds(work.operations(), layers)
     if recipe.preferences:  # pairs are scored before their gradient is known
-        parts["training"] += epochs * seconds.reading(work.examples)
+        parts["training"] += epochs * in_training.reading(work.examples)
     for name in ("loss", "labels"):
         if times := (untrained + trained * (name in learned)) * (name in validated):
             parts[f"validation: {name}"] = validated[name] * times

@@ -102,8 +102,8 @@ class Search:
     def _planned(self) -> Halving:
         """Raises RecipeError where the budget does not suffice for the recipe itself."""
         if self.ledger.plan is None:
-            lap, per_step = self.ledger.laps[0], self._per_step()
-            whole = SPARE * per_step * (self.steps_of(0) - lap.steps) + self._last_seconds()
+            lap, per_step = self.ledger.laps[0], self.ledger.per_step
+            whole = SPARE * per_step * (self.steps_of(0) - lap.steps) + (self.ledger.last_seconds or 0.0)
             left = self.ledger.budget - self.ledger.spent - whole
             if left < 0:
                 enough = math.ceil((self.ledger.spent + whole) * 2 / 60)
@@ -116,28 +116,13 @@ class Search:
             self._write()
         return self.ledger.plan
 
-    def _per_step(self) -> float:
-        """Seconds of an optimiser step, with what belongs to it: loading, comparing, checkpoints."""
-        taken = sum(lap.seconds for lap in self.ledger.laps) - (self.ledger.base_seconds or 0.0)
-        return max(taken, 1e-6) / self._steps_done()
-
-    def _steps_done(self) -> int:
-        done: dict[int, int] = {}
-        for lap in self.ledger.laps:
-            done[lap.trial] = max(done.get(lap.trial, 0), lap.steps)
-        return max(sum(done.values()), 1)
-
-    def _last_seconds(self) -> float:
-        """What is needed once the winner is known."""
-        return self.ledger.last_seconds or 0.0
-
     def _within_budget(self, trial: int, steps: int) -> Iterator[Event]:
         """The lap, unless its time would be missing at the end."""
         last = self.ledger.last(trial)
         if trial in self.ledger.skipped or self.ledger.lap(trial, steps):
             return
-        ahead = SPARE * self._per_step() * (steps - (last.steps if last else 0))
-        if self.ledger.spent + ahead + self._last_seconds() > self.ledger.budget:
+        ahead = SPARE * self.ledger.per_step * (steps - (last.steps if last else 0))
+        if self.ledger.spent + ahead + (self.ledger.last_seconds or 0.0) > self.ledger.budget:
             self.ledger.skipped.append(trial)
             self._write()
             return

@@ -13,6 +13,15 @@ from finetune.training.job import Job
 
 
 def starting_tokens(job: Job, session: Session) -> Generator[Note, None, int]:
+    """`tokens_that_fit`, said where they are not as many as the recipe asks for."""
+    asked, free = job.recipe.train.micro_tokens, session.free_bytes()
+    chosen = tokens_that_fit(job, session)
+    if chosen != asked and free is not None:
+        yield Note(0, f"micro-batches of at most {chosen:,} tokens: what fits in {free / 1e9:.1f} GB free")
+    return chosen
+
+
+def tokens_that_fit(job: Job, session: Session) -> int:
     """The tokens at a time with which a new run begins: as the recipe says, but no more than fit beside the model.
 
     A resumed run takes its checkpoint's number, so that its sums are cut the same way.
@@ -26,10 +35,7 @@ def starting_tokens(job: Job, session: Session) -> Generator[Note, None, int]:
     if asked != "auto" and work.memory(asked, costs).step <= free:
         return asked
     fits = fitting_tokens(work, costs, free)
-    chosen = fits if asked == "auto" else min(asked, fits)
-    if chosen != asked:
-        yield Note(0, f"micro-batches of at most {chosen:,} tokens: what fits in {free / 1e9:.1f} GB free")
-    return chosen
+    return fits if asked == "auto" else min(asked, fits)
 
 
 def settle_recomputation(job: Job, earlier: bool | None) -> Generator[Note, None, Job]:

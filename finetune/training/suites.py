@@ -13,7 +13,7 @@ from backends.interface import FloatArray, Session
 from finetune.data.beside import Always, always_filled
 from finetune.data.formats import QUESTION
 from finetune.data.label_names import Labels
-from finetune.data.problems import listed
+from finetune.data.problems import listed, named_by
 from finetune.data.read import read
 from finetune.data.renderers import CONVERSATIONS
 from finetune.data.rows import Prepared, Row, Rows
@@ -32,7 +32,7 @@ PROMPT = "prompt"  # how a case may call its question, whatever the recipe's col
 
 def ready_with_suite(recipe: Recipe, run: Path | None) -> Generator[Progress, None, Job]:
     """`making_ready`, with the suite that the recipe names: read before anything else, and written as prompts."""
-    cases = read_suite(recipe.evaluate.suite) if recipe.evaluate.suite else ()
+    cases = cases_of(recipe)
     job = yield from making_ready(recipe, run=run)
     return replace(job, suite=(yield from suite_of(job, job.prepared, cases)))
 
@@ -68,9 +68,19 @@ def ask_suite(
     return measure_suite(session, job.recipe, job.tokenizer, suite, job.recipe.evaluate.base, head)
 
 
-def read_suite(file: str) -> tuple[Case, ...]:
-    """The cases of a file, which messages name as from this folder. Raises DataError."""
-    return read_cases(read(from_here(file), Path.cwd(), "test"))
+def cases_of(recipe: Recipe) -> tuple[Case, ...]:
+    """Of the suite that the recipe names, if it names one. Raises DataError."""
+    return read_suite(recipe.evaluate.suite, "evaluate.suite") if recipe.evaluate.suite else ()
+
+
+def read_suite(file: str, key: str = "") -> tuple[Case, ...]:
+    """The cases of a file, which messages name as from this folder. key: of the recipe, that names it.
+
+    Raises DataError.
+    """
+    source = from_here(file)
+    with named_by(key, source):
+        return read_cases(read(source, Path.cwd(), "test"))
 
 
 def _prepare(

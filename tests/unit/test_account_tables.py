@@ -10,7 +10,8 @@ from finetune.check.duplicates import Duplicates, Pair
 from finetune.check.show import _duplicates
 from finetune.console import plain_page
 from finetune.data.rows import Prepared, Split
-from finetune.report.tables import account_notes, account_table, distinct
+from finetune.report.prompts import distinct
+from finetune.report.tables import account_notes, account_table
 from finetune.text import from_here
 
 LONG = "text is empty, and a reason may be so long that no cell of a narrow table can hold it; give it some text"

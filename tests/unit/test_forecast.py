@@ -23,20 +23,20 @@ from finetune.commands.plan import answer, compare_backends
 from finetune.console import Console, plain_page
 from finetune.data.collate import micro_batches, step_indices
 from finetune.data.rows import Example, Prepared, Split
+from finetune.evaluation.analysis import Questions
 from finetune.events import Work
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import MICRO_TOKENS
 from finetune.report.plan_tables import steps_table
-from finetune.training import budget, settle
+from finetune.training import outlook, settle
 from finetune.training.budget import (
     LEAST,
     Speed,
     Workload,
     fitting_tokens,
-    forecast_here,
-    forecast_on,
     largest_micro,
 )
+from finetune.training.forecast import forecast_here, forecast_on
 from finetune.training.outlook import seconds_of_parts
 from finetune.training.settle import starting_tokens
 from tests.unit.test_memory_plan import FLOAT, HALF, architecture, model_folder
@@ -193,7 +193,7 @@ def test_numbers_stand_at_the_right_and_no_table_has_a_caption(tmp_path: Path) -
 def parts_of(prepared: Prepared, **sections: Any) -> dict[str, float]:
     values = {"model": {"path": "m"}, "data": {"train": "t"}, **sections}
     made = work(examples=prepared.train.examples)
-    return seconds_of_parts(check_recipe(values), prepared, made, Speed(1e9))
+    return seconds_of_parts(check_recipe(values), prepared, made, Speed(1e9), MICRO_TOKENS)
 
 
 def test_every_part_of_a_run_has_its_time() -> None:
@@ -229,7 +229,7 @@ def test_memory_here_is_asked_for_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(registry, "measured_rate", lambda name, number_type, device: 1e13)
     for free, fits in ((2**40, True), (2**20, False), (None, None)):
         monkeypatch.setattr(registry, "free_bytes", lambda name, device, free=free: free)
-        here = budget.forecast_here(work(), "torch", None)
+        here = forecast_here(work(), "torch", None)
         assert (here.device, here.memory, here.fits) == ("gpu", free, fits)
         assert here.tokens == (MICRO_TOKENS if free is None else here.tokens) and here.tokens >= LEAST
 
@@ -246,6 +246,27 @@ def started(monkeypatch: pytest.MonkeyPatch, micro_tokens: Any, free: int | None
     choice = Work(starting_tokens(job(micro_tokens), session))
     notes = [note.text for note in choice]
     return choice.result, notes
+
+
+@pytest.mark.parametrize("free", [None, 20_000_000, 10**9, 10**12])
+@pytest.mark.parametrize("asked", ["auto", 8192, 512])
+def test_the_foretold_time_is_that_of_the_tokens_that_fit(
+    monkeypatch: pytest.MonkeyPatch, asked: Any, free: int | None
+) -> None:
+    """Where only the number of passes costs time, and none of it the products."""
+    made = work([300] * 64, batch_size=64)
+    monkeypatch.setattr(outlook, "workload", lambda *_: made)
+    monkeypatch.setattr(outlook, "rate_here", lambda *_: 1e30)
+    split = replace(rows(20).train, examples=tuple(made.examples))
+    prepared = replace(rows(20), train=split, valid=replace(split, name="valid"))
+    session: Any = SimpleNamespace(device="cuda: some card", free_bytes=lambda: free, peak_bytes=lambda: 0)
+    tokens, _ = started(monkeypatch, asked, free)
+    planned: Any = SimpleNamespace(**vars(job(asked)) | {"prepared": prepared, "suite": None})
+    parts = outlook.look_ahead(planned, session, Questions()).seconds
+    host, layers = registry.costs("torch", "gpu").host, len(made.architecture.modules)
+    assert parts["training"] == pytest.approx(3 * host * made.layers_run(tokens))
+    read = sum(len(example) - 1 for example in made.examples)
+    assert parts["validation: loss"] == pytest.approx(4 * host * layers * -(-read // tokens))
 
 
 def test_a_number_stands_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from finetune.commands.doctor import run as doctor
 from finetune.commands.plan import answer
 from finetune.console import Console
 from finetune.recipe.load import check_recipe
-from finetune.training.budget import forecast_here, imbalance
+from finetune.training.budget import imbalance
+from finetune.training.forecast import forecast_here
 from tests.unit.test_forecast import rows, work
 from tests.unit.test_memory_plan import model_folder
 

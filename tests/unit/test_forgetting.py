@@ -24,6 +24,7 @@ from finetune.evaluation.forgetting import (
 )
 from finetune.evaluation.scoring import RowLosses
 from finetune.recipe.load import check_recipe
+from finetune.recipe.schema import MICRO_TOKENS
 from finetune.training.budget import Speed
 from finetune.training.general import affordable, computed_share
 from finetune.training.job import find_folder
@@ -136,7 +137,7 @@ def test_what_it_reads_is_a_share_of_what_the_run_computes(vocabulary: int) -> N
     asked = check_recipe({"model": {"path": "m"}, "data": {"train": "t"}, "train": {"epochs": 3}})
     made = work(examples=rows.train.examples)
     made = replace(made, architecture=replace(made.architecture, vocabulary=vocabulary))
-    whole = sum(seconds_of_parts(asked, rows, made, Speed(1.0)).values())
+    whole = sum(seconds_of_parts(asked, rows, made, Speed(1.0), MICRO_TOKENS).values())
     tokens = affordable(asked, rows, made)
     assert tokens > 0 and made.scoring([32] * int(tokens / 32), int(tokens)) <= 0.05 * whole
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from backends.interface import HEAD_WEIGHT
+from finetune.check.proof import without_rows
 from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import ExitCode
 from finetune.events import Event, Note, StepDone
@@ -76,6 +77,7 @@ def test_the_pass_of_the_lowest_validation_loss_is_kept(seed: int, passes: int) 
     assert len(found.losses) <= passes + 2
     assert found.losses[found.best] == min(found.losses) <= np.log(3) + 1e-9
     logits = states[25:] @ found.weight.T
+    logits = logits - logits.max(-1, keepdims=True)
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     loss = -logs[np.arange(15), classes[25:]].mean()
     assert loss == pytest.approx(found.losses[found.best], rel=1e-3, abs=1e-5)
@@ -118,6 +120,15 @@ def test_commands_measure_and_label_with_the_head(made: Work) -> None:
         assert sum(row["probability"].values()) == pytest.approx(1, abs=1e-5)
         assert max(row["probability"], key=row["probability"].get) == row["predicted"]
     assert "[good]" in finetune(made, "check", "recipe.yaml").good().out
+
+
+def test_a_model_of_fewer_rows_has_a_head_of_those_rows(made: Work, tmp_path: Path) -> None:
+    """Whatever the run has kept: its head learned from all of them."""
+    job = load_job(load_recipe(made.folder / "recipe.yaml"))
+    rows = [example.location for example in job.prepared.train.examples]
+    events = list(without_rows(job, job.open(), RunFolder(made.folder / "run"), rows[9:], 60.0))
+    (told,) = [event.text for event in events if isinstance(event, Note) and event.text.startswith("head first")]
+    assert f"head first: {9 + len(job.prepared.valid.examples)} rows" in told
 
 
 @pytest.mark.parametrize("command", [["generate", "run", "a film"], ["export", "run", "--to", "merged"]])

@@ -192,3 +192,12 @@ def test_labels_that_every_row_has_of_its_own_are_refused_at_once() -> None:
     with pytest.raises(DataError, match=r"^rows\.csv:2: 20,000 different labels in 20,000 rows: nearly every row"):
         init("rows.csv")
     assert time.process_time() - began < 3.0
+
+
+def test_pairs_of_answers_are_said_to_be_pairs_and_ready_to_train(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("p.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"q {n}", "chosen": "yes", "rejected": "no"}) + "\n" for n in range(12))
+    )
+    assert init("p.jsonl").preferences is not None
+    said = capsys.readouterr().out
+    assert "a recipe for 12 pairs of answers; look at it" in said and "data.columns" not in said

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from finetune.console import Console
 from finetune.errors import Incompatible
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.intervals import holm, mcnemar_exact
 from finetune.evaluation.iterations import compare_runs
 from finetune.evaluation.kinds import Analysis, Kind
 from finetune.evaluation.shares import Found
+from finetune.evaluation.verdict import comparison_verdict
 from finetune.report.differences import beyond_defaults, differences, seed_alone
+from finetune.report.iteration_tables import print_iterations
 from finetune.report.iterations import compared
+from finetune.report.page.compare_page import compare_page
 from tests.unit.finished_runs import answers, evaluation, finished
 
 RNG = np.random.default_rng(5)
@@ -127,6 +132,51 @@ def test_without_right_and_wrong_the_loss_is_compared() -> None:
 def test_open_answers_that_never_match_are_compared_by_loss() -> None:
     runs = [evaluation(["yes"] * 9, ["no"] * 9, labels=()), evaluation(["yes"] * 9, ["nay"] * 9, labels=())]
     assert compare_runs(runs, [None] * 2).measure == "loss"
+
+
+@pytest.mark.parametrize(
+    ("fixed", "broken", "gain"), [(0, 0, 0.3), (3, 2, 0.3), (1, 4, -0.3), (6, 0, -0.3), (5, 0, 0.0)]
+)
+@pytest.mark.parametrize("labelled", [False, True])
+def test_compare_and_the_run_s_own_verdict_say_the_same(fixed: int, broken: int, gain: float, labelled: bool) -> None:
+    """Of 60 rows some are fixed and some broken, and the loss falls by `gain`."""
+    before = ["yes"] * 10 + ["no"] * 50
+    after = ["no"] * broken + ["yes"] * (10 - broken) + ["yes"] * fixed + ["no"] * (50 - fixed)
+    losses = [1.0 + 0.01 * (i % 9) for i in range(60)]
+    labels = ("yes", "no") if labelled else ()
+    moved = [loss - gain + 0.02 * (i % 2) for i, loss in enumerate(losses)]
+    base = evaluation(["yes"] * 60, before, labels, losses=losses)
+    tuned = evaluation(["yes"] * 60, after, labels, losses=moved if gain else losses)
+    told = comparison_verdict(base, tuned, mcnemar_exact(fixed, broken))
+    told_again = compared([finished(base), finished(tuned, name="later")])
+    word, by = told.split(": ")[0], told.split(": ")[1].split()[0]
+    assert told_again.sentence.split(": ")[1].split()[0] == by
+    if word != "Not good yet":  # against a constant answer, of which runs compared say nothing
+        assert told_again.iterations.steps[0].errors.verdict.replace("No change", "No clear difference") == word
+    (step,) = told_again.iterations.steps
+    assert (len(step.errors.fixed), len(step.errors.new)) == (fixed, broken)
+    assert (step.loss_change is None) == (labelled or fixed + broken >= 6)
+
+
+def test_few_answers_changed_beside_many_are_one_family() -> None:
+    """The first step by its loss, the second by its answers: both p-values are corrected together."""
+    losses = [1.0 + 0.01 * (i % 9) for i in range(60)]
+    answers_of = [["yes"] * right + ["no"] * (60 - right) for right in (10, 13, 40)]
+    runs = [
+        evaluation(
+            ["yes"] * 60, said, (), losses=[loss - 0.1 * i + 0.01 * (j % 2) * i for j, loss in enumerate(losses)]
+        )
+        for i, said in enumerate(answers_of)
+    ]
+    told = compared([finished(run, name=f"run{i}") for i, run in enumerate(runs)])
+    first, second, whole = told.iterations.steps
+    assert first.loss_change == pytest.approx(-0.095) and second.loss_change is whole.loss_change is None
+    assert [step.errors.verdict for step in told.iterations.steps] == ["Better"] * 3
+    page = compare_page(told)
+    assert "where too few answers changed for it, of the change of the loss" in page and "-0.0950" in page
+    console = Console(record=True, width=80, file=io.StringIO())
+    print_iterations(console, told)
+    assert "change of loss" in (text := console.export_text()) and "-0.0950" in text
 
 
 def test_another_seed_alone_is_not_called_better() -> None:

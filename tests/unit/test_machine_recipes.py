@@ -22,7 +22,8 @@ from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec
 from finetune.training import settle
-from finetune.training.budget import LEAST, Workload, forecast_on
+from finetune.training.budget import LEAST, Workload
+from finetune.training.forecast import forecast_on
 from finetune.training.job import Job
 from finetune.training.largest import architecture_of
 from finetune.training.settle import settle_recomputation

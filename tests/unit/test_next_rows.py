@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from finetune.check.more_rows import parts_of
 from finetune.check.next_rows import new_rows, next_rows
+from finetune.data.rows import Split
 from finetune.errors import DataError
 from finetune.evaluation.curve import look_ahead
 from finetune.evaluation.variety import choose, margins
@@ -69,6 +72,26 @@ def test_both_kinds_of_task_give_rows_to_label(tmp_path: Path, task: str) -> Non
     made = result_of(next_rows(session(tmp_path / "model"), recipe(), pool, trained, 0.5, 4))
     assert len({one.number for one in made}) == 4
     assert all(0 <= one.sure <= 1 and bool(one.answer) == (task == "classification") for one in made)
+
+
+def test_a_model_and_words_that_were_always_right_still_doubt_some_rows(tmp_path: Path) -> None:
+    """As sure as right they would be sure of all rows, and the first of the pool would be chosen."""
+
+    def said(split: Split, texts: Sequence[str]) -> Split:
+        pairs = zip(split.examples, texts, strict=True)
+        return replace(split, examples=tuple(replace(example, prompt=text) for example, text in pairs))
+
+    words = ("dull cold noisy", "warm crisp bright", "plain fair usual")  # of the labels, which take turns
+    rows = prepared(train=60, valid=30)
+    trained = replace(
+        rows, train=said(rows.train, [f"{words[i % 3]} n{i}" for i in range(60)]), valid=Split("valid", 0)
+    )
+    pool = replace(
+        rows, valid=said(rows.valid, [f"{words[i % 3] if i < 27 else 'dull warm plain'} p{i}" for i in range(30)])
+    )
+    made = result_of(next_rows(session(tmp_path / "model"), recipe(), pool, trained, 1.0, 3))
+    assert {one.number for one in made} & {27, 28, 29}
+    assert len({round(one.sure, 6) for one in made}) > 1
 
 
 def test_parts_of_the_rows_lie_in_each_other() -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.disk.run_folder import create
+from finetune.check.proof import without_rows
+from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import ExitCode
 from finetune.events import Event, StepDone
 from finetune.recipe.load import load_recipe
 from tests.end_to_end.command import Work
 from tests.unit.test_wrong_resume import RECIPE, finetune
-from tests.unit.toy_run import load_job, run_to_report, run_until_killed
+from tests.unit.toy_run import load_job, result_of, run_to_report, run_until_killed
 
 PAIRED = RECIPE.replace("lora: {rank: 2, alpha: 4}", "lora: {rank: 2, alpha: 4}\npreferences: {}").replace(
     "steps: 3", "steps: 6, learning_rate: 0.02"
@@ -55,11 +56,12 @@ def test_a_run_measures_pairs_before_and_after(made: Work) -> None:
     assert report["tuned"]["pairs"]["rewarded"] > 0.5 and report["tuned"]["interval"] is not None
     assert report["validations"][0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     said = (made.folder / "run" / "report.txt").read_text()
-    assert re.search(r"pairs won +\d", said) and "loss, nats/pair" in said
+    assert re.search(r"preference accuracy +\d", said) and "loss, nats/pair" in said
     for name in ("run/report.txt", "run/report.html", "screen.txt"):
         page = (made.folder / name).read_text()
-        assert "perpl" not in page and "token acc" not in page and "exact match" not in page and "pairs won" in page
-    assert "train valid. pairs epoch loss loss won" in " ".join(said.split())
+        assert "perpl" not in page and "token acc" not in page and "exact match" not in page
+        assert "preference accuracy" in page
+    assert "train valid. prefer. epoch loss loss acc." in " ".join(said.split())
 
 
 def test_commands_take_a_run_of_pairs(made: Work) -> None:
@@ -146,3 +148,11 @@ def test_a_prompt_that_is_shortened_for_one_answer_alone_leaves_the_pair_out(mad
     assert len(job.prepared.train.examples) == 3
     assert "raise train.max_length" in job.prepared.train.dropped[-1][1]
     assert all(replace(one, rejected=None) and one.rejected for one in job.prepared.train.examples)
+
+
+def test_a_model_of_all_rows_but_none_is_the_run_s_own(made: Work) -> None:
+    """Its pairs have the references of the model without its adapter: without them its margins would be others."""
+    job = load_job(load_recipe(made.folder / "recipe.yaml"))
+    again = result_of(without_rows(job, job.open(), RunFolder(made.folder / "run"), (), 60.0))
+    run = json.loads((made.folder / "run" / "report.json").read_text())["tuned"]
+    assert (again.loss, again.pairs.margin) == pytest.approx((run["loss"], run["pairs"]["margin"]), abs=1e-6)

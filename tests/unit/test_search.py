@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from finetune.commands.search import run as search_command
 from finetune.commands.search import seconds_of
 from finetune.crashes import what_is_left
 from finetune.disk.overview import overview
@@ -17,7 +18,7 @@ from finetune.events import Work as Events
 from finetune.recipe.load import load_recipe
 from finetune.training import search
 from finetune.training.job import Job
-from finetune.training.ledger import Lap, read_ledger
+from finetune.training.ledger import Lap, Ledger, read_ledger
 from finetune.training.rate_rule import Start
 from finetune.training.search import Search
 from finetune.training.trials import Halving, Trial, halving, stops_of, trials_of
@@ -180,7 +181,7 @@ def test_a_short_budget_leaves_trials_out_and_a_shorter_one_is_refused(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = load_job(load_recipe(work.folder / "few.yaml"))
-    monkeypatch.setattr(Search, "_per_step", lambda self: 1e3)  # seconds: its own time is nothing beside that
+    monkeypatch.setattr(Ledger, "per_step", 1e3)  # seconds: its own time is nothing beside that
     with pytest.raises(RecipeError, match="allow --budget"):
         searched(job, tmp_path / "none", budget=7e3)
     few = searched(job, tmp_path / "few", budget=1.1e3 * (8 + 13) + 100)
@@ -193,7 +194,7 @@ def test_trials_for_which_no_time_is_left_are_left_out(
 ) -> None:
     job = load_job(load_recipe(work.folder / "few.yaml"))
     slower = iter([1.0, *[1e3] * 100])
-    monkeypatch.setattr(Search, "_per_step", lambda self: next(slower))
+    monkeypatch.setattr(Ledger, "per_step", property(lambda self: next(slower)))
     late = searched(job, tmp_path / "late", budget=600.0)
     assert late.ledger.plan is not None and sorted(late.ledger.skipped) == list(range(1, 7))
     assert late.ledger.winner == 0 and late.best.recipe.exists()
@@ -225,3 +226,9 @@ def test_the_winner_is_a_run_with_the_bytes_of_a_run_of_its_own(work: Work) -> N
     assert [line.name for line in overview(work.folder / "found")] == [f"{folder.name}/best"]
     again = finetune(work, "resume", str(folder)).good()  # the helper adds --no-supervisor
     assert json.loads((folder / "search.json").read_text()) == ledger and "winner's run" in again.out
+
+
+@pytest.mark.parametrize("key", ["head", "preferences"])
+def test_recipes_whose_trials_would_be_no_runs_are_refused(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"trials with {key} cannot be compared.*finetune train"):
+        search_command(recipe(**{key: {}}), "name", "30s")

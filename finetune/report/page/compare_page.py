@@ -11,7 +11,7 @@ from finetune.report.iterations import Compared
 from finetune.report.page.render import render
 from finetune.report.page.run_page import MOST_ROWS, SHORT, row, sentence
 from finetune.report.page.words import cut
-from finetune.report.tables import distinct
+from finetune.report.prompts import distinct
 
 MOST_KINDS = 25
 MOST_EXAMPLES = 5  # rows of each kind for which data are to be added
@@ -35,6 +35,7 @@ def view(compared: Compared, rows: bool) -> dict[str, Any]:
         "rows_shown": rows,
         "verdict": {"word": word, "style": STYLES.get(word, "fair"), "sentence": sentence(rest)},
         "shares": shares,
+        "by_loss": any(step.loss_change is not None for step in iterations.steps),
         "styles": STYLES,
         "kinds": [_kind(i, line) for i, line in enumerate(iterations.kinds[:MOST_KINDS])],
         "more_kinds": max(len(iterations.kinds) - MOST_KINDS, 0),

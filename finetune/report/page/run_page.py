@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,13 @@ from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import worst_confusions
 from finetune.report.differences import beyond_defaults, flat, in_words
 from finetune.report.finished import FinishedRun
+from finetune.report.measures import measures_of, value_of
 from finetune.report.pace import PHASES, TRAINING
 from finetune.report.page.chart import loss_chart
 from finetune.report.page.render import marked, render
 from finetune.report.page.suite_section import suite_section
 from finetune.report.page.words import changed_words, cut
-from finetune.report.tables import distinct
+from finetune.report.prompts import distinct
 from finetune.text import amount, duration, shorten
 
 MOST_ROWS = 20  # fixed rows that are shown, and as many broken ones
@@ -27,7 +27,6 @@ MOST_CLASSES = 40
 SHORT = 30  # characters of answers that stand beside each other
 WIDE, NARROW = (1000, 340, 160), (360, 280, 60)  # of a chart: width, height, bands
 
-_LESS_IS_BETTER = ("loss", "perplexity", "pairs.longer")
 _VERDICTS = {
     "Better": "good", "Fixed": "good", "Worse": "bad", "Mixed": "fair", "Not good yet": "fair",
 }  # fmt: skip
@@ -40,7 +39,7 @@ def run_page(run: FinishedRun, rows: bool = True) -> str:
 
 def view(run: FinishedRun, rows: bool = True) -> dict[str, Any]:
     """What the template shows, by section."""
-    measure = measure_of(run.tuned)
+    measure = run.tuned.measure
     return {
         "run": run,
         "told": run.told,
@@ -50,7 +49,7 @@ def view(run: FinishedRun, rows: bool = True) -> dict[str, Any]:
         "verdict": verdict(run),
         "measure": measure,
         "bars": bars(run, measure),
-        "table": table(run, measure),
+        "table": table(run),
         "charts": [loss_chart(run.steps, run.validations, *size) for size in (WIDE, NARROW)],
         "validations": run.validations,
         "labels": labels(run.tuned, run.base),
@@ -80,10 +79,6 @@ def sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}".replace("p < ", "p\u00a0<\u00a0").replace("p = ", "p\u00a0=\u00a0")
 
 
-def measure_of(tuned: Evaluation) -> str:
-    return "loss" if tuned.accuracy is None else tuned.measure
-
-
 def model_name(run: FinishedRun) -> str:
     """A folder by its last part, a hub id whole."""
     path = run.recipe.model.path
@@ -105,36 +100,25 @@ def bars(run: FinishedRun, measure: str) -> list[dict[str, Any]]:
     return told
 
 
-def table(run: FinishedRun, measure: str) -> list[dict[str, Any]]:
+def table(run: FinishedRun) -> list[dict[str, Any]]:
     """Every measure, before and after."""
-    unit = "pair" if run.tuned.pairs else "token"
-    names = {"accuracy": measure, "macro_f1": "macro F1", "loss": f"loss, nats/{unit}", "perplexity": "perplexity",
-             "token_accuracy": "token accuracy", "pairs.margin": "margin", "pairs.rewarded": "margin above 0, share",
-             "pairs.longer": "prefers the longer answer, share"}  # fmt: skip
     bounds = {"accuracy": "interval", "macro_f1": "macro_f1_interval"}
-    told = []
-    for key, name in names.items():
-        base, tuned = (_part(one, key) for one in (run.base, run.tuned))
-        if tuned is not None:
-            told.append(
-                {
-                    "key": key,
-                    "name": name,
-                    "base": base,
-                    "tuned": tuned,
-                    "share": "accuracy" in key,
-                    "intervals": [getattr(one, bounds.get(key, ""), None) if one else None
-                                  for one in (run.base, run.tuned)],
-                    "bounds": bounds.get(key),
-                    "better": None if base in (None, tuned) else (tuned > base) == (key not in _LESS_IS_BETTER),
-                }
-            )  # fmt: skip
-    return told
-
-
-def _part(evaluation: Any, key: str) -> Any:
-    """key: names of attributes, with points between them."""
-    return reduce(lambda values, name: None if values is None else getattr(values, name), key.split("."), evaluation)
+    base, tuned = (one.summary() if one else {} for one in (run.base, run.tuned))
+    return [
+        {
+            "key": key,
+            "name": name,
+            "base": before,
+            "tuned": after,
+            "share": "accuracy" in key,
+            "intervals": [value_of(one, bounds.get(key, "")) for one in (base, tuned)],
+            "bounds": bounds.get(key),
+            "better": None if before in (None, after) else (after > before) == more,
+        }
+        for key, name, more in measures_of(tuned)
+        for before, after in [(value_of(base, key), value_of(tuned, key))]
+        if after is not None
+    ]
 
 
 def labels(tuned: Evaluation, base: Evaluation | None) -> dict[str, Any] | None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from finetune.data.compared import compared
+from finetune.data.compared import compared, pair_notes
+from finetune.data.formats import recognise
 from finetune.data.pair_batches import as_one, pair_batches
+from finetune.data.prepare import prepare
 from finetune.data.problems import BadSource
-from finetune.data.rows import Example, Row, Rows
+from finetune.data.records import read_records
+from finetune.data.rows import Example, Record, Row, Rows
+from finetune.events import result_of
+from finetune.recipe.load import check_recipe
+from tests.unit.data.toy_tokenizers import CHATML, byte_level
 
 USER, GOOD, BAD = (
     {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b"))
@@ -19,6 +27,11 @@ EARLIER = [{"role": "user", "content": "before"}, {"role": "assistant", "content
 PLAIN = ({"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "b"})
 TALK = ({"messages": [USER, GOOD]}, {"messages": [USER, BAD]})
 LONG = ({"messages": [*EARLIER, USER, GOOD]}, {"messages": [*EARLIER, USER, BAD]})
+
+
+def records(*fields: dict[str, Any]) -> list[Record]:
+    read = compared(rows(*fields), {}).rows
+    return read_records(read, recognise(read, "auto", {}))[0]
 
 
 def rows(*fields: dict[str, Any]) -> Rows:
@@ -84,12 +97,35 @@ def test_columns_may_be_named_and_must_be_there() -> None:
 def test_length_and_contradictions_are_said() -> None:
     pairs = [{"prompt": f"q{i}", "chosen": "a long answer", "rejected": "short"} for i in range(60)]
     pairs.append({"prompt": "q7", "chosen": "short", "rejected": "a long answer"})
-    notes = compared(rows(*pairs), {}).notes
+    notes = pair_notes(records(*pairs))
     assert "60 of 61 pairs" in notes[0] and "length alone" in notes[0]
-    assert ("1 pairs" in notes[1] and "f.jsonl:8" in notes[1]) or "f.jsonl:61" in notes[1]
+    assert notes[1] == "2 pairs say the opposite of another one: f.jsonl:8, f.jsonl:61"
     fair = [{"prompt": f"q{i}", "chosen": "ab"[: 1 + i % 2], "rejected": "cd"[: 2 - i % 2]} for i in range(60)]
-    told = compared(rows(*fair), {}).notes
+    told = pair_notes(records(*fair))
     assert len(told) == 1 and "length alone" not in told[0]
+
+
+@pytest.mark.parametrize("other", [{"prompt": [USER, GOOD, USER]}, {"prompt": [{**USER, "content": "p"}]}])
+def test_conversations_are_opposite_only_where_all_before_them_is_the_same(other: dict[str, Any]) -> None:
+    there, back = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, {"chosen": [BAD], "rejected": [GOOD]}
+    assert len(pair_notes(records(there, {**back, **other}))) == 1
+    assert "f.jsonl:1, f.jsonl:2" in pair_notes(records(there, {**back, "prompt": [USER]}))[1]
+
+
+@pytest.mark.parametrize("keys", [{}, {"limit": 10}, {"valid": "rows.jsonl"}], ids=str)
+def test_the_pairs_of_each_split_are_counted_apart(tmp_path: Path, keys: dict[str, Any]) -> None:
+    """Those that are trained on alone say what a model may learn from them."""
+    pairs = [{"prompt": f"q{i}", "chosen": "long" if i % 3 else "s", "rejected": "two"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in pairs))
+    written = {
+        "model": {"path": "builtin:reviews-base"}, "data": {"train": "rows.jsonl", **keys}, "preferences": {},
+        "prompt": {"template": "plain"},
+    }  # fmt: skip
+    made = result_of(prepare(check_recipe(written), byte_level(CHATML), tmp_path))
+    for split in (made.train, made.valid):
+        said = [note for note in split.notes if "longer answer" in note]
+        longer = sum(len(one.answer or "") > len(one.rejected.answer or "") for one in split.examples if one.rejected)
+        assert len(said) == 1 and f" in {longer} of {len(split.examples)} pairs" in said[0]
 
 
 def pair(prompt: int, better: int, worse: int, seed: int = 0) -> Example:
