@@ -107,7 +107,7 @@ def test_steps_are_the_same_steps(probability: float, pair: tuple[str, str], tin
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow), "qwen3"])
 def test_a_head_trains_the_same(
     name: str, pair: tuple[str, str], family_folder: Callable[[str], Path], usable: Usable
 ) -> None:

@@ -47,6 +47,7 @@ def data_of(work: Work, kind: str) -> str:
 KINDS = ("classification", "alpaca", "chat", "sharegpt", "text")
 
 
+@pytest.mark.slow
 def test_every_kind_of_data_gets_a_recipe_that_plans_and_trains(work: Work) -> None:
     less = ["train.steps=1", "train.epochs=", "quantize=none", "evaluate.max_tokens=2", "backend=reference"]
     less += ["train.learning_rate=2e-4"]  # the rule's is for real models: here one step would bring a loss of exactly 0

@@ -49,7 +49,8 @@ def coded(tmp_path: Path, tiny_model: Path) -> Work:
     return work
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("mlx", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "mlx"], indirect=True)
 def test_a_model_with_code_of_its_own_is_checked_and_trained(coded: Work, backend: str) -> None:
     allowed = ("recipe.yaml", "model.remote_code=true")
     check, train = coded.several(("check", *allowed), ("train", *allowed, "--backend", backend))

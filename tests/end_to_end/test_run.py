@@ -136,7 +136,8 @@ def test_interrupted_terminated_and_killed_it_goes_on_to_the_same_bytes(trained:
     same(again, run)
 
 
-@pytest.mark.parametrize("name", ["torch", pytest.param("mlx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torch", "mlx"])
 def test_four_bit_training_leaves_the_same_files(work: Work, name: str) -> None:
     if reason := registry.probe(name):
         pytest.skip(reason)

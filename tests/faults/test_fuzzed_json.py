@@ -171,7 +171,9 @@ def newest(run: Path, name: str) -> Path:
 
 
 @quick_and_slow
-@pytest.mark.parametrize("name", STOPPED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (place % 2)) for place, name in enumerate(STOPPED)]
+)
 def test_a_stopped_run(work: Work, name: str, times: int) -> None:
     file = newest(work.folder / "stopped", name)
     if not (work.folder / "stopped" / file).exists():

@@ -51,7 +51,14 @@ def foretold_and_done(made: Job) -> tuple[dict[str, float], set[str]]:
     return {name: s for name, s in ahead.seconds.items() if name.startswith(("errors", "suite"))}, said
 
 
-@pytest.mark.parametrize(("rows", "cases"), [(LABELLED, 3), (LABELLED, 0), (ANSWERED, 2)])
+@pytest.mark.parametrize(
+    ("rows", "cases"),
+    [
+        pytest.param(LABELLED, 3, marks=pytest.mark.slow),
+        pytest.param(LABELLED, 0, marks=pytest.mark.slow),
+        (ANSWERED, 2),
+    ],
+)
 def test_all_that_is_asked_is_foretold_and_nothing_else(tmp_path: Path, rows: list[dict[str, Any]], cases: int) -> None:
     foretold, done = foretold_and_done(job_with(tmp_path, rows, cases))
     assert all(seconds > 0 for seconds in foretold.values())
