@@ -123,7 +123,8 @@ def footprint(
         block = max(block, costs.recurrent_working(architecture.recurrence, micro.tokens))
     headed = replace(architecture, vocabulary=lora.classes or architecture.vocabulary)
     working = costs.held * max(block, _head_working(headed, micro, number, costs))
-    parked = architecture.embedding * float(number) if model.checkpointing and costs.parks_embedding else 0.0
+    parks = model.checkpointing and costs.parked_inputs is not None
+    parked = architecture.embedding * float(number) if parks else 0.0
     return Footprint(
         runtime=_runtime(model, micro, number, costs),
         weights=weight_bytes(architecture, model.quantize, number, costs) - parked,

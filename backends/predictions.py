@@ -86,8 +86,9 @@ class Costs:
     logits_at_once: int | None = None  # numbers computed at a time; None: those of all supervised positions
     gated_working: float = 4.0  # widths of a gated layer that exist at once in its backward pass, beside what is saved
     recomputed_blocks: float = 1.0  # whose saved results exist at once where activations are recomputed
-    parked_inputs: int | None = None  # of blocks computed again, on the device at once; None: all
-    parks_embedding: bool = False  # whether one that is not the head too is in the machine's memory then
+    # inputs of blocks computed again that are on the device at once; the others, and an embedding that is not the head
+    # too, are in the machine's memory; None: nothing is
+    parked_inputs: int | None = None
     four_bit: str | None = None  # the scheme in words; None: it has none
     four_bit_runtime: float = 0.0  # what the library for it adds to `runtime`
     four_bit_weight: Size = A_NUMBER  # one weight, with its share of the scales

@@ -34,10 +34,10 @@ def dense(layer: torch.nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     packed = layer.weight.data
     usual = packed.is_cuda and state.dtype == dtype and state.nested and state.state2.blocksize == _SCALES
     unpack = _unpacker(packed.device, state.quant_type, dtype) if usual else None
-    return _checked(packed, state).to(dtype) if unpack is None else unpack(packed, state)
+    return _by_bitsandbytes(packed, state).to(dtype) if unpack is None else unpack(packed, state)
 
 
-def _checked(packed: torch.Tensor, state: Any) -> torch.Tensor:
+def _by_bitsandbytes(packed: torch.Tensor, state: Any) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     weight: torch.Tensor = dequantize_4bit(packed, state)
@@ -73,7 +73,7 @@ def _unpacker(device: torch.device, kind: str, dtype: torch.dtype) -> Unpack | N
 
     numbers = torch.linspace(-1, 1, 64 * 1024, device=device, dtype=dtype).reshape(64, 1024)
     packed, state = quantize_4bit(numbers, blocksize=64, compress_statistics=True, quant_type=kind)
-    return unpack if torch.equal(unpack(packed, state), _checked(packed, state)) else None
+    return unpack if torch.equal(unpack(packed, state), _by_bitsandbytes(packed, state)) else None
 
 
 def _kernel(name: str) -> Callable[..., None] | None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from finetune.disk.metrics import read
 from finetune.events import StepDone
 from tests.unit.toy_run import curve
@@ -70,6 +72,15 @@ class Work:
         self.env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         for name in ("FORCE_COLOR", "COLUMNS", "PYTHONWARNINGS"):
             self.env.pop(name, None)
+
+    @classmethod
+    def of_one_block(cls, folders: pytest.TempPathFactory) -> Work:
+        """In new folders, with a random model of one block. Skips the test where torch is not here."""
+        pytest.importorskip("torch")
+        from tests.tiny_models import model_with_tokenizer
+
+        model = model_with_tokenizer(folders.mktemp("models") / "model", num_hidden_layers=1)
+        return cls(folders.mktemp("work"), model)
 
     def lines(self, name: str, rows: Sequence[dict[str, Any]]) -> Path:
         file = self.folder / name

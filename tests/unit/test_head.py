@@ -36,11 +36,7 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Work:
     """A working folder with one finished run, `run`."""
-    pytest.importorskip("torch")
-    from tests.tiny_models import model_with_tokenizer
-
-    model = model_with_tokenizer(tmp_path_factory.mktemp("models") / "model", num_hidden_layers=1)
-    work = Work(tmp_path_factory.mktemp("work"), model)
+    work = Work.of_one_block(tmp_path_factory)
     work.lines("rows.jsonl", rows(18))
     work.lines("valid.jsonl", rows(9, 100))
     work.recipe(HEADED.replace("steps: 3", "steps: 9"))

@@ -78,11 +78,7 @@ def test_a_run_that_recorded_none_says_so(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Work, dict[str, Any]]:
     """A working folder with one finished run, and what `eval` says of it when its files are as they were."""
-    pytest.importorskip("torch")
-    from tests.tiny_models import model_with_tokenizer
-
-    model = model_with_tokenizer(tmp_path_factory.mktemp("models") / "model", num_hidden_layers=1)
-    work = Work(tmp_path_factory.mktemp("work"), model)
+    work = Work.of_one_block(tmp_path_factory)
     rows = [{"text": f"film {i}", "label": ("good", "bad")[i % 2]} for i in range(8)]
     work.lines("rows.jsonl", rows)
     work.lines("valid.jsonl", rows[:5])

@@ -138,11 +138,7 @@ def test_a_power_law_is_followed_to_twice_the_rows(start: float, power: float) -
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
-    pytest.importorskip("torch")
-    from tests.tiny_models import model_with_tokenizer
-
-    model = model_with_tokenizer(tmp_path_factory.mktemp("models") / "model", num_hidden_layers=1)
-    made = Work(tmp_path_factory.mktemp("work"), model)
+    made = Work.of_one_block(tmp_path_factory)
     rows = [{"text": example.prompt, "label": str(example.answer)} for example in labelled(60, set())]
     made.lines("rows.jsonl", rows[:44])
     made.lines("valid.jsonl", rows[20:30])

@@ -23,11 +23,7 @@ UNEQUAL = '=1+1, "said" she\nand é'
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     """A working folder with a run of labels and a run of open answers."""
-    pytest.importorskip("torch")
-    from tests.tiny_models import model_with_tokenizer
-
-    model = model_with_tokenizer(tmp_path_factory.mktemp("models") / "model", num_hidden_layers=1)
-    made = Work(tmp_path_factory.mktemp("work"), model)
+    made = Work.of_one_block(tmp_path_factory)
     for name, rows in (("labelled", LABELLED), ("answered", ANSWERED)):
         made.lines("rows.jsonl", rows)
         made.lines("valid.jsonl", rows)

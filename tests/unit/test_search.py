@@ -105,11 +105,7 @@ def test_after_a_crash_a_search_says_how_it_goes_on(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
-    pytest.importorskip("torch")
-    from tests.tiny_models import model_with_tokenizer
-
-    model = model_with_tokenizer(tmp_path_factory.mktemp("models") / "model", num_hidden_layers=1)
-    made = Work(tmp_path_factory.mktemp("work"), model)
+    made = Work.of_one_block(tmp_path_factory)
     rows = [{"text": example.prompt, "label": str(example.answer)} for example in labelled(60, set())]
     for name, part in (("rows", rows[:36]), ("valid", rows[36:48]), ("test", rows[48:])):
         made.lines(f"{name}.jsonl", part)

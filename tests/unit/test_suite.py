@@ -38,11 +38,7 @@ SUITES = {
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     """A working folder with a run of each format, each with its suite."""
-    pytest.importorskip("torch")
-    from tests.tiny_models import model_with_tokenizer
-
-    model = model_with_tokenizer(tmp_path_factory.mktemp("models") / "model", num_hidden_layers=1)
-    made = Work(tmp_path_factory.mktemp("work"), model)
+    made = Work.of_one_block(tmp_path_factory)
     for name, rows in ROWS.items():
         made.lines("rows.jsonl", rows)
         made.lines("valid.jsonl", rows)

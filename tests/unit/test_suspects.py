@@ -268,11 +268,7 @@ def test_a_run_s_own_time_tells_what_a_proof_takes() -> None:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     """A working folder with a finished run on rows of which one has a wrong label, and two contradict each other."""
-    pytest.importorskip("torch")
-    from tests.tiny_models import model_with_tokenizer
-
-    model = model_with_tokenizer(tmp_path_factory.mktemp("models") / "model", num_hidden_layers=1)
-    made = Work(tmp_path_factory.mktemp("work"), model)
+    made = Work.of_one_block(tmp_path_factory)
     rows = [{"text": example.prompt, "label": str(example.answer)} for example in labelled(40, {10})]
     made.lines("rows.jsonl", [*rows, {"text": LONG, "label": "good"}, {"text": LONG, "label": "bad"}])
     made.lines("valid.jsonl", rows[20:30])
