@@ -149,15 +149,14 @@ class Trainer:
 
     def step(self, step: int) -> Iterator[Event]:
         """One optimiser step after `step` done ones, repeated with smaller micro-batches while memory runs out."""
-        rows = self.prepared.train.examples
-        examples = self._cut(step).examples(rows)
+        examples = self._cut(step).examples(self.prepared.train.examples)
         last = step + 1 == self.plan.steps or self.plan.evaluates_after(step + 1)
         rate = learning_rate(self.recipe, self.plan, step)
         started = time.perf_counter()
         while True:
             cut = self._cut(step)
             try:
-                micro = own_micro(self.session, self.objective.batches, cut, rows, last)
+                micro = own_micro(self.session, self.objective.batches, cut, examples, last)
                 result = self.objective.step(self.session, examples, micro, rate)
                 break
             except OutOfMemory as error:

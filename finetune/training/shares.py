@@ -30,8 +30,8 @@ class Cut:
     def micro(self, examples: Sequence[Example], rank: int, size: int) -> list[Batch]:
         return micro_batches(examples, self.micro_tokens, self.prefixes, rank, size)
 
-    def share(self, rows: Sequence[Example], rank: int, size: int) -> Share:
-        examples = self.examples(rows)
+    def share(self, examples: Sequence[Example], rank: int, size: int) -> Share:
+        """Of the step's examples, for one process."""
         micro = self.micro(examples, rank, size)
         weights = [example.weights[1:] for example in examples]
         return Share(
@@ -45,14 +45,14 @@ class Cut:
 Batches = Callable[[Sequence[Example], int, bool], list[Batch]]  # of `Objective`
 
 
-def own_micro(session: Session, batches: Batches, cut: Cut, rows: Sequence[Example], last: bool) -> list[Batch]:
+def own_micro(session: Session, batches: Batches, cut: Cut, examples: Sequence[Example], last: bool) -> list[Batch]:
     """This process's micro-batches of a step; where it is alone all, as its objective forms them.
 
-    last: whether other work comes after the step.
+    examples: of the step. last: whether other work comes after it.
     """
     if not isinstance(session, SharedSession):
-        return batches(cut.examples(rows), cut.micro_tokens, cut.prefixes)
-    share = cut.share(rows, 0, session.processes)
+        return batches(examples, cut.micro_tokens, cut.prefixes)
+    share = cut.share(examples, 0, session.processes)
     session.next_step(asdict(cut), share.weight, share.tokens, share.mine, last)
     return share.micro
 
@@ -67,4 +67,5 @@ def every_micro(session: Session, batches: Batches, cut: Cut, examples: Sequence
 
 def share_of(rows: Sequence[Example], cut: Mapping[str, Any], rank: int, size: int) -> Share:
     """As the first process says a step."""
-    return Cut(**{key: value for key, value in cut.items() if key != "do"}).share(rows, rank, size)
+    told = Cut(**{key: value for key, value in cut.items() if key != "do"})
+    return told.share(told.examples(rows), rank, size)
