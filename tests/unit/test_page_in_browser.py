@@ -201,7 +201,7 @@ def test_what_is_seen_is_the_report(tab: Any, pages: dict[str, str]) -> None:
     figures = tab.evaluate(
         "() => [...document.querySelectorAll('[data-of]')].map(e => [e.dataset.of, e.value, e.textContent])"
     )
-    values = report_json(a_run(analysis=an_analysis()))
+    values = report_json(a_run(analysis=an_analysis(), suite=a_suite()))
     assert len(figures) > 60
     for key, value, shown in figures:
         assert value_at(values, key) == json.loads(value) and close(key, shown, json.loads(value))
