@@ -17,11 +17,9 @@ from typing import Any
 from finetune.disk.manifest import newest_good
 from finetune.disk.weights import cut_short
 from finetune.errors import ExitCode, stopped_by
+from finetune.signals import STOPS
 from finetune.text import command_line, one_line
 
-STOPS = tuple(  # signals that ask a run to stop after its step
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
 MAPPED: list[Path] = []  # the folders of the models that this process has mapped
 _SHORT = 0.8  # a killed child that held this share of the machine's memory had most likely run out of it
 _on_bus_error: Any = None  # the handler, which must live as long as the process

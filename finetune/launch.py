@@ -11,15 +11,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from backends import registry, together
 from finetune import team_folder
 from finetune.errors import EnvironmentProblem, ExitCode, RecipeError
-from finetune.supervisor import listened_to
+from finetune.signals import handled, listened_to
 from finetune.terminal import awake, silent_keys
 
 MOST = 1024  # processes
@@ -95,7 +95,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], folder: Path) ->
     """The launcher, to its end; afterwards no process of the run is left. The exit code of what ended the run."""
     child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
     _fill(child)
-    with _Signals(folder) as asked, awake(child.pid), silent_keys():
+    with _Signals(folder).passed_on() as asked, awake(child.pid), silent_keys():
         failed_at: float | None = None
         while child.poll() is None:
             time.sleep(_POLL)
@@ -147,14 +147,10 @@ class _Signals:
     def __init__(self, folder: Path) -> None:
         self._folder, self._waiting, self.first = folder, list[int](), 0
 
-    def __enter__(self) -> _Signals:
-        handlers = {**dict.fromkeys(listened_to(), self._receive), signal.SIGTSTP: self._pause}
-        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    @contextmanager
+    def passed_on(self) -> Iterator[_Signals]:
+        with handled({**dict.fromkeys(listened_to(), self._receive), signal.SIGTSTP: self._pause}):
+            yield self
 
     def deliver(self) -> None:
         members = team_folder.members(self._folder)

@@ -22,8 +22,8 @@ from pathlib import Path
 from types import FrameType
 
 from finetune import crashes, team_folder
-from finetune.crashes import STOPS
 from finetune.errors import ExitCode
+from finetune.signals import STOPS, Handler, handled, listened_to
 from finetune.terminal import awake, enter_page, in_background, key_settings, leave_page, restore_keys
 from finetune.text import one_line
 
@@ -101,7 +101,7 @@ def run(command: Sequence[str]) -> int:
         child = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
         team_folder.started(child.pid)
-        with _Signals(child, ours) as asked, awake(child.pid):
+        with _Signals(child, ours).passed_on() as asked, awake(child.pid):
             child.wait()
             said, mapped = _announced(ours)
             path = Path(said["run"]) if "run" in said else None
@@ -129,11 +129,6 @@ def _meaning(code: int, lost: bool) -> list[str]:
     return [] if lost else [f"exit code {code}: {ExitCode(code).meaning}."]
 
 
-def listened_to() -> list[int]:
-    """The signals that stop a run here: SIGHUP not under nohup, which has it ignored."""
-    return [n for n in STOPS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
-
-
 class _Signals:
     """Hands signals on to the child; the supervisor outlives the child."""
 
@@ -141,18 +136,14 @@ class _Signals:
         self._child, self._ours = child, ours
         self.number = 0  # of the first signal; 0: none yet
 
-    def __enter__(self) -> _Signals:
-        handlers = {
-            **dict.fromkeys(listened_to(), self._pass_on), signal.SIGTSTP: self._pause,
-            signal.SIGALRM: lambda number, frame: self._child.kill(),
-        }  # fmt: skip
-        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.alarm(0)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    @contextmanager
+    def passed_on(self) -> Iterator[_Signals]:
+        others: dict[int, Handler] = {signal.SIGTSTP: self._pause, signal.SIGALRM: lambda *_: self._child.kill()}
+        with handled(dict.fromkeys(listened_to(), self._pass_on) | others):
+            try:
+                yield self
+            finally:
+                signal.alarm(0)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if self.number and number == getattr(signal, "SIGHUP", None):

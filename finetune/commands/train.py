@@ -22,7 +22,8 @@ from finetune.report.report import Report
 from finetune.report.summary import print_account, print_report
 from finetune.report.tracker import tracking
 from finetune.run import Run
-from finetune.supervisor import announce_lost, announce_run, listened_to, process_id
+from finetune.signals import handled, listened_to
+from finetune.supervisor import announce_lost, announce_run, process_id
 from finetune.team_folder import failure
 from finetune.text import command_line, one_line
 from finetune.training.job import refuse_unused_accelerator
@@ -56,12 +57,8 @@ class StopFlag:
 
     @contextmanager
     def listening(self) -> Iterator[StopFlag]:
-        before = {number: signal.signal(number, self._receive) for number in listened_to()}
-        try:
+        with handled(dict.fromkeys(listened_to(), self._receive)):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:

@@ -51,7 +51,7 @@ def test_a_child_that_it_ends_at_once_counts_as_stopped(capfd: pytest.CaptureFix
 
 
 def test_nohup_keeps_its_promise() -> None:
-    code = "from finetune import supervisor; print(*[int(n) for n in supervisor.listened_to()])"
+    code = "from finetune import signals; print(*[int(n) for n in signals.listened_to()])"
     ignoring = f"import signal; signal.signal(1, signal.SIG_IGN); {code}"
     said = [
         subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True, cwd=ROOT).stdout

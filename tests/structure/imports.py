@@ -16,7 +16,7 @@ PACKAGES = ("backends", "finetune")
 # From left to right, floor by floor: a room imports only rooms of floors to the left of its own, or of its own room.
 # `disk` stands right of `data`, not beside it: the identity of a run is a digest of its prepared rows.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("text", "options", "backends"),
+    ("text", "options", "signals", "backends"),
     ("errors", "streams", "team_folder"),
     ("console", "connections", "terminal"),
     ("recipe", "events"),

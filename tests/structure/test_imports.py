@@ -124,6 +124,7 @@ def test_the_root_holds_the_run_and_what_everyone_needs(house: House) -> None:
         "begin",
         "run",
         "supervisor",
+        "signals",
         "launch",
         "team_folder",
         "crashes",
