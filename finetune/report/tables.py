@@ -193,8 +193,14 @@ def _worst_confusions(matrix: Sequence[Sequence[int]], labels: Sequence[str]) ->
     for true, predicted, rows in pairs[:WORST]:
         share = f"{rows / sum(matrix[true]):.0%}"
         table.add_row(_cell(labels[true], 40), _cell(labels[predicted], 40), f"{rows:,}", share)
-    table.caption = f"the {min(WORST, len(pairs))} most frequent of {len(pairs)} confusions"
+    table.caption = which_confusions(min(WORST, len(pairs)), len(pairs))
     return table
+
+
+def which_confusions(shown: int, all_of_them: int) -> str:
+    if shown < all_of_them:
+        return f"the {shown} most frequent of {all_of_them:,} confusions"
+    return {0: "no confusions", 1: "the only confusion"}.get(shown, f"all {shown} confusions")
 
 
 def _measured(key: str, value: float | None) -> str:

@@ -287,7 +287,7 @@ def test_thousands_of_labels_and_steps_fit_on_a_page() -> None:
     tuned = evaluation(labels, labels[1:] + labels[:1], labels)
     html = run_page(finished(tuned, tuned))
     assert len(html.encode()) < 2_000_000
-    assert "The 15 most frequent of 1500 confusions" in html
+    assert "The 15 most frequent of 1,500 confusions" in html
 
 
 # Without rows

@@ -463,6 +463,19 @@ def test_confusion():
     ]
 
 
+@pytest.mark.parametrize(
+    "shown, confusions, said",
+    [
+        (10, 1500, "the 10 most frequent of 1,500 confusions"),
+        (3, 3, "all 3 confusions"),
+        (1, 1, "the only confusion"),
+        (0, 0, "no confusions"),
+    ],
+)
+def test_it_is_said_which_confusions_are_shown(shown: int, confusions: int, said: str) -> None:
+    assert tables.which_confusions(shown, confusions) == said
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_labels_of_any_length(width):
     names = ["x" * 300, "[/]", "a\nb\x1b[31m", *(f"label {i}" for i in range(9))]

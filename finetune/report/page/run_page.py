@@ -17,12 +17,12 @@ from finetune.report.page.render import marked, render
 from finetune.report.page.suite_section import suite_section
 from finetune.report.page.words import changed_words, cut
 from finetune.report.prompts import distinct
+from finetune.report.tables import MOST_LABELS, which_confusions
 from finetune.text import amount, duration, shorten
 
 MOST_ROWS = 20  # fixed rows that are shown, and as many broken ones
 MOST_WRONG = 10  # rows that are wrong before and after
-MOST_LABELS = 12  # in a whole confusion matrix; of a larger one only the most frequent confusions are shown
-WORST = 15  # of those
+WORST = 15  # confusions, of a matrix with more than MOST_LABELS
 MOST_CLASSES = 40
 SHORT = 30  # characters of answers that stand beside each other
 WIDE, NARROW = (1000, 340, 160), (360, 280, 60)  # of a chart: width, height, bands
@@ -134,7 +134,7 @@ def labels(tuned: Evaluation, base: Evaluation | None) -> dict[str, Any] | None:
         "matrix": tuned.confusion if whole else None,
         "totals": [max(sum(row), 1) for row in tuned.confusion],
         "worst": pairs[:WORST],
-        "confusions": len(pairs),
+        "which": which_confusions(min(WORST, len(pairs)), len(pairs)),
         "classes": [(i, names[i], one, before.get(one["label"])) for i, one in enumerate(tuned.classes[:MOST_CLASSES])],
         "more": max(len(names) - MOST_CLASSES, 0),
     }
