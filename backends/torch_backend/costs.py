@@ -5,6 +5,7 @@ Measured with torch 2.13, transformers 5.23 and Python 3.11 on Linux. On a GPU n
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 from backends.interface import Device, LoraSpec, Modules, NumberType, Wanted
@@ -85,7 +86,7 @@ _CPU = Costs(
     maps_files=True,
     quantising=16.0,
 )
-_GPU = replace(
+NVIDIA = replace(
     _CPU,
     device="gpu",
     update=6.0,  # a checkpoint's copy lies beside it, in the machine's memory
@@ -103,7 +104,8 @@ _GPU = replace(
     expands_keys=True,
     maps_files=False,
 )
-COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": _GPU}
+APPLE = replace(NVIDIA, parked_inputs=None)  # its memory is the machine's: nothing is copied out of the way
+COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": APPLE if sys.platform == "darwin" else NVIDIA}
 
 
 def measured_rate(number_type: NumberType, device: Wanted = "auto") -> float:

@@ -18,6 +18,7 @@ from backends.interface import LoraSpec, ModelSpec
 from backends.memory_plan import Footprint, Micro, first_adapted, footprint, read_architecture, weight_bytes
 from backends.model_folder import ModelFolder
 from backends.predictions import Architecture, Costs, Size
+from backends.torch_backend.costs import APPLE, NVIDIA
 
 FLOAT, HALF = ModelSpec(Path("model"), dtype="float32"), ModelSpec(Path("model"), dtype="bfloat16")
 ROWS = Micro(8, 128, 64)
@@ -42,7 +43,8 @@ def needed(
 ) -> Footprint:  # fmt: skip
     lora = LoraSpec(rank, 16.0)
     adapted = {name: size for name, size in shape.modules.items() if int(name.split(".")[2]) >= shape.blocks - last}
-    return footprint(shape, model, lora, adapted, micro, registry.costs(backend, device))
+    costs = NVIDIA if (backend, device) == ("torch", "gpu") else registry.costs(backend, device)
+    return footprint(shape, model, lora, adapted, micro, costs)
 
 
 BACKENDS = st.sampled_from(["torch", "mlx"])
@@ -112,6 +114,16 @@ def test_a_gpu_keeps_little_where_blocks_are_computed_again() -> None:
     kept = needed(architecture(4, embedding=untied))
     assert needed(architecture(3), again).activations < needed(architecture(4), HALF).activations < kept.activations
     assert few.weights == needed(architecture(4), again).weights - 2 * untied  # an embedding of its own waits there too
+
+
+def test_an_apple_gpu_has_no_memory_beside_its_own() -> None:
+    """With PyTorch (MPS) the inputs of all blocks that are computed again count, and so does the embedding."""
+    again, shape = replace(HALF, checkpointing=True), architecture(12, embedding=VOCABULARY * D)
+    found = footprint(shape, again, LoraSpec(8, 16.0), shape.modules, ROWS, APPLE)
+    beside = footprint(shape, again, LoraSpec(8, 16.0), shape.modules, ROWS, NVIDIA)
+    inputs = 9 * D * 2 * ROWS.tokens  # of all blocks but the three that an NVIDIA card holds
+    assert found.activations == pytest.approx(beside.activations + 1.1 * inputs)
+    assert found.weights == beside.weights + 2 * VOCABULARY * D
 
 
 def test_logits_are_counted_as_many_as_are_computed_at_a_time() -> None:
