@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,6 +46,55 @@ def _by_bitsandbytes(packed: torch.Tensor, state: Any) -> torch.Tensor:
 
 
 Unpack = Callable[[torch.Tensor, Any], torch.Tensor]
+Kernel = Callable[..., None]  # code, packed, scales, out, numbers in a block, numbers in all, stream
+
+
+class BlockScales:
+    """The scales of a block's 4-bit weights, unpacked by one kernel for all of them.
+
+    A kernel costs a GPU's host as much as a product does, whatever its size. Those of one block at a time are kept.
+    """
+
+    _kept: tuple[BlockScales, torch.Tensor] | None = None  # of the block that was asked last, of whichever model
+
+    def __init__(self, states: Sequence[Any]) -> None:
+        """Their packed scales become parts of one tensor."""
+        counts = [state.absmax.numel() for state in states]
+        self._starts = dict(zip(map(id, states), accumulate(counts, initial=0), strict=False))
+        self._code = states[0].state2.code
+        self._packed = torch.cat([state.absmax.flatten() for state in states])
+        self._scales = torch.cat([state.state2.absmax.flatten() for state in states])
+        offsets = [
+            state.offset.reshape(1).expand(count // _SCALES) for state, count in zip(states, counts, strict=True)
+        ]
+        self._offsets = torch.cat(offsets)[:, None]
+        for state, packed in zip(states, self._packed.split(counts), strict=True):
+            state.absmax = packed
+            state.block = self
+
+    def of(self, state: Any, kernel: Kernel, stream: int) -> torch.Tensor:
+        """Those of one weight, float32."""
+        if BlockScales._kept is None or BlockScales._kept[0] is not self:
+            BlockScales._kept = None
+            numbers = _unpacked_scales(kernel, self._code, self._packed, self._scales, stream)
+            numbers.view(-1, _SCALES).add_(self._offsets)
+            BlockScales._kept = self, numbers
+        start = self._starts[id(state)]
+        return BlockScales._kept[1][start : start + state.absmax.numel()]
+
+
+def join_scales(block: torch.nn.Module) -> None:
+    """From here on the scales of this block's 4-bit weights on a CUDA card are unpacked together, where they can be."""
+    states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in block.modules()]
+    joined = list({id(state): state for state in states if state is not None and can_join(state)}.values())
+    if len(joined) > 1 and all(torch.equal(state.state2.code, joined[0].state2.code) for state in joined):
+        BlockScales(joined)
+
+
+def can_join(state: Any) -> bool:
+    """Whether no scale of scales is shared by two weights."""
+    usual = bool(state.nested) and state.state2.blocksize == _SCALES
+    return usual and state.absmax.is_cuda and state.absmax.numel() % _SCALES == 0
 
 
 @cache
@@ -61,23 +111,42 @@ def _unpacker(device: torch.device, kind: str, dtype: torch.dtype) -> Unpack | N
         return None
 
     def unpack(packed: torch.Tensor, state: Any) -> torch.Tensor:
-        stream, of_scales = torch.cuda.current_stream(device).cuda_stream, state.state2
-        absmax = torch.empty(state.absmax.shape, dtype=torch.float32, device=device)
-        pointers = of_scales.code.data_ptr(), state.absmax.data_ptr(), of_scales.absmax.data_ptr(), absmax.data_ptr()
-        scales(*pointers, _SCALES, absmax.numel(), stream)
-        absmax += state.offset
+        stream = torch.cuda.current_stream(device).cuda_stream
+        absmax = scales_of(state, scales, stream)
         out = torch.empty(state.shape, dtype=dtype, device=device)
         pointers = None, packed.data_ptr(), absmax.data_ptr(), out.data_ptr()
         weights(*pointers, state.blocksize, out.numel(), stream)
         return out
 
-    numbers = torch.linspace(-1, 1, 64 * 1024, device=device, dtype=dtype).reshape(64, 1024)
-    packed, state = quantize_4bit(numbers, blocksize=64, compress_statistics=True, quant_type=kind)
-    return unpack if torch.equal(unpack(packed, state), _by_bitsandbytes(packed, state)) else None
+    numbers = torch.linspace(-1, 1, 256 * 1024, device=device, dtype=dtype).reshape(256, 1024)
+    layers = [
+        quantize_4bit(part, blocksize=64, compress_statistics=True, quant_type=kind) for part in (numbers, -numbers)
+    ]
+    expected = [_by_bitsandbytes(*layer) for layer in layers]
+    alone = all(torch.equal(unpack(*layer), weight) for layer, weight in zip(layers, expected, strict=True))
+    BlockScales([state for _, state in layers])
+    together = all(torch.equal(unpack(*layer), weight) for layer, weight in zip(layers, expected, strict=True))
+    return unpack if alone and together else None
 
 
-def _kernel(name: str) -> Callable[..., None] | None:
-    """code, packed, scales, out, numbers in a block, numbers in all, stream."""
+def scales_of(state: Any, kernel: Kernel, stream: int) -> torch.Tensor:
+    """A 4-bit weight's scales, float32."""
+    block: BlockScales | None = getattr(state, "block", None)
+    if block is not None:
+        return block.of(state, kernel, stream)
+    return _unpacked_scales(kernel, state.state2.code, state.absmax, state.state2.absmax, stream).add_(state.offset)
+
+
+def _unpacked_scales(
+    kernel: Kernel, code: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, stream: int
+) -> torch.Tensor:
+    out = torch.empty(packed.shape, dtype=torch.float32, device=packed.device)
+    pointers = code.data_ptr(), packed.data_ptr(), scales.data_ptr(), out.data_ptr()
+    kernel(*pointers, _SCALES, out.numel(), stream)
+    return out
+
+
+def _kernel(name: str) -> Kernel | None:
     try:
         from bitsandbytes.cextension import lib
 
@@ -85,5 +154,5 @@ def _kernel(name: str) -> Callable[..., None] | None:
     except (ImportError, AttributeError, TypeError):
         return None
     kernel.argtypes, kernel.restype = [_POINTER] * 4 + [_INT, _INT, _POINTER], None
-    called: Callable[..., None] = kernel
+    called: Kernel = kernel
     return called

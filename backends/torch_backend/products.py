@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,11 @@ class Shared(NamedTuple):
 
     calls: tuple[Call, ...]
     a: torch.Tensor  # that of all layers, one below the other [K * r, in]
+
+    @property
+    def scale(self) -> float:
+        """That of all of them."""
+        return self.calls[0].scale
 
     @property
     def dropped(self) -> bool:
@@ -136,10 +142,12 @@ Masks = Sequence[torch.Tensor | None]
 
 def _low_rank(shared: Shared, x: torch.Tensor) -> torch.Tensor:
     """scale * A x of all layers, beside each other [N, K r]."""
+    out = x.new_empty(len(x), len(shared.a))
     if not shared.dropped:
-        return (x @ shared.a.T).mul_(shared.calls[0].scale)
-    each = [_dropped(x, call.mask()) @ call.a.T for call in shared.calls]
-    return _beside(each).mul_(shared.calls[0].scale)
+        return _put(out, x, shared.a.T, shared.scale)
+    for part, call in zip(out.chunk(len(shared.calls), -1), shared.calls, strict=True):
+        _put(part, _dropped(x, call.mask()), call.a.T, shared.scale)
+    return out
 
 
 def _output(call: Call, x: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
@@ -153,15 +161,16 @@ def _adapter_gradients(
     shared: Shared, grads: Sequence[torch.Tensor], x: torch.Tensor, low_rank: torch.Tensor, masks: Masks
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """That of A x of all layers [N, K r], and those of each layer's A and B; the frozen weights have none."""
-    calls = shared.calls
-    each = [grad @ call.b for grad, call in zip(grads, calls, strict=True)]
-    grad_low_rank = _beside(each).mul_(calls[0].scale)
+    count = len(shared.calls)
+    grad_low_rank = torch.empty_like(low_rank)
+    parts = grad_low_rank.chunk(count, -1)
+    for part, grad, call in zip(parts, grads, shared.calls, strict=True):
+        _put(part, grad, call.b, shared.scale)
     if shared.dropped:
-        parts = zip(grad_low_rank.chunk(len(calls), -1), masks, strict=True)
-        of_a = [(part.T @ _dropped(x, mask)).float() for part, mask in parts]
+        of_a = [float32_product(part.T, _dropped(x, mask)) for part, mask in zip(parts, masks, strict=True)]
     else:
-        of_a = list((grad_low_rank.T @ x).float().chunk(len(calls)))
-    of_b = [(grad.T @ part).float() for grad, part in zip(grads, low_rank.chunk(len(calls), -1), strict=True)]
+        of_a = list(float32_product(grad_low_rank.T, x).chunk(count))
+    of_b = [float32_product(grad.T, part) for grad, part in zip(grads, low_rank.chunk(count, -1), strict=True)]
     return grad_low_rank, [factor for pair in zip(of_a, of_b, strict=True) for factor in pair]
 
 
@@ -180,8 +189,26 @@ def _input_gradient(
     return total
 
 
-def _beside(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(list(parts), -1) if len(parts) > 1 else parts[0]
+def _put(out: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * x y, written to `out` by one operation."""
+    return out.addmm_(x, y, beta=0, alpha=scale)
+
+
+def float32_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x y in float32."""
+    if x.dtype != torch.float32 and _sums_in_float32(x.device, x.dtype):
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return (x @ y).float()
+
+
+@cache
+def _sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has a product of such numbers whose result was never rounded to them; on a GPU it does."""
+    x = torch.full((16, 16), 0.1, device=device, dtype=dtype)
+    try:
+        return bool(torch.allclose(torch.mm(x, x, out_dtype=torch.float32), x.float() @ x.float(), rtol=1e-2))
+    except RuntimeError:
+        return False
 
 
 def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -59,6 +59,7 @@ from backends.torch_backend.device import (
     unused_card,
 )
 from backends.torch_backend.forward import Forward
+from backends.torch_backend.four_bit import join_scales
 from backends.torch_backend.generate import generate
 from backends.torch_backend.gradient import Gradient
 from backends.torch_backend.layers import delta_rule_of, use_own_layers
@@ -66,6 +67,7 @@ from backends.torch_backend.lora import Dropout, add_adapter, base_weight
 from backends.torch_backend.model import load_frozen, scheme_of
 from backends.torch_backend.optim import AdamW
 from backends.torch_backend.parked import keep_embedding_on_host
+from backends.torch_backend.patch import blocks_of
 from backends.torch_backend.read import last_states, scores_of
 from backends.torch_backend.recompute import recompute_blocks
 from backends.torch_backend.tree import check_experts, check_format, tree_of
@@ -124,6 +126,8 @@ class TorchSession:
             self._adapter = add_adapter(self._model, self.lora_shapes, lora, self._dropout)
             self._block_shortcuts = [*use_own_layers(self._model), *use_tiles(self._model), *delta_rule_of(self._model)]
             expand_heads(self._model)
+            for block in blocks_of(self._model)[0]:
+                join_scales(block)
             if model.checkpointing:
                 recompute_blocks(self._model, self._dropout, self._device)
                 keep_embedding_on_host(self._model, self._device)

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from backends.interface import LoraSpec  # noqa: E402
+from backends.torch_backend import products  # noqa: E402
 from backends.torch_backend.lora import LoraLinear  # noqa: E402
 from tests.conformance.toy import random_adapter, toy_batch  # noqa: E402
 from tests.tiny_models import tiny_llama  # noqa: E402
@@ -36,3 +37,18 @@ def test_no_sibling_waits_after_a_step(tmp_path: Path) -> None:
     session = opened(tiny_llama(tmp_path / "llama"), LoraSpec(4, 8.0))
     session.step([toy_batch()], 1e-2)
     assert not any(module.siblings._waiting for module in session._model.modules() if isinstance(module, LoraLinear))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_is_written_to_is_not_read_before(dtype: torch.dtype) -> None:
+    """A low-rank product goes into memory that holds anything, numbers that are none among it."""
+    x, a = torch.ones(3, 8, dtype=dtype), torch.full((4, 8), 0.5, dtype=dtype)
+    left = torch.full((3, 8), float("nan"), dtype=dtype)[:, 2:6]
+    assert torch.equal(products._put(left, x, a.T, 2.0), torch.full((3, 4), 8.0, dtype=dtype))
+
+
+def test_a_gradient_is_summed_in_float32() -> None:
+    half = torch.randn(32, 16).to(torch.bfloat16)
+    found = products.float32_product(half, half.T)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, half.float() @ half.float().T, rtol=1e-2, atol=0.1)
