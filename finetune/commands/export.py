@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from finetune.console import Console
 from finetune.data.rows import Split
-from finetune.disk.adapter import check_base, read_adapter
-from finetune.disk.atomic import new_folder, remove
+from finetune.disk.adapter import Adapter, check_base, read_adapter
+from finetune.disk.atomic import new_folder, remove, rename
 from finetune.disk.exports import Made, remember
 from finetune.disk.identity import check_held_out
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import EnvironmentProblem, ExportFailed, Incompatible, RecipeError
-from finetune.evaluation.evaluate import Evaluation, base_weights
+from finetune.evaluation.evaluate import base_weights
 from finetune.export.choose import check_options, precision, target_of
 from finetune.export.gguf_export import BASE
 from finetune.export.making import Making, Target
-from finetune.export.measure import Measured, chosen, evaluated, measured
+from finetune.export.measure import Measured, chosen, measured
 from finetune.export.prompt import travelling_template
 from finetune.export.verify import KEPT, Check, checks_table, model_checks, sentence, text_checks
 from finetune.recipe.schema import Recipe
@@ -55,61 +54,60 @@ def run(
     check_held_out(opened.path, job.prepared, "Put the rows back as they were")
     if job.prepared.task == "preference":  # what is verified is how the model answers
         job = replace(job, prepared=replace(job.prepared, task="generation"))
-    rows_measured = chosen(job.prepared.held_out, rows)
-    if len(rows_measured.examples) < 2:
+    some = chosen(job.prepared.held_out, rows)
+    if len(some.examples) < 2:
         raise Incompatible(f"{opened.path}: no held-out rows, so an export cannot be verified; set data.test")
     target = target_of(to, kind, bits, adapter_alone, job)
-    path = _free(output or opened.path / "exports" / target.name)
+    path = output or opened.path / "exports" / target.name
+    if path.exists() and not (path / FILE).exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RecipeError(f"--output: {path} is there, and is no export; name another folder")
     making = made_ready(opened, job, adapter)
-    measures, notes, always = run_measured(making, rows_measured), list(making.travels.notes), making.always
-    nearest, console = precision(target, job, making.session), Console()
+    measures, nearest = run_measured(making, some), precision(target, job, making.session)
+    always, notes, console = making.always, list(making.notes), Console()
     failed = path.with_name(f"{path.name}.failed")
+    if (failed / FILE).exists():
+        remove(failed)
     with new_folder(path) as hidden:
         checks = target.write(hidden, making)
         del making  # one model in memory at a time
         gc.collect()
-        checks += verified(target, hidden, job, always, measures, rows_measured, nearest)
-        (hidden / FILE).write_text(_as_json(opened, target, checks, notes, measures), encoding="utf-8")
+        checks += verified(target, hidden, job, always, measures, some, nearest)
+        wrong = sentence(checks, target.name, target.finer)
+        told = {"run": str(opened.path), "name": target.name, "type": target.kind, "holds": wrong is None}
+        told |= {"checks": [asdict(check) for check in checks], "notes": notes}
+        told |= {name: model.evaluation.summary() for name, model in zip(("base", "tuned"), measures, strict=True)}
+        (hidden / FILE).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         console.print(checks_table(checks, f"{path}, against the run's model"))
-        if wrong := sentence(checks, f"{to} {target.kind}", target.finer):
-            _move_entries(hidden, failed)
+        if wrong:
+            rename(hidden, failed)
             raise ExportFailed(f"{wrong}. What was written is in {failed}")
-    if (failed / FILE).exists():
-        remove(failed)
     _finish(console, opened, target, path, checks, notes)
 
 
-def _move_entries(hidden: Path, failed: Path) -> None:
-    """`new_folder` removes the folder itself after a failure."""
-    with new_folder(failed) as folder:
-        for entry in list(hidden.iterdir()):
-            entry.rename(folder / entry.name)
-
-
-def made_ready(opened: RunFolder, job: Job, adapter: Any) -> Making:
+def made_ready(opened: RunFolder, job: Job, adapter: Adapter) -> Making:
     always = opened.always() or {}
     assert job.prepared.renderer is not None
-    travels = travelling_template(job.prepared.renderer, job.prepared.format, job.tokenizer, always, opened.path.name)
+    prompt = travelling_template(job.prepared.renderer, job.prepared.format, job.tokenizer, always, opened.path.name)
     session = job.open(adapter)
     adapter = replace(adapter, tensors=session.get_state().adapter)  # by the checkpoint's names
-    return Making(job, session, adapter, travels, always)
+    return Making(job, session, adapter, *prompt, always)
 
 
-def run_measured(making: Making, rows: Split) -> tuple[Evaluation, Measured]:
+def run_measured(making: Making, rows: Split) -> tuple[Measured, Measured]:
+    """The base, without answers, and the run's model."""
     job, session = making.job, making.session
     stops = job.prepared.stop_tokens
     tuned = with_progress(measured(session, job, rows, "the run's model", stops))
     with base_weights(session):
-        base = with_progress(evaluated(session, job, rows, "base model", stops))
-    return base, tuned
+        return with_progress(measured(session, job, rows, "base model", stops, answered=0)), tuned
 
 
 def verified(
     target: Target,
     path: Path,
     job: Job,
-    always: Any,
-    run: tuple[Evaluation, Measured],
+    always: Mapping[str, str | None],
+    run: tuple[Measured, Measured],
     rows: Split,
     nearest: str,
 ) -> list[Check]:
@@ -128,29 +126,6 @@ def verified(
     return [*checks, *model_checks(*run, found, nearest)]
 
 
-def _free(path: Path) -> Path:
-    """The same. Raises RecipeError where something is there that is no export."""
-    if path.exists() and not (path / FILE).exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RecipeError(f"--output: {path} is there, and is no export; name another folder")
-    return path
-
-
-def _as_json(
-    opened: RunFolder, target: Target, checks: Sequence[Check], notes: Sequence[str], run: tuple[Evaluation, Measured]
-) -> str:
-    values = {
-        "run": str(opened.path),
-        "name": target.name,
-        "type": target.kind,
-        "holds": all(check.holds != "no" for check in checks),
-        "checks": [asdict(check) for check in checks],
-        "notes": list(notes),
-        "base": run[0].summary(),
-        "tuned": run[1].evaluation.summary(),
-    }
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-
-
 def _finish(
     console: Console, opened: RunFolder, target: Target, path: Path, checks: Sequence[Check], notes: list[str]
 ) -> None:
@@ -160,8 +135,8 @@ def _finish(
     line = f"log-probabilities: {errors.result}, on {errors.on}; tuning that is kept: {kept.result}"
     commands = target.commands(path.resolve())
     remember(opened, Made(str(path.resolve()), target.kind, line, commands, notes))
-    warned = [check for check in checks if check.holds == "warning"]
-    for note in (*notes, *(f"{check.name}: {check.result} {check.where}".strip() for check in warned)):
+    warned = [f"{check.name}: {check.result} {check.where}".strip() for check in checks if check.holds == "warning"]
+    for note in (*notes, *warned):
         console.print(f"note: {note}", soft_wrap=True)
     console.print(f"{path}: does what the run's model does. Serve it with", soft_wrap=True)
     for command in commands:

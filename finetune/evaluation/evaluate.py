@@ -38,16 +38,18 @@ def evaluate(
     decode: Callable[[Sequence[int]], str] | None = None,
     compared: AnswerPart = "all",
     pairs: PairLoss | None = None,
+    losses: RowLosses | None = None,
 ) -> Generator[Progress, None, Evaluation]:
     """Loss on every row; labels where there are labels; written answers where `max_tokens` allows any.
 
-    compared: what of those. pairs: the loss of pairs of answers, which are measured by themselves. `name` says in the
-    progress what is evaluated. Raises MemoryExhausted where one row alone does not fit.
+    compared: what of those. pairs: the loss of pairs of answers, which are measured by themselves. losses: those of the
+    rows, where they are known. `name` says in the progress what is evaluated. Raises MemoryExhausted where one row
+    alone does not fit.
     """
     examples = split.examples
     if pairs is not None:
         return (yield from evaluate_pairs(session, examples, micro_tokens, pairs, name))
-    losses = yield from row_losses(session, examples, micro_tokens, f"{name}: loss")
+    losses = losses or (yield from row_losses(session, examples, micro_tokens, f"{name}: loss"))
     predicted: list[str | None] = [None] * len(examples)
     ended: list[bool | None] = [None] * len(examples)
     expected = [example.answer or "" for example in examples]

@@ -30,6 +30,7 @@ class RowLosses(NamedTuple):
     correct: NDArray[np.int64]  # supervised tokens that are the most probable ones
     tokens: NDArray[np.int64]  # supervised
     first: NDArray[np.int64]  # the most probable token of all where the answer begins; -1 where that is not scored
+    scores: Sequence[tuple[FloatArray, IntArray]] = ()  # of each supervised token: its logprob, the most probable one
 
 
 class Written(NamedTuple):
@@ -98,6 +99,7 @@ def row_losses(
     """The loss of each example. `what` names the progress."""
     n = len(examples)
     losses = RowLosses(np.zeros(n), np.zeros(n, np.int64), np.zeros(n, np.int64), np.full(n, -1, np.int64))
+    scores = [(np.empty(0, np.float32), np.empty(0, np.int32))] * n
     done = 0
     batches = evaluation_batches(examples, micro_tokens, session.shares_prefixes)
     for rows, batch, logprob, greedy in scored(session, batches, examples):
@@ -105,13 +107,15 @@ def row_losses(
         losses.loss[rows] = -(logprob.astype(np.float64) * supervised).sum(axis=1)
         losses.correct[rows] = ((greedy == batch.targets) & supervised).sum(axis=1)
         losses.tokens[rows] = supervised.sum(axis=1)
+        for i, at, *told in zip(rows, supervised, logprob, greedy, strict=True):
+            scores[i] = told[0][at], told[1][at]
         before = len(batch.prefixes[0]) if batch.prefixes else 0
         begins = np.array([len(examples[i].prompt_tokens) - 1 - before for i in rows])  # predicts the answer's first
         row, column = np.arange(len(rows)), begins.clip(0, supervised.shape[1] - 1)
         losses.first[rows] = np.where(supervised[row, column] & (begins == column), greedy[row, column], -1)
         done += len(rows)
         yield Progress(0, what, done, n)
-    return losses
+    return losses._replace(scores=scores)
 
 
 def choose_labels(

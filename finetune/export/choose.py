@@ -17,7 +17,6 @@ from finetune.text import harmless
 from finetune.training.job import Job
 
 FORMATS = ("merged", "mlx", "gguf", "ollama")
-_PLAIN = tuple(KINDS)
 _USUAL = "q8_0"
 _FINER = {"q4_k_m": "q5_k_m", "q5_k_m": "q6_k", "q6_k": "q8_0", "q8_0": "f16"}
 
@@ -30,51 +29,43 @@ def check_options(to: str, kind: str | None, bits: int | None, adapter_alone: bo
         raise RecipeError(f"--bits {bits}: belongs to --to mlx, and is {', '.join(map(str, BITS))}")
     if adapter_alone and to != "gguf":
         raise RecipeError("--adapter: belongs to --to gguf; PEFT and mlx-lm load the run's folder adapter/ as it is")
-    whole = to in ("gguf", "ollama") and not adapter_alone
-    types = tuple(GGUF_TYPES) if whole else _PLAIN
+    types = tuple(GGUF_TYPES) if to in ("gguf", "ollama") and not adapter_alone else tuple(KINDS)
     if kind is not None and (bits is not None or kind not in types):
         what = "with --bits there is none" if bits is not None else f"for this export there are {', '.join(types)}"
         raise RecipeError(f"--type {harmless(kind)}: {what}")
 
 
 def target_of(to: str, kind: str | None, bits: int | None, adapter_alone: bool, job: Job) -> Target:
-    """What the options ask for."""
-    if to in ("gguf", "ollama"):  # before anything is measured
-        _check_gguf(kind, job)
-    if adapter_alone:
-        packed = "use --to gguf without --adapter: the adapter was trained on weights of 4 bits"
-        finer = packed if job.recipe.quantize != "none" or job.folder.packed else ""
-        return GgufAdapter("gguf-adapter", "adapter", finer, kind or "f16")  # type: ignore[arg-type]
+    """What the options ask for. Raises EnvironmentProblem where a package is missing, or for a model that llama.cpp
+    reads otherwise: before anything is measured.
+    """
     if to in ("gguf", "ollama"):
+        for package in ("gguf", "xllamacpp", *(["libgguf"] if "_k" in (kind or "") else [])):
+            optional(package)
+        family_of(job.folder)
+        if adapter_alone:
+            packed = job.recipe.quantize != "none" or job.folder.packed
+            finer = "use --to gguf without --adapter: the adapter was trained on weights of 4 bits" if packed else ""
+            return GgufAdapter("gguf-adapter", kind or "f16", finer)
         kind = kind or _USUAL
         finer = f"use --type {_FINER[kind]}" if kind in _FINER else ""
         return (GgufFile if to == "gguf" else OllamaFolder)(f"{to}-{kind}", kind, finer)
     if to == "mlx":
         optional("mlx_lm", extra="mlx")
-    numbers = kind or base_kind(job.folder.weights)
-    if bits is None:
-        return MergedFolder(f"merged-{numbers}", numbers, "", to if to == "mlx" else None)
-    finer = "use --bits 8, or --to merged" if bits < 8 else "use --to merged"
-    return QuantisedFolder(f"mlx-{bits}bit", f"{bits}bit", finer, to, bits, numbers)  # type: ignore[arg-type]
-
-
-def _check_gguf(kind: str | None, job: Job) -> None:
-    """Raises EnvironmentProblem where a package is missing, or for a model that llama.cpp reads otherwise."""
-    for package in ("gguf", "xllamacpp", *(["libgguf"] if "_k" in (kind or "") else [])):
-        optional(package)
-    family_of(job.folder)
+    if bits is not None:
+        finer = "use --bits 8, or --to merged" if bits < 8 else "use --to merged"
+        return QuantisedFolder(f"mlx-{bits}bit", f"{bits}bit", finer, to, bits)
+    kind = kind or base_kind(job.folder.weights)
+    return MergedFolder(f"merged-{kind}", kind, "", to if to == "mlx" else None)
 
 
 def precision(target: Target, job: Job, session: Session) -> str:
     """What bounds how near the models can be: the type of the file, or what the device or llama.cpp computes with."""
-    kind = target.kind
-    if isinstance(target, GgufAdapter):  # on weights that are not quantised, as a base's GGUF has them
-        kind = "f16" if session.scheme == "none" else kind
-    elif isinstance(target, GgufFile) and kind == "f32":
-        kind = "f16"  # llama.cpp reads some functions from tables of 16 bits
-    if kind not in _PLAIN:
-        return kind
+    if target.finer:
+        return "quantised"
     half = registry.describe(job.backend, job.recipe.device)["half"]
     number = model_spec(job.recipe, job.folder).number_type(registry.device_kind(session.device), half)
-    computed = next(short for short, name in KINDS.items() if name == number)
-    return max(kind, computed, key=_PLAIN.index)
+    kinds = [target.kind, *(short for short, name in KINDS.items() if name == number)]
+    if isinstance(target, GgufFile | GgufAdapter):
+        kinds.append("f16")  # llama.cpp reads some functions from tables of 16 bits
+    return max(kinds, key=tuple(KINDS).index)

@@ -110,9 +110,7 @@ class Engine:
         """
         bias = [[int(sampled), _BIAS]]
         body = {"n_predict": 1, "n_probs": count, "temperature": 0.0, "logit_bias": bias, "cache_prompt": True}
-        answer = self._server.handle_completions({"prompt": [int(token) for token in tokens], **body})
-        if "choices" not in answer:
-            raise EnvironmentProblem(f"llama.cpp: {answer!s:.300}")
+        answer = self._ask("/v1/completions", {"prompt": [int(token) for token in tokens], **body})
         told = (answer["choices"][0].get("logprobs") or {}).get("content")
         return told[0] if told else None
 

@@ -7,10 +7,8 @@ measured, or is wrong there in silence, is refused by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,19 +72,11 @@ _KINDS = {
 }
 
 
-class Refused(Exception):
-    """The reason why a model or a tokenizer is not written as GGUF."""
+class Refused(EnvironmentProblem):
+    """A model or a tokenizer that is not written as GGUF, with the reason and the remedy."""
 
-
-@contextmanager
-def refusals(path: Path) -> Iterator[None]:
-    """Raises EnvironmentProblem with the reason and the remedy instead of Refused. path: of the model."""
-    try:
-        yield
-    except Refused as refused:
-        raise EnvironmentProblem(
-            f"{path}: {refused}. Write it with --to merged, and use llama.cpp's own converter"
-        ) from None
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the run's base: {reason}. Write it with --to merged, and use llama.cpp's own converter")
 
 
 @dataclass(frozen=True)
@@ -111,12 +101,7 @@ class Family:
 
 
 def family_of(folder: ModelFolder) -> Family:
-    """Raises EnvironmentProblem with the reason and the remedy for a model that cannot be written exactly."""
-    with refusals(folder.path):
-        return _family(folder)
-
-
-def _family(folder: ModelFolder) -> Family:
+    """Raises Refused for a model that cannot be written exactly."""
     name = folder.config.get("model_type")
     kind = _KINDS.get(str(name))
     if "vision_config" in folder.config or "audio_config" in folder.config:

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from backends import registry
 from backends.interface import LoraSpec, OptimSpec
 from backends.model_folder import ModelFolder, ending, read_object
-from finetune.data.conversation import Conversation
 from finetune.data.rows import Message
-from finetune.data.template_sandbox import render
 from finetune.data.tokenizer import encode, load_tokenizer
 from finetune.disk.adapter import Adapter
 from finetune.disk.safetensors_file import read_header, read_tensor
 from finetune.errors import EnvironmentProblem
+from finetune.export import merge
 from finetune.export.making import Making, Target
 from finetune.export.measure import Exported
-from finetune.export.merge import Kind, Tensors, file_check, product, tensors, write_merged, write_tokenizer
+from finetune.export.merge import Tensors
 from finetune.export.packages import optional
+from finetune.export.prompt import prompt_of
 from finetune.export.verify import Check, graded
 from finetune.recipe.specs import model_spec
 from finetune.text import command_line
@@ -44,7 +44,7 @@ def loaded_folder(path: Path, job: Job, backend: str) -> Exported:
         return next(encode(tokenizer, [text])).tokens
 
     def prompt(messages: Sequence[Message], tools: Sequence[Any]) -> list[int]:
-        return tokenise(render(tokenizer, Conversation(messages, [(len(messages), True)], list(tools) or None))[0])
+        return tokenise(prompt_of(tokenizer, messages, tools))
 
     plain = replace(spec, quantize="none", checkpointing=False)
     # An adapter that is not trained adds nothing: this is the folder's own model.
@@ -60,15 +60,13 @@ class MergedFolder(Target):
     reader: str | None = None  # the backend that verifies it; None: the run's
 
     def write(self, to: Path, making: Making) -> list[Check]:
-        folder, kind = making.job.folder, cast(Kind, self.kind)
-        write_merged(to, making.session, folder, making.adapter, kind)
-        write_tokenizer(to, folder, making.job.tokenizer, making.travels.template)
+        _write(to, making, self.kind)
         held = {
-            name: (kind.upper(), partial(read_tensor, file, name))
+            name: (self.kind.upper(), partial(read_tensor, file, name))
             for file in to.glob("model*.safetensors")
             for name in read_header(file)[0]
         }
-        return [file_check(held, tensors(making.session, folder, making.adapter))]
+        return [merge.file_check(held, merge.tensors(making.session, making.job.folder, making.adapter))]
 
     def open(self, path: Path, job: Job) -> Exported:
         return loaded_folder(path, job, self.reader or job.backend)
@@ -85,27 +83,30 @@ class QuantisedFolder(MergedFolder):
     """`--to mlx --bits n`: quantised on the grid of the training, so the original weights are what is merged into."""
 
     bits: int = BITS[0]
-    numbers: Kind = "f32"  # of what is not quantised
 
     def write(self, to: Path, making: Making) -> list[Check]:
         job, merged, quantised = making.job, to / "merged", to / "quantised"
         merged.mkdir()
-        write_merged(merged, making.session, job.folder, making.adapter, self.numbers, original=True)
-        write_tokenizer(merged, job.folder, job.tokenizer, making.travels.template)
+        _write(merged, making, merge.base_kind(job.folder.weights), original=True)
         quantise(merged, quantised, self.bits, job.folder.remote_code)
         shutil.rmtree(merged)
         for file in quantised.iterdir():
             file.rename(to / file.name)
         quantised.rmdir()
-        write_tokenizer(to, job.folder, job.tokenizer, making.travels.template)  # as it was, for old readers too
-        wanted = tensors(making.session, job.folder, making.adapter, original=True)
-        return [*change_check(to, wanted, making.adapter)]
+        merge.write_tokenizer(to, job.folder, job.tokenizer, making.template)  # as it was, for old readers too
+        wanted = merge.tensors(making.session, job.folder, making.adapter, original=True)
+        return change_checks(to, wanted, making.adapter)
 
     def commands(self, path: Path) -> list[str]:
         return super().commands(path)[1:]  # vLLM reads no such folder
 
 
-def change_check(to: Path, wanted: Tensors, adapter: Adapter) -> Iterator[Check]:
+def _write(to: Path, making: Making, kind: str, original: bool = False) -> None:
+    merge.write_merged(to, making.session, making.job.folder, making.adapter, kind, original=original)
+    merge.write_tokenizer(to, making.job.folder, making.job.tokenizer, making.template)
+
+
+def change_checks(to: Path, wanted: Tensors, adapter: Adapter) -> list[Check]:
     """How much of what training changed is in the quantised weights: their change in the direction of the adapter's
     product, over that product. Rounding to the grid that the adapter was trained on takes small changes back; the loss
     hardly shows it where the base was far from the answers. wanted: the merged tensors before they were quantised.
@@ -116,19 +117,19 @@ def change_check(to: Path, wanted: Tensors, adapter: Adapter) -> Iterator[Check]
     for file in to.glob("model*.safetensors"):
         arrays |= {ending(name): array for name, array in mx.load(str(file)).items()}  # type: ignore[union-attr]
     layers, found, whole = 0, 0.0, 0.0
-    for name, numbers in wanted:
-        module = name.removesuffix(".weight")
-        if f"{module}.lora_A" not in adapter.tensors or f"{ending(module)}.scales" not in arrays:
+    for module in (name.removesuffix(".lora_A") for name in adapter.tensors if name.endswith(".lora_A")):
+        if f"{ending(module)}.scales" not in arrays:
             continue
-        change = product(adapter, module)
         words, scales, biases = (arrays[f"{ending(module)}.{part}"] for part in ("weight", "scales", "biases"))
+        change = merge.product(adapter, module)
         group, bits = change.shape[1] // scales.shape[1], words.shape[1] * 32 // change.shape[1]
         held = np.array(mx.dequantize(words, scales, biases, group, bits).astype(mx.float32))
-        layers, found = layers + 1, found + float(((held - numbers + change) * change).sum())
+        layers, found = layers + 1, found + float(((held - wanted[f"{module}.weight"]() + change) * change).sum())
         whole += float(np.square(change).sum())
-    if whole:
-        share = found / whole
-        yield Check("change of the weights", f"{layers} layers", f"{share:.1%} is in them", graded(share))
+    share = found / (whole or 1.0)
+    return (
+        [Check("change of the weights", f"{layers} layers", f"{share:.1%} is in them", graded(share))] if whole else []
+    )
 
 
 def quantise(merged: Path, to: Path, bits: int, remote_code: bool) -> None:

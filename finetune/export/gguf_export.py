@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.disk.adapter import Adapter
@@ -11,7 +10,7 @@ from finetune.export.families import family_of
 from finetune.export.gguf_file import of_file, tensors_of, write_adapter, write_model
 from finetune.export.making import Making, Target
 from finetune.export.measure import Exported, longest_answer
-from finetune.export.merge import Kind, file_check, tensors
+from finetune.export.merge import file_check, tensors
 from finetune.export.ollama import READS_JINJA, modelfile, ollama_commands, template_of
 from finetune.export.verify import Check
 from finetune.text import command_line
@@ -39,10 +38,9 @@ class GgufFile(Target):
     def write(self, to: Path, making: Making) -> list[Check]:
         folder, file = making.job.folder, to / MODEL
         whole = tensors(making.session, folder, making.adapter)
-        narrow = write_model(file, folder, whole, making.travels.template, self.kind)
-        again = of_file(family_of(folder), tensors(making.session, folder, making.adapter))
+        narrow = write_model(file, folder, whole, making.template, self.kind)
         note = f", {narrow} of them in a larger type" if narrow else ""
-        return [file_check(tensors_of(file), again, note)]
+        return [file_check(tensors_of(file), of_file(family_of(folder), whole), note)]
 
     def open(self, path: Path, job: Job) -> Exported:
         return loaded_gguf(job, path / MODEL)
@@ -64,19 +62,16 @@ class OllamaFolder(GgufFile):
         return ollama_commands(path)
 
 
-@dataclass(frozen=True)
 class GgufAdapter(Target):
     """`--to gguf --adapter`: the adapter for a GGUF of its base, verified on one that is written for that alone."""
 
-    numbers: Kind = "f16"
-
     def write(self, to: Path, making: Making) -> list[Check]:
-        folder, template, adapter = making.job.folder, making.travels.template, making.adapter
-        written = write_adapter(to / ADAPTER, folder, adapter.tensors, adapter.scale * adapter.rank, self.numbers)
-        (to / TEMPLATE).write_text(template, encoding="utf-8")
+        folder, adapter = making.job.folder, making.adapter
+        written = write_adapter(to / ADAPTER, folder, adapter.tensors, adapter.scale * adapter.rank, self.kind)
+        (to / TEMPLATE).write_text(making.template, encoding="utf-8")
         bare = tensors(making.session, folder, Adapter({}, adapter.rank, 0.0), original=True)
-        write_model(to / BASE, folder, bare, template, "f16")
-        return [file_check(tensors_of(to / ADAPTER), written.items())]
+        write_model(to / BASE, folder, bare, making.template, "f16")
+        return [file_check(tensors_of(to / ADAPTER), written)]
 
     def open(self, path: Path, job: Job) -> Exported:
         return loaded_gguf(job, path / BASE, path / ADAPTER)

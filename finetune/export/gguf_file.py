@@ -6,7 +6,7 @@ Which tensor gets which type follows llama-quantize.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import prod
@@ -20,7 +20,7 @@ from backends.interface import FloatArray
 from backends.model_folder import ModelFolder
 from finetune.errors import EnvironmentProblem, Incompatible
 from finetune.export.families import Family, Keys, family_of
-from finetune.export.merge import Held, Tensors, as_said, cast
+from finetune.export.merge import Held, Tensors, cast
 from finetune.export.packages import optional, processors
 from finetune.export.vocabulary import vocabulary
 
@@ -43,11 +43,11 @@ _ROWS = 1 << 20  # numbers that one thread packs at a time
 
 
 def write_model(file: Path, folder: ModelFolder, tensors: Tensors, template: str, kind: str) -> int:
-    """Writes every tensor of the model, which come by their names in the checkpoint, in its order.
+    """Writes every tensor of the model. tensors: by their names in the checkpoint.
 
     Returns how many matrices have rows too narrow for the type, and so are in a larger one. folder: of the base.
     template: the chat template that travels. kind: of `KINDS`. Raises EnvironmentProblem for a model or a tokenizer
-    that cannot be written exactly, Incompatible where tensors are missing or not the model's.
+    that cannot be written exactly.
     """
     family = family_of(folder)
     shapes = {} if family.factors is None else {FACTORS: family.factors.shape}
@@ -70,18 +70,19 @@ def write_model(file: Path, folder: ModelFolder, tensors: Tensors, template: str
     return sum(narrow for _, narrow in chosen.values())
 
 
-def of_file(family: Family, tensors: Tensors) -> Iterator[tuple[str, FloatArray]]:
+def of_file(family: Family, tensors: Tensors) -> Tensors:
     """The model's tensors under the file's names, as it holds them."""
-    if family.factors is not None:
-        yield FACTORS, family.factors
-    for name, tensor in tensors:
-        if name in family.names:
-            yield family.names[name], family.converted(name, tensor)
+
+    def converted(name: str) -> FloatArray:
+        return family.converted(name, tensors[name]())
+
+    factors = {} if family.factors is None else {FACTORS: partial(np.asarray, family.factors)}
+    return factors | {written: partial(converted, name) for name, written in family.names.items()}
 
 
 def write_adapter(
     file: Path, folder: ModelFolder, tensors: Mapping[str, FloatArray], alpha: float, kind: str = "f16"
-) -> dict[str, FloatArray]:
+) -> Tensors:
     """Writes an adapter for the GGUF file of its base; its tensors under the file's names, as it holds them.
 
     tensors: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r]. kind: f32, f16 or bf16.
@@ -97,8 +98,9 @@ def write_adapter(
         written[f"{family.names[target]}.{factor.lower()}"] = family.converted(target, tensor) if second else tensor
     keys = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)}
     types = {name: (tensor.shape, KINDS[kind][0]) for name, tensor in written.items()}
-    _write(file, family.architecture, keys | {"general.file_type": KINDS[kind][2]}, types, written.items())
-    return written
+    factors = {name: partial(np.asarray, tensor) for name, tensor in written.items()}
+    _write(file, family.architecture, keys | {"general.file_type": KINDS[kind][2]}, types, factors)
+    return factors
 
 
 def _write(file: Path, architecture: str, keys: Keys, types: Types, tensors: Tensors) -> None:
@@ -115,8 +117,8 @@ def _write(file: Path, architecture: str, keys: Keys, types: Types, tensors: Ten
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, numbers in as_said({name: shape for name, (shape, _) in types.items()}, tensors):
-            writer.write_tensor_data(packed(np.asarray(numbers, np.float32), types[name][1], name))
+        for name, (_, kind) in types.items():
+            writer.write_tensor_data(packed(np.asarray(tensors[name](), np.float32), kind, name))
     finally:
         writer.close()
 
@@ -166,7 +168,7 @@ def packed(tensor: FloatArray, kind: str, name: str) -> NDArray[Any]:
     if not np.isfinite(tensor).all():
         raise EnvironmentProblem(f"{name} holds numbers that are not finite; no file was written")
     if kind in ("F32", "F16", "BF16"):
-        return cast(tensor, kind.lower(), name)  # type: ignore[arg-type]
+        return cast(tensor, kind.lower(), name)
     gguf = optional("gguf")
     number = gguf.GGMLQuantizationType[kind]
     pack = gguf.quants.quantize

@@ -8,15 +8,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from backends.interface import Batch, Reader, Scores
-from finetune.data.collate import evaluation_batches
+from backends.interface import FloatArray, IntArray, Reader
 from finetune.data.rows import Message, Split
 from finetune.data.tokenizer import answer_text
 from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.evaluation.intervals import ratio_interval
-from finetune.evaluation.scoring import Written, scored, write_answers
+from finetune.evaluation.scoring import Written, row_losses, write_answers
 from finetune.events import Progress
 from finetune.training.job import Job
 
@@ -38,27 +36,11 @@ class Exported:
 
 @dataclass(frozen=True)
 class Measured:
-    """One model on the rows. n is their number."""
+    """One model on the rows."""
 
     evaluation: Evaluation
-    logprobs: tuple[NDArray[np.float32], ...]  # [n] of each row's supervised tokens
-    greedy: tuple[NDArray[np.int32], ...]  # [n] the most probable token at each of them
-    answers: tuple[Written, ...]  # of the first rows; none where they are plain text
-
-
-class _Remembering:
-    """A reader that scores each batch once: rows are scored for their tokens and again for their loss."""
-
-    def __init__(self, inner: Reader) -> None:
-        self._inner, self._known = inner, dict[bytes, Scores]()
-        self.shares_prefixes, self.generate = inner.shares_prefixes, inner.generate
-
-    def score(self, batch: Batch) -> Scores:
-        parts = (batch.inputs, batch.targets, batch.weights, *batch.prefixes)
-        key = b"|".join(part.tobytes() for part in parts)
-        if key not in self._known:
-            self._known[key] = self._inner.score(batch)
-        return self._known[key]
+    tokens: Sequence[tuple[FloatArray, IntArray]]  # of each row's supervised ones: logprob, the most probable token
+    answers: Sequence[Written]  # of the first rows; none where they are plain text
 
 
 def chosen(split: Split, rows: int) -> Split:
@@ -68,48 +50,29 @@ def chosen(split: Split, rows: int) -> Split:
     return replace(split, examples=tuple(split.examples[at] for at in places))
 
 
-def evaluated(
-    session: Reader, job: Job, split: Split, name: str, stops: Collection[int]
-) -> Generator[Progress, None, Evaluation]:
-    """The rows measured as the run measures its held-out rows, with answers that end at `stops`."""
-    asked = job.recipe.evaluate
-    return (
-        yield from evaluate(
-            session,
-            replace(job.prepared, stop_tokens=frozenset(stops)),
-            split,
-            name=name,
-            micro_tokens=job.recipe.train.tokens_at_once,
-            max_tokens=asked.max_tokens if asked.generate else 0,
-            decode=_decode(job),
-            compared=asked.answer,
-        )
-    )
-
-
 def measured(
-    session: Reader, job: Job, split: Split, name: str, stops: Collection[int]
+    session: Reader, job: Job, split: Split, name: str, stops: Collection[int], answered: int = ANSWERED
 ) -> Generator[Progress, None, Measured]:
-    """The rows under one model. `stops`: what ends its answers. `name` says in the progress what is measured."""
-    reader, examples = _Remembering(session), split.examples
-    logprobs, greedy = [np.empty(0, np.float32)] * len(examples), [np.empty(0, np.int32)] * len(examples)
-    done = 0
-    batches = evaluation_batches(examples, job.recipe.train.tokens_at_once, reader.shares_prefixes)
-    for rows, batch, logprob, best in scored(reader, batches, examples):
-        for row, supervised, *found in zip(rows, batch.weights > 0, logprob, best, strict=True):
-            logprobs[row], greedy[row] = (one[supervised] for one in found)
-        done += len(rows)
-        yield Progress(0, f"{name}: tokens", done, len(examples))
-    evaluation = yield from evaluated(reader, job, split, name, stops)
-    answers: list[Written] = []
-    if job.prepared.task != "text":
-        first, most, what = examples[:ANSWERED], longest_answer(job), f"{name}: answers"
-        answers = yield from write_answers(reader, first, frozenset(stops), most, _decode(job), what)
-    return Measured(evaluation, tuple(logprobs), tuple(greedy), tuple(answers))
-
-
-def _decode(job: Job) -> Callable[[Sequence[int]], str]:
-    return partial(answer_text, job.tokenizer, stop=job.prepared.stop_tokens)
+    """The rows under one model. stops: what ends its answers. name: says in the progress what is measured. answered:
+    how many of the rows.
+    """
+    asked, at_once = job.recipe.evaluate, job.recipe.train.tokens_at_once
+    decode = partial(answer_text, job.tokenizer, stop=job.prepared.stop_tokens)
+    losses = yield from row_losses(session, split.examples, at_once, f"{name}: tokens")
+    evaluation = yield from evaluate(
+        session,
+        replace(job.prepared, stop_tokens=frozenset(stops)),
+        split,
+        name=name,
+        micro_tokens=at_once,
+        max_tokens=asked.max_tokens if asked.generate else 0,
+        decode=decode,
+        compared=asked.answer,
+        losses=losses,
+    )
+    first, most = split.examples[: answered if job.prepared.task != "text" else 0], longest_answer(job)
+    answers = yield from write_answers(session, first, frozenset(stops), most, decode, f"{name}: answers")
+    return Measured(evaluation, losses.scores, answers)
 
 
 def longest_answer(job: Job) -> int:
@@ -119,18 +82,12 @@ def longest_answer(job: Job) -> int:
     return job.recipe.evaluate.max_tokens
 
 
-@dataclass(frozen=True)
-class Kept:
-    """The share of the tuning that an export keeps: (base - export) / (base - tuned), in loss on the same rows."""
-
-    share: float
-    interval: tuple[float, float]  # 95 %
-
-
-def share_kept(base: Evaluation, tuned: Evaluation, export: Evaluation) -> Kept | None:
-    """None where training changed the loss of these rows too little to say."""
+def share_kept(base: Evaluation, tuned: Evaluation, export: Evaluation) -> tuple[float, float, float] | None:
+    """The share of the tuning that an export keeps, (base - export) / (base - tuned) in loss on the same rows, and its
+    95 % interval; None where training changed the loss of these rows too little to say.
+    """
     rows = list(zip(base.results, tuned.results, export.results, strict=True))
     gains = [(before.loss - after.loss) * after.tokens for before, after, _ in rows]
     parts = [(before.loss - now.loss) * now.tokens for before, _, now in rows]
     interval = ratio_interval(parts, gains)
-    return None if interval is None else Kept(sum(parts) / sum(gains), interval)
+    return None if interval is None else (sum(parts) / sum(gains), *interval)

@@ -4,13 +4,16 @@ are checked against the numbers.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +26,10 @@ from finetune.disk.safetensors_file import header_bytes, read_header, read_tenso
 from finetune.errors import EnvironmentProblem, Incompatible
 from finetune.export.verify import Check
 
-Kind = Literal["f32", "f16", "bf16"]
-KINDS: dict[Kind, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # from the finest to the coarsest
-Tensors = Iterable[tuple[str, FloatArray]]
-Held = Mapping[str, tuple[str, Callable[[], FloatArray]]]  # tensor of a file -> its type, and how it is read
-LARGEST = 4_000_000_000  # bytes of tensors in one file
+KINDS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # from the finest to the coarsest
+Tensors = Mapping[str, Callable[[], FloatArray]]  # name -> what reads or computes it: one at a time is in memory
+Held = Mapping[str, tuple[str, Callable[[], FloatArray]]]  # tensor of a file -> its type, and what reads it
+LARGEST = 4_000_000_000  # bytes of tensors in one file, about
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 _ONE = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8}  # what rounding may change of a number, over the number
 _TINY = 6e-8  # and beside it: float16 has no smaller number
@@ -36,28 +38,29 @@ _ALL = {"Q8_0": 0.01, "Q6_K": 0.03, "Q5_K": 0.06, "Q5_0": 0.06, "Q5_1": 0.06, "Q
 _QUANTISED = ("quantization", "quantization_config")  # of config.json
 
 
-def tensors(
-    session: Session, folder: ModelFolder, adapter: Adapter, original: bool = False
-) -> Iterator[tuple[str, FloatArray]]:
-    """Every tensor of the merged model under its name in the checkpoint, as float32, one at a time.
+def tensors(session: Session, folder: ModelFolder, adapter: Adapter, original: bool = False) -> Tensors:
+    """Every tensor of the merged model under its name in the checkpoint, in its order.
 
     What was quantised for training is taken as the session multiplies with it: that is what the adapter was trained on.
     original: take the weights of the files all the same, for a model that is quantised again on the same grid, where
     the rounding would undo the tuning. Raises Incompatible where the adapter has a layer that the model lacks.
     """
-    plain = original or session.scheme == "none"
+    plain, shapes = original or session.scheme == "none", folder.whole_shapes
     held = folder.packed if plain else folder.packed | set(folder.lora_modules(LoraSpec(1, 1.0)))
-    waiting = {name.rpartition(".")[0] for name in adapter.tensors}
-    for file, shapes in folder.weights.items():
-        for name in (name for name in shapes if name in folder.whole_shapes):
-            module, _, part = name.rpartition(".")
-            whole = session.base_weight(module) if part == "weight" and module in held else _read(file, name)
-            if part == "weight" and module in waiting:
-                waiting.remove(module)
-                whole = merged(whole, adapter, module)
-            yield name, whole
-    if waiting:
-        raise Incompatible(f"{folder.path} has no weight of {', '.join(sorted(waiting))}, which the adapter is for")
+    files = {name: file for file, there in folder.weights.items() for name in there if name in shapes}
+    adapted = {f"{name.rpartition('.')[0]}.weight" for name in adapter.tensors}
+    if lacking := adapted - files.keys():
+        raise Incompatible(f"{folder.path} has no tensor {', '.join(sorted(lacking))}, which the adapter changes")
+
+    def numbers(name: str) -> FloatArray:
+        module, _, part = name.rpartition(".")
+        whole = session.base_weight(module) if part == "weight" and module in held else _read(files[name], name)
+        if whole.shape != tuple(shapes[name]):
+            there, told = list(whole.shape), list(shapes[name])
+            raise Incompatible(f"{files[name]}: {name} has the shape {there}, and by the model's config {told}")
+        return merged(whole, adapter, module) if name in adapted else whole
+
+    return {name: partial(numbers, name) for name in files}
 
 
 def merged(weight: FloatArray, adapter: Adapter, module: str) -> FloatArray:
@@ -82,18 +85,17 @@ def _read(file: Path, name: str) -> FloatArray:
         ) from None
 
 
-def base_kind(files: Iterable[Path]) -> Kind:
+def base_kind(files: Iterable[Path]) -> str:
     """The type of the most numbers that are not packed: what a model is held in."""
-    bytes_of: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+    bytes_of: Counter[str] = Counter()
     for entry in (entry for file in files for entry in read_header(file)[0].values()):
-        if (kind := entry["dtype"].lower()) in bytes_of:
-            bytes_of[kind] += entry["data_offsets"][1] - entry["data_offsets"][0]
-    if not any(bytes_of.values()):
+        bytes_of[entry["dtype"].lower()] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    if not any(bytes_of[kind] for kind in KINDS):
         raise Incompatible("the model's files hold no float32, float16 or bfloat16")
-    return max(bytes_of, key=lambda kind: bytes_of[kind])
+    return max(KINDS, key=lambda kind: bytes_of[kind])
 
 
-def cast(numbers: FloatArray, kind: Kind, name: str) -> NDArray[Any]:
+def cast(numbers: FloatArray, kind: str, name: str) -> NDArray[Any]:
     """The numbers in their type, rounded to the nearest; bfloat16 as uint16.
 
     Raises EnvironmentProblem for numbers beyond float16.
@@ -107,69 +109,52 @@ def cast(numbers: FloatArray, kind: Kind, name: str) -> NDArray[Any]:
     return rounded
 
 
-def as_said(shapes: Mapping[str, tuple[int, ...]], tensors: Tensors) -> Iterator[tuple[str, FloatArray]]:
-    """The tensors, which must be those of the shapes, in their order. Raises Incompatible."""
-    given = iter(tensors)
-    for name, shape in shapes.items():
-        other, numbers = next(given, ("nothing", np.empty(0, np.float32)))
-        if (other, numbers.shape) != (name, tuple(shape)):
-            there = f"{other} of the shape {list(numbers.shape)}"
-            raise Incompatible(f"the model's config has {name} of the shape {list(shape)}, and its files {there}")
-        yield name, numbers
-
-
 def write_weights(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, kind: Kind, largest: int = LARGEST
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, kind: str, largest: int = LARGEST
 ) -> None:
-    """`model.safetensors`, or several files and an index where the tensors have more than `largest` bytes.
+    """`model.safetensors`, or several files of about `largest` bytes and an index.
 
-    tensors: in the order of the shapes. Raises Incompatible where they are others.
+    shapes: of the tensors.
     """
-    files: list[dict[str, tuple[int, ...]]] = [{}]
-    total = filled = 0
-    for name, shape in shapes.items():
-        size = prod(shape) * (4 if kind == "f32" else 2)
-        if files[-1] and filled + size > largest:
-            files.append({})
-            filled = 0
-        files[-1][name] = shape
-        filled, total = filled + size, total + size
-    given, places = as_said(shapes, tensors), dict[str, str]()
-    for number, part in enumerate(files, 1):
+    *starts, total = accumulate(((4 if kind == "f32" else 2) * prod(shape) for shape in shapes.values()), initial=0)
+    files: dict[int, dict[str, tuple[int, ...]]] = {}
+    for (name, shape), start in zip(shapes.items(), starts, strict=True):
+        files.setdefault(start // largest, {})[name] = shape
+    places: dict[str, str] = {}
+    for number, part in enumerate(files.values(), 1):
         file = folder / f"model{f'-{number:05d}-of-{len(files):05d}' if len(files) > 1 else ''}.safetensors"
         with file.open("wb") as opened:
             opened.write(header_bytes(part, kind.upper(), {"format": "pt"}))
-            for name, numbers in islice(given, len(part)):
-                opened.write(cast(numbers, kind, name).data)
+            for name in part:
+                opened.write(cast(tensors[name](), kind, name).data)
         places |= dict.fromkeys(part, file.name)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def file_check(held: Held, wanted: Tensors, note: str = "") -> Check:
     """The tensors read again from the disk, beside the numbers that were to be written."""
-    left, wrong, worst, where = dict(held), [], 0.0, ""
-    for name, numbers in wanted:
-        kind, read = left.pop(name, ("F32", lambda: np.empty(0, np.float32)))
-        found = read()
-        if found.shape != numbers.shape:
+    wrong, worst = sorted(held.keys() - wanted.keys()), (0.0, "")
+    for name, right in wanted.items():
+        kind, read = held.get(name, ("F32", lambda: np.empty(0, np.float32)))
+        found, numbers = read(), right()
+        same = found.shape == numbers.shape
+        if same:
+            change = np.linalg.norm(np.subtract(found, numbers, dtype=np.float64))
+            error = float(change / (np.linalg.norm(numbers.astype(np.float64)) or 1.0))
+            worst = max(worst, (error, name))
+            same = np.allclose(found, numbers, _ONE[kind], _TINY) if kind in _ONE else error <= _ALL[kind]
+        if not same:
             wrong.append(name)
-            continue
-        change = np.linalg.norm(np.subtract(found, numbers, dtype=np.float64))
-        error = float(change / (np.linalg.norm(numbers.astype(np.float64)) or 1.0))
-        worst, where = max((worst, where), (error, name))
-        if not (np.allclose(found, numbers, _ONE[kind], _TINY) if kind in _ONE else error <= _ALL[kind]):
-            wrong.append(name)
-    wrong += sorted(left)
     on = f"{len(held):,} tensors"
     if wrong:
         return Check("file", on, f"{len(wrong)} differ", "no", ", ".join(wrong[:3]))
-    return Check("file", on, f"rounding changed {worst:.1e} of a tensor at most{note}", "yes", where)
+    return Check("file", on, f"rounding changed {worst[0]:.1e} of a tensor at most{note}", "yes", worst[1])
 
 
 def write_merged(
-    to: Path, session: Session, folder: ModelFolder, adapter: Adapter, kind: Kind, original: bool = False
+    to: Path, session: Session, folder: ModelFolder, adapter: Adapter, kind: str, original: bool = False
 ) -> None:
     """The weights and config.json of the merged model into the folder `to`, which exists."""
     write_weights(to, folder.whole_shapes, tensors(session, folder, adapter, original), kind)
@@ -183,11 +168,9 @@ def write_merged(
 
 def write_tokenizer(to: Path, folder: ModelFolder, tokenizer: Tokenizer, template: str) -> None:
     """The tokenizer with this chat template, where new and old readers look for it, and what ends an answer."""
-    own, tokenizer.chat_template = tokenizer.chat_template, template
-    try:
-        tokenizer.save_pretrained(to)
-    finally:
-        tokenizer.chat_template = own
+    travelling = copy.copy(tokenizer)
+    travelling.chat_template = template
+    travelling.save_pretrained(to)
     settings = to / "tokenizer_config.json"
     _write_json(settings, read_object(settings) | {"chat_template": template})
     for file in folder.path.glob("*.model"):  # SentencePiece's own, which some readers want

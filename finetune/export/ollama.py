@@ -8,15 +8,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from finetune.data.chat_template import ChatRenderer
-from finetune.data.conversation import Conversation
 from finetune.data.rows import Message
-from finetune.data.template_sandbox import render
 from finetune.data.tokenizer import begin_tokens
 from finetune.export.making import Making
-from finetune.export.prompt import PROBES, asked_rows
+from finetune.export.prompt import PROBES, asked_rows, prompt_of
 from finetune.text import command_line
 
 READS_JINJA = "0.30.0"  # from this version on Ollama renders the file's own chat template with llama.cpp
@@ -129,12 +128,8 @@ def template_of(making: Making) -> GoTemplate | None:
     rows = list(asked_rows(renderer, job.prepared.format, job.prepared.held_out.records, making.always))
     if any(tools for _, _, tools, _ in rows):
         return None
-
-    def write(messages: Sequence[Message]) -> str:
-        asked = Conversation(messages, [(len(messages), True)])
-        return render(job.tokenizer, asked, template=making.travels.template)[0]
-
     begin = job.tokenizer.decode(begin_tokens(job.tokenizer))
+    write = partial(prompt_of, job.tokenizer, template=making.template)
     return go_template(write, begin, (messages for _, messages, _, _ in rows))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from finetune.data.beside import asked_part
@@ -25,18 +24,11 @@ _LAST_USER = (
 )
 
 
-@dataclass(frozen=True)
-class Travelling:
-    """A run's prompt as a chat template."""
-
-    template: str
-    notes: tuple[str, ...]  # what the template cannot carry, or carries in a way of its own
-
-
 def travelling_template(
     renderer: Renderer, layout: str, tokenizer: Tokenizer, always: Mapping[str, str | None], run: str
-) -> Travelling:
-    """The template that writes for a conversation what the run's own prompts are.
+) -> tuple[str, list[str]]:
+    """The template that writes for a conversation what the run's own prompts are; and what it cannot carry, or carries
+    in a way of its own.
 
     always: what every training row had beside its question, and its text where that is the same in all of them.
     """
@@ -49,10 +41,20 @@ def travelling_template(
     else:
         raise TypeError(f"{type(renderer).__name__} has no template")
     begin = tokenizer.decode(begin_tokens(tokenizer))
-    trial = render(tokenizer, Conversation(PROBES[0], [(1, True)]), template=comment + body)[0]
+    trial = prompt_of(tokenizer, PROBES[0], template=comment + body)
     lacks_begin = next(encode(tokenizer, [trial])).tokens != encode_prompt(tokenizer, trial)
     lead = "{{ " + json.dumps(begin, ensure_ascii=False) + " }}" if lacks_begin else ""
-    return Travelling(comment + lead + body, tuple(notes))
+    return comment + lead + body, notes
+
+
+def prompt_of(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Any] = (), template: str | None = None
+) -> str:
+    """What a chat template writes for an answer to these messages; the tokenizer's own where none is given.
+
+    Raises ValueError where it refuses them.
+    """
+    return render(tokenizer, Conversation(messages, [(len(messages), True)], list(tools) or None), template=template)[0]
 
 
 def _conversation(renderer: ChatRenderer, tokenizer: Tokenizer) -> tuple[str, list[str]]:

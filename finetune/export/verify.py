@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,18 +14,16 @@ from rich.table import Table
 from finetune.data.rows import Message
 from finetune.data.tokenizer import encode, encode_prompt, special_texts
 from finetune.evaluation.changes import SIGNIFICANT
-from finetune.evaluation.evaluate import Evaluation
 from finetune.export.measure import Exported, Measured, share_kept
 from finetune.export.prompt import PROBES, as_the_run_asks, asked_rows
 from finetune.report.report import compare
-from finetune.text import shorten
+from finetune.text import from_here, shorten
 from finetune.training.job import Job
 
 Verdict = Literal["yes", "warning", "no"]
 KEPT = "tuning that is kept"
 KEPT_WELL, KEPT_AT_ALL = 0.9, 0.5  # below the first a warning, below the second a failure
 _SHOWN = 3  # rows or probes that are named
-_FOLDERS = re.compile(r"[^\s,]*/(?=[^/\s,]+:\d+)")  # before the name of a file with a line
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def _equal(name: str, on: str, wrong: Sequence[str], otherwise: Verdict = "no") 
     return Check(name, on, result, otherwise if wrong else "yes", ", ".join(wrong[:_SHOWN]) + more)
 
 
-def model_checks(base: Evaluation, tuned: Measured, export: Measured, kind: str) -> Iterator[Check]:
+def model_checks(base: Measured, tuned: Measured, export: Measured, kind: str) -> Iterator[Check]:
     """What the two models make of the same rows. kind: of the numbers in the file, or of those that the model computes
     with where these are coarser.
     """
@@ -106,12 +103,11 @@ def model_checks(base: Evaluation, tuned: Measured, export: Measured, kind: str)
     rows = f"{ours.rows} rows"
     yield from _token_checks(tuned, export, bounds)
     yield Check("loss", rows, f"{ours.loss:.4f} of the run, {theirs.loss:.4f} exported", "yes")
-    kept = share_kept(base, ours, theirs)
-    if kept is None:
-        yield Check(KEPT, rows, "not known: training changed the loss of these rows too little", "yes")
+    if kept := share_kept(base.evaluation, ours, theirs):
+        result = "{:.1%} ({:.1%} to {:.1%})".format(*kept)
+        yield Check(KEPT, rows, result, graded(kept[0]))
     else:
-        result = "{:.1%} ({:.1%} to {:.1%})".format(kept.share, *kept.interval)
-        yield Check(KEPT, rows, result, graded(kept.share))
+        yield Check(KEPT, rows, "not known: training changed the loss of these rows too little", "yes")
     if ours.accuracy is not None and theirs.accuracy is not None:
         changed = compare(ours, theirs)
         p = changed.p_value or 0.0
@@ -128,15 +124,15 @@ def graded(share: float, well: float = KEPT_WELL, at_all: float = KEPT_AT_ALL) -
 
 
 def _token_checks(tuned: Measured, export: Measured, bounds: Limits) -> Iterator[Check]:
-    pairs = zip(tuned.logprobs, export.logprobs, strict=True)
-    errors = [np.abs(np.subtract(ours, theirs, dtype=np.float64)) for ours, theirs in pairs]
+    pairs = list(zip(tuned.tokens, export.tokens, strict=True))
+    errors = [np.abs(np.subtract(ours[0], theirs[0], dtype=np.float64)) for ours, theirs in pairs]
     flat = np.concatenate(errors)
     worst, mean = float(flat.max()), float(flat.mean())
     row = max(range(len(errors)), key=lambda at: float(np.max(errors[at], initial=0.0)))
     holds = worst <= bounds.worst and mean <= bounds.mean and math.isfinite(worst)
     result, where = f"error {worst:.1e} at most, {mean:.1e} on average", tuned.evaluation.results[row].location
     yield Check("log-probabilities", f"{len(flat):,} tokens", result, "yes" if holds else "no", where)
-    share = float((np.concatenate(tuned.greedy) == np.concatenate(export.greedy)).mean())
+    share = float(np.concatenate([ours[1] == theirs[1] for ours, theirs in pairs]).mean())
     grade = graded(share, *bounds.greedy)
     yield Check("most probable tokens", f"{len(flat):,} tokens", f"{share:.1%} the same", grade)
 
@@ -174,6 +170,6 @@ def checks_table(checks: Iterable[Check], title: str) -> Table:
     table = Table("compared", "on", "result", "holds", "where", title=title, title_justify="left")
     styles: Mapping[str, str | None] = {"yes": None, "warning": "yellow", "no": "bold red"}
     for check in checks:
-        places = _FOLDERS.sub("", check.where)
-        table.add_row(check.name, check.on, check.result, check.holds, places, style=styles[check.holds])
+        told = (check.name, check.on, check.result, check.holds, from_here(check.where))
+        table.add_row(*told, style=styles[check.holds])
     return table

@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backends.model_folder import ModelFolder
-from finetune.data.conversation import Conversation
-from finetune.data.template_sandbox import render
 from finetune.data.tokenizer import Tokenizer, begin_tokens, end_of_turn, load_tokenizer, special_texts
-from finetune.export.families import Keys, Refused, refusals
+from finetune.export.families import Keys, Refused
+from finetune.export.prompt import PROBES, prompt_of
 
 _Merges = Sequence[tuple[str, ...]]
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # GGUF's token types
@@ -35,22 +34,20 @@ _PATTERNS = {
 
 
 def vocabulary(folder: ModelFolder, template: str) -> Keys:
-    """GGUF keys of the tokenizer with this chat template. Raises EnvironmentProblem for one that differs there."""
+    """GGUF keys of the tokenizer with this chat template. Raises Refused for one that differs there."""
     tokenizer = load_tokenizer(folder)
     given, tokenizer.chat_template = tokenizer.chat_template, template or None
     chat = isinstance(given, str) and given in template  # else prompts are plain texts
-    with refusals(folder.path):
-        keys = _vocabulary(tokenizer, folder.vocabulary, chat and _begins_special(tokenizer))
+    keys = _vocabulary(tokenizer, folder.vocabulary, chat and _begins_special(tokenizer))
     return keys | ({"tokenizer.chat_template": template} if template else {})
 
 
 def _begins_special(tokenizer: Tokenizer) -> bool:
     """Whether every prompt of the chat template begins with a special token."""
     try:
-        text = render(tokenizer, Conversation([{"role": "user", "content": "a"}], [(1, True)]))[0]
+        return prompt_of(tokenizer, PROBES[0]).startswith(tuple(special_texts(tokenizer)))
     except ValueError:  # a template may refuse anything
         return False
-    return text.startswith(tuple(special_texts(tokenizer)))
 
 
 def _vocabulary(tokenizer: Tokenizer, size: int | None, begins_special: bool) -> Keys:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from backends.interface import FloatArray
 from backends.model_folder import ModelFolder
 from finetune.export.engine import Engine
 from finetune.export.gguf_file import write_model
+from finetune.export.merge import Tensors
 from tests.tiny_models import family
 
 WITH_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -32,14 +34,19 @@ def model(name: str, folder: Path, tokenizer: Path, **settings: Any) -> Path:
     return folder
 
 
-def tensors(folder: Path) -> Iterator[tuple[str, FloatArray]]:
+def tensors(folder: Path) -> dict[str, FloatArray]:
     """Every tensor of a float32 folder of one file, in the order of its header."""
     whole = load_file(folder / "model.safetensors")
-    yield from ((name, whole[name]) for name in ModelFolder.open(folder).whole_shapes)
+    return {name: whole[name] for name in ModelFolder.open(folder).whole_shapes}
+
+
+def readers(whole: Mapping[str, FloatArray]) -> Tensors:
+    """As they are handed to what writes them."""
+    return {name: partial(np.asarray, tensor) for name, tensor in whole.items()}
 
 
 def write(folder: Path, file: Path, kind: str = "f32", template: str = "") -> int:
-    return write_model(file, ModelFolder.open(folder), tensors(folder), template, kind)
+    return write_model(file, ModelFolder.open(folder), readers(tensors(folder)), template, kind)
 
 
 def engine(file: Path, adapter: Path | None = None) -> Engine:

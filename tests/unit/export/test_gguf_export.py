@@ -91,7 +91,7 @@ def test_llama_cpp_writes_the_prompts_of_the_run(exportable_model: Path, kind: s
     tokenizer = load_tokenizer(ModelFolder.open(exportable_model))
     found = prepared(tmp_path, rows, prompt, tokenizer)
     always = {"about": "Rome"} if "always" in kind else {}
-    write(exportable_model, tmp_path / "model.gguf", "f16", travelling(found, tokenizer, always).template)
+    write(exportable_model, tmp_path / "model.gguf", "f16", travelling(found, tokenizer, always)[0])
     reader = engine(tmp_path / "model.gguf")
     assert found.renderer is not None
     for _, messages, tools, text in asked_rows(found.renderer, found.format, found.train.records, always):
@@ -99,7 +99,7 @@ def test_llama_cpp_writes_the_prompts_of_the_run(exportable_model: Path, kind: s
 
 
 _converted, _special, _merged, _family = (
-    families.Family.converted, vocabulary._special, merge.merged, families._family,
+    families.Family.converted, vocabulary._special, merge.merged, families.family_of,
 )  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def _transposed(weight: Any, adapter: Adapter, module: str) -> Any:
 FAULTS: dict[str, tuple[Any, str, Any, str]] = {
     "heads are not permuted": (families.Family, "converted", _not_permuted, "log-probabilities"),
     "norms are shifted": (families.Family, "converted", _shifted, "log-probabilities"),
-    "another theta": (families, "_family", _theta, "log-probabilities"),
+    "another theta": (gguf_file, "family_of", _theta, "log-probabilities"),
     "the base's template": (gguf_file, "vocabulary", None, "prompts"),
     "no end token": (vocabulary, "_special", _no_end, "answers"),
     "alpha x 8": (merge, "merged", _alpha, "log-probabilities"),

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from finetune.data.collate import evaluation_batches
 from finetune.data.tokenizer import encode_prompt
 from finetune.disk.adapter import Adapter, read_adapter
 from finetune.disk.safetensors_file import read_tensor
-from finetune.errors import EnvironmentProblem, ExitCode, ExportFailed, RecipeError
+from finetune.errors import EnvironmentProblem, ExitCode, ExportFailed, Incompatible, RecipeError
 from finetune.export import folders, merge
 from finetune.export.folders import quantise
 from finetune.export.merge import cast, write_weights
@@ -30,6 +31,7 @@ from finetune.recipe.load import load_recipe
 from tests.conformance.toy import toy_batch
 from tests.tiny_models import family, model_with_tokenizer
 from tests.unit.export.exported_run import Runs, made
+from tests.unit.export.gguf_models import readers
 from tests.unit.toy_run import load_job
 
 KINDS = [("torch", "none"), ("torch", "4bit"), ("mlx", "4bit")]
@@ -71,8 +73,7 @@ def test_the_merged_float32_folder_scores_as_the_session_in_every_backend(runs: 
 def test_the_original_weights_are_not_what_a_quantised_run_was_trained_on(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in (merge, folders):
-        monkeypatch.setattr(place, "tensors", lambda *given: original(*given[:3], True))
+    monkeypatch.setattr(merge, "tensors", lambda *given: original(*given[:3], True))
     with pytest.raises(ExportFailed, match="log-probabilities"):
         made(runs("torch", "4bit"), "merged", "f32")
 
@@ -119,7 +120,7 @@ def test_quantising_again_on_the_grid_of_the_training_is_refused(
 
     monkeypatch.setattr(export, "read_adapter", little)
     assert _change(run, bits)["holds"] == "yes"
-    monkeypatch.setattr(folders, "write_merged", lambda *given, original=False: _write_merged(*given))
+    monkeypatch.setattr(merge, "write_merged", lambda *given, original=False: _write_merged(*given))
     if bits == 4:
         with pytest.raises(ExportFailed, match=r"change of the weights: .*; use --bits 8, or --to merged"):
             made(run, "mlx", None, bits, rows=4)
@@ -145,7 +146,7 @@ def test_a_base_that_mlx_has_packed_is_not_packed_again_without_a_word(tmp_path:
     for bits in (4, 8):
         quantise(merged, tmp_path / str(bits), bits, False)
         wanted = merge.tensors(session, base, adapter, original=True)
-        holds += [check.holds for check in folders.change_check(tmp_path / str(bits), wanted, adapter)]
+        holds += [check.holds for check in folders.change_checks(tmp_path / str(bits), wanted, adapter)]
     assert holds == ["no", "yes"]
 
 
@@ -196,15 +197,15 @@ def _other_tokens(to: Path, tokenizer: Any) -> None:
     (to / "tokenizer.json").write_text(json.dumps(whole))
 
 
-_write_merged, _write_tokenizer, _merged = folders.write_merged, folders.write_tokenizer, merge.merged
+_write_merged, _write_tokenizer, _merged = merge.write_merged, merge.write_tokenizer, merge.merged
 FAULTS: dict[str, tuple[Any, str, Any, str]] = {
     "alpha x 8": (merge, "merged", lambda w, a, m: _merged(w, _alpha(a), m), "log-probabilities"),
     "B A transposed": (merge, "merged", _transposed, "log-probabilities"),
     "the adapter is not applied": (merge, "merged", lambda weight, adapter, module: weight, "log-probabilities"),
-    "another theta": (folders, "write_merged", _config(_theta), "log-probabilities"),
-    "the base's template": (folders, "write_tokenizer", _tokenizer(_base_template), "prompts"),
-    "no end token": (folders, "write_tokenizer", _tokenizer(_no_end), "answers"),
-    "other tokens": (folders, "write_tokenizer", _tokenizer(_other_tokens), "tokens"),
+    "another theta": (merge, "write_merged", _config(_theta), "log-probabilities"),
+    "the base's template": (merge, "write_tokenizer", _tokenizer(_base_template), "prompts"),
+    "no end token": (merge, "write_tokenizer", _tokenizer(_no_end), "answers"),
+    "other tokens": (merge, "write_tokenizer", _tokenizer(_other_tokens), "tokens"),
 }
 
 
@@ -231,7 +232,7 @@ def test_bytes_that_change_on_the_disk_are_refused(runs: Runs, monkeypatch: pyte
             file.write(b"\x01\x01")
         return written
 
-    monkeypatch.setattr(folders, "write_merged", write)
+    monkeypatch.setattr(merge, "write_merged", write)
     with pytest.raises(ExportFailed, match="file: 1 differ"):
         made(runs("torch", "none"), "merged", "bf16")
 
@@ -310,7 +311,7 @@ def test_weights_are_sharded_and_read_as_transformers_reads_them(tmp_path: Path,
     rng = np.random.default_rng(1)
     tensors = {f"t{i}.weight": rng.standard_normal((8, 16)).astype(np.float32) for i in range(5)}
     shapes = {name: one.shape for name, one in tensors.items()}
-    write_weights(tmp_path, shapes, tensors.items(), kind, largest=3 * 8 * 16 * 2)
+    write_weights(tmp_path, shapes, readers(tensors), kind, largest=3 * 8 * 16 * 2)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted({*index["weight_map"].values()})
     assert len(files) > 1 and files[0] == f"model-00001-of-0000{len(files)}.safetensors"
@@ -331,6 +332,16 @@ def test_servers_are_told_what_they_would_not_do_by_themselves(tmp_path: Path) -
         assert all(line.endswith(" --trust-remote-code") for line in target.commands(tmp_path))
 
 
+def test_an_adapter_and_weights_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
+    folder = ModelFolder.open(model_with_tokenizer(tmp_path))
+    name = next(iter(folder.lora_modules(LoraSpec(1, 1.0))))
+    packed: Any = SimpleNamespace(scheme="nf4", base_weight=lambda module: np.zeros((3, 5), np.float32))
+    with pytest.raises(Incompatible, match=rf"{name}\.weight has the shape \[3, 5\], and by the model's config \["):
+        merge.tensors(packed, folder, Adapter({}, 1, 1.0))[f"{name}.weight"]()
+    with pytest.raises(Incompatible, match=r"no tensor other\.weight, which the adapter changes"):
+        merge.tensors(packed, folder, Adapter({"other.lora_A": np.zeros((1, 2), np.float32)}, 1, 1.0))
+
+
 def test_numbers_beyond_float16_are_refused() -> None:
     with pytest.raises(EnvironmentProblem, match="--type bf16"):
         cast(np.array([1e5], np.float32), "f16", "a.weight")
@@ -338,6 +349,6 @@ def test_numbers_beyond_float16_are_refused() -> None:
 
 def test_safetensors_itself_reads_what_is_written(tmp_path: Path) -> None:
     tensors = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b.bias": np.zeros((0,), np.float32)}
-    write_weights(tmp_path, {name: one.shape for name, one in tensors.items()}, tensors.items(), "f32")
+    write_weights(tmp_path, {name: one.shape for name, one in tensors.items()}, readers(tensors), "f32")
     for name, value in load_file(tmp_path / "model.safetensors").items():
         np.testing.assert_array_equal(value, tensors[name])

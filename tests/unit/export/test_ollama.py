@@ -28,7 +28,7 @@ def derived(folder: Path, family: str, kind: str) -> tuple[GoTemplate | None, An
     """The derived template, what the jinja writes, and the rows."""
     tokenizer = copy.deepcopy(tokenizer_of(family))
     found = prepared(folder, *KINDS[kind][:2], tokenizer)
-    template = travelling(found, tokenizer).template
+    template = travelling(found, tokenizer)[0]
     assert found.renderer is not None
     rows = [messages for _, messages, *_ in asked_rows(found.renderer, found.format, found.train.records, {})]
 

@@ -15,7 +15,7 @@ from finetune.data.prepare import prepare
 from finetune.data.rows import Prepared
 from finetune.data.template_sandbox import render
 from finetune.data.tokenizer import Tokenizer, encode, encode_prompt, end_of_turn
-from finetune.export.prompt import PROBES, Travelling, as_the_run_asks, asked_rows, travelling_template
+from finetune.export.prompt import PROBES, as_the_run_asks, asked_rows, travelling_template
 from finetune.recipe.schema import Recipe
 from tests.unit.chat_families import FAMILIES, tokenizer_of
 from tests.unit.toy_run import result_of
@@ -70,7 +70,10 @@ def prepared(folder: Path, rows: list[dict[str, Any]], prompt: dict[str, Any], t
     return result_of(prepare(recipe, tokenizer, base=folder, clock=CLOCK))
 
 
-def travelling(found: Prepared, tokenizer: Tokenizer, always: dict[str, str | None] | None = None) -> Travelling:
+def travelling(
+    found: Prepared, tokenizer: Tokenizer, always: dict[str, str | None] | None = None
+) -> tuple[str, list[str]]:
+    """The template, and what is said of it."""
     assert found.renderer is not None
     return travelling_template(found.renderer, found.format, tokenizer, always or {}, "runs/a #} run")
 
@@ -87,12 +90,12 @@ def test_every_row_is_asked_as_it_was_trained(tmp_path: Path, kind: str, family:
     tokenizer = own(family)
     found = prepared(tmp_path, rows, prompt, tokenizer)
     always = {"about": "Rome"} if "always" in kind else {}
-    travels = travelling(found, tokenizer, always)
+    template, _ = travelling(found, tokenizer, always)
     assert found.renderer is not None
     asked = list(asked_rows(found.renderer, found.format, found.train.records, always))
     assert len(asked) == len(rows)
     for location, messages, tools, text in asked:
-        assert written(travels.template, tokenizer, messages, tools) == encode_prompt(tokenizer, text), location
+        assert written(template, tokenizer, messages, tools) == encode_prompt(tokenizer, text), location
     starts = [example.prompt_tokens.tolist() for example in found.train.examples]
     assert [encode_prompt(tokenizer, text) for *_, text in asked] == starts
 
@@ -102,13 +105,13 @@ def test_conversations_are_written_as_the_run_asks_them(tmp_path: Path, family: 
     tokenizer = own(family)
     system = "Be kind." if FAMILIES[family].system else None
     found = prepared(tmp_path, TALK, {"system": system} if system else {}, tokenizer)
-    travels = travelling(found, tokenizer)
+    template, _ = travelling(found, tokenizer)
     assert found.renderer is not None
     for probe in PROBES:
         if probe[0]["role"] == "system" and not FAMILIES[family].system:
             continue
         text = as_the_run_asks(found.renderer, found.format, probe)
-        assert written(travels.template, tokenizer, probe) == encode_prompt(tokenizer, text), probe
+        assert written(template, tokenizer, probe) == encode_prompt(tokenizer, text), probe
 
 
 @pytest.mark.parametrize("kind", ["plain prompt", "alpaca", "own label"])
@@ -116,11 +119,11 @@ def test_questions_are_written_as_the_run_asks_them(tmp_path: Path, kind: str) -
     rows, prompt, _ = KINDS[kind]
     tokenizer = own("zephyr")
     found = prepared(tmp_path, rows, prompt, tokenizer)
-    travels = travelling(found, tokenizer)
+    template, _ = travelling(found, tokenizer)
     assert found.renderer is not None
     for probe in PROBES:
         text = as_the_run_asks(found.renderer, found.format, probe)
-        assert written(travels.template, tokenizer, probe) == encode_prompt(tokenizer, text), probe
+        assert written(template, tokenizer, probe) == encode_prompt(tokenizer, text), probe
 
 
 @pytest.mark.parametrize(
@@ -136,9 +139,9 @@ def test_the_date_of_the_run_travels(tmp_path: Path, template: str, says: str) -
     tokenizer = own("qwen 2")
     tokenizer.chat_template = template + tokenizer.chat_template
     found = prepared(tmp_path, TALK, {}, tokenizer)
-    travels = travelling(found, tokenizer)
-    assert not travels.notes
-    tokens = written(travels.template, tokenizer, PROBES[0])
+    travels, notes = travelling(found, tokenizer)
+    assert not notes
+    tokens = written(travels, tokenizer, PROBES[0])
     assert tokenizer.decode(tokens).startswith(says)
     assert tokens == encode_prompt(tokenizer, as_the_run_asks(found.renderer, "chat", PROBES[0]))  # type: ignore[arg-type]
 
@@ -147,25 +150,25 @@ def test_a_date_that_cannot_be_fixed_is_said(tmp_path: Path) -> None:
     tokenizer = own("qwen 2")
     tokenizer.chat_template = "{% set f = '%Y' %}{{ strftime_now(f) }}" + tokenizer.chat_template
     found = prepared(tmp_path, TALK, {}, tokenizer)
-    assert travelling(found, tokenizer).notes == ("the chat template writes the date of the day on which it is used",)
+    assert travelling(found, tokenizer)[1] == ["the chat template writes the date of the day on which it is used"]
 
 
 def test_what_cannot_travel_is_said(tmp_path: Path) -> None:
     tokenizer = own("qwen 2")
     found = prepared(tmp_path, CONTEXT, KINDS["several columns"][1], tokenizer)
-    columns, single = travelling(found, tokenizer).notes
+    columns, single = travelling(found, tokenizer)[1]
     assert columns == 'a message holds all of the prompt\'s columns, written as "{about} \\"{x}\\"\\n{q}"'
     assert "the last one is written" in single
 
 
 def test_the_comment_is_too_long_to_be_taken_for_a_known_template(tmp_path: Path) -> None:
     tokenizer = own("qwen 2")
-    template = travelling(prepared(tmp_path, TALK, {}, tokenizer), tokenizer).template
+    template = travelling(prepared(tmp_path, TALK, {}, tokenizer), tokenizer)[0]
     assert template.index("#}") > 100 and "runs/a  run" in template
 
 
 def test_an_answer_in_a_travelling_prompt_ends_with_the_end_token(tmp_path: Path) -> None:
     tokenizer = own("zephyr")
     found = prepared(tmp_path, *KINDS["own label"][:2], tokenizer)
-    tokenizer.chat_template = travelling(found, tokenizer).template
+    tokenizer.chat_template = travelling(found, tokenizer)[0]
     assert end_of_turn(tokenizer) == tokenizer.eos_token_id
