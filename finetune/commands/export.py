@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -47,13 +47,7 @@ def run(
     Raises ExportFailed where it does something else; the folder NAME.failed then holds what was written.
     """
     check_options(to, kind, bits, adapter_alone)
-    refuse_head(recipe, "export")
-    adapter = read_adapter(opened.adapter)
-    job = with_progress(making_ready(recipe, backend, opened.path))
-    check_base(opened.adapter, job.folder)
-    check_held_out(opened.path, job.prepared, "Put the rows back as they were")
-    if job.prepared.task == "preference":  # what is verified is how the model answers
-        job = replace(job, prepared=replace(job.prepared, task="generation"))
+    adapter, job = read_adapter(opened.adapter), ready(opened, recipe, backend)
     some = chosen(job.prepared.held_out, rows)
     if len(some.examples) < 2:
         raise Incompatible(f"{opened.path}: no held-out rows, so an export cannot be verified; set data.test")
@@ -63,7 +57,7 @@ def run(
         raise RecipeError(f"--output: {path} is there, and is no export; name another folder")
     making = made_ready(opened, job, adapter)
     measures, nearest = run_measured(making, some), precision(target, job, making.session)
-    always, notes, console = making.always, list(making.notes), Console()
+    always, notes = making.always, list(making.notes)
     failed = path.with_name(f"{path.name}.failed")
     if (failed / FILE).exists():
         remove(failed)
@@ -77,11 +71,22 @@ def run(
         told |= {"checks": [asdict(check) for check in checks], "notes": notes}
         told |= {name: model.evaluation.summary() for name, model in zip(("base", "tuned"), measures, strict=True)}
         (hidden / FILE).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        console.print(checks_table(checks, f"{path}, against the run's model"))
+        Console().print(checks_table(checks, f"{path}, against the run's model"))
         if wrong:
             rename(hidden, failed)
             raise ExportFailed(f"{wrong}. What was written is in {failed}")
-    _finish(console, opened, target, path, checks, notes)
+    _finish(opened, job, target, path, checks, notes)
+
+
+def ready(opened: RunFolder, recipe: Recipe, backend: str | None) -> Job:
+    """The run's job. Raises as `making_ready`, and Incompatible where base or held-out rows are not the run's."""
+    refuse_head(recipe, "export")
+    job = with_progress(making_ready(recipe, backend, opened.path))
+    check_base(opened.adapter, job.folder)
+    check_held_out(opened.path, job.prepared, "Put the rows back as they were")
+    if job.prepared.task == "preference":  # what is verified is how the model answers
+        return replace(job, prepared=replace(job.prepared, task="generation"))
+    return job
 
 
 def made_ready(opened: RunFolder, job: Job, adapter: Adapter) -> Making:
@@ -126,14 +131,12 @@ def verified(
     return [*checks, *model_checks(*run, found, nearest)]
 
 
-def _finish(
-    console: Console, opened: RunFolder, target: Target, path: Path, checks: Sequence[Check], notes: list[str]
-) -> None:
+def _finish(opened: RunFolder, job: Job, target: Target, path: Path, checks: list[Check], notes: list[str]) -> None:
     """Says what was made and how to use it; the run remembers it."""
-    result = {check.name: check for check in checks}
+    result, console = {check.name: check for check in checks}, Console()
     kept, errors = result[KEPT], result["log-probabilities"]
     line = f"log-probabilities: {errors.result}, on {errors.on}; tuning that is kept: {kept.result}"
-    commands = target.commands(path.resolve())
+    commands = target.commands(path.resolve(), job, opened.adapter.resolve())
     remember(opened, Made(str(path.resolve()), target.kind, line, commands, notes))
     warned = [f"{check.name}: {check.result} {check.where}".strip() for check in checks if check.holds == "warning"]
     for note in (*notes, *warned):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -33,6 +34,7 @@ from finetune.text import command_line
 from finetune.training.job import Job
 
 BITS = (4, 6, 8)
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that its --max-lora-rank takes
 
 
 def loaded_folder(path: Path, job: Job, backend: str) -> Exported:
@@ -71,11 +73,18 @@ class MergedFolder(Target):
     def open(self, path: Path, job: Job) -> Exported:
         return loaded_folder(path, job, self.reader or job.backend)
 
-    def commands(self, path: Path) -> list[str]:
-        number = ("--dtype", "float32") if self.kind == "f32" else ()  # vLLM's own choice for it is float16
+    def commands(self, path: Path, job: Job, adapter: Path) -> list[str]:
         code = ("--trust-remote-code",) if any(path.glob("*.py")) else ()  # that comes with the model
-        served = command_line("vllm", "serve", str(path), *number, *code)
-        return [served, command_line("mlx_lm.server", "--model", str(path), *code)]
+        served = [("vllm", "serve", str(path)), ("mlx_lm.server", "--model", str(path))]
+        rank = next((most for most in VLLM_RANKS if most >= job.recipe.lora.rank), None)
+        if self.kind == "f32":
+            served[0] += ("--dtype", "float32")  # its own choice would be float16
+        elif rank and job.recipe.quantize == "none" and not job.folder.packed:  # the adapter on its base does the same
+            module = json.dumps({"name": "tuned", "path": str(adapter)})
+            lora = ("--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", module)
+            prompt = ("--chat-template", str(path / "chat_template.jinja"), "--generation-config", str(path))
+            served.insert(1, ("vllm", "serve", str(job.folder.path), *lora, *prompt))
+        return [command_line(*words, *code) for words in served]
 
 
 @dataclass(frozen=True)
@@ -97,8 +106,8 @@ class QuantisedFolder(MergedFolder):
         wanted = merge.tensors(making.session, job.folder, making.adapter, original=True)
         return change_checks(to, wanted, making.adapter)
 
-    def commands(self, path: Path) -> list[str]:
-        return super().commands(path)[1:]  # vLLM reads no such folder
+    def commands(self, path: Path, job: Job, adapter: Path) -> list[str]:
+        return super().commands(path, job, adapter)[-1:]  # vLLM reads no such folder
 
 
 def _write(to: Path, making: Making, kind: str, original: bool = False) -> None:

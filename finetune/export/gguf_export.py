@@ -45,7 +45,7 @@ class GgufFile(Target):
     def open(self, path: Path, job: Job) -> Exported:
         return loaded_gguf(job, path / MODEL)
 
-    def commands(self, path: Path) -> list[str]:
+    def commands(self, path: Path, job: Job, adapter: Path) -> list[str]:
         return [command_line("llama-server", "-m", str(path / MODEL), "--jinja")]
 
 
@@ -58,7 +58,7 @@ class OllamaFolder(GgufFile):
         said = "says the same for Ollama" if template else f"left to Ollama {READS_JINJA} and newer"
         return [*super().write(to, making), Check("Modelfile", "its TEMPLATE", said, "yes")]
 
-    def commands(self, path: Path) -> list[str]:
+    def commands(self, path: Path, job: Job, adapter: Path) -> list[str]:
         return ollama_commands(path)
 
 
@@ -76,6 +76,6 @@ class GgufAdapter(Target):
     def open(self, path: Path, job: Job) -> Exported:
         return loaded_gguf(job, path / BASE, path / ADAPTER)
 
-    def commands(self, path: Path) -> list[str]:
+    def commands(self, path: Path, job: Job, adapter: Path) -> list[str]:
         files = ("-m", "BASE.gguf", "--lora", str(path / ADAPTER), "--jinja")
         return [command_line("llama-server", *files, "--chat-template-file", str(path / TEMPLATE))]

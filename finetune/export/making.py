@@ -43,5 +43,5 @@ class Target(ABC):
         """The export as a program loads it. Raises FinetuneError."""
 
     @abstractmethod
-    def commands(self, path: Path) -> list[str]:
-        """What serves it."""
+    def commands(self, path: Path, job: Job, adapter: Path) -> list[str]:
+        """What serves it. adapter: the run's folder of that name."""

@@ -118,7 +118,9 @@ def _spaced(messages: Sequence[Message]) -> bool:
 
 
 def _said(text: str) -> str:
-    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+    """As a string of Go's. Of a Modelfile Ollama drops what is not printable, also within quotes."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "{{ " + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted) + " }}" if text else ""
 
 
 def template_of(making: Making) -> GoTemplate | None:
@@ -148,13 +150,13 @@ def modelfile(making: Making, file: str, template: GoTemplate | None) -> str:
         lines.append("PARAMETER temperature 0")
     renderer = prepared.renderer
     if isinstance(renderer, ChatRenderer) and renderer.template is not None:  # no special token ends the user's turn
-        lines.append('PARAMETER stop "\\nUser:"')
+        lines.append('PARAMETER stop "\nUser:"')  # a line break: within quotes Ollama knows no escapes
     return "\n".join(lines) + "\n"
 
 
 def ollama_commands(path: Path) -> list[str]:
     """What makes and runs the model; its name is that of the run, as far as Ollama takes it."""
     named = path.resolve().parent.parent if path.parent.name == "exports" else path
-    model = re.sub(r"[^a-z0-9_-]+", "-", named.name.lower()).strip("-")[-80:] or "model"
+    model = re.sub(r"[^a-z0-9_-]+", "-", named.name.lower())[-80:].strip("-") or "model"
     made = command_line("ollama", "create", model, "-f", str(path / "Modelfile"))
     return [made, command_line("ollama", "run", model)]

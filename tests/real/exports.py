@@ -15,15 +15,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from finetune.commands.export import made_ready, run_measured, verified
+from finetune.commands.export import made_ready, ready, run_measured, verified
 from finetune.console import Console
 from finetune.disk.adapter import read_adapter
 from finetune.disk.run_folder import open_existing
 from finetune.export.choose import check_options, precision, target_of
 from finetune.export.measure import chosen
 from finetune.export.verify import sentence
-from finetune.report.live_screen import with_progress
-from finetune.training.job import making_ready
 
 FORMS = ("gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "gguf-adapter", "mlx-4bit")
 SHOWN = (
@@ -45,7 +43,7 @@ def main() -> None:
     parser.add_argument("--forms", default=",".join(FORMS))
     asked = parser.parse_args()
     opened, recipe = open_existing(asked.run)
-    job = with_progress(making_ready(recipe, None, opened.path))
+    job = ready(opened, recipe, None)
     making = made_ready(opened, job, read_adapter(opened.adapter))
     rows = chosen(job.prepared.held_out, asked.rows)
     started = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,14 +323,37 @@ def test_weights_are_sharded_and_read_as_transformers_reads_them(tmp_path: Path,
         assert np.array_equal(read_tensor(tmp_path / file, name), read.float().numpy())
 
 
+def served(target: Any, path: Path, rank: int = 8, quantize: str = "none", packed: Any = ()) -> list[list[str]]:
+    recipe = SimpleNamespace(lora=SimpleNamespace(rank=rank), quantize=quantize)
+    job: Any = SimpleNamespace(recipe=recipe, folder=SimpleNamespace(path=Path("/base"), packed=packed))
+    return [shlex.split(line) for line in target.commands(path, job, Path("/runs/it's, a = b/adapter"))]
+
+
 def test_servers_are_told_what_they_would_not_do_by_themselves(tmp_path: Path) -> None:
     """vLLM serves float32 as float16, and no server runs a model's own code, unless it is asked to."""
-    half, whole = (folders.MergedFolder(f"merged-{kind}", kind).commands(tmp_path) for kind in ("f16", "f32"))
-    assert half == [f"vllm serve {tmp_path}", f"mlx_lm.server --model {tmp_path}"]
-    assert whole[0] == f"vllm serve {tmp_path} --dtype float32" and whole[1] == half[1]
+    half, whole = (served(folders.MergedFolder(f"merged-{kind}", kind), tmp_path) for kind in ("f16", "f32"))
+    assert [half[0], half[2]] == [["vllm", "serve", str(tmp_path)], ["mlx_lm.server", "--model", str(tmp_path)]]
+    assert whole == [[*half[0], "--dtype", "float32"], half[2]]
     (tmp_path / "modeling_own.py").write_text("")
     for target in (folders.MergedFolder("merged-f16", "f16"), folders.QuantisedFolder("mlx-4bit", "4bit")):
-        assert all(line.endswith(" --trust-remote-code") for line in target.commands(tmp_path))
+        assert all(words[-1] == "--trust-remote-code" for words in served(target, tmp_path))
+    assert [words[0] for words in served(folders.QuantisedFolder("mlx-4bit", "4bit"), tmp_path)] == ["mlx_lm.server"]
+
+
+@pytest.mark.parametrize(("rank", "most"), [(1, 8), (8, 8), (9, 16), (16, 16), (64, 64), (257, 320), (512, 512)])
+def test_vllm_takes_the_adapter_with_a_rank_that_it_fits_in(rank: int, most: int, tmp_path: Path) -> None:
+    """Its parser: --max-lora-rank is one of a few numbers; a module is JSON, or name=path without more = or commas."""
+    words = served(folders.MergedFolder("merged-bf16", "bf16"), tmp_path, rank)[1]
+    assert words[:3] == ["vllm", "serve", "/base"] and words[words.index("--max-lora-rank") + 1] == str(most)
+    module = json.loads(words[words.index("--lora-modules") + 1])
+    assert module == {"name": "tuned", "path": "/runs/it's, a = b/adapter"} and "--enable-lora" in words
+    assert words[words.index("--chat-template") + 1] == str(tmp_path / "chat_template.jinja")
+    assert words[words.index("--generation-config") + 1] == str(tmp_path)
+
+
+@pytest.mark.parametrize("given", [{"rank": 513}, {"quantize": "4bit"}, {"packed": {"a"}}])
+def test_vllm_is_not_given_an_adapter_that_is_not_the_run_s_model_there(given: Any, tmp_path: Path) -> None:
+    assert "--enable-lora" not in str(served(folders.MergedFolder("merged-bf16", "bf16"), tmp_path, **given))
 
 
 def test_an_adapter_and_weights_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import os
@@ -9,14 +10,18 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from backends.model_folder import ModelFolder
 from finetune.data.conversation import Conversation
 from finetune.data.template_sandbox import render
+from finetune.data.tokenizer import load_tokenizer
 from finetune.export.gguf_export import OllamaFolder
-from finetune.export.ollama import GoTemplate, go_template
+from finetune.export.ollama import GoTemplate, go_template, modelfile
+from finetune.recipe.schema import Recipe
 from tests.unit.chat_families import FAMILIES, tokenizer_of
 from tests.unit.export.exported_run import Runs, made
 from tests.unit.export.test_travelling_prompt import KINDS, PROBES, asked_rows, prepared, travelling
@@ -72,6 +77,67 @@ def test_what_a_template_does_with_words_is_not_derived() -> None:
     assert go_template(lambda messages: messages[-1]["content"].upper(), "", []) is None
 
 
+def as_ollama_reads(text: str) -> dict[str, str]:
+    """A Modelfile's commands by the rules of its parser: a value ends with its line, but for one whose quotes are open;
+    what cannot be printed is dropped, and nothing is unescaped.
+    """
+    found, name, value = {}, "", ""
+    for line in text.splitlines():
+        if name:
+            value += "\n" + line
+        else:
+            name, _, value = line.partition(" ")
+            if name == "PARAMETER":
+                name, _, value = value.partition(" ")
+        quotes = next((mark for mark in ('"""', '"') if value.startswith(mark)), "")
+        if len(value) >= 2 * len(quotes) and value.endswith(quotes):
+            read = "".join(char for char in value if char.isprintable() or char in "\t\n")
+            found[name] = read[len(quotes) : len(read) - len(quotes)]
+            name = ""
+    assert not name, "its quotes are not closed"
+    return found
+
+
+def in_go(text: str) -> str:
+    """What the strings of a Go template say, one after the other."""
+    return "".join(ast.literal_eval(one) for one in re.findall(r'\{\{ ("(?:[^"\\]|\\.)*") \}\}', text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no\u00a0break",
+        "zero\u200bwidth\u200d",
+        "\u3000wide",
+        "tab\tline\r\n",
+        "\x1b[0m\x7f",
+        "\U0001f642 \u6f22 \xe9",
+        'a """ \\ {{ }}',
+    ],
+)
+def test_no_letter_of_a_prompt_is_lost_in_a_modelfile(text: str, tmp_path: Path, exportable_model: Path) -> None:
+    template = GoTemplate(f"{text}a", (f"b{text}", f"c{text}"), (f"d{text}", text), f"{text}e")
+    read = as_ollama_reads(modelfile(making(tmp_path, exportable_model), "model.gguf", template))["TEMPLATE"]
+    assert in_go(read) == f"b{text}c{text}{text}a{text}ed{text}{text}"
+
+
+def test_a_plain_conversation_stops_where_the_user_would_speak(tmp_path: Path, exportable_model: Path) -> None:
+    """Ollama knows no escapes: a backslash and an n would be looked for as they stand."""
+    commands = as_ollama_reads(modelfile(making(tmp_path, exportable_model, "plain"), "model.gguf", None))
+    assert commands["stop"] == "\nUser:" and commands["REQUIRES"] == "0.30.0" and commands["FROM"] == "./model.gguf"
+    others = as_ollama_reads(modelfile(making(tmp_path, exportable_model), "model.gguf", None))
+    assert "stop" not in others and "temperature" not in others
+
+
+def making(folder: Path, model: Path, template: str = "chat") -> Any:
+    """What a Modelfile is written from, of conversations."""
+    tokenizer = load_tokenizer(ModelFolder.open(model))
+    found = prepared(folder, KINDS["chat"][0], {"template": template}, tokenizer)
+    recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}})
+    job = SimpleNamespace(prepared=found, recipe=recipe, folder=ModelFolder.open(model))
+    return SimpleNamespace(job=job)
+
+
 def test_an_ollama_folder_has_a_file_and_a_modelfile(runs: Runs) -> None:
     pytest.importorskip("xllamacpp")
     run = runs("torch")
@@ -91,10 +157,12 @@ def test_an_ollama_folder_has_a_file_and_a_modelfile(runs: Runs) -> None:
         ("out/Qwen2.5..new", "qwen2-5-new"),
         ("runs/\u8bc4\u8bba/exports/ollama-q8_0", "model"),
         ("out/" + "a" * 200, "a" * 80),
+        ("out/" + "b" * 9 + " " + "a" * 79, "a" * 79),
     ],
 )
 def test_ollama_is_given_a_name_that_it_takes(folder: str, name: str, tmp_path: Path) -> None:
-    created, asked = OllamaFolder("ollama-q8_0", "q8_0").commands(tmp_path / folder)
+    job: Any = None
+    created, asked = OllamaFolder("ollama-q8_0", "q8_0").commands(tmp_path / folder, job, tmp_path)
     assert created.startswith(f"ollama create {name} -f ") and asked == f"ollama run {name}"
 
 
