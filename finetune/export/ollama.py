@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from finetune.text import command_line
 READS_JINJA = "0.30.0"  # from this version on Ollama renders the file's own chat template with llama.cpp
 _CONTEXT = 4096  # positions, at least: Ollama's own default cuts long prompts
 Write = Callable[[Sequence[Message]], str]  # what the chat template writes. Raises ValueError where it refuses
-_SYSTEM, _FIRST, _ANSWER, _SECOND = "Qsystemq", "Qfirstq", "Qanswerq", "Qsecondq"
 
 
 @dataclass(frozen=True)
@@ -68,53 +68,31 @@ def go_template(write: Write, begin: str, rows: Iterable[Sequence[Message]]) -> 
     begin: what the tokenizer puts before a text by itself, and so the template must not. Probes may differ in the white
     space at the ends of a text, which Go's templates cannot take away.
     """
-    found = _pieces(write)
-    if found is None:
-        return None
-    expected = [(messages, text) for messages in (*PROBES, *rows) if (text := _written(write, messages)) is not None]
-    for messages, text in expected:
-        if found.write(messages) != text and not (messages in PROBES and _spaced(messages)):
-            return None
-    before = found.system and (found.system[0].removeprefix(begin), found.system[1])
-    return GoTemplate(found.begin.removeprefix(begin), before, found.answer, found.end)
-
-
-def _pieces(write: Write) -> GoTemplate | None:
-    question, turns = _message("user", _FIRST), [_message("assistant", _ANSWER), _message("user", _SECOND)]
-    alone = _cut(_written(write, [question]), _FIRST)
+    user, answer = ("user", "Qfirstq"), ("assistant", "Qanswerq")
+    alone, led = _around(write, user), _around(write, ("system", "Qsystemq"), user)
+    several = _around(write, user, answer, ("user", "Qsecondq"))
     if alone is None:
         return None
-    begin, end = alone
-    several = _cut(_written(write, [question, *turns]), _FIRST, _ANSWER, _SECOND)
-    answer = (several[1], several[2]) if several else None
-    led = _cut(_written(write, [_message("system", _SYSTEM), question]), _SYSTEM, _FIRST)
-    return GoTemplate(begin, (led[0], led[1]) if led else None, answer, end)
+    derived = GoTemplate(alone[0], led and (led[0], led[1]), several and (several[1], several[2]), alone[1])
+    for messages in (*PROBES, *rows):
+        spaced = messages in PROBES and any(one["content"] != one["content"].strip() for one in messages)
+        with suppress(ValueError):  # what the chat template refuses is not asked
+            if write(messages) != derived.write(messages) and not spaced:
+                return None
+    before = derived.system and (derived.system[0].removeprefix(begin), derived.system[1])
+    return replace(derived, begin=derived.begin.removeprefix(begin), system=before)
 
 
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _written(write: Write, messages: Sequence[Message]) -> str | None:
+def _around(write: Write, *turns: tuple[str, str]) -> list[str] | None:
+    """What is written before, between and after the texts of these turns; None where they are refused, or one is not
+    written once, in its place.
+    """
+    texts = [text for _, text in turns]
     try:
-        return write(messages)
+        whole = write([{"role": role, "content": text} for role, text in turns])
     except ValueError:
         return None
-
-
-def _cut(text: str | None, *marks: str) -> list[str] | None:
-    """The text cut at these marks; None where one of them is not in it once, in this order."""
-    pieces = []
-    for mark in marks:
-        if text is None or text.count(mark) != 1:
-            return None
-        before, _, text = text.partition(mark)
-        pieces.append(before)
-    return [*pieces, str(text)]
-
-
-def _spaced(messages: Sequence[Message]) -> bool:
-    return any(message["content"] != message["content"].strip() for message in messages)
+    return re.split("|".join(texts), whole) if re.findall("|".join(texts), whole) == texts else None
 
 
 def _said(text: str) -> str:
