@@ -24,5 +24,4 @@ def optional(name: str, instead: str = "", extra: str = "gguf") -> Any:
 
 def processors() -> int:
     """Those that this process may run on: more threads would wait for each other."""
-    allowed = getattr(os, "sched_getaffinity", None)  # Linux
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
