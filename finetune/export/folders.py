@@ -75,7 +75,7 @@ class MergedFolder(Target):
 
     def commands(self, path: Path, job: Job, adapter: Path) -> list[str]:
         code = ("--trust-remote-code",) if any(path.glob("*.py")) else ()  # that comes with the model
-        served = [("vllm", "serve", str(path)), ("mlx_lm.server", "--model", str(path))]
+        served: list[tuple[str, ...]] = [("vllm", "serve", str(path)), ("mlx_lm.server", "--model", str(path))]
         rank = next((most for most in VLLM_RANKS if most >= job.recipe.lora.rank), None)
         if self.kind == "f32":
             served[0] += ("--dtype", "float32")  # its own choice would be float16
@@ -83,7 +83,7 @@ class MergedFolder(Target):
             module = json.dumps({"name": "tuned", "path": str(adapter)})
             lora = ("--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", module)
             prompt = ("--chat-template", str(path / "chat_template.jinja"), "--generation-config", str(path))
-            served.insert(1, ("vllm", "serve", str(job.folder.path), *lora, *prompt))
+            served.insert(1, ("vllm", "serve", str(job.folder.path.resolve()), *lora, *prompt))
         return [command_line(*words, *code) for words in served]
 
 

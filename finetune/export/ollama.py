@@ -73,7 +73,8 @@ def go_template(write: Write, begin: str, rows: Iterable[Sequence[Message]]) -> 
     several = _around(write, user, answer, ("user", "Qsecondq"))
     if alone is None:
         return None
-    derived = GoTemplate(alone[0], led and (led[0], led[1]), several and (several[1], several[2]), alone[1])
+    answered = (several[1], several[2]) if several else None
+    derived = GoTemplate(alone[0], (led[0], led[1]) if led else None, answered, alone[1])
     for messages in (*PROBES, *rows):
         spaced = messages in PROBES and any(one["content"] != one["content"].strip() for one in messages)
         with suppress(ValueError):  # what the chat template refuses is not asked
