@@ -25,6 +25,7 @@ from finetune.export.prompt import travelling_template
 from finetune.export.verify import KEPT, Check, checks_table, model_checks, sentence, text_checks
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
+from finetune.report.summary import PAGE, write_page
 from finetune.supervisor import announce_model
 from finetune.training.job import Job, making_ready, refuse_head
 
@@ -138,6 +139,8 @@ def _finish(opened: RunFolder, job: Job, target: Target, path: Path, checks: lis
     line = f"log-probabilities: {errors.result}, on {errors.on}; tuning that is kept: {kept.result}"
     commands = target.commands(path.resolve(), job, opened.adapter.resolve())
     remember(opened, Made(str(path.resolve()), target.kind, line, commands, notes))
+    if (opened.path / PAGE).exists():
+        write_page(opened.path)
     warned = [f"{check.name}: {check.result} {check.where}".strip() for check in checks if check.holds == "warning"]
     for note in (*notes, *warned):
         console.print(f"note: {note}", soft_wrap=True)

@@ -26,7 +26,7 @@ class Made:
 
 def remember(run: RunFolder, made: Made) -> None:
     """Raises DiskError, and Incompatible for an exports.json that no run writes."""
-    exports = [one for one in _exports(run) if one.path != made.path] + [made]
+    exports = [one for one in exports_of(run) if one.path != made.path] + [made]
     run.write_json(FILE, [asdict(one) for one in exports])
     write_file(run.path / COMMANDS, "\n".join(_as_text(one) for one in exports))
     report = run.path / "report.txt"
@@ -36,12 +36,12 @@ def remember(run: RunFolder, made: Made) -> None:
 
 def write_report(run: RunFolder, text: str) -> None:
     """report.txt: these figures, and the exports that were made. Raises as `remember` does."""
-    exports = [f"  {one.path} ({one.kind}): {one.verified}\n" for one in _exports(run)]
+    exports = [f"  {one.path} ({one.kind}): {one.verified}\n" for one in exports_of(run)]
     write_file(run.path / "report.txt", text + "".join([_MARK, *exports] if exports else []))
 
 
-def _exports(run: RunFolder) -> list[Made]:
-    """Those that are still there."""
+def exports_of(run: RunFolder) -> list[Made]:
+    """Those that are still there. Raises Incompatible for an exports.json that no run writes."""
     made = read_json(run.path / FILE, list[Made], "remove it, and export again") or []
     return [one for one in made if Path(one.path).exists()]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from finetune.disk.adapter_check import Loading
+from finetune.disk.exports import Made, exports_of
 from finetune.disk.identity import read_identity
 from finetune.disk.metrics import read
 from finetune.disk.run_files import check_values, read_json
@@ -154,6 +155,7 @@ class FinishedRun:
     analysis: Analysis | None  # None where the run has no kinds.json
     identity: Mapping[str, Any]
     suite: ToldSuite | None = None  # None where the recipe names none
+    exports: Sequence[Made] = ()
 
     @property
     def name(self) -> str:
@@ -210,4 +212,5 @@ def _with_files(
         analysis=read_json(folder.path / "kinds.json", Analysis, remedy, "ignore"),
         identity=read_identity(folder.path) or {},
         suite=with_cases(told.suite, read_json(folder.path / "suite.json", ToldSuite, remedy, "ignore")),
+        exports=exports_of(folder),
     )

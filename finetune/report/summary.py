@@ -23,8 +23,9 @@ from finetune.evaluation.kinds import Analysis
 from finetune.evaluation.suite import SuiteResult
 from finetune.events import StepDone
 from finetune.recipe.load import load_recipe
-from finetune.report.finished import at_the_end
+from finetune.report.finished import at_the_end, read_finished
 from finetune.report.page.run_page import run_page
+from finetune.report.page.without_rows import without_rows
 from finetune.report.plot import confusion_plot, loss_plot
 from finetune.report.report import Comparison, Report
 from finetune.report.tables import (
@@ -39,7 +40,7 @@ from finetune.report.tables import (
 )
 from finetune.training.job import Job, beyond_context
 
-PAGE = "report.html"
+PAGE, BARE_PAGE = "report.html", "report-without-rows.html"
 
 
 def print_account(job: Job, run: RunFolder) -> None:
@@ -168,9 +169,18 @@ def write_report(run: RunFolder, report: Report) -> None:
     loss_plot(steps, list(report.validations), run.path / "loss.png", title, _chance(report.tuned))
     if report.tuned.confusion:
         confusion_plot(report.tuned.confusion, report.tuned.labels, run.path / "confusion.png")
-    finished = at_the_end(run, load_recipe(run.recipe), report, events)
-    write_file(run.path / PAGE, run_page(finished))
+    write_file(run.path / PAGE, run_page(at_the_end(run, load_recipe(run.recipe), report, events)))
     run.write_json("report.json", report.to_json())
+
+
+def write_page(path: Path, output: Path | None = None, rows: bool = True) -> Path:
+    """The page of a finished run written anew: `output`, or report.html in its folder, or without the texts of its data
+    report-without-rows.html. Raises Incompatible."""
+    finished = read_finished(path)
+    page = run_page(finished) if rows else run_page(without_rows(finished), rows=False)
+    file = output or path / (PAGE if rows else BARE_PAGE)
+    write_file(file, page)
+    return file
 
 
 def _chance(tuned: Evaluation) -> float | None:

@@ -16,6 +16,7 @@ import pytest
 from finetune.commands import report as report_command
 from finetune.data.rows import Row
 from finetune.disk.adapter_check import Loading
+from finetune.disk.exports import Made
 from finetune.disk.run_files import check_values
 from finetune.errors import Incompatible
 from finetune.evaluation.checks import Checks
@@ -280,6 +281,15 @@ def test_a_page_is_below_two_megabytes_whatever_the_rows_hold() -> None:
     found = compared([run, broken, run])
     for html in (run_page(run), run_page(broken), compare_page(found)):
         assert len(html.encode()) < 2_000_000
+
+
+def test_exports_stand_on_the_page_and_their_paths_only_beside_rows() -> None:
+    made = Made("/home/anna/runs/exports/gguf-q8_0", "gguf-q8_0", "tuning that is kept: 99.9%", ["serve"], ["a note"])
+    run = replace(a_run(), exports=[made])
+    assert '<a href="#exports">' not in run_page(a_run())
+    for html in (run_page(run), run_page(without_rows(run), rows=False)):
+        assert "gguf-q8_0" in html and "99.9%" in html and '<a href="#exports">' in html
+    assert made.path in run_page(run) and "anna" not in run_page(without_rows(run), rows=False)
 
 
 def test_thousands_of_labels_and_steps_fit_on_a_page() -> None:

@@ -49,6 +49,7 @@ def without_rows(run: FinishedRun, numbered: Numbered | None = None) -> Finished
         checked=run.checked and _checked(run.checked),
         analysis=run.analysis and _analysis(run.analysis, numbered),
         suite=run.suite and replace(run.suite, file="", results=[]),
+        exports=[replace(one, path="", notes=[]) for one in run.exports],
         identity={key: value for key, value in run.identity.items() if key in ("kind", "rows", "base_model")},
     )
 

@@ -32,8 +32,10 @@ def test_a_run_of_pairs_is_exported_and_asked(exportable_model: Path, loss: str,
     finetune(work, "train", "recipe.yaml", "model.dtype=float32").good()
     run = open_existing(work.runs()[0])[0]
     for to, kind in (("merged", None), ("gguf", "f32")):
-        told = json.loads((made(run, to, kind) / "export.json").read_text())
+        path = made(run, to, kind)
+        told = json.loads((path / "export.json").read_text())
         assert told["holds"], told
+        assert str(path) in (run.path / "report.html").read_text()
     answers = [
         finetune(work, "generate", str(run.path), "what is 5?", "--max-tokens", "6", "--temperature", "0", *more).good()
         for more in ((), ("--base",))
