@@ -262,8 +262,8 @@ class Session(Reader, Protocol):
         """Memory that the device can still give, where that is known."""
 
 
-class Backend(Protocol):
-    """What a backend's session module exports. Importing it loads the framework."""
+class Here(Protocol):
+    """What a backend says of this machine. Importing the module loads the framework, and none of its models."""
 
     def probe(self) -> str | None:
         """None: usable here; else one sentence that says why not."""
@@ -278,6 +278,10 @@ class Backend(Protocol):
 
     def free_bytes(self, device: Wanted = "auto") -> int | None:
         """Memory that the device can give, where that is known, before a model is loaded."""
+
+
+class Backend(Here, Protocol):
+    """What a backend's session module exports. Importing it loads the framework and its models."""
 
     def check(self, model: ModelSpec, lora: LoraSpec) -> None:
         """Raises BackendError for what cannot be done with this model, before it or any data is loaded."""
