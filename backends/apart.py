@@ -23,7 +23,7 @@ from backends.interface import BackendError, Wanted
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_CODE = "import sys; sys.path[:] = {path!r}; from backends.apart import serve; serve()"
+_CODE = "import sys; sys.path[:] = {path!r}; from backends import apart, registry; apart.serve(registry)"
 
 
 class Apart:
@@ -108,13 +108,14 @@ def answered_apart(function: Callable[P, T]) -> Callable[P, T]:
     return answered
 
 
-def serve() -> None:
-    """In the other process: answers until nobody is left to ask. What libraries print goes to standard error."""
+def serve(registry: Any) -> None:
+    """In the other process: answers until nobody is left to ask. What libraries print goes to standard error.
+
+    registry: the module, which imports this one.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks ends this one
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    from backends import registry
-
     whole = dict(registry.BACKENDS)
     registry.BACKENDS.update({name: replace(row, session=row.here or row.session) for name, row in whole.items()})
     while True:

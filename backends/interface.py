@@ -255,6 +255,13 @@ class Session(Reader, Protocol):
     def set_state(self, state: TrainState) -> None:
         """Raises IncompatibleState unless every name and shape fits; moments may be empty (all zero)."""
 
+    @property
+    def kept_states(self) -> Any:
+        """What frozen blocks made of rows so far (`kept_states.Activations`); None where none are kept."""
+
+    def take_kept_states(self, kept: Any) -> None:
+        """Those of an earlier session of the same base, whatever its adapter; unused where other blocks are frozen."""
+
     def peak_bytes(self) -> int:
         """The most memory in use so far: of the device, or of the process on a CPU."""
 

@@ -32,6 +32,7 @@ from backends.interface import (
     StepResult,
     TrainState,
 )
+from backends.kept_states import Activations
 from backends.layer_names import Names, Part
 from backends.loss_scale import loss_scales
 from backends.memory_plan import answering_bytes
@@ -181,6 +182,14 @@ class MlxSession:
     def set_state(self, state: TrainState) -> None:
         state = fitting(state, self._shapes)
         self._state = State(state.step, to_mlx(state.adapter), to_mlx(state.moments))
+
+    @property
+    def kept_states(self) -> Activations | None:
+        return self._forward.frozen.kept if self._forward.frozen else None
+
+    def take_kept_states(self, kept: Activations | None) -> None:
+        if self._forward.frozen and self._forward.frozen.kept.serves(kept):
+            self._forward.frozen.kept = kept
 
     def peak_bytes(self) -> int:
         self._most_held = max(self._most_held, held_bytes(self._mlx_device))

@@ -31,6 +31,7 @@ from backends.interface import (
     StepResult,
     TrainState,
 )
+from backends.kept_states import Activations
 from backends.layer_names import matched
 from backends.loss_scale import loss_scales
 from backends.memory_plan import answering_bytes
@@ -222,6 +223,14 @@ class TorchSession:
             name: torch.tensor(value, device=self._device) for name, value in state.moments.items()
         }
         self._step = state.step
+
+    @property
+    def kept_states(self) -> Activations | None:
+        return self._forward.frozen.kept if self._forward.frozen else None
+
+    def take_kept_states(self, kept: Activations | None) -> None:
+        if self._forward.frozen and self._forward.frozen.kept.serves(kept):
+            self._forward.frozen.kept = kept
 
     def peak_bytes(self) -> int:
         return peak_bytes(self._device)
