@@ -30,7 +30,8 @@ def ask_apart(backend: str, device: str) -> None:
     Only where the command has its process to itself, as no framework can be loaded there any more.
     """
     main = Path(getattr(sys.modules["__main__"], "__file__", None) or "-")
-    if "finetune" in (main.stem, main.parent.stem) and "transformers" not in sys.modules:
+    command = main.parent if main.name == "__main__.py" else main  # `python -m finetune`, or the script
+    if command.stem == "finetune" and "transformers" not in sys.modules:
         from backends import registry
 
         registry.ask_apart(backend, device)  # type: ignore[arg-type]  # a device of a recipe
