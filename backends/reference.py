@@ -205,7 +205,9 @@ class ReferenceSession:
         state = fitting(state, self._shapes)
         self._step, self._adapter, self._moments = state.step, dict(state.adapter), dict(state.moments)
 
-    kept_states = None
+    @property
+    def kept_states(self) -> None:
+        return None
 
     def take_kept_states(self, kept: Any) -> None:
         """Every block has an adapter here."""
