@@ -259,7 +259,7 @@ class Session(Reader, Protocol):
     def kept_states(self) -> Any:
         """What frozen blocks made of rows so far (`kept_states.Activations`); None where none are kept."""
 
-    def take_kept_states(self, kept: Any) -> None:
+    def take_kept_states(self, states: Any) -> None:
         """Those of an earlier session of the same base, whatever its adapter; unused where other blocks are frozen."""
 
     def peak_bytes(self) -> int:

@@ -45,9 +45,9 @@ class Activations:
         self._limit = shutil.disk_usage(folder).free // _SHARE if limit is None else limit
         self._offsets: dict[bytes, int] = {}
 
-    def serves(self, other: Activations | None) -> bool:
+    def serves(self, other: Activations) -> bool:
         """Whether they are what other sessions of the same base keep, whatever their adapters are."""
-        return other is not None and (self.width, self.dtype, self.blocks) == (other.width, other.dtype, other.blocks)
+        return (self.width, self.dtype, self.blocks) == (other.width, other.dtype, other.blocks)
 
     def get(self, tokens: IntArray, out: NDArray[Any]) -> bool:
         """Whether `tokens` [n] are kept; if so `out` [n, width], contiguous, is filled with their states."""

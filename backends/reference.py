@@ -209,7 +209,7 @@ class ReferenceSession:
     def kept_states(self) -> None:
         return None
 
-    def take_kept_states(self, kept: Any) -> None:
+    def take_kept_states(self, states: Any) -> None:
         """Every block has an adapter here."""
 
     def peak_bytes(self) -> int:

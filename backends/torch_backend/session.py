@@ -228,9 +228,9 @@ class TorchSession:
     def kept_states(self) -> Activations | None:
         return self._forward.frozen.kept if self._forward.frozen else None
 
-    def take_kept_states(self, kept: Activations | None) -> None:
-        if self._forward.frozen and self._forward.frozen.kept.serves(kept):
-            self._forward.frozen.kept = kept
+    def take_kept_states(self, states: Activations | None) -> None:
+        if self._forward.frozen and states and self._forward.frozen.kept.serves(states):
+            self._forward.frozen.kept = states
 
     def peak_bytes(self) -> int:
         return peak_bytes(self._device)
