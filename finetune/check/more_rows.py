@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Generator
+from operator import itemgetter
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def parts_of(prepared: Prepared, seed: int) -> list[list[str]]:
         label = labels[locations[i]]
         placed.append(((seen[label] + 0.5) / count[label], locations[i]))
         seen[label] += 1
-    drawn = [location for _, location in sorted(placed, key=lambda one: one[0])]
+    drawn = [location for _, location in sorted(placed, key=itemgetter(0))]
     return [drawn[: math.ceil(share * len(drawn))] for share in SHARES]
 
 
