@@ -26,7 +26,7 @@ def parts_of(prepared: Prepared, seed: int) -> list[list[str]]:
 
     Rows with labels are drawn so that each label has its share in every part.
     """
-    labels = {example.location: example.answer if prepared.labels else "" for example in prepared.train.examples}
+    labels = {one.location: (one.answer or "") if prepared.labels else "" for one in prepared.train.examples}
     if len(labels) < FEWEST:
         raise DataError(f"{len(labels)} training rows: too few for a learning curve, which needs {FEWEST}")
     locations, count, seen = list(labels), Counter(labels.values()), Counter[str]()
