@@ -255,6 +255,13 @@ class Session(Reader, Protocol):
     def set_state(self, state: TrainState) -> None:
         """Raises IncompatibleState unless every name and shape fits; moments may be empty (all zero)."""
 
+    @property
+    def kept_states(self) -> Any:
+        """What frozen blocks made of rows so far (`kept_states.Activations`); None where none are kept."""
+
+    def take_kept_states(self, states: Any) -> None:
+        """Those of an earlier session of the same base, whatever its adapter; unused where other blocks are frozen."""
+
     def peak_bytes(self) -> int:
         """The most memory in use so far: of the device, or of the process on a CPU."""
 
@@ -262,8 +269,8 @@ class Session(Reader, Protocol):
         """Memory that the device can still give, where that is known."""
 
 
-class Backend(Protocol):
-    """What a backend's session module exports. Importing it loads the framework."""
+class Here(Protocol):
+    """What a backend says of this machine. Importing the module loads the framework, and none of its models."""
 
     def probe(self) -> str | None:
         """None: usable here; else one sentence that says why not."""
@@ -278,6 +285,10 @@ class Backend(Protocol):
 
     def free_bytes(self, device: Wanted = "auto") -> int | None:
         """Memory that the device can give, where that is known, before a model is loaded."""
+
+
+class Backend(Here, Protocol):
+    """What a backend's session module exports. Importing it loads the framework and its models."""
 
     def check(self, model: ModelSpec, lora: LoraSpec) -> None:
         """Raises BackendError for what cannot be done with this model, before it or any data is loaded."""

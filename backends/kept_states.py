@@ -31,9 +31,12 @@ class Activations:
     that is needed, from its first one on; `states` [n, width] are what the frozen layers make of exactly them.
     """
 
-    def __init__(self, width: int, dtype: DTypeLike, limit: int | None = None) -> None:
-        """`dtype` is numpy's (uint16 holds bfloat16); `limit` in bytes, half of the disk's free space if not given."""
-        self.width, self.dtype = width, np.dtype(dtype)
+    def __init__(self, width: int, dtype: DTypeLike, limit: int | None = None, blocks: int = 0) -> None:
+        """`dtype` is numpy's (uint16 holds bfloat16); `limit` in bytes, half of the disk's free space if not given.
+
+        blocks: how many are frozen.
+        """
+        self.width, self.dtype, self.blocks = width, np.dtype(dtype), blocks
         self.bytes = 0  # kept so far
         folder = _folder_on_disk()
         # no `with`: it lives as long as this object, and leaves no name
@@ -41,6 +44,10 @@ class Activations:
         weakref.finalize(self, self._file.close)
         self._limit = shutil.disk_usage(folder).free // _SHARE if limit is None else limit
         self._offsets: dict[bytes, int] = {}
+
+    def serves(self, other: Activations) -> bool:
+        """Whether they are what other sessions of the same base keep, whatever their adapters are."""
+        return (self.width, self.dtype, self.blocks) == (other.width, other.dtype, other.blocks)
 
     def get(self, tokens: IntArray, out: NDArray[Any]) -> bool:
         """Whether `tokens` [n] are kept; if so `out` [n, width], contiguous, is filled with their states."""

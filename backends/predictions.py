@@ -78,7 +78,10 @@ class Costs:
     # what the backward pass needs of one token and block: (architecture, adapted modules, lora, bytes of a number)
     saved: Callable[[Architecture, Modules, LoraSpec, int], float]
     reached: float  # the share of the rate of matrix products that a step reaches
-    host: float = 0.0  # seconds that a GPU's host takes for a layer in a forward pass, at the least
+    # seconds that starting one layer's forward pass takes: a GPU's host does it beside the products, a CPU before
+    host: float = 0.0
+    unpacking: float = 0.0  # operations of products that take as long as to unpack one 4-bit weight
+    masking: float = 0.0  # and as to make one number of dropout's mask, and to apply it
     held: float = 1.1  # bytes that the allocator holds per byte in use
     update: float = 20.0  # per number of the adapter: an update makes weights, moments and their quotient anew
     tokens_at_once: int | None = None  # computed at a time; None: the whole micro-batch

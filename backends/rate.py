@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ def operations_per_second(x: Any, weight: Any, wait: Callable[[Any], object]) ->
     _seconds(x, weight, wait, 1)  # the first call starts threads and chooses kernels
     count = 1
     while (seconds := _seconds(x, weight, wait, count)) < _SECONDS:
-        count *= 2
+        count = max(2 * count, math.ceil(1.3 * count * _SECONDS / max(seconds, 1e-6)))  # by so many times too few
     return count * 2.0 * rows * width * width / seconds
 
 

@@ -205,6 +205,13 @@ class ReferenceSession:
         state = fitting(state, self._shapes)
         self._step, self._adapter, self._moments = state.step, dict(state.adapter), dict(state.moments)
 
+    @property
+    def kept_states(self) -> None:
+        return None
+
+    def take_kept_states(self, states: Any) -> None:
+        """Every block has an adapter here."""
+
     def peak_bytes(self) -> int:
         return process_peak_bytes()
 

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from typing import Any, cast
 
+from backends.apart import ahead, answered_apart, asks_apart
+from backends.apart import ask_apart as ask_apart
 from backends.interface import (
     Backend,
     BackendError,
+    Batch,
     Device,
+    FloatArray,
     Half,
     LoraSpec,
     ModelSpec,
@@ -24,6 +28,7 @@ from backends.interface import (
 )
 from backends.layer_names import Library
 from backends.model_folder import folder_of
+from backends.plain import is_plain
 from backends.predictions import Costs, Machine, Predictions
 
 
@@ -33,6 +38,7 @@ class Row:
 
     session: str  # the module that is a `Backend`
     costs: str  # the module that is its `Predictions`
+    here: str = ""  # the module that is a `Here`, where what the session's loads is not needed for that
     library: str = ""  # the module that is a `Library`, where another library loads adapters into the same models
     apple: bool = False  # made for Apple silicon: there `auto` tries it first, and elsewhere last
     automatic: bool = True  # False: used only where it is named
@@ -44,6 +50,7 @@ BACKENDS: dict[str, Row] = {
     "mlx": Row(
         "backends.mlx_backend.session",
         "backends.mlx_backend.costs",
+        "backends.mlx_backend.here",
         "backends.mlx_backend.library",
         apple=True,
         launcher="backends.mlx_backend.launcher",
@@ -52,6 +59,7 @@ BACKENDS: dict[str, Row] = {
     "torch": Row(
         "backends.torch_backend.session",
         "backends.torch_backend.costs",
+        "backends.torch_backend.here",
         "backends.torch_backend.library",
         launcher="backends.torch_backend.launcher",
         group="backends.torch_backend.group",
@@ -66,6 +74,7 @@ def load(name: str) -> Backend:
     return cast(Backend, import_module(row(name).session))
 
 
+@answered_apart
 def probe(name: str) -> str | None:
     """None: usable here; else one sentence that says why not, with the remedy. Never raises."""
     try:
@@ -80,19 +89,22 @@ def probe(name: str) -> str | None:
 
 def installed(name: str) -> bool:
     """Whether the framework of the backend's name is here. Loads none, so it may still not work (`probe`)."""
-    return not row(name).automatic or find_spec(name) is not None
+    return not row(name).automatic or PathFinder.find_spec(name) is not None
 
 
+@answered_apart
 def describe(name: str, device: Wanted = "auto") -> dict[str, Any]:
     """Device, versions and abilities (`Backend.describe`). Raises BackendError where the backend is not usable."""
     return usable(name).describe(device)
 
 
+@answered_apart
 def free_bytes(name: str, device: Wanted = "auto") -> int | None:
     """Memory that the device can give, where that is known. Raises BackendError as `describe` does."""
     return usable(name).free_bytes(device)
 
 
+@answered_apart
 def unused_accelerator(name: str, device: Wanted = "auto") -> str | None:
     """Why an accelerator of this machine would not be used, with the remedy. Raises BackendError as `describe` does."""
     return None if device == "cpu" else usable(name).unused_accelerator()
@@ -105,6 +117,7 @@ def automatic() -> list[str]:
     return sorted(names, key=lambda name: BACKENDS[name].apple != apple)
 
 
+@answered_apart
 def choose(requested: str = "auto") -> str:
     """The backend to use: `requested`, or for "auto" the first of `automatic()` that works here.
 
@@ -135,9 +148,39 @@ def open_session(name: str, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, 
     return usable(name).open(replace(model, folder=folder_of(model)), lora, optim, seed)
 
 
-def check_model(name: str, model: ModelSpec, lora: LoraSpec) -> None:
-    """Raises BackendError for what the backend cannot do with this model, as far as config and shapes tell."""
-    usable(name).check(replace(model, folder=folder_of(model)), lora)
+@answered_apart
+def logprobs(name: str, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int, batch: Batch) -> FloatArray:
+    """What a session of its own thinks of a batch (`Scores.logprob`). Raises BackendError as `open_session` does."""
+    return open_session(name, model, lora, optim, seed).score(batch).logprob
+
+
+def check_ahead(requested: str, model: ModelSpec, lora: LoraSpec) -> None:
+    """Has another process, where there is one, begin with what `check_model` will want to know of it."""
+    if asks_apart() and not is_plain(folder_of(model)):
+        ahead("check_chosen", requested, replace(model, folder=None), lora)
+
+
+def check_model(requested: str, model: ModelSpec, lora: LoraSpec) -> None:
+    """Raises BackendError for what the backend that `choose` chooses cannot do with this model, as far as config and
+    shapes tell.
+    """
+    folder = folder_of(model)
+    if row(choose(requested)).here and is_plain(folder):
+        folder.lora_modules(lora)  # raises for targets that it does not have
+    else:
+        check_chosen(requested, replace(model, folder=None if asks_apart() else folder), lora)
+
+
+@answered_apart
+def check_chosen(requested: str, model: ModelSpec, lora: LoraSpec) -> None:
+    """The same, by the backend's own library."""
+    usable(choose(requested)).check(replace(model, folder=folder_of(model)), lora)
+
+
+@answered_apart
+def describe_chosen(requested: str, device: Wanted) -> dict[str, Any]:
+    """As `describe`, of the backend that `choose` chooses."""
+    return describe(choose(requested), device)
 
 
 def libraries() -> dict[str, Library]:
@@ -189,6 +232,7 @@ def shortcuts(name: str) -> tuple[str, ...]:
     return tuple(_predictions(name).SHORTCUTS)
 
 
+@answered_apart
 @cache
 def measured_rate(name: str, number_type: NumberType, device: Wanted = "auto") -> float:
     """Floating-point operations per second of matrix products, timed once in a process. The backend must be usable."""

@@ -143,6 +143,13 @@ class SharedSession:
         marks = self._send_state(self.inner.get_state())
         compare([digest(before), *marks[1:]], before.step)
 
+    @property
+    def kept_states(self) -> None:
+        """Each process keeps those of its own rows."""
+
+    def take_kept_states(self, states: Any) -> None:
+        """It has none of the others'."""
+
     def peak_bytes(self) -> int:
         return self.inner.peak_bytes()
 

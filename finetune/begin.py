@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 
 def begin(alone: bool = True) -> None:
@@ -20,3 +22,16 @@ def begin(alone: bool = True) -> None:
     from finetune.connections import watch
 
     watch()
+
+
+def ask_apart(backend: str, device: str) -> None:
+    """For a command that asks what a machine can do, and trains nothing: another process loads the framework.
+
+    Only where the command has its process to itself, as no framework can be loaded there any more.
+    """
+    main = Path(getattr(sys.modules["__main__"], "__file__", None) or "-")
+    command = main.parent if main.name == "__main__.py" else main  # `python -m finetune`, or the script
+    if command.stem == "finetune" and "transformers" not in sys.modules:
+        from backends import registry
+
+        registry.ask_apart(backend, device)  # type: ignore[arg-type]  # a device of a recipe

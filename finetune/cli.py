@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.begin import begin
+from finetune.begin import ask_apart, begin
 from finetune.errors import explain
 from finetune.examine import benchmark, compare, curve, duel, evaluate, next_rows, report, suspects
 from finetune.options import Alone, Backend, Devices, Overrides, RecipeFile, RunPath
@@ -111,6 +111,8 @@ def plan(
 
     recipe = load_recipe(file, overrides or [])  # first: a mistake in it needs none of the libraries below
     begin()
+    if not recipe.model.remote_code:
+        ask_apart(recipe.backend, recipe.device)
     from finetune.commands.plan import run
 
     run(recipe, compare, largest, devices)

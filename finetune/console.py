@@ -12,7 +12,6 @@ from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, OverflowMethod, RenderableType
 from rich.segment import Segment
 from rich.text import Span, Text
-from typer import rich_utils
 
 from finetune.streams import unguarded
 from finetune.text import COMMANDS, harmless, one_line
@@ -105,6 +104,8 @@ def _harmless_text(text: Text) -> Text:
 
 def colour_help() -> None:
     """For typer, whose help and errors in the arguments come in colour from a console of its own."""
+    from typer import rich_utils  # a tenth of a second, for help alone
+
     vars(rich_utils)["Console"] = partial(Console, markup=True)  # its own texts are markup
 
 

@@ -69,7 +69,7 @@ class Forward:
         self.head = Head(model, costs.logits_at_once or sys.maxsize)
         self._attention = TiledAttention(model)
         self._delta_rule = DeltaRule(model)
-        self._frozen: FrozenBlocks | None = None
+        self.frozen: FrozenBlocks | None = None
         self.left_out: dict[str, str] = {}
         self.train(False)
         expected = self._hidden(_SAMPLE)
@@ -107,12 +107,12 @@ class Forward:
 
         Not to be called while MLX traces.
         """
-        if self._frozen is None:
+        if self.frozen is None:
             return None
         training = self.model.training
         self.train(False)  # the same arithmetic in training and evaluation: what is kept serves both
         try:
-            return self._frozen.states(part)
+            return self.frozen.states(part)
         finally:
             self.train(training)
 
@@ -149,7 +149,7 @@ class Forward:
         caches = prefix_caches(self.head, len(self.model.layers), part)
         if step is not None:
             self._masks.at(step, places_of(part))
-        replaced = self._frozen.replaced_by(entering) if self._frozen and entering is not None else nullcontext()
+        replaced = self.frozen.replaced_by(entering) if self.frozen and entering is not None else nullcontext()
         with replaced:
             return self.head.hidden(mx.array(part.inputs), mx.array(np.flatnonzero(part.weights)), caches)
 
@@ -161,16 +161,16 @@ class Forward:
             return
 
         def computed_once() -> mx.array:
-            self._frozen = FrozenBlocks(self.model, self.head.states, count)
+            self.frozen = FrozenBlocks(self.model, self.head.states, count)
             return self._hidden(_SAMPLE, self.entering(_SAMPLE))
 
         if not self._agrees(FROZEN_BLOCKS, computed_once, expected):
-            self._frozen = None
+            self.frozen = None
 
     def _can_share_prefixes(self, checkpointing: bool) -> bool:
         if checkpointing:  # a block that is computed again must be a function of its arguments alone
             self.left_out[SHARED_PREFIXES] = "activations are computed again in the backward pass"
-        elif self._frozen is not None:
+        elif self.frozen is not None:
             self.left_out[SHARED_PREFIXES] = "frozen blocks are computed once for each whole row"
         elif not keeps_keys_and_values(self.model):
             self.left_out[SHARED_PREFIXES] = "the model's blocks keep more than keys and values"

@@ -32,7 +32,8 @@ class FrozenBlocks:
         for block in model.layers[count + 1 :]:
             subclassed(block, self._run_later)
         sample = self._computed(np.zeros(1, np.int32))  # [1, D]
-        self._dtype, self._kept = sample.dtype, Activations(sample.shape[1], _as_numpy(sample).dtype)
+        self._dtype = sample.dtype
+        self.kept = Activations(sample.shape[1], _as_numpy(sample).dtype, blocks=count)
 
     @contextmanager
     def replaced_by(self, states: mx.array) -> Iterator[None]:
@@ -45,12 +46,12 @@ class FrozenBlocks:
 
     def states(self, batch: Batch) -> mx.array:
         """[B, T, D]; 0 after a row's last supervised position, where nothing is asked of it. Each row has one."""
-        states = np.zeros((*batch.inputs.shape, self._kept.width), self._kept.dtype)
+        states = np.zeros((*batch.inputs.shape, self.kept.width), self.kept.dtype)
         for row, tokens, weights in zip(states, batch.inputs, batch.weights, strict=True):
             end = int(np.flatnonzero(weights)[-1]) + 1
-            if not self._kept.get(tokens[:end], row[:end]):
+            if not self.kept.get(tokens[:end], row[:end]):
                 row[:end] = _as_numpy(self._computed(tokens[:end]))  # alone: the same whatever stands beside it
-                self._kept.put(tokens[:end], row[:end])
+                self.kept.put(tokens[:end], row[:end])
         return mx.array(states).view(self._dtype)
 
     def _computed(self, tokens: IntArray) -> mx.array:

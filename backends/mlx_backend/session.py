@@ -7,8 +7,6 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from importlib.metadata import version
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -33,8 +31,8 @@ from backends.interface import (
     Scores,
     StepResult,
     TrainState,
-    Wanted,
 )
+from backends.kept_states import Activations
 from backends.layer_names import Names, Part
 from backends.loss_scale import loss_scales
 from backends.memory_plan import answering_bytes
@@ -50,10 +48,13 @@ from backends.mlx_backend.device import (
     held_bytes,
     memory_guard,
     pick_device,
-    unused_card,
 )
 from backends.mlx_backend.forward import Forward
 from backends.mlx_backend.generate import generate
+from backends.mlx_backend.here import describe as describe
+from backends.mlx_backend.here import free_bytes as free_bytes
+from backends.mlx_backend.here import probe as probe
+from backends.mlx_backend.here import unused_accelerator as unused_accelerator
 from backends.mlx_backend.lora import Dropout, attach, base_weight
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import AdamW, Tensors
@@ -62,32 +63,6 @@ from backends.mlx_backend.tree import check_format, check_taken, parts_of
 from backends.model_folder import folder_of
 from backends.sampling import check_prompts, room_for_answers
 from backends.team import Team
-
-
-def probe() -> str | None:
-    try:
-        mx.eval(mx.ones(2) + 1)
-    except RuntimeError as error:
-        return f"MLX does not compute on {mx.default_device()} here: {error}"
-    return None
-
-
-def unused_accelerator() -> str | None:
-    return None if pick_device("auto").type != mx.cpu else unused_card()
-
-
-def describe(device: Wanted = "auto") -> dict[str, Any]:
-    return {
-        "device": device_name(pick_device(device)),
-        "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
-        "4bit": True,
-        "checkpointing": True,
-        "half": half_type(pick_device(device)),
-    }
-
-
-def free_bytes(device: Wanted = "auto") -> int | None:
-    return free_of(pick_device(device))
 
 
 def check(model: ModelSpec, lora: LoraSpec) -> None:
@@ -207,6 +182,14 @@ class MlxSession:
     def set_state(self, state: TrainState) -> None:
         state = fitting(state, self._shapes)
         self._state = State(state.step, to_mlx(state.adapter), to_mlx(state.moments))
+
+    @property
+    def kept_states(self) -> Activations | None:
+        return self._forward.frozen.kept if self._forward.frozen else None
+
+    def take_kept_states(self, states: Activations | None) -> None:
+        if self._forward.frozen and states and self._forward.frozen.kept.serves(states):
+            self._forward.frozen.kept = states
 
     def peak_bytes(self) -> int:
         self._most_held = max(self._most_held, held_bytes(self._mlx_device))

@@ -29,7 +29,7 @@ class Forward:
         self._model, self._device = model, device
         self.head = find_head(model, logits_at_once) if score is None else class_head(model, score, logits_at_once)
         self._selected: torch.Tensor | None = None  # [N] flat positions, during a pass that ends in logits
-        self._frozen: FrozenBlocks | None = None
+        self.frozen: FrozenBlocks | None = None
         if self.head.linear is None:  # every pass ends in logits
             model.get_output_embeddings().register_forward_pre_hook(self._select)
 
@@ -47,7 +47,7 @@ class Forward:
     ) -> torch.Tensor:
         """The same, with the batch's tokens [B, T] and the flat positions [N] that are supervised on the device."""
         arguments: dict[str, Any] = prefixes.arguments(batch) if prefixes else {"use_cache": False}
-        with self._frozen.left_out(batch) if self._frozen else nullcontext():
+        with self.frozen.left_out(batch) if self.frozen else nullcontext():
             return self._states_at(selected, ids, arguments)
 
     def last_logits(self, tokens: IntArray, cache: Cache, ends: IntArray | None = None) -> torch.Tensor:
@@ -79,7 +79,7 @@ class Forward:
 
     def can_share_prefixes(self) -> bool:
         """Whether rows that continue shared prefixes have the states that they have with their prefixes written out."""
-        if self._frozen or not attends_to_all(self._model):
+        if self.frozen or not attends_to_all(self._model):
             return False
         inputs = np.array([[3, 2], [1, 3], [2, 1]], np.int32)
         prefixes = (np.array([1, 2], np.int32), np.array([3], np.int32))
@@ -98,11 +98,11 @@ class Forward:
             expected = self.states(batch)
 
             def kept() -> torch.Tensor:
-                self._frozen = self._frozen or FrozenBlocks(self._model, self._device)
+                self.frozen = self.frozen or FrozenBlocks(self._model, self._device)
                 return self.states(batch)
 
             same = all(self._gives(expected, kept) for _ in ("computed", "read back"))
-        self._frozen = self._frozen if same else None
+        self.frozen = self.frozen if same else None
         return same
 
     def _gives(self, expected: torch.Tensor, states: Callable[[], torch.Tensor]) -> bool:

@@ -25,7 +25,7 @@ class FrozenBlocks:
         self._body, self._device = model.base_model, device
         self._frozen, self._first_adapted, self._above = list(blocks)[:first], blocks[first], list(blocks)[first + 1 :]
         sample = self._computed(np.zeros(1, np.int32))  # [1, D]
-        self._like, self._kept = sample, Activations(sample.shape[1], _array(sample).dtype)
+        self._like, self.kept = sample, Activations(sample.shape[1], _array(sample).dtype, blocks=first)
 
     @contextmanager
     def left_out(self, batch: Batch) -> Iterator[None]:
@@ -40,7 +40,7 @@ class FrozenBlocks:
 
     def _entering(self, batch: Batch) -> torch.Tensor:
         """[B, T, D]; zero after a row's last supervised position, where nothing is needed of it."""
-        states = self._like.new_zeros(*batch.inputs.shape, self._kept.width)
+        states = self._like.new_zeros(*batch.inputs.shape, self.kept.width)
         for row, tokens, weights in zip(states, batch.inputs, batch.weights, strict=True):
             supervised = np.flatnonzero(weights)
             length = supervised[-1] + 1 if supervised.size else 1
@@ -49,10 +49,10 @@ class FrozenBlocks:
 
     def _row(self, tokens: IntArray) -> torch.Tensor:
         """[n] -> [n, D] on the CPU, from the file or, the first time, from the frozen blocks."""
-        row = self._like.new_empty(len(tokens), self._kept.width)
-        if not self._kept.get(tokens, _array(row)):
+        row = self._like.new_empty(len(tokens), self.kept.width)
+        if not self.kept.get(tokens, _array(row)):
             row = self._computed(tokens)
-            self._kept.put(tokens, _array(row))
+            self.kept.put(tokens, _array(row))
         return row
 
     def _computed(self, tokens: IntArray) -> torch.Tensor:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -32,8 +30,8 @@ from backends.interface import (
     Scores,
     StepResult,
     TrainState,
-    Wanted,
 )
+from backends.kept_states import Activations
 from backends.layer_names import matched
 from backends.loss_scale import loss_scales
 from backends.memory_plan import answering_bytes
@@ -56,12 +54,15 @@ from backends.torch_backend.device import (
     pick_device,
     random_numbers,
     repeatable_kernels,
-    unused_card,
 )
 from backends.torch_backend.forward import Forward
 from backends.torch_backend.four_bit import join_scales
 from backends.torch_backend.generate import generate
 from backends.torch_backend.gradient import Gradient
+from backends.torch_backend.here import describe as describe
+from backends.torch_backend.here import free_bytes as free_bytes
+from backends.torch_backend.here import probe as probe
+from backends.torch_backend.here import unused_accelerator as unused_accelerator
 from backends.torch_backend.layers import delta_rule_of, use_own_layers
 from backends.torch_backend.lora import Dropout, add_adapter, base_weight
 from backends.torch_backend.model import load_frozen, scheme_of
@@ -71,27 +72,6 @@ from backends.torch_backend.patch import blocks_of
 from backends.torch_backend.read import last_states, scores_of
 from backends.torch_backend.recompute import recompute_blocks
 from backends.torch_backend.tree import check_experts, check_format, tree_of
-
-
-def probe() -> str | None:
-    return None  # usable where the imports above work; the registry reports one that fails
-
-
-def unused_accelerator() -> str | None:
-    return None if pick_device("auto").type != "cpu" else unused_card()
-
-
-def describe(device: Wanted = "auto") -> dict[str, Any]:
-    picked = pick_device(device)
-    packages = ("torch", "transformers", "bitsandbytes", "accelerate")
-    versions = {name: version(name) for name in packages if find_spec(name)}
-    four_bit = "bitsandbytes" in versions and picked.type != "mps"
-    facts = {"device": device_name(picked), "versions": versions, "4bit": four_bit, "checkpointing": True}
-    return facts | {"half": half_type(picked)}
-
-
-def free_bytes(device: Wanted = "auto") -> int | None:
-    return free_of(pick_device(device))
 
 
 def check(model: ModelSpec, lora: LoraSpec) -> None:
@@ -243,6 +223,14 @@ class TorchSession:
             name: torch.tensor(value, device=self._device) for name, value in state.moments.items()
         }
         self._step = state.step
+
+    @property
+    def kept_states(self) -> Activations | None:
+        return self._forward.frozen.kept if self._forward.frozen else None
+
+    def take_kept_states(self, states: Activations | None) -> None:
+        if self._forward.frozen and states and self._forward.frozen.kept.serves(states):
+            self._forward.frozen.kept = states
 
     def peak_bytes(self) -> int:
         return peak_bytes(self._device)

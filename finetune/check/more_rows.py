@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Generator
+from operator import itemgetter
 
 import numpy as np
 
@@ -20,12 +22,21 @@ FEWEST = 40  # training rows: of fewer a quarter teaches nothing
 
 
 def parts_of(prepared: Prepared, seed: int) -> list[list[str]]:
-    """The locations of the rows in each of SHARES, the larger with all rows of the smaller. Raises DataError."""
-    locations = list(dict.fromkeys(example.location for example in prepared.train.examples))
-    if len(locations) < FEWEST:
-        raise DataError(f"{len(locations)} training rows: too few for a learning curve, which needs {FEWEST}")
-    drawn = np.random.default_rng(seed).permutation(len(locations))
-    return [[locations[i] for i in drawn[: math.ceil(share * len(locations))]] for share in SHARES]
+    """The locations of the rows in each of SHARES, the larger with all rows of the smaller. Raises DataError.
+
+    Rows with labels are drawn so that each label has its share in every part.
+    """
+    labels = {one.location: (one.answer or "") if prepared.labels else "" for one in prepared.train.examples}
+    if len(labels) < FEWEST:
+        raise DataError(f"{len(labels)} training rows: too few for a learning curve, which needs {FEWEST}")
+    locations, count, seen = list(labels), Counter(labels.values()), Counter[str]()
+    placed: list[tuple[float, str]] = []  # how much of its label's rows stands before it, and the row
+    for i in np.random.default_rng(seed).permutation(len(locations)):
+        label = labels[locations[i]]
+        placed.append(((seen[label] + 0.5) / count[label], locations[i]))
+        seen[label] += 1
+    drawn = [location for _, location in sorted(placed, key=itemgetter(0))]
+    return [drawn[: math.ceil(share * len(drawn))] for share in SHARES]
 
 
 def curve(job: Job, session: Session, whole: Evaluation) -> Generator[Event, None, list[Evaluation]]:

@@ -58,14 +58,15 @@ def run(recipe: Recipe, compare: bool, largest: bool = False, devices: str | Non
     console = Console()
     setup = set_up(recipe)
     folder, tokenizer = setup.folder, setup.tokenizer
+    registry.check_ahead(recipe.backend, model_spec(recipe, folder), lora_spec(recipe))
+    cases = cases_of(recipe)
+    prepared = with_progress(prepare(recipe, tokenizer, base=None, clock=now()))
     try:
         backend = registry.choose(recipe.backend)
     except BackendError:  # the table of backends says why
         backend = ""
     else:
-        setup.check_backend(backend)
-    cases = cases_of(recipe)
-    prepared = with_progress(prepare(recipe, tokenizer, base=None, clock=now()))
+        setup.check_backend(recipe.backend)
     refuse(prepared, recipe)
     refuse_unfit(setup, prepared)
     known = recognised(recipe, prepared)
@@ -174,10 +175,8 @@ def compare_backends(recipe: Recipe, folder: ModelFolder, examples: Sequence[Exa
     for name in registry.automatic():
         if registry.probe(name):
             continue
-        spec = replace(model_spec(recipe, folder), quantize="none", dtype="float32", checkpointing=False)
-        session = registry.open_session(name, spec, lora_spec(recipe), optim_spec(recipe), recipe.seed)
-        found = session.score(batch).logprob
-        del session  # two models at once may not fit
+        spec = replace(model_spec(recipe, folder), quantize="none", dtype="float32", checkpointing=False, folder=None)
+        found = registry.logprobs(name, spec, lora_spec(recipe), optim_spec(recipe), recipe.seed, batch)
         first = found if first is None else first
         mean, apart = found.sum() / max(batch.weights.sum(), 1), float(np.abs(found - first).max())
         table.add_row(name, f"{mean:.5f}", f"{apart:.1e}")

@@ -55,7 +55,8 @@ class Seconds:
     def writing(self, prompts: Sequence[int], most: int) -> float:
         """An answer to each, of `most` tokens."""
         steps = -(-len(prompts) // PROMPTS_TOGETHER) * most
-        step = self.work.scoring([1], 1) * min(PROMPTS_TOGETHER, len(prompts))
+        unpacking = self.speed.unpacking * self.work.packed
+        step = self.work.scoring([1], 1) * min(PROMPTS_TOGETHER, len(prompts)) + unpacking
         layers = len(self.work.architecture.modules)
         return self.passes(prompts, len(prompts)) + steps * self.speed.seconds(step, layers)
 
@@ -63,7 +64,8 @@ class Seconds:
         """Of forward passes of rows of so many tokens."""
         batches = -(-sum(lengths) // self.micro_tokens)
         layers = batches * len(self.work.architecture.modules)
-        return self.speed.seconds(self.work.scoring(lengths, supervised), layers)
+        unpacking = self.speed.unpacking * self.work.packed * batches
+        return self.speed.seconds(self.work.scoring(lengths, supervised) + unpacking, layers)
 
     def evaluation(self, examples: Sequence[Example]) -> dict[str, float]:
         """Of each kind of evaluation of these rows, as `evaluate` names them."""

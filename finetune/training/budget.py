@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from backends.memory_plan import (
     read_architecture,
 )
 from backends.model_folder import ModelFolder
-from finetune.data.collate import balanced, groups, step_indices, width
+from finetune.data.collate import balanced, groups, shared_prefix, step_indices, width
 from finetune.data.pair_batches import as_one
 from finetune.data.rows import Example
 from finetune.recipe.schedule import make_plan
@@ -74,31 +75,55 @@ class Workload:
         size = kept_states_bytes(tokens, self.architecture.hidden, self.model.number_bytes(device))
         return size if first_adapted(self.adapted) else 0
 
-    def operations(self) -> float:
-        """Floating-point operations of one epoch of training; padding, norms and the optimiser are not counted.
+    def operations(self, cut: Cut | None = None) -> float:
+        """Floating-point operations of one epoch of training; norms and the optimiser are not counted.
+
+        cut: the micro-batches; not given: the rows as they are, without padding.
 
         A product with a frozen weight costs 2 per weight and token forward, and 2 more backward for its input's
         gradient (the weight itself has none). Below the first adapted block there is no backward pass, and the
         forward pass is computed in the first epoch alone.
         """
         shape = self.architecture
-        lengths = [len(example.tokens) - 1 for example in self.examples]
+        lengths, scale = [len(example.tokens) - 1 for example in self.examples], 1.0
+        if cut is not None:
+            lengths, scale = cut.lengths, cut.scale
         supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in self.examples)
         frozen = first_adapted(self.adapted)
         adapted = shape.blocks - frozen
-        lora = 6.0 * self.lora.trainable(self.adapted) * sum(lengths)
+        lora = 6.0 * self.lora.trainable(self.adapted) * sum(lengths) * scale
         passes = 2.0 + self.model.checkpointing
         head = (6.0 * self.lora.classes or 4.0 * shape.vocabulary) * shape.hidden * supervised
-        return self._block(lengths) * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head
+        return self._block(lengths) * scale * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head
 
-    def layers_run(self, micro_tokens: int) -> float:
-        """In an epoch, by all micro-batches of a sample of steps; a backward pass counts twice."""
-        n = len(self.examples)
+    def seconds(self, speed: Speed, micro_tokens: int) -> float:
+        """Of one epoch of training: products, and what is done beside them for each micro-batch and token."""
+        cut, passes = self.cut(micro_tokens), 2 + self.model.checkpointing
+        beside = speed.unpacking * self.packed * cut.batches
+        if self.lora.dropout:
+            masked = sum(inputs for _, inputs in self.adapted.values()) * sum(cut.lengths) * cut.scale
+            beside += speed.masking * masked
+        layers = cut.batches * len(self.architecture.modules) * (passes + 1)  # a backward pass counts twice
+        return speed.seconds(self.operations(cut) + passes * beside, layers)
+
+    @property
+    def packed(self) -> int:
+        """How many weights each pass unpacks."""
+        return self.architecture.linear if self.model.quantize == "4bit" else 0
+
+    def cut(self, micro_tokens: int) -> Cut:
+        """How the steps of the first epoch are computed; of many, only a sample is looked at."""
+        n, lengths, batches = len(self.examples), list[int](), 0
         steps = -(-n // self.batch_size)
         looked = range(min(steps, SAMPLED))
-        rows = (step_indices(n, self.batch_size, self.seed, step) for step in looked)
-        batches = sum(1 for step in rows for _ in groups([len(self.examples[i].tokens) for i in step], micro_tokens))
-        return batches * steps / len(looked) * len(self.architecture.modules) * (3 + self.model.checkpointing)
+        for step in looked:
+            rows = [self.examples[i] for i in step_indices(n, self.batch_size, self.seed, step)]
+            prefix = 0 if first_adapted(self.adapted) else shared_prefix(rows)
+            for group in groups([len(row.tokens) - prefix for row in rows], micro_tokens, prefix):
+                wide = width(max(len(rows[i].tokens) for i in group) - prefix - 1)
+                lengths += [wide] * len(group) + [prefix] * bool(prefix)
+                batches += 1
+        return Cut(lengths, batches * steps / len(looked), steps / len(looked))
 
     def scoring(self, lengths: Sequence[int], supervised: int) -> float:
         """Floating-point operations of one forward pass of rows of so many tokens, and the head where it is read."""
@@ -174,16 +199,34 @@ def imbalance(work: Workload, processes: int) -> float:
     return most / mean if mean else 1.0
 
 
+class Cut(NamedTuple):
+    """The micro-batches of an epoch's steps."""
+
+    lengths: list[int]  # of the rows of those that were looked at, as they are computed: padded; shared prefixes once
+    batches: float  # of the whole epoch
+    scale: float  # how many times as many steps the epoch has as were looked at
+
+
 @dataclass(frozen=True)
 class Speed:
-    """How fast a device computes, and how slowly its host starts that."""
+    """How fast a device computes, and how slowly its host starts that. The rest as of `Costs`."""
 
     rate: float  # floating-point operations per second that a run reaches
-    host: float = 0.0  # seconds for a layer in a forward pass, at the least
+    host: float = 0.0  # seconds for a layer in a forward pass
+    beside: bool = True  # whether the host works beside the device
+    unpacking: float = 0.0
+    masking: float = 0.0
+
+    @classmethod
+    def of(cls, costs: Costs, rate: float, processes: int = 1) -> Speed:
+        """rate: of matrix products, of all `processes` together."""
+        gpu, host = costs.device == "gpu", costs.host / processes
+        return cls(rate * costs.reached, host, gpu, costs.unpacking, costs.masking)
 
     def seconds(self, operations: float, layers: float) -> float:
         """Of so many operations, in forward passes through so many layers in all."""
-        return max(operations / self.rate, self.host * layers)
+        computing, starting = operations / self.rate, self.host * layers
+        return max(computing, starting) if self.beside else computing + starting
 
 
 def rate_here(backend: str, work: Workload) -> float:

@@ -25,11 +25,7 @@ class Forecast:
     seconds: float  # of training
     rate: float  # of matrix products, floating-point operations per second
     reached: float  # the share of it that steps are taken to reach
-    host: float  # as of `Speed`
-
-    @property
-    def speed(self) -> Speed:
-        return Speed(self.rate * self.reached, self.host)
+    speed: Speed
 
     @property
     def fits(self) -> bool | None:
@@ -62,10 +58,10 @@ def forecast_on(machine: Machine, work: Workload, backend: str, micro_tokens: in
 
 
 def _forecast(work: Workload, backend: str, costs: Costs, memory: float | None, tokens: int, rate: float) -> Forecast:
-    speed = Speed(rate * costs.reached, costs.host)
-    seconds = work.epochs * speed.seconds(work.operations(), work.layers_run(tokens))
+    speed = Speed.of(costs, rate)
+    seconds = work.epochs * work.seconds(speed, tokens)
     needed, again = work.memory(tokens, costs), work.model.checkpointing
-    return Forecast(backend, costs.device, needed, memory, tokens, again, seconds, rate, costs.reached, costs.host)
+    return Forecast(backend, costs.device, needed, memory, tokens, again, seconds, rate, costs.reached, speed)
 
 
 def _fitting_with_model(work: Workload, costs: Costs, memory: float) -> int:

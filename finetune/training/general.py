@@ -34,6 +34,7 @@ def affordable(recipe: Recipe, prepared: Prepared, work: Workload) -> float:
     Answers that a run writes are not counted among what it computes: most end before they are as long as they may be.
     """
     parts = seconds_of_parts(recipe, prepared, work, Speed(1.0), recipe.train.tokens_at_once)
+    parts["training"] += work.epochs * (work.operations() - work.seconds(Speed(1.0), recipe.train.tokens_at_once))
     parts["training"] *= computed_share(prepared, recipe.train.batch_size)
     whole = sum(operations for name, operations in parts.items() if not name.endswith("answers"))
     return FORGETTING * whole * PIECE / work.scoring([PIECE], PIECE)

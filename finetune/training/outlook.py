@@ -47,8 +47,7 @@ def _foretold(job: Job, session: Session, questions: Questions) -> dict[str, flo
         return {}
     costs = registry.costs(job.backend, registry.device_kind(session.device))
     count = side_by_side(session)  # each process computes as fast as this one
-    rate = rate_here(job.backend, work) * costs.reached * count / imbalance(work, count)
-    speed = Speed(rate, costs.host / count)
+    speed = Speed.of(costs, rate_here(job.backend, work) * count / imbalance(work, count), count)
     tokens = tokens_that_fit(job, session)
     return seconds_of_parts(job.recipe, job.prepared, work, speed, tokens, Beside(questions, job.suite))
 
@@ -90,8 +89,8 @@ def seconds_of_parts(
     parts |= {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
     if recipe.preferences and recipe.preferences.refers:
         parts[REFERENCES] = seconds.reading((*work.examples, *held))
-    epochs, layers = plan.foretold / plan.steps_per_epoch, work.layers_run(micro_tokens)
-    parts["training"] = epochs * speed.seconds(work.operations(), layers)
+    epochs = plan.foretold / plan.steps_per_epoch
+    parts["training"] = epochs * work.seconds(speed, micro_tokens)
     if recipe.preferences:  # pairs are scored before their gradient is known
         parts["training"] += epochs * in_training.reading(work.examples)
     for name in ("loss", "labels"):

@@ -2,7 +2,7 @@
 
 A trial is a run: it trains to the same bytes as `finetune train` with its settings, stops at a checkpoint where trials
 are compared, and goes on from there. Rows are read once for all; the base is measured once on the validation rows; and
-trials of the same adapter's shape share a loaded model with what its frozen blocks keep.
+trials of the same adapter's shape share a loaded model. What frozen blocks make of a row is computed once for all.
 """
 
 from __future__ import annotations
@@ -237,8 +237,10 @@ class Search:
         now = self.trials[trial]
         shape = Trial(rank=now.rank, targets=now.targets)
         if self._sessions is None or self._sessions[0] != shape:
+            kept = self._sessions[1].kept_states if self._sessions else None
             self._sessions = None  # two models at once may not fit
             session = self.job_of(trial).open()
+            session.take_kept_states(kept)
             self._sessions = (shape, session, session.get_state())
         _, session, start = self._sessions
         session.set_state(start)

@@ -47,7 +47,12 @@ LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=40)
 
 def examples(lengths: Sequence[int], supervised: int = 1) -> list[Example]:
     weights = [(np.arange(n) >= n - supervised).astype(np.float32) for n in lengths]
-    return [Example(np.zeros(n, np.int32), weight, "row") for n, weight in zip(lengths, weights, strict=True)]
+    return [Example(np.full(len(one), i, np.int32), one, "row") for i, one in enumerate(weights)]
+
+
+def layers_run(made: Workload, tokens: int) -> float:
+    """In an epoch, by all micro-batches; a backward pass counts twice."""
+    return made.cut(tokens).batches * len(made.architecture.modules) * (3 + made.model.checkpointing)
 
 
 def work(lengths: Sequence[int] = (100, 200, 300), last: int = 99, **changes: Any) -> Workload:
@@ -130,7 +135,7 @@ def test_this_machine_is_timed() -> None:
     assert found.fits
     assert found.seconds > 0
     assert found.rate > 1e8 and found.speed.rate == found.rate * found.reached
-    assert found.seconds == pytest.approx(3.0 * work().operations() / found.speed.rate)
+    assert found.seconds == pytest.approx(3.0 * work().operations(work().cut(4096)) / found.speed.rate)
 
 
 def rows(count: int, task: str = "classification") -> Prepared:
@@ -264,7 +269,7 @@ def test_the_foretold_time_is_that_of_the_tokens_that_fit(
     planned: Any = SimpleNamespace(**vars(job(asked)) | {"prepared": prepared, "suite": None})
     parts = outlook.look_ahead(planned, session, Questions()).seconds
     host, layers = registry.costs("torch", "gpu").host, len(made.architecture.modules)
-    assert parts["training"] == pytest.approx(3 * host * made.layers_run(tokens))
+    assert parts["training"] == pytest.approx(3 * host * layers_run(made, tokens))
     read = sum(len(example) - 1 for example in made.examples)
     assert parts["validation: loss"] == pytest.approx(4 * host * layers * -(-read // tokens))
 
@@ -306,8 +311,8 @@ def test_the_rate_of_products_waits_once_and_long_enough(monkeypatch: pytest.Mon
     rows, width = rate.SIZES["gpu"]
     found = rate.operations_per_second(Product(), Product(), wait)
     assert queued.pop() == 0  # nothing is computed after the last wait
-    assert queued == [1, 1, 2, 4, 8, 16]
-    assert found == pytest.approx(16 * 2 * rows * width**2 / 0.19)
+    assert queued == [1, 1, 5, 13]
+    assert found == pytest.approx(13 * 2 * rows * width**2 / 0.16)
 
 
 @pytest.mark.parametrize("name", registry.NAMES)
@@ -341,18 +346,70 @@ def test_a_comparison_of_backends_ends_with_what_it_means(
     assert verdict in " ".join(plain_page(lambda console: console.print(first)).split())
 
 
+def test_a_processor_starts_layers_before_it_computes_and_a_gpus_host_beside_it() -> None:
+    cpu, gpu = (replace(registry.costs("torch", device), host=1e-3, reached=0.5) for device in ("cpu", "gpu"))
+    assert Speed.of(cpu, 2e12).seconds(1e10, 5) == pytest.approx(0.01 + 0.005)
+    assert Speed.of(gpu, 2e12).seconds(1e10, 5) == pytest.approx(0.01)
+    assert Speed.of(gpu, 2e12).seconds(1e10, 15) == pytest.approx(0.015)
+    assert Speed.of(cpu, 2e12, processes=2).host == 0.5e-3
+
+
+def test_rows_of_one_length_take_what_their_operations_take() -> None:
+    made = work([97] * 16)  # 96 positions each: a multiple of the widths
+    assert made.seconds(Speed(1.0), 4096) == pytest.approx(made.operations())
+
+
+@pytest.mark.parametrize("lengths", [[12, 90] * 8, [20] * 15 + [300], [98] * 16], ids=["two", "one", "a token more"])
+def test_padding_takes_time(lengths: list[int]) -> None:
+    made = work(lengths)
+    padded = sum(made.cut(4096).lengths)
+    assert padded >= sum(n - 1 for n in lengths)
+    assert made.seconds(Speed(1.0), 4096) == pytest.approx(made.operations(made.cut(4096)))
+    assert made.operations(made.cut(4096)) > made.operations()
+
+
+def test_what_the_rows_of_a_step_begin_with_takes_time_once() -> None:
+    same, apart = work([297] * 16), work([297] * 16)
+    for example in same.examples:
+        example.tokens[:200] = 7
+    assert sum(same.cut(8192).lengths) < 0.5 * sum(apart.cut(8192).lengths)
+    top = work([297] * 16, last=1)
+    for example in top.examples:
+        example.tokens[:200] = 7
+    assert top.cut(8192).lengths == work([297] * 16, last=1).cut(8192).lengths, "frozen blocks keep whole rows"
+
+
+def test_each_pass_unpacks_4_bit_weights_and_makes_masks() -> None:
+    speed = Speed(1.0, unpacking=100.0, masking=10.0)
+    made = work([97] * 16)
+    plain, dropped = made.seconds(speed, 4096), replace(made, lora=replace(made.lora, dropout=0.1))
+    packed = replace(made, model=replace(FLOAT, quantize="4bit"))
+    masked = 16 * 96 * sum(inputs for _, inputs in made.adapted.values())
+    assert dropped.seconds(speed, 4096) - plain == pytest.approx(2 * 10 * masked)
+    few, many = (packed.seconds(speed, tokens) - made.seconds(speed, tokens) for tokens in (512, 4096))
+    assert many == pytest.approx(2 * 100 * made.architecture.linear * 2)  # two steps of one micro-batch each
+    assert few > many
+    again = replace(packed, model=replace(packed.model, checkpointing=True))
+    assert again.seconds(speed, 4096) - again.operations() == pytest.approx(1.5 * many)
+
+
+def test_the_time_of_many_steps_follows_from_a_sample() -> None:
+    made = work([97] * 10**4, batch_size=2)
+    assert made.seconds(Speed(1.0), 4096) == pytest.approx(made.operations())
+
+
 def test_a_gpus_host_sets_the_least_time() -> None:
     """Few tokens at a time are no faster: each layer of each pass has to be started."""
     assert Speed(1e12).seconds(1e9, 1e6) == 1e-3
     assert Speed(1e12, 1e-3).seconds(1e9, 100) == 0.1
-    few, many = (work([100] * 64, batch_size=64).layers_run(tokens) for tokens in (512, 8192))
+    few, many = (layers_run(work([100] * 64, batch_size=64), tokens) for tokens in (512, 8192))
     layers = len(work().architecture.modules)
     assert many == 3 * layers and few > 8 * many
     again = work([100] * 64, batch_size=64, model=replace(FLOAT, checkpointing=True))
-    assert again.layers_run(8192) == 4 * layers
+    assert layers_run(again, 8192) == 4 * layers
     sampled = work([100] * 10**4, batch_size=2)
-    assert sampled.layers_run(8192) == 3 * layers * 5000  # not all steps are looked at
+    assert layers_run(sampled, 8192) == 3 * layers * 5000  # not all steps are looked at
 
     tiny, machine = work([20] * 8), next(machine for name, machine in registry.machines() if name == "torch")
     found = forecast_on(machine, tiny, "torch", 4096)
-    assert found.seconds == pytest.approx(tiny.epochs * GPU.host * tiny.layers_run(4096))
+    assert found.seconds == pytest.approx(tiny.epochs * GPU.host * layers_run(tiny, 4096))

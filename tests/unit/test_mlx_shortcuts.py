@@ -176,8 +176,8 @@ def test_frozen_blocks_are_computed_once_for_each_row(
     folder, lora = family(name, tmp_path, num_hidden_layers=6), replace(LORA, layers=2)
     session, whole = opened(folder, lora), opened(folder, lora)
     assert costs.FROZEN_BLOCKS in session.shortcuts
-    whole._forward._frozen = None
-    frozen, computed = session._forward._frozen, []
+    whole._forward.frozen = None
+    frozen, computed = session._forward.frozen, []
     assert frozen is not None
     compute = frozen._computed
     monkeypatch.setattr(frozen, "_computed", lambda tokens: computed.append(len(tokens)) or compute(tokens))
@@ -187,10 +187,25 @@ def test_frozen_blocks_are_computed_once_for_each_row(
 
 
 @pytest.mark.usefixtures("products")
+def test_what_frozen_blocks_made_serves_a_session_with_another_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, lora = tiny_llama(tmp_path, num_hidden_layers=3), replace(LORA, layers=1)
+    first, other = opened(folder, lora), replace(lora, rank=2 * lora.rank)
+    fresh, given, whole = opened(folder, other), opened(folder, other), opened(folder)
+    first.score(a_batch())
+    for session in (given, whole):
+        session.take_kept_states(first.kept_states)
+    assert given._forward.frozen is not None and whole.kept_states is None
+    monkeypatch.setattr(given._forward.frozen, "_computed", lambda tokens: pytest.fail("computed again"))
+    np.testing.assert_array_equal(given.score(a_batch()).logprob, fresh.score(a_batch()).logprob)
+
+
+@pytest.mark.usefixtures("products")
 def test_frozen_blocks_without_room_are_computed_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, lora = tiny_llama(tmp_path, num_hidden_layers=3), replace(LORA, layers=1)
     session, whole = opened(folder, lora), opened(folder, lora)
-    whole._forward._frozen = None
+    whole._forward.frozen = None
     monkeypatch.setattr(Activations, "put", lambda *_: None)
     for _ in range(2):
         both(session, whole, a_batch())

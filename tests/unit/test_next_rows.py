@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from finetune.check.more_rows import parts_of
 from finetune.check.next_rows import new_rows, next_rows
 from finetune.data.rows import Split
 from finetune.errors import DataError
-from finetune.evaluation.curve import look_ahead
+from finetune.evaluation.curve import SHARES, look_ahead
 from finetune.evaluation.variety import choose, margins
 from tests.end_to_end.command import Work
 from tests.unit.test_suspects import labelled
@@ -101,6 +102,28 @@ def test_parts_of_the_rows_lie_in_each_other() -> None:
     assert {*quarter} < {*half} < {*whole} == {example.location for example in rows.train.examples}
     with pytest.raises(DataError, match="too few for a learning curve, which needs 40"):
         parts_of(prepared(train=39), 3)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [["good"] * 57 + ["bad"] * 3, ["a", "b", "c"] * 20, ["good"] * 59 + ["bad"], [f"l{i % 15}" for i in range(60)]],
+    ids=["few", "even", "one", "many"],
+)
+def test_each_label_has_its_share_in_every_part(answers: list[str]) -> None:
+    rows = prepared(train=60)
+    examples = [replace(one, answer=answer) for one, answer in zip(rows.train.examples, answers, strict=True)]
+    labelled = replace(rows, train=replace(rows.train, examples=examples))
+    of = {example.location: example.answer for example in examples}
+    for part, share in zip(parts_of(labelled, 3), SHARES, strict=True):
+        count = Counter(of[location] for location in part)
+        assert all(abs(count[label] - share * answers.count(label)) < 1 for label in {*answers})
+    assert parts_of(labelled, 3) != parts_of(labelled, 4)
+
+
+def test_rows_without_labels_are_drawn_as_before() -> None:
+    rows = replace(prepared(train=50), label_tokens=(), labels=())
+    drawn = np.random.default_rng(3).permutation(50)
+    assert parts_of(rows, 3)[0] == [rows.train.examples[i].location for i in drawn[:13]]
 
 
 def right(share: float, rows: int = 400, seed: int = 0) -> Any:

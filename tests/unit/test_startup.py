@@ -112,6 +112,20 @@ def test_a_look_at_the_machine_reads_no_data_and_draws_nothing(folder: Path) -> 
     assert not {one for one in found if one.startswith("finetune.data")}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--largest"]])
+def test_a_plan_loads_no_framework_but_in_another_process(arguments: list[str]) -> None:
+    """Of a model whose layers have the usual names."""
+    pytest.importorskip("torch")
+    recipe = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
+    command = [sys.executable, "-X", "importtime", "-m", "finetune", "plan", recipe, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = packages({line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line})
+    assert "transformers" in found and not found & {"torch", "mlx", "scipy", "matplotlib", "bitsandbytes"}
+    assert "fits here (torch)" in done.stdout or "fits here (mlx)" in done.stdout
+
+
 def test_a_plan_loads_only_the_backend_that_it_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[str] = []
     monkeypatch.setattr(registry, "probe", lambda name: probed.append(name))

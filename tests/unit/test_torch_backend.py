@@ -53,7 +53,7 @@ def counted(session: Any, block: int) -> list[int]:
 def test_every_family_keeps_its_frozen_blocks(name: str, dtype: str, tmp_path: Path, monkeypatch: Any) -> None:
     folder = family(name, tmp_path)
     kept = opened(folder, TOP, dtype=dtype)
-    assert kept._forward._frozen is not None
+    assert kept._forward.frozen is not None
     monkeypatch.setattr(torch_forward.Forward, "keep_frozen_blocks", lambda self: False)
     fresh = opened(folder, TOP, dtype=dtype)
     near = {"rel": 1e-5} if dtype == "float32" else {"rel": 0.03}
@@ -92,12 +92,34 @@ def test_frozen_blocks_that_cannot_be_left_out_are_computed(llama: Path, monkeyp
 
     monkeypatch.setattr(torch_frozen.FrozenBlocks, "_computed", broken)
     session = opened(llama, TOP)
-    assert session._forward._frozen is None
+    assert session._forward.frozen is None
     assert session.step([BATCH], 1e-2).loss == pytest.approx(expected.loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("other", [LoraSpec(8, 8.0, layers=1), LoraSpec(4, 8.0, targets=("q_proj",), layers=1)])
+def test_what_is_kept_serves_a_session_with_another_adapter(llama: Path, other: LoraSpec) -> None:
+    first, fresh, given = opened(llama, TOP), opened(llama, other), opened(llama, other)
+    first.score(BATCH)
+    given.take_kept_states(first.kept_states)
+    frozen = counted(given, 0)
+    assert given.step([BATCH], 1e-2) == fresh.step([BATCH], 1e-2) and not frozen
+    for name, value in fresh.get_state().adapter.items():
+        assert value.tobytes() == given.get_state().adapter[name].tobytes()
+
+
+def test_what_other_blocks_kept_is_not_taken(llama: Path) -> None:
+    whole, top, half = opened(llama), opened(llama, TOP), opened(llama, TOP, dtype="bfloat16")
+    kept = top.kept_states
+    for session in (whole, half):
+        session.take_kept_states(kept)
+        assert session.kept_states is not kept
+    top.take_kept_states(whole.kept_states)
+    top.take_kept_states(half.kept_states)
+    assert whole.kept_states is None and top.kept_states is kept
+
+
 def test_nothing_is_kept_where_nothing_is_frozen(llama: Path) -> None:
-    assert opened(llama)._forward._frozen is None
+    assert opened(llama)._forward.frozen is None
 
 
 # --- shared prefixes ----------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def test_recomputation_changes_no_byte(name: str, dtype: str, layers: int | None
 
 def test_recomputation_keeps_what_else_saves_work(llama: Path) -> None:
     assert opened(llama, checkpointing=True).shares_prefixes
-    assert opened(llama, LoraSpec(4, 8.0, layers=1), checkpointing=True)._forward._frozen is not None
+    assert opened(llama, LoraSpec(4, 8.0, layers=1), checkpointing=True)._forward.frozen is not None
 
 
 def test_the_product_that_ends_a_block_is_not_computed_again(llama: Path) -> None:
