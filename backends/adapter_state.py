@@ -1,4 +1,4 @@
-"""The adapter that every backend starts from, and the shape of a training state."""
+"""What every backend starts from, and the shape of a training state."""
 
 from __future__ import annotations
 
@@ -15,13 +15,39 @@ from backends.interface import (
     FloatArray,
     IncompatibleState,
     LoraSpec,
+    ModelSpec,
+    Modules,
     TrainState,
 )
+from backends.model_folder import folder_of
 from backends.text_blocks import ending
+from backends.whole_model import read_whole, whole_shapes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NO_HEAD = "this session has no classification head; set LoraSpec.classes"
 NO_TEXT = "this model has a classification head in the place of its output layer, and writes no text"
+
+
+def adapted_modules(model: ModelSpec, lora: LoraSpec) -> Modules:
+    """The layers with an adapter; none where the whole model trains. Raises BackendError as `lora_modules` does."""
+    return {} if lora.whole else folder_of(model).lora_modules(lora)
+
+
+def trained_shapes(model: ModelSpec, lora: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """Of everything that trains. Raises BackendError for what cannot."""
+    folder = folder_of(model)
+    head = head_shape(folder, lora)
+    if lora.whole and head:
+        raise BackendError(f"{folder.path}: a whole model trains with its own output layer; a head has an adapter")
+    return whole_shapes(model) if lora.whole else adapter_shapes(folder.lora_modules(lora), lora.rank, head)
+
+
+def untrained(model: ModelSpec, lora: LoraSpec, seed: int) -> dict[str, FloatArray]:
+    """`Session.untrained`: the initial adapter, or the whole model as its files have it."""
+    folder = folder_of(model)
+    if lora.whole:
+        return read_whole(folder, whole_shapes(model))
+    return initial_adapter(folder.lora_modules(lora), lora.rank, seed, head_shape(folder, lora))
 
 
 def head_shape(folder: CheckedFolder, lora: LoraSpec) -> tuple[int, int] | None:
@@ -64,9 +90,10 @@ def adapter_shapes(
 
 
 def fitting(state: TrainState, shapes: Mapping[str, tuple[int, ...]]) -> TrainState:
-    """A float32 copy of `state` with every moment present. Raises IncompatibleState with every difference.
+    """`state` in float32 with every moment present. Raises IncompatibleState with every difference.
 
-    Adapters of other programs may name the beginning of a layer's name otherwise.
+    Arrays that fit are the state's own: a session copies them. Adapters of other programs may name the beginning of a
+    layer's name otherwise.
     """
     state = replace(state, adapter=_as_named_here(state.adapter, shapes))
     moment_shapes = {f"{name}.{kind}": shape for name, shape in shapes.items() for kind in MOMENTS}
@@ -76,8 +103,8 @@ def fitting(state: TrainState, shapes: Mapping[str, tuple[int, ...]]) -> TrainSt
         raise IncompatibleState("; ".join(problems))
     return TrainState(
         state.step,
-        {name: np.array(state.adapter[name], dtype=np.float32) for name in shapes},
-        {name: np.array(moments[name], dtype=np.float32) for name in moment_shapes},
+        {name: np.require(state.adapter[name], np.float32, "W") for name in shapes},
+        {name: np.require(moments[name], np.float32, "W") for name in moment_shapes},
     )
 
 

@@ -121,7 +121,9 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """What trains: W x + scale * B A x on chosen linear layers (Hu et al., 2021), and a head where there is one."""
+    """What trains: W x + scale * B A x on chosen linear layers (Hu et al., 2021), and a head where there is one; or in
+    the place of the adapter every weight of the language model.
+    """
 
     rank: int
     alpha: float
@@ -130,6 +132,7 @@ class LoraSpec:
     layers: int | None = None  # only the last so many blocks; None: all
     by_root: bool = False  # scale by alpha / sqrt(rank), as rank-stabilised LoRA does (Kalajdzievski, 2023)
     classes: int = 0  # of a linear head in the place of the output layer, which is trained too; 0: the output layer
+    whole: bool = False  # every weight trains, and there is no adapter: rank and all else but `classes` say nothing
 
     @property
     def scale(self) -> float:
@@ -189,11 +192,12 @@ class Scores:
 class TrainState:
     """Everything training changes. Names are `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r].
 
-    A head with K classes is HEAD_WEIGHT [K, D], the last of them.
+    A head with K classes is HEAD_WEIGHT [K, D], the last of them. Where the whole model trains they are its weights
+    instead, by their names and in their layout in the checkpoint.
     """
 
     step: int  # optimiser steps done
-    adapter: Mapping[str, FloatArray]
+    adapter: Mapping[str, FloatArray]  # what trains
     moments: Mapping[str, FloatArray]  # `<adapter name>.exp_avg` and `.exp_avg_sq`, shaped as the adapter
 
 
@@ -244,10 +248,15 @@ class Session(Reader, Protocol):
         """
 
     def base_weight(self, module: str) -> FloatArray:
-        """The frozen weight of a layer, adapted or not, as the session multiplies with it: dequantised. [out, in]
+        """The weight of a layer, adapted or not, as the session multiplies with it: dequantised. [out, in]
+
+        Without the adapter's product; of a whole model that trains, as it is now.
 
         module: the layer's name in the checkpoint. Raises BackendError where the model has no such layer.
         """
+
+    def untrained(self) -> dict[str, FloatArray]:
+        """What trains as it is before any step, made or read anew: with it the session is the base model."""
 
     def get_state(self) -> TrainState:
         """A copy; later steps do not change it."""

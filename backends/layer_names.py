@@ -58,6 +58,9 @@ class Library(Protocol):
         base, adapter: where they are, for a person who runs it. labels: among which a head chooses (`HEADS`).
         """
 
+    def whole_lines(self, folder: CheckedFolder) -> str:
+        """Python that loads the folder that it is run in, a whole model like `folder`'s, in float32: `model`."""
+
 
 def whole(names: Mapping[str, str], modules: Modules) -> dict[str, tuple[Part, ...]]:
     """Each layer as one part of this name."""
@@ -105,15 +108,15 @@ def refuse_untaken(folder: CheckedFolder, library: str, left: Iterable[str], tak
 
     left, taken: names of tensors in that model, those that it has no place for and those that it has.
     """
-    known = {_within(name) for name in taken}
-    lost = {_within(name) for name in left} - known
-    names = [name for name in folder.shapes if _within(name) in lost and _is_used(folder, name)]
+    known = {within(name) for name in taken}
+    lost = {within(name) for name in left} - known
+    names = [name for name in folder.shapes if within(name) in lost and is_used(folder, name)]
     if not names:
         return
     files = sorted(file.name for file, shapes in folder.weights.items() if any(name in shapes for name in names))
     shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     where = f"{folder.path}: {', '.join(files)}"
-    if all(f"{_within(name)}.weight" in known for name in names):
+    if all(f"{within(name)}.weight" in known for name in names):
         raise BackendError(
             f"{where}: {library} does not take {shown} in the form in which these files hold them; give the model as "
             "its makers publish it (gpt-oss: packed, in MXFP4), or use another backend"
@@ -124,13 +127,13 @@ def refuse_untaken(folder: CheckedFolder, library: str, left: Iterable[str], tak
     )
 
 
-def _within(name: str) -> str:
+def within(name: str) -> str:
     """From the blocks on, where names are alike in all libraries; of what stands beside the blocks, its own name."""
     inside = re.search(r"\blayers\.\d+\..+", name)
     return inside[0] if inside else ".".join(name.split(".")[-2:])
 
 
-def _is_used(folder: CheckedFolder, name: str) -> bool:
+def is_used(folder: CheckedFolder, name: str) -> bool:
     """Whether a tensor is of a block that the config counts, or stands beside the blocks, and is learned."""
     model = folder.stack.removesuffix("layers.")
     if not name.startswith(model) or _COMPUTED.search(name):

@@ -29,6 +29,7 @@ __all__ = [
     "footprint",
     "kept_states_bytes",
     "read_architecture",
+    "trained_numbers",
     "weight_bytes",
 ]
 
@@ -52,7 +53,7 @@ class Footprint:
 
     runtime: float  # Python, libraries, driver
     weights: float
-    adapter: float  # A and B, two moments, the gradient, the best adapter
+    adapter: float  # A and B, or nothing where the weights train; two moments, the gradient, the best of what trains
     activations: float  # saved for the backward pass
     working: float  # beside them, for a moment: a block's or the head's intermediate results, or the update's
     loading: float  # beside the weights while they are loaded: pages of the files, and one weight in float32
@@ -113,7 +114,7 @@ def footprint(
 ) -> Footprint:
     """Of training `adapted` with micro-batches no larger than `micro`, with the backend and device of `costs`."""
     number = model.number_bytes(costs.device)
-    trainable = lora.trainable(adapted) + lora.classes * architecture.hidden
+    trainable = trained_numbers(architecture, lora, adapted)
     micro = _at_once(micro, costs)
     activations = costs.held * _activations(architecture, model, lora, adapted, micro, costs)
     block = _block_working(architecture, micro, number, costs) + _unpacked(architecture, model, number, costs)
@@ -128,9 +129,10 @@ def footprint(
     return Footprint(
         runtime=_runtime(model, micro, number, costs),
         weights=weight_bytes(architecture, model.quantize, number, costs) - parked,
-        adapter=20.0 * trainable,  # five times float32
+        adapter=(16.0 if lora.whole else 20.0) * trainable,  # four or five times float32
         activations=activations,
-        working=max(working, costs.update * trainable - activations),  # the update begins when activations are gone
+        # the update begins when activations are gone
+        working=max(working, (costs.whole_update if lora.whole else costs.update) * trainable - activations),
         loading=_loading(architecture, model, number, costs),
     )
 
@@ -144,6 +146,13 @@ def weight_bytes(architecture: Architecture, quantize: str, number: int, costs: 
     if architecture.experts_packed and costs.packs_experts:
         of_expert = MXFP4
     return architecture.linear * packed + architecture.experts * of_expert + architecture.other * number
+
+
+def trained_numbers(architecture: Architecture, lora: LoraSpec, adapted: Modules) -> int:
+    """How many numbers train."""
+    if lora.whole:
+        return architecture.linear + architecture.experts + architecture.other
+    return lora.trainable(adapted) + lora.classes * architecture.hidden
 
 
 def kept_states_bytes(tokens: int, hidden: int, number: int) -> int:

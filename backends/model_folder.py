@@ -13,6 +13,7 @@ from typing import Any
 from backends.config_keys import completed, rope_of
 from backends.formats import TRAINED, bitsandbytes_shapes, quantised_by, refuse_format
 from backends.interface import BackendError, CheckedFolder, LoraSpec, ModelSpec
+from backends.tensor_file import NUMBERS, read_header, read_tensor, read_tensors
 from backends.text_blocks import ending, layers_of, no_layers, parts_beside, stack_of, text_only
 from backends.untrusted import (
     WEIGHTS,
@@ -28,7 +29,10 @@ from backends.untrusted import (
     validate,
 )
 
-__all__ = ["ModelFolder", "ending", "folder_of", "read_object", "validate"]
+__all__ = [
+    "NUMBERS", "ModelFolder", "ending", "folder_of", "read_header", "read_object", "read_tensor", "read_tensors",
+    "validate",
+]  # fmt: skip
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _POSITIONS = re.compile(r"\b(wpe|embed_positions|position_embeddings|positions_embed)\.weight$")

@@ -84,6 +84,8 @@ class Costs:
     masking: float = 0.0  # and as to make one number of dropout's mask, and to apply it
     held: float = 1.1  # bytes that the allocator holds per byte in use
     update: float = 20.0  # per number of the adapter: an update makes weights, moments and their quotient anew
+    # the same where the whole model trains, beside the weights, both moments, the gradient and the best weights
+    whole_update: float = 12.0
     tokens_at_once: int | None = None  # computed at a time; None: the whole micro-batch
     width_step: int = 1  # rows of more than 256 tokens are padded to a multiple of so many
     logits_at_once: int | None = None  # numbers computed at a time; None: those of all supervised positions

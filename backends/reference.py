@@ -1,41 +1,32 @@
 """The contract, executable: a tiny numpy model that keeps every promise of `interface.Session` in the plainest way.
 
-The model is a bigram table in factors. With x = E[token], its logits are the sum over the adapted modules of
-
-    U (W x + scale * B A dropout(x))
-
-where E [V, in] and U [V, out] are shared by modules of one size. E, U and W are random, the same for every
-seed, and frozen; modules and shapes are the folder's own (without weights in it, one module of 32 x 32).
-With a classification head U is [D, out], the sum is the states h, and the logits are S h with S trained.
-It learns which token follows which, no more: a fast stand-in, never chosen unless it is named.
+The model is a bigram table in factors (`bigram`). It learns which token follows which, no more: a fast stand-in, never
+chosen unless it is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from backends import dropout
 from backends.adapter_state import (
     NO_HEAD,
     NO_TEXT,
-    adapter_shapes,
     fitting,
     head_shape,
     initial_adapter,
 )
-from backends.arithmetic import Arrays, adamw, clipped, log_softmax
+from backends.arithmetic import adamw, clipped, log_softmax
+from backends.bigram import Bigram
 from backends.interface import (
-    HEAD_WEIGHT,
     BackendError,
     Batch,
     CheckedFolder,
     Device,
     FloatArray,
-    IntArray,
     LoraSpec,
     ModelSpec,
     Modules,
@@ -49,12 +40,13 @@ from backends.interface import (
     Wanted,
 )
 from backends.memory import available_bytes, process_peak_bytes
-from backends.micro_batches import check_tokens, numbered, places_of, total_of
+from backends.micro_batches import check_tokens, numbered, total_of
 from backends.model_folder import folder_of
 from backends.predictions import Architecture, Costs, Machine
 from backends.rate import SIZES, operations_per_second
 from backends.sampling import check_prompts
 from backends.team import Team
+from backends.whole_model import refuse_packed
 
 
 def saved(architecture: Architecture, adapted: Modules, lora: LoraSpec, number: int) -> float:
@@ -92,6 +84,8 @@ def free_bytes(device: Wanted = "auto") -> int | None:
 
 def check(model: ModelSpec, lora: LoraSpec) -> None:
     """Raises BackendError for targets that the folder does not have."""
+    if lora.whole:
+        refuse_packed(model)
     _modules(folder_of(model), lora)
 
 
@@ -99,6 +93,8 @@ def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Refer
     if model.quantize != "none" or model.dtype not in ("auto", "float32"):
         raise BackendError("the reference backend computes in float32 alone; use quantize: none and dtype: auto")
     folder = folder_of(model)
+    if lora.whole:
+        refuse_packed(model)
     modules, vocabulary = _modules(folder, lora), folder.config.get("vocab_size")
     if type(vocabulary) is not int or vocabulary < 1:
         raise BackendError(f"{model.path}: config.json has no vocab_size")
@@ -106,7 +102,7 @@ def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Refer
     return ReferenceSession(modules, vocabulary, lora, optim, seed, head[1] if head else 0)
 
 
-class ReferenceSession:
+class ReferenceSession(Bigram):
     shares_prefixes = True  # a bigram model never looks at them
     shortcuts: tuple[str, ...] = ()
     repeatable: bool = True
@@ -118,14 +114,11 @@ class ReferenceSession:
         """hidden: D, the width of what a classification head is given; without one the states are the logits."""
         self.device, self.scheme, self.lora_shapes = "cpu", "none", modules
         self._lora, self._optim, self._seed, self._vocabulary = lora, optim, seed, vocabulary
-        rng = np.random.default_rng(20190111)  # the base is one model, whatever the run's seed
-        inputs, outputs = sorted({i for _, i in modules.values()}), sorted({o for o, _ in modules.values()})
-        self._embed = {i: _normal(rng, (vocabulary, i), 1.0) for i in inputs}
-        self._head = {o: _normal(rng, (hidden or vocabulary, o), o**-0.5) for o in outputs}
-        self._frozen = {m: _normal(rng, (o, i), (i * len(modules)) ** -0.5) for m, (o, i) in modules.items()}
-        head = (lora.classes, hidden) if lora.classes else None
-        self._shapes = adapter_shapes(modules, lora.rank, head)
-        self.set_state(TrainState(0, initial_adapter(modules, lora.rank, seed, head), {}))
+        super().__init__(modules, vocabulary, hidden)
+        self._classes = (lora.classes, hidden) if lora.classes else None
+        start = self.untrained()
+        self._shapes = {name: value.shape for name, value in start.items()}
+        self.set_state(TrainState(0, start, {}))
 
     def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
         total = total_of(micro, self.team.weight if self.team else total)
@@ -194,8 +187,13 @@ class ReferenceSession:
     def base_weight(self, module: str) -> FloatArray:
         if module not in self._frozen:
             raise BackendError(f"{module} is not a layer of this model")
-        weight: FloatArray = self._frozen[module].copy()
+        weight: FloatArray = self._layer(module).copy()
         return weight
+
+    def untrained(self) -> dict[str, FloatArray]:
+        if not self._lora.whole:
+            return initial_adapter(self.lora_shapes, self._lora.rank, self._seed, self._classes)
+        return {name: value.copy() for name, value in self._weights().items()}
 
     def get_state(self) -> TrainState:
         copies = [{name: value.copy() for name, value in held.items()} for held in (self._adapter, self._moments)]
@@ -203,7 +201,9 @@ class ReferenceSession:
 
     def set_state(self, state: TrainState) -> None:
         state = fitting(state, self._shapes)
-        self._step, self._adapter, self._moments = state.step, dict(state.adapter), dict(state.moments)
+        self._step = state.step
+        self._adapter = {name: value.copy() for name, value in state.adapter.items()}
+        self._moments = {name: value.copy() for name, value in state.moments.items()}
 
     @property
     def kept_states(self) -> None:
@@ -217,54 +217,6 @@ class ReferenceSession:
 
     def free_bytes(self) -> int | None:
         return available_bytes()
-
-    def _logits(self, tokens: IntArray, masks: Mapping[str, FloatArray] | None = None) -> FloatArray:
-        """[N] -> [N, V], or with a head [N, K]; `masks` as in `_states`."""
-        states = self._states(tokens, masks)
-        return states @ self._adapter[HEAD_WEIGHT].T if self._lora.classes else states
-
-    def _states(self, tokens: IntArray, masks: Mapping[str, FloatArray] | None = None) -> FloatArray:
-        """[N] -> [N, D]; `masks` holds each module's dropout mask [N, in], already over 1 - p."""
-        states = np.zeros((len(tokens), len(next(iter(self._head.values())))), np.float32)
-        for module, (outputs, inputs) in self.lora_shapes.items():
-            x = self._embed[inputs][tokens]  # [N, in]
-            a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
-            dropped = x if masks is None else x * masks[module]
-            hidden = x @ self._frozen[module].T + self._lora.scale * (dropped @ a.T) @ b.T  # [N, out]
-            states += hidden @ self._head[outputs].T
-        return states
-
-    def _gradient(self, batch: Batch, total: float) -> tuple[float, Arrays]:
-        """sum(w * nll) / total over this micro-batch, and its gradient for every adapter tensor."""
-        chosen = batch.weights != 0
-        tokens, targets = batch.inputs[chosen], batch.targets[chosen]  # [N]
-        share = batch.weights[chosen] / np.float32(total)  # [N]
-        masks = self._dropout(places_of(batch)[chosen])
-        logs = log_softmax(self._logits(tokens, masks))  # [N, V]
-        rows, grad_logits = np.arange(len(tokens)), np.exp(logs)
-        grad_logits[rows, targets] -= 1  # d nll / d logits = softmax - one hot
-        grad_logits *= share[:, None]
-        grads: Arrays = {}
-        grad_states = grad_logits  # [N, D]
-        if self._lora.classes:
-            grads[HEAD_WEIGHT] = grad_logits.T @ self._states(tokens, masks)
-            grad_states = grad_logits @ self._adapter[HEAD_WEIGHT]
-        for module, (outputs, inputs) in self.lora_shapes.items():
-            a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
-            x = self._embed[inputs][tokens] * masks[module]  # [N, in]
-            grad_output = self._lora.scale * grad_states @ self._head[outputs]  # [N, out]
-            grads |= {f"{module}.lora_A": (grad_output @ b).T @ x, f"{module}.lora_B": grad_output.T @ (x @ a.T)}
-        return float(np.sum(share * -logs[rows, targets], dtype=np.float64)), grads
-
-    def _dropout(self, where: dropout.Places) -> Arrays:
-        """Each module's mask [N, in] over what it keeps on average; `where` [N] the tokens stand."""
-        probability, modules = self._lora.dropout, self.lora_shapes
-        if not probability:
-            return {module: np.ones((len(where), inputs), np.float32) for module, (_, inputs) in modules.items()}
-        tokens = dropout.token_words(self._seed, self._step, where)
-        kept = zip(modules.items(), dropout.keys(tokens, dropout.module_words(modules)), strict=True)
-        share = np.float32(dropout.kept_share(probability))
-        return {module: dropout.mask(keys, inputs, probability) / share for (module, (_, inputs)), keys in kept}
 
     def _updated(self, name: str, grad: FloatArray, lr: float) -> tuple[FloatArray, FloatArray, FloatArray]:
         m, v = self._moments[f"{name}.exp_avg"], self._moments[f"{name}.exp_avg_sq"]
@@ -286,7 +238,3 @@ def _modules(folder: CheckedFolder, lora: LoraSpec) -> dict[str, tuple[int, int]
     if unknown:
         raise BackendError(f"{folder.path}: no linear layer named {', '.join(unknown)}; there is proj")
     return {"model.layers.0.proj": (32, 32)}
-
-
-def _normal(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> FloatArray:
-    return (rng.standard_normal(shape) * deviation).astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -16,6 +17,7 @@ from backends.interface import (
     Backend,
     BackendError,
     Batch,
+    CheckedFolder,
     Device,
     FloatArray,
     Half,
@@ -202,6 +204,15 @@ def loading_lines(
     if labels and not library.HEADS:
         library = next(one for one in libraries().values() if one.HEADS)
     return library.lines(model, base, adapter, model.number_type(device_kind(device), half), labels)
+
+
+def whole_lines(folder: CheckedFolder) -> list[str]:
+    """For each library that is here, Python that loads a whole model (`Library.whole_lines`)."""
+    lines = []
+    for library in libraries().values():
+        with suppress(ImportError, BackendError):
+            lines.append(library.whole_lines(folder))
+    return lines
 
 
 def device_kind(device: str) -> Device:

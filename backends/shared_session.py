@@ -133,6 +133,9 @@ class SharedSession:
     def base_weight(self, module: str) -> FloatArray:
         return self.inner.base_weight(module)
 
+    def untrained(self) -> dict[str, FloatArray]:
+        return self.inner.untrained()
+
     def get_state(self) -> TrainState:
         return self.inner.get_state()
 

@@ -34,7 +34,7 @@ from finetune.report.summary import account_of, write_report
 from finetune.report.times import Times
 from finetune.training.head_first import HEAD_ALONE
 from finetune.training.job import Job, known_validation
-from finetune.training.keep import save_adapter
+from finetune.training.keep import save_trained
 from finetune.training.loop import Trainer
 from finetune.training.outlook import look_ahead, sampler_of
 from finetune.training.race import Race
@@ -158,11 +158,11 @@ class Run:
                 trainer.stopping = self.stopping
 
     def keep(self, trainer: Trainer) -> None:
-        """The adapter of the best validation: into the session, and into the run's folder."""
+        """What the best validation was of: into the session, and into the run's folder."""
         assert trainer.best is not None  # the validation before the first step is always a best one
         step = trainer.state.best_step
         trainer.session.set_state(TrainState(step, trainer.best, {}))
-        save_adapter(self.job, self.folder, trainer.best, trainer.session, step)
+        save_trained(self.job, self.folder, trainer.best, trainer.session, step)
 
     def report(self, begun: Begun) -> Generator[Event, None, Report]:
         """The tuned model evaluated, and the report written. Raises Interrupted, Diverged."""
@@ -191,8 +191,8 @@ class Run:
             run=str(self.folder.path),
             facts=facts_of(job, events, trainer.session.device, self.others.here.size if self.others else 1),
             times=begun.times.of_events(events),
-            adapter=str(self.folder.adapter),
-            loads=loadings(self.folder.adapter, job.folder),
+            adapter=str(self.folder.trained),
+            loads=() if job.recipe.method == "full" else loadings(self.folder.adapter, job.folder),
             backend=job.backend,
             device=trainer.session.device,
             scheme=trainer.session.scheme,

@@ -28,10 +28,11 @@ def serves(device: mx.Device, dtype: mx.Dtype, checkpointing: bool) -> bool:
     return ENABLED and device.type == mx.cpu and dtype == mx.float32 and not checkpointing
 
 
-def connect(model: nn.Module) -> None:
-    """Let the linear layers of this model, and of no other, compute with numpy."""
+def connect(model: nn.Module, whole: bool = False) -> None:
+    """Let the linear layers of this model, and of no other, compute with numpy. whole: their weights train."""
+    bridged = _TRAINED if whole else _BRIDGED
     for module in model.modules():
-        module.__class__ = _BRIDGED.get(type(module), type(module))
+        module.__class__ = bridged.get(type(module), type(module))
 
 
 def _is_served(linear: nn.Module, x: mx.array) -> bool:
@@ -74,11 +75,31 @@ def _linear(linear: nn.Module, x: mx.array, plain: Callable[[mx.array], mx.array
     return y + linear.bias if "bias" in linear else y  # type: ignore[no-any-return]
 
 
-def _bridged(kind: type[Any], method: str) -> type[Any]:
+def _trained(linear: nn.Module, x: mx.array, plain: Callable[[mx.array], mx.array]) -> mx.array:
+    """The same, differentiable by the weight too."""
+    if not _is_served(linear, x):
+        return plain(x)
+
+    @mx.custom_function
+    @_QUIET
+    def product(x: mx.array, weight: mx.array) -> mx.array:
+        return _as_mlx(_rows(x) @ np.asarray(weight).T, x.shape)
+
+    @product.vjp
+    @_QUIET
+    def backward(inputs: Any, grad_output: mx.array, _output: mx.array) -> tuple[mx.array, mx.array]:
+        (x, weight), grad = inputs, _rows(grad_output)
+        return _as_mlx(grad @ np.asarray(weight), grad_output.shape), mx.array(grad.T @ _rows(x))
+
+    y: Any = product(x, linear.weight)
+    return y + linear.bias if "bias" in linear else y  # type: ignore[no-any-return]
+
+
+def _bridged(kind: type[Any], method: str, product: Callable[..., mx.array] = _linear) -> type[Any]:
     """A layer like `kind`, whose product is its `method`."""
 
     def call(self: Any, x: mx.array) -> mx.array:
-        return _linear(self, x, partial(getattr(kind, method), self))
+        return product(self, x, partial(getattr(kind, method), self))
 
     return type(kind.__name__, (kind,), {method: call})
 
@@ -114,4 +135,8 @@ _BRIDGED: dict[type, type[Any]] = {
     nn.QuantizedLinear: _bridged(nn.QuantizedLinear, "__call__"),
     nn.Embedding: _bridged(nn.Embedding, "as_linear"),
     AdaptedLinear: _AdaptedLinear,
+}
+_TRAINED: dict[type, type[Any]] = {
+    nn.Linear: _bridged(nn.Linear, "__call__", _trained),
+    nn.Embedding: _bridged(nn.Embedding, "as_linear", _trained),
 }

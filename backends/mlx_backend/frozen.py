@@ -9,11 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from backends.interface import Batch, IntArray
 from backends.kept_states import Activations
-from backends.mlx_backend.lora import AdaptedLinear
 from backends.mlx_backend.patch import subclassed
 
 
@@ -79,9 +79,9 @@ class FrozenBlocks:
 
 
 def frozen_blocks(model: nn.Module) -> int:
-    """How many blocks come before the first adapted one."""
-    adapted = [any(isinstance(module, AdaptedLinear) for module in block.modules()) for block in model.layers]
-    return adapted.index(True)
+    """How many blocks come before the first in which something trains."""
+    trained = [bool(tree_flatten(block.trainable_parameters())) for block in model.layers]
+    return trained.index(True)
 
 
 def _as_numpy(states: mx.array) -> NDArray[Any]:

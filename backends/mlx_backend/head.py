@@ -5,7 +5,8 @@ Logits of all positions, [N, vocab], never exist whole, forward or backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import numpy as np
 
 from backends.interface import FloatArray, IntArray
 from backends.mlx_backend.patch import subclassed
+from backends.mlx_backend.whole import Place
 
 
 class Head:
@@ -31,10 +33,29 @@ class Head:
         self._given: mx.array | None = None  # what the body is to return instead
         self._vocabulary = 0
         self.classes: mx.array | None = None  # [D, K] a classification head's weight, in the place of what follows
+        self.trained: Sequence[Place] = ()  # the weights that the head reads, where they train
         self.apart = False  # whether the last forward pass stopped at the body
         for module in model.modules():
             if module is not model and _is_body(module, model.layers):
                 subclassed(module, self._run_body)
+
+    def find_trained(self, places: Sequence[Place]) -> None:
+        """From here on the loss is differentiable by those of these weights that the head reads: it may share one
+        with the embedding.
+        """
+        hidden = self.hidden(mx.array([[1]]), mx.array([0]))
+        if self.apart:
+            before = self.logits(hidden)
+            self.trained = [place for place in places if not mx.array_equal(before, self._doubled(place, hidden))]
+
+    def _doubled(self, weight: Place, hidden: mx.array) -> mx.array:
+        """The logits with twice this weight."""
+        value = weight.value
+        weight.put(2 * value)
+        try:
+            return self.logits(hidden)
+        finally:
+            weight.put(value)
 
     def states(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
         """[B, T, D] of `inputs` [B, T]; `logits` takes them."""
@@ -75,23 +96,26 @@ class Head:
             return weighted_nll(self.logits(hidden), targets, shares)[0]
 
         @mx.custom_function
-        def loss(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        def loss(hidden: mx.array, *weights: mx.array) -> tuple[mx.array, ...]:
             losses: list[mx.array] = []
             grads: list[mx.array] = []
+            of_weights: list[mx.array] = []
             for rows in self._chunks(hidden):
                 # one chunk after another: logits of several would need memory at once
-                chunk = mx.depends(hidden[rows], [losses[-1], grads[-1]]) if losses else hidden[rows]
-                chunk_loss, grad = self._chunk_loss(chunk, targets[rows], shares[rows])
+                done = [*losses[-1:], *grads[-1:], *of_weights]
+                chunk = mx.depends(hidden[rows], done) if done else hidden[rows]
+                chunk_loss, (grad, *more) = self._chunk_loss([chunk, *weights], targets[rows], shares[rows])
                 losses.append(chunk_loss)
                 grads.append(grad)
-            return mx.stack(losses).sum(), mx.concatenate(grads)
+                of_weights = [a + b for a, b in zip(of_weights, more, strict=True)] if of_weights else more
+            return mx.stack(losses).sum(), mx.concatenate(grads), *of_weights
 
         @loss.vjp
-        def backward(_hidden: mx.array, grad_outputs: Any, outputs: Any) -> mx.array:
-            grad_hidden: mx.array = grad_outputs[0] * outputs[1]
-            return grad_hidden
+        def backward(_inputs: Any, grad_outputs: Any, outputs: Any) -> Any:
+            grads = [grad_outputs[0] * grad for grad in outputs[1:]]
+            return tuple(grads) if self.trained else grads[0]
 
-        outputs: Any = loss(hidden)
+        outputs: Any = loss(hidden, *(place.value for place in self.trained))
         total: mx.array = outputs[0]
         return total
 
@@ -106,8 +130,10 @@ class Head:
             greedy[rows] = np.array(mx.argmax(logits, axis=-1))
         return logprob, greedy
 
-    def _chunk_loss(self, hidden: mx.array, targets: IntArray, shares: FloatArray) -> tuple[mx.array, mx.array]:
-        """The loss of a chunk, and its gradient by `hidden`. scalar, [n, D]"""
+    def _chunk_loss(
+        self, inputs: list[mx.array], targets: IntArray, shares: FloatArray
+    ) -> tuple[mx.array, list[mx.array]]:
+        """The loss of a chunk, and its gradients by the inputs: hidden states [n, D], and the weights of `trained`."""
 
         @mx.custom_function
         def nll(logits: mx.array) -> Any:
@@ -118,9 +144,27 @@ class Head:
             grad_logits: mx.array = outputs[1]  # the loss itself is what is differentiated: its own gradient is 1
             return grad_logits
 
-        loss: Any = nll
-        loss_and_grad: tuple[mx.array, mx.array] = mx.value_and_grad(lambda part: loss(self.logits(part))[0])(hidden)
-        return loss_and_grad
+        def loss(inputs: list[mx.array]) -> mx.array:
+            hidden, *weights = inputs
+            with self._with(weights):
+                found: Any = nll(self.logits(hidden))
+            total: mx.array = found[0]
+            return total
+
+        loss_and_grads: tuple[mx.array, list[mx.array]] = mx.value_and_grad(loss)(inputs)
+        return loss_and_grads
+
+    @contextmanager
+    def _with(self, weights: Sequence[mx.array]) -> Iterator[None]:
+        """In here the head reads these weights."""
+        before = [place.value for place in self.trained]
+        for place, weight in zip(self.trained, weights, strict=True):
+            place.put(weight)
+        try:
+            yield
+        finally:
+            for place, weight in zip(self.trained, before, strict=True):
+                place.put(weight)
 
     def _chunks(self, hidden: mx.array) -> Iterator[slice]:
         """Rows of `hidden` [N, D] whose logits may exist at once."""

@@ -69,3 +69,8 @@ def lines(model: ModelSpec, base: str, adapter: str, number_type: NumberType, la
         config=f", model_config={said!r}" if said else "",
         quantised=_QUANTISED if packed else "",
     )
+
+
+def whole_lines(folder: CheckedFolder) -> str:
+    """As `layer_names.Library` says."""
+    return 'from mlx_lm import load\n\nmodel, tokenizer = load(".")\n'

@@ -11,14 +11,7 @@ from functools import cached_property, partial
 import mlx.core as mx
 import numpy as np
 
-from backends.adapter_state import (
-    NO_HEAD,
-    NO_TEXT,
-    adapter_shapes,
-    fitting,
-    head_shape,
-    initial_adapter,
-)
+from backends.adapter_state import NO_HEAD, NO_TEXT, adapted_modules, fitting, trained_shapes, untrained
 from backends.interface import (
     HEAD_WEIGHT,
     BackendError,
@@ -55,19 +48,23 @@ from backends.mlx_backend.here import describe as describe
 from backends.mlx_backend.here import free_bytes as free_bytes
 from backends.mlx_backend.here import probe as probe
 from backends.mlx_backend.here import unused_accelerator as unused_accelerator
-from backends.mlx_backend.lora import Dropout, attach, base_weight
+from backends.mlx_backend.lora import Dropout, base_weight
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import AdamW, Tensors
 from backends.mlx_backend.state import State, to_mlx, to_numpy
 from backends.mlx_backend.tree import check_format, check_taken, parts_of
+from backends.mlx_backend.whole import Weights, check_whole, trained_weights
 from backends.model_folder import folder_of
 from backends.sampling import check_prompts, room_for_answers
 from backends.team import Team
+from backends.whole_model import refuse_half
 
 
 def check(model: ModelSpec, lora: LoraSpec) -> None:
     """Raises BackendError for a folder or targets that cannot be used, as far as config and shapes tell."""
     folder = folder_of(model)
+    if lora.whole:
+        check_whole(model)
     check_format(folder)
     parts_of(folder, folder.lora_modules(lora))
     check_taken(folder)
@@ -82,7 +79,9 @@ def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSe
 
 
 class MlxSession:
-    """`interface.Session` in MLX. Adapter and moments are float32 in mlx-lm's layout: A [in, r], B [r, out]."""
+    """`interface.Session` in MLX. Adapter and moments are float32 in mlx-lm's layout: A [in, r], B [r, out]; the
+    weights of a whole model lie as in its files.
+    """
 
     def __init__(self, spec: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int, device: mx.Device) -> None:
         on_cpu = device.type == mx.cpu
@@ -91,14 +90,17 @@ class MlxSession:
         self.device = device_name(device)
         self._folder = folder = folder_of(spec)
         self._answering = answering_bytes(folder.text_config, spec.number_bytes(device_kind(device)))
-        self.lora_shapes: Mapping[str, tuple[int, int]] = folder.lora_modules(lora)
+        self.lora_shapes, self._shapes = adapted_modules(spec, lora), trained_shapes(spec, lora)
+        self._spec, self._lora, self._seed, self._classes = spec, lora, seed, lora.classes
+        if lora.whole:
+            refuse_half(spec, device_kind(device), half_type(device))
         self._adamw, self._mlx_device, self._on_cpu = AdamW(optim, compiled=not on_cpu), device, on_cpu
         model, self.scheme = load(spec, dtype)
         masks = Dropout(lora.dropout, seed, self.lora_shapes)
-        self._attached = attach(model, parts_of(folder, self.lora_shapes), lora, masks)
+        self._held = trained_weights(model, spec, lora, masks)
         bridged = blas_bridge.serves(device, dtype, spec.checkpointing)
         if bridged:
-            blas_bridge.connect(model)
+            blas_bridge.connect(model, lora.whole)
         if spec.checkpointing:
             checkpoint_blocks(model)
         self._forward = Forward(
@@ -111,10 +113,10 @@ class MlxSession:
         self.repeatable = True
         self.team: Team | None = None
         self._trained, self._most_held = False, 0
-        head, self._classes = head_shape(folder, lora), lora.classes
-        self._shapes = adapter_shapes(self.lora_shapes, lora.rank, head)
+        if isinstance(self._held, Weights):
+            self._forward.head.find_trained([*self._held.places.values()])
         self._state: State
-        self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed, head), {}))
+        self.set_state(TrainState(0, self.untrained(), {}))
 
     def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
         total = total_of(micro, self.team.weight if self.team else total)
@@ -176,12 +178,18 @@ class MlxSession:
         """Where the layers of all blocks are, adapted or not."""
         return parts_of(self._folder, self._folder.lora_modules(LoraSpec(1, 1.0)))
 
+    def untrained(self) -> dict[str, FloatArray]:
+        return untrained(self._spec, self._lora, self._seed)
+
     def get_state(self) -> TrainState:
-        return TrainState(self._state.step, to_numpy(self._state.adapter), to_numpy(self._state.moments))
+        step, adapter, moments = self._state
+        return TrainState(step, *(to_numpy(tensors, self._held.transposed) for tensors in (adapter, moments)))
 
     def set_state(self, state: TrainState) -> None:
         state = fitting(state, self._shapes)
-        self._state = State(state.step, to_mlx(state.adapter), to_mlx(state.moments))
+        tensors = (to_mlx(one, self._held.transposed) for one in (state.adapter, state.moments))
+        self._state = State(state.step, *tensors)
+        self._put_in(self._state.adapter)
 
     @property
     def kept_states(self) -> Activations | None:
@@ -241,7 +249,6 @@ class MlxSession:
         return self._forward.loss(self._state.step, part, entering, total)
 
     def _put_in(self, adapter: Tensors) -> None:
-        for module, attached in self._attached.items():
-            attached.put(adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"])
+        self._held.put(adapter)
         if self._classes:
             self._forward.head.classes = adapter[HEAD_WEIGHT]

@@ -1,4 +1,4 @@
-"""What training changes, as MLX holds it: float32, in mlx-lm's layout (every matrix transposed)."""
+"""What training changes, as MLX holds it: float32, and an adapter in mlx-lm's layout (every matrix transposed)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class State(NamedTuple):
     moments: Tensors
 
 
-def to_numpy(tensors: Tensors) -> dict[str, FloatArray]:
-    """Copies in PEFT's layout."""
-    return {name: np.array(value).T.copy() for name, value in tensors.items()}
+def to_numpy(tensors: Tensors, transposed: bool) -> dict[str, FloatArray]:
+    """Copies in PEFT's layout, or the checkpoint's. transposed: whether MLX holds them so."""
+    arrays = ((name, np.array(value)) for name, value in tensors.items())  # copies
+    return {name: value.T.copy() if transposed else value for name, value in arrays}
 
 
-def to_mlx(tensors: Mapping[str, FloatArray]) -> Tensors:
-    return {name: mx.array(np.ascontiguousarray(value.T)) for name, value in tensors.items()}
+def to_mlx(tensors: Mapping[str, FloatArray], transposed: bool) -> Tensors:
+    return {name: mx.array(np.ascontiguousarray(value.T if transposed else value)) for name, value in tensors.items()}

@@ -46,7 +46,13 @@ def saved(architecture: Architecture, adapted: Modules, lora: LoraSpec, number: 
     """Counted by hand, and by tests/benchmarks/kept.py: the norms' inputs, what attention needs, gate and up.
 
     What a norm makes is made again in the backward pass, and so are dropout's masks, of a word per token and layer.
+    Where the whole model trains, autograd keeps the inputs of all layers: each norm's before its weight and after it,
+    and what the gated layer makes of gate and up.
     """
+    if lora.whole:
+        own = 2.0 * architecture.head_norms
+        queries, keys = (3.0 + own) * architecture.queries, (2.0 + own) * architecture.keys
+        return (6.0 * architecture.hidden + queries + keys + 4.0 * architecture.inner) * number
     leaves = {name.rsplit(".", 1)[-1] for name in adapted}
     hidden, queries, keys = 2.0, 2.0, 2.0  # the norms' inputs; queries, keys and values, and the attention's result
     inner = 2.0 if "down_proj" in leaves else 3.0  # gate and up; without an adapter also their product's factor
@@ -76,6 +82,7 @@ _CPU = Costs(
     unpacking=65.0,
     masking=240.0,  # the products with A that layers of one input do not share then counted in
     update=13.0,  # a checkpoint copies weights and moments, 12; an update makes the weights anew, in groups: 6
+    whole_update=8.0,  # a checkpoint's copy, 12, when the gradient, 4, is gone
     held=1.5,  # glibc keeps what lies freed between the tensors that stay: 1.4 to 1.6
     tokens_at_once=1024,  # more are no faster on a CPU, and need more memory
     logits_at_once=2**23,
@@ -93,6 +100,7 @@ NVIDIA = replace(
     _CPU,
     device="gpu",
     update=6.0,  # a checkpoint's copy lies beside it, in the machine's memory
+    whole_update=0.0,  # weights anew, 4; the best ones lie there too
     runtime=450e6,
     reached=0.35,  # assumed
     unpacking=0.0,
@@ -109,7 +117,8 @@ NVIDIA = replace(
     expands_keys=True,
     maps_files=False,
 )
-APPLE = replace(NVIDIA, parked_inputs=None)  # its memory is the machine's: nothing is copied out of the way
+# its memory is the machine's: nothing is copied out of the way
+APPLE = replace(NVIDIA, parked_inputs=None, whole_update=8.0)
 COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": APPLE if sys.platform == "darwin" else NVIDIA}
 
 

@@ -17,7 +17,7 @@ from backends.torch_backend.patch import forward_as
 class Head:
     """logits = cap * tanh(scale * (W h + b) / cap); without a cap, scale * (W h + b)."""
 
-    linear: Any  # a frozen torch.nn.Linear; None: the states are already the model's own logits
+    linear: Any  # a torch.nn.Linear, frozen or not; None: the states are already the model's own logits
     logits_at_once: int  # numbers of the logits that exist at a time
     scale: float = 1.0
     cap: float | None = None
@@ -34,7 +34,10 @@ class Head:
     def loss(
         self, states: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """sum(share * nll), and its gradient for the states [N, D]; targets and shares are [N]."""
+        """sum(share * nll), and its gradient for the states [N, D]; targets and shares are [N].
+
+        The gradient of a linear layer that trains is added to it.
+        """
         loss, grad_states = states.new_zeros((), dtype=torch.float32), torch.empty_like(states)
         with torch.no_grad():
             for rows in self._chunks(states, targets):
@@ -45,7 +48,7 @@ class Head:
                 loss -= (share * logs.gather(-1, target)).sum()
                 grad = logs.exp_().mul_(share)  # d nll / d logits = softmax - one hot
                 grad.scatter_(-1, target, grad.gather(-1, target) - share)
-                grad_states[rows] = self._grad_states(grad if cap_grad is None else grad.mul_(cap_grad), states.dtype)
+                grad_states[rows] = self._backward(grad if cap_grad is None else grad.mul_(cap_grad), states[rows])
         return loss, grad_states
 
     def score(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,10 +61,17 @@ class Head:
                 logprob[rows] = logits.gather(-1, targets[rows, None])[:, 0] - logits.logsumexp(-1)
         return logprob, greedy
 
-    def _grad_states(self, grad_logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _backward(self, grad_logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The gradient of some states [n, D] from that of their logits [n, V]."""
         if self.linear is None:
-            return grad_logits.to(dtype)
-        return (grad_logits.mul_(self.scale) if self.scale != 1 else grad_logits).to(dtype) @ self.linear.weight
+            return grad_logits.to(states.dtype)
+        grad = (grad_logits.mul_(self.scale) if self.scale != 1 else grad_logits).to(states.dtype)
+        weight, bias = self.linear.weight, self.linear.bias
+        if weight.requires_grad:
+            weight.grad = grad.T @ states if weight.grad is None else weight.grad.addmm_(grad.T, states)
+        if bias is not None and bias.requires_grad:
+            bias.grad = grad.sum(0) if bias.grad is None else bias.grad.add_(grad.sum(0))
+        return grad @ weight
 
     def _width(self, states: torch.Tensor) -> int:
         """How many logits a position has."""

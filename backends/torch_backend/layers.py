@@ -26,7 +26,7 @@ def use_own_layers(model: Any) -> list[str]:
     """Modules whose code is Llama's, whatever their name, get the gradients written here. Returns the kinds."""
     silu, replaced = type(ACT2FN["silu"]), set()
     for module in model.modules():
-        if is_coded_as(module, LlamaRMSNorm):
+        if is_coded_as(module, LlamaRMSNorm) and not module.weight.requires_grad:
             module.forward = partial(_norm, module)
             replaced.add(NORMS)
         elif (

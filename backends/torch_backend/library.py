@@ -57,6 +57,18 @@ def lines(model: ModelSpec, base: str, adapter: str, number_type: NumberType, la
     )
 
 
+def whole_lines(folder: CheckedFolder) -> str:
+    """As `layer_names.Library` says."""
+    from backends.torch_backend.tree import auto_class, config_of
+
+    kind = auto_class(folder, config_of(folder)).__name__
+    trust = ", trust_remote_code=True" if folder.remote_code else ""
+    return (
+        f"import torch\nfrom transformers import {kind}\n\n"
+        f'model = {kind}.from_pretrained(".", dtype=torch.float32{trust}).eval()\n'
+    )
+
+
 def _stack(folder: CheckedFolder) -> str:
     """What the names of the blocks begin with, as far as transformers says it without a framework.
 

@@ -1,15 +1,15 @@
-"""AdamW on the adapter's tensors, all or nothing."""
+"""AdamW on the tensors that train, all or nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from backends.adapter_state import MOMENTS
-from backends.interface import OptimSpec
+from backends.interface import FloatArray, OptimSpec
 from backends.team import Team
 from backends.torch_backend.lora import Parameters
 
@@ -30,6 +30,14 @@ class AdamW:
     def __init__(self, adapter: Parameters, spec: OptimSpec) -> None:
         self._adapter, self._spec = adapter, spec
         self.moments: dict[str, torch.Tensor] = {}
+
+    def set_moments(self, moments: Mapping[str, FloatArray]) -> None:
+        """In the place of those that are there, so that they are never held twice."""
+        for name, value in moments.items():
+            if name not in self.moments:
+                like = self._adapter[name.rpartition(".")[0]]
+                self.moments[name] = torch.empty_like(like, dtype=torch.float32, requires_grad=False)
+            self.moments[name].copy_(torch.from_numpy(value))
 
     def divide_grads(self, scale: float) -> None:
         """By the scale that the loss was multiplied by."""

@@ -49,6 +49,8 @@ def keep_embedding_on_host(model: Any, device: torch.device) -> None:
     The host waits for the card in each pass, to read the tokens.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight.requires_grad:
+        return
     if device.type == "cuda" and type(embedding) is torch.nn.Embedding and head.weight is not embedding.weight:
         embedding.weight.data = embedding.weight.data.cpu()
         embedding.forward = partial(_looked_up, embedding.weight, device)

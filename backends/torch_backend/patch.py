@@ -10,8 +10,6 @@ from typing import Any
 
 from transformers import masking_utils
 
-from backends.torch_backend.lora import LoraLinear
-
 _IN_BLOCK = re.compile(r"^(.*\blayers)\.(\d+)\.")
 
 
@@ -40,8 +38,8 @@ def one_sequence_per_row() -> Iterator[None]:
 
 
 def blocks_of(model: Any) -> tuple[Any, int]:
-    """The model's blocks, in order, and which of them is the first with an adapter."""
-    names = [name for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+    """The model's blocks, in order, and which of them is the first in which something trains."""
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     matches = [match for match in map(_IN_BLOCK.match, names) if match]
     return model.get_submodule(matches[0][1]), min(int(match[2]) for match in matches)
 

@@ -13,10 +13,10 @@ import torch
 from backends.adapter_state import (
     NO_HEAD,
     NO_TEXT,
-    adapter_shapes,
+    adapted_modules,
     fitting,
-    head_shape,
-    initial_adapter,
+    trained_shapes,
+    untrained,
 )
 from backends.interface import (
     HEAD_WEIGHT,
@@ -64,7 +64,7 @@ from backends.torch_backend.here import free_bytes as free_bytes
 from backends.torch_backend.here import probe as probe
 from backends.torch_backend.here import unused_accelerator as unused_accelerator
 from backends.torch_backend.layers import delta_rule_of, use_own_layers
-from backends.torch_backend.lora import Dropout, add_adapter, base_weight
+from backends.torch_backend.lora import Dropout, base_weight
 from backends.torch_backend.model import load_frozen, scheme_of
 from backends.torch_backend.optim import AdamW
 from backends.torch_backend.parked import keep_embedding_on_host
@@ -72,11 +72,15 @@ from backends.torch_backend.patch import blocks_of
 from backends.torch_backend.read import last_states, scores_of
 from backends.torch_backend.recompute import recompute_blocks
 from backends.torch_backend.tree import check_experts, check_format, tree_of
+from backends.torch_backend.whole import check_whole, trained_weights
+from backends.whole_model import refuse_half
 
 
 def check(model: ModelSpec, lora: LoraSpec) -> None:
     """Raises BackendError for a folder or targets that cannot be used, as far as config and shapes tell."""
     folder = folder_of(model)
+    if lora.whole:
+        check_whole(model)
     check_format(folder)
     matched(tree_of(folder), folder.lora_modules(lora), "transformers", folder.path)
     check_experts(model, folder)
@@ -92,9 +96,10 @@ class TorchSession:
         self._device = pick_device(model.device)
         self.device = device_name(self._device)
         bound_memory(self._device)
-        self.lora_shapes = folder_of(model).lora_modules(lora)
-        head = head_shape(folder_of(model), lora)
-        self._classes, self._shapes = lora.classes, adapter_shapes(self.lora_shapes, lora.rank, head)
+        self.lora_shapes, self._shapes = adapted_modules(model, lora), trained_shapes(model, lora)
+        self._lora, self._seed, self._classes = lora, seed, lora.classes
+        if lora.whole:
+            refuse_half(model, device_kind(self._device), half_type(self._device))
         self._dropout = Dropout(lora.dropout, seed, self.lora_shapes, self._device)
         costs = COSTS[device_kind(self._device)]
         self._number_type = model.number_type(device_kind(self._device), half_type(self._device))
@@ -103,7 +108,7 @@ class TorchSession:
         self._spec, self._tokens_at_once = model, costs.tokens_at_once or sys.maxsize
         with memory_guard(self._device), random_numbers(self._device, seed):
             self._model = load_frozen(model, self._device)
-            self._adapter = add_adapter(self._model, self.lora_shapes, lora, self._dropout)
+            self._adapter = trained_weights(self._model, model, lora, self._dropout)
             self._block_shortcuts = [*use_own_layers(self._model), *use_tiles(self._model), *delta_rule_of(self._model)]
             expand_heads(self._model)
             for block in blocks_of(self._model)[0]:
@@ -111,8 +116,9 @@ class TorchSession:
             if model.checkpointing:
                 recompute_blocks(self._model, self._dropout, self._device)
                 keep_embedding_on_host(self._model, self._device)
-            if head is not None:
-                self._adapter[HEAD_WEIGHT] = torch.nn.Parameter(torch.zeros(head, device=self._device))
+            if self._classes:
+                head = torch.zeros(self._shapes[HEAD_WEIGHT], device=self._device)
+                self._adapter[HEAD_WEIGHT] = torch.nn.Parameter(head)
             score = self._adapter.get(HEAD_WEIGHT)
             self._forward = Forward(self._model, self._device, costs.logits_at_once or sys.maxsize, score)
             self._frozen_kept = self._forward.keep_frozen_blocks()
@@ -122,7 +128,7 @@ class TorchSession:
         self.repeatable = True
         self.team: Team | None = None
         self._optimiser = AdamW(self._adapter, optim)
-        self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed, head), {}))
+        self.set_state(TrainState(0, self.untrained(), {}))
 
     @cached_property
     def shares_prefixes(self) -> bool:
@@ -135,7 +141,8 @@ class TorchSession:
         frozen = [FROZEN_BLOCKS] if self._frozen_kept else []
         head = [HEAD] if self._forward.head.linear is not None else []
         again = [RECOMPUTED] if self._spec.checkpointing else []
-        return (*shared, *frozen, *head, LORA, *self._block_shortcuts, *again)
+        own = [] if self._lora.whole else [LORA]
+        return (*shared, *frozen, *head, *own, *self._block_shortcuts, *again)
 
     def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
         total = total_of(micro, self.team.weight if self.team else total)
@@ -211,6 +218,9 @@ class TorchSession:
         with memory_guard(self._device), torch.inference_mode():
             return base_weight(self._model, module)
 
+    def untrained(self) -> dict[str, FloatArray]:
+        return untrained(self._spec, self._lora, self._seed)
+
     def get_state(self) -> TrainState:
         return TrainState(self._step, _arrays(self._adapter), _arrays(self._optimiser.moments))
 
@@ -219,9 +229,7 @@ class TorchSession:
         with torch.no_grad():
             for name, tensor in self._adapter.items():
                 tensor.copy_(torch.from_numpy(state.adapter[name]))
-        self._optimiser.moments = {
-            name: torch.tensor(value, device=self._device) for name, value in state.moments.items()
-        }
+            self._optimiser.set_moments(state.moments)
         self._step = state.step
 
     @property

@@ -15,8 +15,8 @@ from rich.text import Text
 from backends import registry
 from finetune.connections import to_hub
 from finetune.console import Console
-from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.run_folder import RunFolder
+from finetune.disk.trained import check_run_base, read_trained
 from finetune.errors import DataError, FinetuneError, RecipeError
 from finetune.evaluation.benchmark import Figure, Share, figures
 from finetune.evaluation.changes import SIGNIFICANT
@@ -46,11 +46,11 @@ def run(
     _check_tasks(tasks, manager.all_tasks)
     if data is not None and not data.is_dir():
         raise DataError(f"{data}: no such folder; name the one that the data sets of the tasks are in")
-    adapter = read_adapter(opened.adapter)
+    adapter = read_trained(opened)
     setup = set_up(recipe, opened.path)
     chosen = registry.choose(backend or recipe.backend)
     setup.check_backend(chosen)
-    check_base(opened.adapter, setup.folder)
+    check_run_base(opened, setup.folder)
     session = setup.session(chosen, adapter)
     longest = setup.folder.context or LONGEST
     settings = {"tasks": list(tasks), "task_manager": manager, "limit": limit, "num_fewshot": shots}

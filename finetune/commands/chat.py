@@ -22,10 +22,10 @@ from finetune.data.read import read
 from finetune.data.renderers import needed, question_tokens
 from finetune.data.rows import Rows
 from finetune.data.tokenizer import answer_text, stop_tokens
-from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.digests import cache_folder
 from finetune.disk.identity import clock_of
 from finetune.disk.run_folder import RunFolder
+from finetune.disk.trained import check_run_base, read_trained
 from finetune.errors import DataError, RecipeError
 from finetune.recipe.names import local
 from finetune.recipe.schema import Recipe
@@ -50,9 +50,9 @@ class Speaker:
         self.beside, shared = completed(given, needed(recipe) if always is None else always)
         if shared:
             print(f"{one_line(', '.join(shared))}: as in all training rows", file=sys.stderr)
-        adapter = read_adapter(run.adapter)
+        adapter = read_trained(run)
         self.setup = setup = set_up(recipe, run.path)
-        check_base(run.adapter, setup.folder)
+        check_run_base(run, setup.folder)
         self.tokenizer, self.stop = setup.tokenizer, stop_tokens(setup.tokenizer)
         self.session: Session = setup.session(registry.choose(backend or recipe.backend), None if base else adapter)
 
@@ -108,9 +108,9 @@ def _answer_row(
     opened: RunFolder, recipe: Recipe, row: str, base: bool, temperature: float, max_tokens: int, backend: str | None
 ) -> None:
     """Answer the prompt that the row at FILE:LINE has under the run's recipe; an answer in it is not read."""
-    adapter = read_adapter(opened.adapter)
+    adapter = read_trained(opened)
     job, _ = with_progress(ready_to_answer(recipe, backend, opened, _row_at(row, recipe)))
-    check_base(opened.adapter, job.folder)
+    check_run_base(opened, job.folder)
     session = job.open(None if base else adapter)
     split, stop = job.prepared.held_out, frozenset(job.prepared.stop_tokens)
     if split.shortened:

@@ -10,11 +10,11 @@ from pathlib import Path
 from finetune.commands.evaluate import job_of_files
 from finetune.console import Console
 from finetune.data.rows import Split
-from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
 from finetune.disk.held_out import read_held_out
 from finetune.disk.identity import split_digest
 from finetune.disk.run_folder import RunFolder
+from finetune.disk.trained import check_run_base, read_trained
 from finetune.errors import FinetuneError, Incompatible
 from finetune.evaluation.evaluate import Evaluation, evaluate_held_out
 from finetune.report.finished import FinishedRun, read_finished
@@ -118,8 +118,8 @@ def _with_training_rows(finished: FinishedRun, backend: str | None) -> tuple[Job
 def _measured(finished: FinishedRun, job: Job) -> FinishedRun:
     """The run with its tuned model's figures on the rows that the job holds out."""
     folder = RunFolder(finished.path)
-    adapter = read_adapter(folder.adapter)
-    check_base(folder.adapter, job.folder)
+    adapter = read_trained(folder)
+    check_run_base(folder, job.folder)
     work = evaluate_held_out(job.open(adapter), job.recipe, job.prepared, job.tokenizer, finished.name)
     tuned: Evaluation = with_progress(work)
     return replace(finished, tuned=tuned, base=None, analysis=None)

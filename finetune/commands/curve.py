@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from finetune.check.more_rows import curve, parts_of
 from finetune.check.proof import foretold
 from finetune.console import Console, lines
-from finetune.disk.adapter import check_base
 from finetune.disk.identity import check_rows
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder
+from finetune.disk.trained import check_run_base
 from finetune.errors import Incompatible
 from finetune.evaluation.curve import SHARES, Outlook, costs_of, look_ahead
 from finetune.evaluation.evaluate import Evaluation
@@ -37,7 +37,7 @@ def run(opened: RunFolder, recipe: Recipe, backend: str | None) -> None:
         raise Incompatible(f"{opened.path}: this run is not finished; resume it first")
     job = with_progress(making_ready(recipe, backend, opened.path))
     check_rows(opened.path, job.prepared, "Put the rows back as they were, or train a new run on the rows as they are")
-    check_base(opened.adapter, job.folder)
+    check_run_base(opened, job.folder)
     rows = [len(part) for part in parts_of(job.prepared, job.recipe.seed)]
     job = with_progress(settle_recomputation(job, opened.recomputed()))
     seconds = foretold(read(opened.metrics)) * (sum(SHARES) - 1)

@@ -16,11 +16,11 @@ from rich.text import Text
 
 from finetune.console import Console, lines
 from finetune.data.read import read
-from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
 from finetune.disk.head import read_head
 from finetune.disk.run_files import read_json_lines
 from finetune.disk.run_folder import RunFolder
+from finetune.disk.trained import check_run_base, read_trained
 from finetune.errors import Incompatible
 from finetune.evaluation.duel import Answered, Meeting, left_to_vote, meetings
 from finetune.evaluation.evaluate import base_weights
@@ -104,11 +104,11 @@ def _of_file(runs: Runs, names: Sequence[str], data: str, base: bool, backend: s
     prompts: list[str] = []
     locations: list[str] = []
     for name, (opened, recipe) in zip(names, runs, strict=True):
-        adapter = read_adapter(opened.adapter)
+        adapter = read_trained(opened)
         source = read(data, Path.cwd(), "test", recipe.data.encoding)
         strict = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_error": "stop"})})
         job, _ = with_progress(ready_to_answer(strict, backend, opened, source))
-        check_base(opened.adapter, job.folder)
+        check_run_base(opened, job.folder)
         session, most = job.open(adapter), recipe.evaluate.max_tokens
         if base and not answers:
             with base_weights(session, read_head(opened)):

@@ -10,11 +10,11 @@ from pathlib import Path
 from backends.interface import FloatArray, Session
 from finetune.check.analysis import analysing, questions_of
 from finetune.console import Console
-from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
 from finetune.disk.head import read_head
 from finetune.disk.identity import check_held_out
 from finetune.disk.run_folder import RunFolder
+from finetune.disk.trained import check_run_base, read_trained
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
 from finetune.evaluation.yardstick import bag_of_words
 from finetune.events import Progress
@@ -31,10 +31,10 @@ from finetune.training.references import with_references
 
 def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:
     """Prints both models side by side with their kinds of error, and writes eval.json."""
-    adapter = read_adapter(opened.adapter)
+    adapter = read_trained(opened)
     recorded = measured_again(recipe, backend, opened) if data is None else None
     job = recorded or job_of_files(opened, recipe, data, backend)
-    check_base(opened.adapter, job.folder)
+    check_run_base(opened, job.folder)
     session = job.open(adapter)
     head = read_head(opened)
     base, tuned = with_progress(_evaluate_both(job, session, head))

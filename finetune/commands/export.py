@@ -10,14 +10,15 @@ from pathlib import Path
 
 from finetune.console import Console
 from finetune.data.rows import Split
-from finetune.disk.adapter import Adapter, check_base, read_adapter
+from finetune.disk.adapter import Adapter
 from finetune.disk.atomic import new_folder, remove, rename
 from finetune.disk.exports import Made, remember
 from finetune.disk.identity import check_held_out
 from finetune.disk.run_folder import RunFolder
+from finetune.disk.trained import check_run_base, read_trained
 from finetune.errors import EnvironmentProblem, ExportFailed, Incompatible, RecipeError
 from finetune.evaluation.evaluate import base_weights
-from finetune.export.choose import check_options, precision, target_of
+from finetune.export.choose import check_options, precision, refuse_adapter, target_of
 from finetune.export.gguf_export import BASE
 from finetune.export.making import Making, Target
 from finetune.export.measure import Measured, chosen, measured
@@ -48,7 +49,9 @@ def run(
     Raises ExportFailed where it does something else; the folder NAME.failed then holds what was written.
     """
     check_options(to, kind, bits, adapter_alone)
-    adapter, job = read_adapter(opened.adapter), ready(opened, recipe, backend)
+    if adapter_alone:
+        refuse_adapter(recipe)
+    adapter, job = read_trained(opened), ready(opened, recipe, backend)
     some = chosen(job.prepared.held_out, rows)
     if len(some.examples) < 2:
         raise Incompatible(f"{opened.path}: no held-out rows, so an export cannot be verified; set data.test")
@@ -83,7 +86,7 @@ def ready(opened: RunFolder, recipe: Recipe, backend: str | None) -> Job:
     """The run's job. Raises as `making_ready`, and Incompatible where base or held-out rows are not the run's."""
     refuse_head(recipe, "export")
     job = with_progress(making_ready(recipe, backend, opened.path))
-    check_base(opened.adapter, job.folder)
+    check_run_base(opened, job.folder)
     check_held_out(opened.path, job.prepared, "Put the rows back as they were")
     if job.prepared.task == "preference":  # what is verified is how the model answers
         return replace(job, prepared=replace(job.prepared, task="generation"))

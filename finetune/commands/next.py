@@ -14,10 +14,10 @@ from finetune.console import Console, lines
 from finetune.data.problems import listed
 from finetune.data.read import read
 from finetune.data.rows import Example
-from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
 from finetune.disk.overview import overview
 from finetune.disk.run_folder import RunFolder, open_existing
+from finetune.disk.trained import check_run_base, read_trained
 from finetune.errors import DataError, Incompatible, RecipeError
 from finetune.recipe.names import local
 from finetune.report.live_screen import with_progress
@@ -47,12 +47,12 @@ def run(pool: str, rows: int, path: Path | None, output: Path | None, force: boo
     source = read(str(source_file or pool), Path.cwd(), "test", recipe.data.encoding)
     trained = with_progress(making_ready(recipe, backend, opened.path)).prepared
     job, asked = with_progress(ready_to_answer(recipe, backend, opened, source))
-    check_base(opened.adapter, job.folder)
+    check_run_base(opened, job.folder)
     examples = job.prepared.held_out.examples
     new = len(new_rows(examples, trained))
     if not new:
         raise DataError(f"{pool}: every row stands among the run's own rows; there is none to label")
-    session = job.open(read_adapter(opened.adapter))
+    session = job.open(read_trained(opened))
     made = with_progress(next_rows(session, job.recipe, job.prepared, trained, tuned.accuracy, rows))
     chosen = [asked[one.number] for one in made]
     write_file(output, as_text(output, [row.fields for row in chosen]))

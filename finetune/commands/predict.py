@@ -10,9 +10,9 @@ from typing import Any
 from finetune.data.problems import listed
 from finetune.data.read import read
 from finetune.data.rows import Row
-from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
 from finetune.disk.run_folder import RunFolder
+from finetune.disk.trained import check_run_base, read_trained
 from finetune.errors import DataError
 from finetune.evaluation.predict import Prediction, predict
 from finetune.recipe.names import local
@@ -36,11 +36,11 @@ def run(
     """Writes `output`, whole or not at all."""
     path = local(data, Path.cwd())
     check_output(output, force, path)
-    adapter = read_adapter(opened.adapter)
+    adapter = read_trained(opened)
     source = read(str(path or data), Path.cwd(), "test", recipe.data.encoding)
     _check_columns(source.rows)
     job, rows = with_progress(ready_to_answer(recipe, backend, opened, source))
-    check_base(opened.adapter, job.folder)
+    check_run_base(opened, job.folder)
     session = job.open(adapter)
     longest = max_tokens or recipe.evaluate.max_tokens
     made = with_progress(predict(session, job.recipe, job.prepared, job.tokenizer, longest))

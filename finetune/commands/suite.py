@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from finetune.console import Console
-from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.head import read_head
 from finetune.disk.run_folder import RunFolder
+from finetune.disk.trained import check_run_base, read_trained
 from finetune.errors import CasesFailed
 from finetune.evaluation.suite import measure_suite
 from finetune.recipe.schema import Recipe
@@ -18,9 +18,9 @@ def run(opened: RunFolder, recipe: Recipe, file: str, at_least: float | None, ba
     """Prints the cases that fail, and writes suite.json. Raises CasesFailed where the share that surely passes is below
     `at_least`.
     """
-    adapter = read_adapter(opened.adapter)
+    adapter = read_trained(opened)
     job, suite = with_progress(suite_again(recipe, backend, opened, file))
-    check_base(opened.adapter, job.folder)
+    check_run_base(opened, job.folder)
     result = with_progress(measure_suite(job.open(adapter), job.recipe, job.tokenizer, suite, head=read_head(opened)))
     print_suite(Console(), result)
     opened.write_json("suite.json", result.to_json())

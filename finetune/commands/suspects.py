@@ -12,11 +12,11 @@ from backends.interface import Session, TrainState
 from finetune.check.proof import foretold, verdict, without_rows
 from finetune.check.suspects import Suspect, find_suspects, rows_judged
 from finetune.console import Console, lines
-from finetune.disk.adapter import check_base, read_adapter
 from finetune.disk.atomic import write_file
 from finetune.disk.identity import check_rows
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder
+from finetune.disk.trained import check_run_base, read_trained
 from finetune.errors import Incompatible, RecipeError
 from finetune.evaluation.evaluate import Evaluation
 from finetune.recipe.schema import Recipe
@@ -36,7 +36,7 @@ def run(opened: RunFolder, recipe: Recipe, minutes: float | None, backend: str |
     """Writes suspects.csv into the run's folder, whole or not at all. minutes: that the proof may take."""
     if recipe.preferences:
         raise RecipeError("suspects: it judges rows with one answer; of pairs `finetune check` names contradictions")
-    adapter = read_adapter(opened.adapter)
+    adapter = read_trained(opened)
     tuned = load_evaluation(opened.evaluation("tuned"))
     if tuned is None:
         raise Incompatible(f"{opened.path}: this run is not finished; resume it first")
@@ -44,7 +44,7 @@ def run(opened: RunFolder, recipe: Recipe, minutes: float | None, backend: str |
         _refuse_too_short(opened, minutes)
     job = with_progress(making_ready(recipe, backend, opened.path))
     check_rows(opened.path, job.prepared, "Put the rows back as they were, or train a new run on the rows as they are")
-    check_base(opened.adapter, job.folder)
+    check_run_base(opened, job.folder)
     if minutes is not None:
         job = with_progress(settle_recomputation(job, opened.recomputed()))
     session = job.open()

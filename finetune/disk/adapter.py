@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from backends.interface import HEAD_WEIGHT, BackendError, FloatArray, IncompatibleState, LoraSpec, Session, TrainState
-from backends.model_folder import ModelFolder, ending, read_object, validate
+from backends.model_folder import ModelFolder, ending, read_object, read_tensors, validate
 from finetune.disk.adapter_writer import CONFIG_FILE, FILES, MLX, PEFT
 from finetune.disk.base_model import FULL, base_model, fingerprint
-from finetune.disk.safetensors_file import read_tensors
 from finetune.errors import DataError, Incompatible
 from finetune.events import result_of
 from finetune.recipe.names import is_model_id, near
@@ -27,12 +26,16 @@ _LARGEST = float(np.finfo(np.float32).max)  # scale; a backend's numbers hold no
 @dataclass(frozen=True)
 class Adapter:
     """LoRA tensors by canonical name (`<module>.lora_A` [r, in], `.lora_B` [out, r]), and their scale; HEAD_WEIGHT
-    [K, D] beside them where there is a head.
+    [K, D] beside them where there is a head. Or a whole model's weights, by their names in the base.
     """
 
     tensors: Mapping[str, FloatArray]
-    rank: int
+    rank: int  # 0: of a whole model
     scale: float  # alpha / rank, or alpha / sqrt(rank)
+
+    @property
+    def whole(self) -> bool:
+        return self.rank == 0
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -85,7 +88,8 @@ def _rank_and_scale(config: Mapping[str, Any], file: Path) -> tuple[int, float]:
     return rank, float(scale)
 
 
-def _canonical(file: Path, convert: Any) -> dict[str, FloatArray]:
+def checked_tensors(file: Path) -> dict[str, FloatArray]:
+    """Every tensor of a file, as float32. Raises Incompatible for what cannot be read or is not finite."""
     try:
         validate(file)
         found = read_tensors(file)
@@ -93,13 +97,18 @@ def _canonical(file: Path, convert: Any) -> dict[str, FloatArray]:
         raise Incompatible(str(error)) from None
     except (OSError, ValueError) as error:
         raise Incompatible(f"{file}: cannot be read ({error!r:.200})") from None
-    tensors: dict[str, FloatArray] = {}
     for name, tensor in found.items():
+        if not np.isfinite(tensor).all():
+            raise Incompatible(f"{file}: {name:.200} holds numbers that are not finite")
+    return found
+
+
+def _canonical(file: Path, convert: Any) -> dict[str, FloatArray]:
+    tensors: dict[str, FloatArray] = {}
+    for name, tensor in checked_tensors(file).items():
         canonical, value = convert(name, tensor)
         if canonical is None or value.ndim != 2:
             raise Incompatible(f"{file}: {name:.200} is not a LoRA factor of a linear layer")
-        if not np.isfinite(value).all():
-            raise Incompatible(f"{file}: {name:.200} holds numbers that are not finite")
         tensors[canonical] = np.ascontiguousarray(value, dtype=np.float32)
     return tensors
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from backends.interface import HEAD_WEIGHT, BackendError, FloatArray
-from backends.model_folder import validate
+from backends.model_folder import read_tensors, validate
 from finetune.disk.atomic import write_pieces
 from finetune.disk.run_folder import RunFolder
-from finetune.disk.safetensors_file import read_tensors, tensor_pieces
+from finetune.disk.safetensors_file import tensor_pieces
 from finetune.errors import Incompatible
 
 _REMEDY = "delete it, and the head is trained again"

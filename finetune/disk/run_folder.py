@@ -69,6 +69,16 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def model(self) -> Path:
+        """The whole model, where it trained; then there is no adapter."""
+        return self.path / "model"
+
+    @property
+    def trained(self) -> Path:
+        """The adapter's folder or the model's."""
+        return self.model if self.model.is_dir() else self.adapter
+
+    @property
     def report(self) -> Path:
         return self.path / "report.json"
 

@@ -12,6 +12,7 @@ from finetune.export.gguf_file import KINDS as GGUF_TYPES
 from finetune.export.making import Target
 from finetune.export.merge import KINDS, base_kind
 from finetune.export.packages import optional
+from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import model_spec
 from finetune.text import harmless
 from finetune.training.job import Job
@@ -35,6 +36,14 @@ def check_options(to: str, kind: str | None, bits: int | None, adapter_alone: bo
         raise RecipeError(f"--type {harmless(kind)}: {what}")
 
 
+def refuse_adapter(recipe: Recipe) -> None:
+    """Raises RecipeError for a run without one."""
+    if recipe.method == "full":
+        raise RecipeError(
+            "--adapter: this run trained the whole model, and has no adapter; use --to gguf without --adapter"
+        )
+
+
 def target_of(to: str, kind: str | None, bits: int | None, adapter_alone: bool, job: Job) -> Target:
     """What the options ask for. Raises EnvironmentProblem where a package is missing, or for a model that llama.cpp
     reads otherwise: before anything is measured.
@@ -55,7 +64,7 @@ def target_of(to: str, kind: str | None, bits: int | None, adapter_alone: bool, 
     if bits is not None:
         finer = "use --bits 8, or --to merged" if bits < 8 else "use --to merged"
         return QuantisedFolder(f"mlx-{bits}bit", f"{bits}bit", finer, to, bits)
-    kind = kind or base_kind(job.folder.weights)
+    kind = kind or ("f32" if job.recipe.method == "full" else base_kind(job.folder.weights))
     return MergedFolder(f"merged-{kind}", kind, "", to if to == "mlx" else None)
 
 

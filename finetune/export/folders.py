@@ -16,11 +16,10 @@ import numpy as np
 
 from backends import registry
 from backends.interface import LoraSpec, OptimSpec
-from backends.model_folder import ModelFolder, ending, read_object
+from backends.model_folder import ModelFolder, ending, read_header, read_object, read_tensor
 from finetune.data.rows import Message
 from finetune.data.tokenizer import encode, load_tokenizer
 from finetune.disk.adapter import Adapter
-from finetune.disk.safetensors_file import read_header, read_tensor
 from finetune.errors import EnvironmentProblem
 from finetune.export import merge
 from finetune.export.making import Making, Target
@@ -96,7 +95,7 @@ class QuantisedFolder(MergedFolder):
     def write(self, to: Path, making: Making) -> list[Check]:
         job, merged, quantised = making.job, to / "merged", to / "quantised"
         merged.mkdir()
-        _write(merged, making, merge.base_kind(job.folder.weights), original=True)
+        _write(merged, making, "f32" if making.adapter.whole else merge.base_kind(job.folder.weights), original=True)
         quantise(merged, quantised, self.bits, job.folder.remote_code)
         shutil.rmtree(merged)
         for file in quantised.iterdir():
@@ -104,7 +103,7 @@ class QuantisedFolder(MergedFolder):
         quantised.rmdir()
         merge.write_tokenizer(to, job.folder, job.tokenizer, making.template)  # as it was, for old readers too
         wanted = merge.tensors(making.session, job.folder, making.adapter, original=True)
-        return change_checks(to, wanted, making.adapter)
+        return change_checks(to, wanted, making.adapter, job.folder)
 
     def commands(self, path: Path, job: Job, adapter: Path) -> list[str]:
         return super().commands(path, job, adapter)[-1:]  # vLLM reads no such folder
@@ -115,7 +114,7 @@ def _write(to: Path, making: Making, kind: str, original: bool = False) -> None:
     merge.write_tokenizer(to, making.job.folder, making.job.tokenizer, making.template)
 
 
-def change_checks(to: Path, wanted: Tensors, adapter: Adapter) -> list[Check]:
+def change_checks(to: Path, wanted: Tensors, adapter: Adapter, folder: ModelFolder) -> list[Check]:
     """How much of what training changed is in the quantised weights: their change in the direction of the adapter's
     product, over that product. Rounding to the grid that the adapter was trained on takes small changes back; the loss
     hardly shows it where the base was far from the answers. wanted: the merged tensors before they were quantised.
@@ -126,11 +125,12 @@ def change_checks(to: Path, wanted: Tensors, adapter: Adapter) -> list[Check]:
     for file in to.glob("model*.safetensors"):
         arrays |= {ending(name): array for name, array in mx.load(str(file)).items()}  # type: ignore[union-attr]
     layers, found, whole = 0, 0.0, 0.0
-    for module in (name.removesuffix(".lora_A") for name in adapter.tensors if name.endswith(".lora_A")):
+    ends = ".weight" if adapter.whole else ".lora_A"
+    for module in (name.removesuffix(ends) for name in adapter.tensors if name.endswith(ends)):
         if f"{ending(module)}.scales" not in arrays:
             continue
         words, scales, biases = (arrays[f"{ending(module)}.{part}"] for part in ("weight", "scales", "biases"))
-        change = merge.product(adapter, module)
+        change = merge.change_of(adapter, folder, module)
         group, bits = change.shape[1] // scales.shape[1], words.shape[1] * 32 // change.shape[1]
         held = np.array(mx.dequantize(words, scales, biases, group, bits).astype(mx.float32))
         layers, found = layers + 1, found + float(((held - wanted[f"{module}.weight"]() + change) * change).sum())

@@ -206,6 +206,9 @@ class Recipe(Section):
     """What is measured: labels, open answers, the loss alone, or pairs of answers; auto follows the data's format."""
     data: Data
     prompt: Prompt = Prompt()
+    method: Literal["lora", "full"] = "lora"
+    """What trains: a LoRA adapter beside the frozen model, or full: every weight of the model, in float32. full needs
+    about 28 bytes of memory for each weight, and a rate about a tenth of LoRA's."""
     lora: Lora = Lora()
     head: Head | None = None
     """For rows with a label each: a linear layer on the last token's state chooses the label, head first and then with
@@ -243,6 +246,7 @@ class Recipe(Section):
                 raise ValueError("lora.start_from: an adapter without this head is no start for it; remove one of them")
             if self.prompt.loss_on != "completion":
                 raise ValueError("prompt.loss_on: with a head only the label is learned; remove it")
+        self._refuse_with_full()
         if self.preferences is None and self.task == "preference":
             raise ValueError("task: preference needs the section preferences; write preferences: {}")
         if self.preferences is not None:
@@ -259,3 +263,19 @@ class Recipe(Section):
         if self.data.labels is not None and self.task not in ("auto", "classification"):
             raise ValueError(f"data.labels belongs to task classification, and task says {self.task}")
         return self
+
+    def _refuse_with_full(self) -> None:
+        """Raises ValueError where every weight is to train and a key speaks of what is frozen then."""
+        if self.method != "full":
+            return
+        if self.quantize != "none":
+            raise ValueError("quantize: weights of 4 bits cannot be trained themselves; remove it, or set method: lora")
+        if self.head is not None:
+            raise ValueError("head: it learns on the states of a frozen model; remove it, or set method: lora")
+        if self.model.dtype not in ("auto", "float32"):
+            raise ValueError(
+                "model.dtype: method: full trains in float32, as most of its steps are smaller than what 16 bits can "
+                "tell apart; remove it"
+            )
+        if self.lora != Lora():
+            raise ValueError("lora: with method: full there is no adapter; remove the section, or set method: lora")

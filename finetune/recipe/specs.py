@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backends.interface import LoraSpec, ModelSpec, OptimSpec
+from backends.memory_plan import read_architecture, trained_numbers
 from backends.model_folder import ModelFolder
 from finetune.recipe.schema import Lora, Recipe
 
@@ -13,7 +14,7 @@ def model_spec(recipe: Recipe, folder: ModelFolder) -> ModelSpec:
     return ModelSpec(
         path=folder.path,
         quantize=recipe.quantize,
-        dtype=recipe.model.dtype,
+        dtype="float32" if recipe.method == "full" else recipe.model.dtype,
         checkpointing=recipe.train.gradient_checkpointing is True,  # auto is settled once the data are known
         device=recipe.device,
         remote_code=folder.remote_code,
@@ -38,13 +39,16 @@ def lora_spec(recipe: Recipe) -> LoraSpec:
         targets=() if lora.targets == "all" else tuple(lora.targets),
         layers=None if lora.layers == "all" else lora.layers,
         classes=len(recipe.data.labels or ()) if recipe.head else 0,
+        whole=recipe.method == "full",
     )
 
 
 def trainable_numbers(recipe: Recipe, folder: ModelFolder) -> int:
-    """In the adapter, and in the head beside it. Raises BackendError where the model has no such layers."""
-    lora, hidden = lora_spec(recipe), folder.text_config.get("hidden_size")
-    return lora.trainable(folder.lora_modules(lora)) + lora.classes * (hidden if isinstance(hidden, int) else 0)
+    """In the adapter, and in the head beside it; or in the whole model. Raises BackendError where the model has no such
+    layers.
+    """
+    lora = lora_spec(recipe)
+    return trained_numbers(read_architecture(folder), lora, folder.lora_modules(lora))
 
 
 def scale_in_words(lora: Lora) -> tuple[str, str]:

@@ -60,7 +60,8 @@ def memory_table(work: Workload, here: Forecast) -> Table:
     table = figures_table("part", "GB")
     for name, value in vars(here.needed).items():
         if value:
-            table.add_row(name.replace("_", " "), f"{value / 1e9:.2f}")
+            what = "gradient, moments, best" if name == "adapter" and work.lora.whole else name.replace("_", " ")
+            table.add_row(what, f"{value / 1e9:.2f}")
     if here.recomputed:
         table.add_row("blocks computed again in the backward pass", "yes")
     table.add_row(Text("peak", "bold"), Text(f"{here.needed.peak / 1e9:.2f}", "bold"))
@@ -103,6 +104,7 @@ def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]
     minutes = recipe.train.checkpoint_minutes
     shapes = ", ".join(f"{batch.inputs.shape[0]} x {batch.inputs.shape[1]}" for batch in micro)
     scale_name, scale = scale_in_words(lora)
+    adapter = {scale_name: scale, "adapted layers": f"{len(modules):,}"}
     figures = {
         "optimiser steps" + ", at most" * plan.open_end: f"{plan.steps:,}",
         "steps per epoch": f"{plan.steps_per_epoch:,}",
@@ -112,8 +114,7 @@ def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]
         "warmup steps": f"{plan.warmup:,}",
         "rows of the first step": f"{len(first):,}",
         "its micro-batches, rows x tokens": shapes,
-        scale_name: scale,
-        "adapted layers": f"{len(modules):,}",
+        **(adapter if recipe.method == "lora" else {}),
         "trainable parameters": f"{trainable_numbers(recipe, folder):,}",
         "numbers in the base's tensors": f"{total:,}",
     }

@@ -88,9 +88,10 @@ def _render(console: Console, report: Report) -> None:
     console.print(f"data: {report.check} (check.txt)")
     for note in report.limited:
         console.print(note)
+    kind, loads = Path(report.adapter or "adapter").name, in_words(report.loads)
     facts = (
         f"base weights: {report.scheme}; {report.backend} on {report.device}",
-        f"adapter: {report.adapter} ({'; '.join([_adapter_step(report.best_step), *in_words(report.loads)])})",
+        f"{kind}: {report.adapter} ({'; '.join([_adapter_step(report.best_step), *loads])})",
         f"load it as it was measured: {report.adapter}/README.md",
         f"everything else: {report.run} (report.html, report.json, rows.jsonl, kinds.json, metrics.jsonl)",
     )

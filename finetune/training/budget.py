@@ -81,8 +81,8 @@ class Workload:
         cut: the micro-batches; not given: the rows as they are, without padding.
 
         A product with a frozen weight costs 2 per weight and token forward, and 2 more backward for its input's
-        gradient (the weight itself has none). Below the first adapted block there is no backward pass, and the
-        forward pass is computed in the first epoch alone.
+        gradient; the weight itself has none, or 2 more where it trains. Below the first adapted block there is no
+        backward pass, and the forward pass is computed in the first epoch alone.
         """
         shape = self.architecture
         lengths, scale = [len(example.tokens) - 1 for example in self.examples], 1.0
@@ -91,9 +91,10 @@ class Workload:
         supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in self.examples)
         frozen = first_adapted(self.adapted)
         adapted = shape.blocks - frozen
-        lora = 6.0 * self.lora.trainable(self.adapted) * sum(lengths) * scale
-        passes = 2.0 + self.model.checkpointing
-        head = (6.0 * self.lora.classes or 4.0 * shape.vocabulary) * shape.hidden * supervised
+        lora = 0.0 if self.lora.whole else 6.0 * self.lora.trainable(self.adapted) * sum(lengths) * scale
+        passes = 2.0 + self.lora.whole + self.model.checkpointing
+        of_output = (4.0 + 2.0 * self.lora.whole) * shape.vocabulary
+        head = (6.0 * self.lora.classes or of_output) * shape.hidden * supervised
         return self._block(lengths) * scale * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head
 
     def seconds(self, speed: Speed, micro_tokens: int) -> float:
@@ -128,7 +129,7 @@ class Workload:
     def scoring(self, lengths: Sequence[int], supervised: int) -> float:
         """Floating-point operations of one forward pass of rows of so many tokens, and the head where it is read."""
         shape = self.architecture
-        lora = 2.0 * self.lora.trainable(self.adapted) * sum(lengths)
+        lora = 0.0 if self.lora.whole else 2.0 * self.lora.trainable(self.adapted) * sum(lengths)
         return (
             self._block(lengths) * shape.blocks
             + lora

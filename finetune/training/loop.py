@@ -35,6 +35,10 @@ from finetune.training.objective import objective_of
 from finetune.training.shares import Cut, every_micro, own_micro
 
 _ROWS_NAMED = 4  # of a step that diverged
+_LESS = {  # what needs less memory, by what trains
+    "lora": "set quantize: 4bit, or adapt fewer layers (lora.layers)",
+    "full": "or train an adapter (method: lora)",
+}
 _REMEDY = "remove that checkpoint's folder to resume from the one before it"
 
 
@@ -188,8 +192,7 @@ class Trainer:
         if not divisible:
             raise MemoryExhausted(
                 f"step {step + 1}: a single row of {micro[0].inputs.shape[1]} tokens does not fit in memory ({error}). "
-                "Set train.gradient_checkpointing: true, lower train.max_length, set quantize: 4bit, "
-                "or adapt fewer layers (lora.layers)"
+                f"Set train.gradient_checkpointing: true, lower train.max_length, {_LESS[self.recipe.method]}"
             ) from None
         self.state.micro_tokens = max(divisible) // 2
 

@@ -73,8 +73,8 @@ def trials_of(recipe: Recipe, start: Start, modules: Modules) -> list[Trial]:
 
 
 def _ranks(recipe: Recipe) -> list[int | None]:
-    rank = recipe.lora.rank
-    return [None] if recipe.lora.start_from else [None, 2 * rank, *([rank // 2] if rank > 1 else [])]
+    rank, fixed = recipe.lora.rank, recipe.lora.start_from or recipe.method == "full"
+    return [None] if fixed else [None, 2 * rank, *([rank // 2] if rank > 1 else [])]
 
 
 def _epochs(recipe: Recipe) -> list[int | None]:
@@ -86,7 +86,8 @@ def _epochs(recipe: Recipe) -> list[int | None]:
 
 def _targets(recipe: Recipe, modules: Modules) -> list[tuple[str, ...] | None]:
     there = {name.rpartition(".")[2] for name in modules}
-    few = not recipe.lora.start_from and recipe.lora.targets == "all" and set(ATTENTION) < there
+    adapts_all = recipe.method == "lora" and recipe.lora.targets == "all"
+    few = adapts_all and not recipe.lora.start_from and set(ATTENTION) < there
     return [None, tuple(ATTENTION)] if few else [None]
 
 

@@ -1,4 +1,4 @@
-"""Peak memory, predicted and measured, on random models made here: `python tests/benchmarks/memory.py [backend ...]`.
+"""Peak memory, predicted and measured, on random models: `python tests/benchmarks/memory.py [backend ...] [case ...]`.
 
 Every case is a process of its own that loads a model, trains, evaluates and writes a checkpoint, as `finetune train`
 does. What is counted is the resident set, forgotten between phases (Linux); what is predicted is its peak.
@@ -38,6 +38,7 @@ class Case:
     rank: int = 8
     targets: tuple[str, ...] = ()
     layers: int | None = None
+    whole: bool = False
     rows: int = 8
     length: int = 256
     steps: int = 2  # with rows of other lengths in each, if there are more than two: half of `length` and more
@@ -57,7 +58,13 @@ CASES = (
     replace(BASE, name="16 blocks, rank 64", blocks=16, rank=64),
     replace(BASE, name="top 2 blocks of 12", blocks=12, layers=2, rows=8),
     replace(BASE, name="queries and values only", targets=("q_proj", "v_proj"), rows=8),
+    replace(BASE, name="full: plain", whole=True),
+    replace(BASE, name="full: large vocabulary, all supervised", vocab=49152, rows=4, supervised=255, whole=True),
+    replace(BASE, name="full: long rows", rows=2, length=2048, supervised=512, whole=True),
+    replace(BASE, name="full: checkpointing", checkpointing=True, whole=True),
+    replace(BASE, name="full: wide and shallow", hidden=1024, inner=4096, blocks=6, heads=16, keys=16, whole=True),
 )
+BACKENDS = ("torch", "mlx")
 PHASES = ("start", "load", "first step", "steps", "evaluation", "checkpoint")
 
 
@@ -98,7 +105,7 @@ def specs(case: Case, folder: Path) -> tuple[Any, Any]:
     from backends.interface import LoraSpec, ModelSpec
 
     model = ModelSpec(folder, case.quantize, case.dtype, case.checkpointing, "cpu")  # type: ignore[arg-type]
-    return model, LoraSpec(case.rank, 16.0, targets=case.targets, layers=case.layers)
+    return model, LoraSpec(case.rank, 16.0, targets=case.targets, layers=case.layers, whole=case.whole)
 
 
 class Peaks:
@@ -169,9 +176,14 @@ def predicted(case: Case, backend: str, folder: Path) -> float:
 
 
 def main(backends: list[str]) -> None:
-    """A table of megabytes: the predicted peak and the measured one, and each phase's."""
+    """A table of megabytes: the predicted peak and the measured one, and each phase's.
+
+    After the backends may stand what the names of the cases begin with.
+    """
+    named = [name for name in backends if name not in BACKENDS]
+    backends = [name for name in backends if name in BACKENDS] or [*BACKENDS]
     print(f"{'':43}{'predicted':>10}{'measured':>10}{'ratio':>7} |" + "".join(f"{phase:>11}" for phase in PHASES))
-    for case in CASES:
+    for case in (case for case in CASES if not named or case.name.startswith(tuple(named))):
         with tempfile.TemporaryDirectory() as place:
             write_model(case, Path(place))
             for backend in backends:
@@ -188,4 +200,4 @@ if __name__ == "__main__":
         values["targets"] = tuple(values["targets"])
         print(json.dumps(child(Case(**values), sys.argv[3], Path(sys.argv[4]))))
     else:
-        main(sys.argv[1:] or ["torch", "mlx"])
+        main(sys.argv[1:])

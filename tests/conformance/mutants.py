@@ -192,6 +192,27 @@ class HeadSeesTheBase(ReferenceSession):
             return super().states(batch)
 
 
+class EmbeddingIsNotTrained(ReferenceSession):
+    def _of_weights(self, tokens: Any, grad_states: Any) -> Any:
+        grads = super()._of_weights(tokens, grad_states)
+        return {name: grad * (not name.startswith("embedding")) for name, grad in grads.items()}
+
+
+class PadsAreNotTrained(ReferenceSession):
+    """As torch does where an embedding has a padding token."""
+
+    def _of_weights(self, tokens: Any, grad_states: Any) -> Any:
+        grads = super()._of_weights(tokens, grad_states)
+        for name, grad in grads.items():
+            grad[0] *= not name.startswith("embedding")
+        return grads
+
+
+class UntrainedIsNow(ReferenceSession):
+    def untrained(self) -> Any:
+        return self.get_state().adapter if hasattr(self, "_adapter") else super().untrained()
+
+
 class PoorestToken(ReferenceSession):
     def score(self, batch: Batch) -> Scores:
         scores = super().score(batch)
@@ -253,6 +274,9 @@ SESSIONS: dict[str, type[ReferenceSession]] = {
         EverythingScored,
         HeadIsNotTrained,
         HeadSeesTheBase,
+        EmbeddingIsNotTrained,
+        PadsAreNotTrained,
+        UntrainedIsNow,
         PoorestToken,
         StopTokenKept,
         PromptEchoed,

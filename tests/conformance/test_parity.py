@@ -14,6 +14,7 @@ import pytest
 from backends.interface import OptimSpec, Session
 from backends.micro_batches import joined, own_part
 from tests.conformance.checks_head import HEADED, classes_of
+from tests.conformance.checks_whole import WHOLE
 from tests.conformance.toy import (
     DROPPING,
     LORA,
@@ -121,6 +122,24 @@ def test_a_head_trains_the_same(
     assert ours[-1] < 0.9 * ours[0]
     one.set_state(other.get_state())
     np.testing.assert_allclose(one.step([batches[0]], 5e-3).loss, other.step([batches[0]], 5e-3).loss, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tied", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])
+def test_a_whole_model_trains_the_same(name: str, tmp_path: Path, usable: Usable) -> None:
+    """A hundred steps, with the usual epsilon; an output layer of its own, and one that is the embedding."""
+    for backend in ("torch", "mlx"):
+        usable(backend)
+    tied = name == "tied"
+    folder = family("llama", tmp_path / name, tie_word_embeddings=True) if tied else family(name, tmp_path / name)
+    sessions = [
+        Case(backend, folder).open(lora=WHOLE, optim=OptimSpec(weight_decay=0.01)) for backend in ("torch", "mlx")
+    ]
+    ours, theirs = ([one.step([(BATCH, OTHER)[n % 2]], 3e-4).loss for n in range(100)] for one in sessions)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+    assert ours[-1] < 0.5 * ours[0]
+    sessions[0].set_state(sessions[1].get_state())  # training that began on one backend continues on the other
+    ours, theirs = ([one.step([BATCH], 3e-4).loss for _ in range(3)] for one in sessions)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", REAL_BACKENDS)

@@ -21,9 +21,8 @@ import numpy as np
 
 from backends import registry
 from backends.interface import Batch, FloatArray, LoraSpec, ModelSpec, OptimSpec, Reader
-from backends.model_folder import ModelFolder
+from backends.model_folder import ModelFolder, read_tensor
 from finetune.data.tokenizer import encode, load_tokenizer
-from finetune.disk.safetensors_file import read_tensor
 from finetune.errors import EnvironmentProblem
 from finetune.export.engine import Engine
 from finetune.export.gguf_file import write_model

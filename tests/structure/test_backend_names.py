@@ -27,7 +27,7 @@ ALLOWED = {
     ("finetune/options.py", "mlx"): "the format of an export",
     ("finetune/export/choose.py", "mlx"): "the format of an export",
     ("finetune/export/folders.py", "mlx"): "the format of an export, which that backend reads",
-    ("finetune/export/merge.py", "torch"): "a key of config.json that older readers know",
+    ("finetune/disk/model_writer.py", "torch"): "a key of config.json that older readers know",
 }
 
 

@@ -69,6 +69,17 @@ def test_more_rows_blocks_or_rank_never_need_less(
         assert more.peak >= base.peak
 
 
+@pytest.mark.parametrize(("backend", "most"), [("torch", 28), ("mlx", 32)])
+def test_a_whole_model_needs_so_many_bytes_for_each_weight(backend: str, most: int) -> None:
+    """Weight, gradient, both moments and the best weight; and what a checkpoint or an update holds beside them."""
+    shape, costs = architecture(40), registry.costs(backend, "cpu")
+    weights = shape.linear + shape.other
+    lora, micro = LoraSpec(1, 1.0, whole=True), Micro(1, 8, 1)
+    found = footprint(shape, FLOAT, lora, shape.modules, micro, costs)
+    assert (found.weights, found.adapter) == (4.0 * weights, 16.0 * weights)
+    assert found.training - found.runtime == pytest.approx(most * weights, rel=0.01)
+
+
 @given(st.integers(2, 12), st.integers(1, 12), BACKENDS)
 def test_fewer_adapted_blocks_save_less(blocks: int, last: int, backend: str) -> None:
     part, whole = (needed(architecture(blocks), last=n, backend=backend) for n in (min(last, blocks), blocks))

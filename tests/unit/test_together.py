@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends import team
-from backends.interface import Batch, NonFinite, OutOfMemory, Scores, Session
+from backends import registry, team
+from backends.interface import Batch, LoraSpec, ModelSpec, NonFinite, OptimSpec, OutOfMemory, Scores, Session
 from backends.messages import batch_arrays, batch_of, pack, unpack
 from backends.team import Apart
 from backends.together import side_by_side
@@ -19,14 +19,15 @@ from finetune.data.collate import balanced, micro_batches
 from finetune.data.rows import Prepared
 from finetune.disk.shared_rows import NAME, content_of, read_rows, remove_rows, write_rows
 from finetune.errors import Diverged, Incompatible, MemoryExhausted
-from finetune.evaluation.evaluate import evaluate
+from finetune.evaluation.evaluate import base_weights, evaluate
 from finetune.evaluation.scoring import write_tokens
 from finetune.events import Event, MemorySplit, StepDone
 from finetune.training.loop import Trainer
 from tests.unit.threads import together
-from tests.unit.toy_run import curve, dataset, prepared, recipe, result_of, session, trainer
+from tests.unit.toy_run import curve, dataset, model_folder, prepared, recipe, result_of, session, trainer
 
 ROWS = prepared(train=29, valid=11)
+ROWS_SCORED = micro_batches(ROWS.valid.examples, 1000, False)[0]
 
 
 def run(folder: Path, live: Session, rows: Prepared = ROWS, **train: Any) -> tuple[Trainer, list[Event]]:
@@ -57,6 +58,26 @@ def test_the_curve_is_that_of_one_process_with_one_sum_a_step(
         assert room.counts["sum"] == steps == shared.team.sums
     for ours, theirs in zip(made.state.history(), alone[0].state.history(), strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+
+
+def test_a_whole_model_is_that_of_one_process(tmp_path: Path) -> None:
+    """And in the base's place every process has the base's own weights."""
+    model = ModelSpec(model_folder(tmp_path / "model"))
+
+    def whole(*_: Any) -> Session:
+        return registry.open_session("reference", model, LoraSpec(1, 1.0, whole=True), OptimSpec(), 0)
+
+    single, expected = run(tmp_path / "alone", whole())
+    with together(tmp_path, 2, ROWS, wrap=whole) as (shared, _):
+        _, events = run(tmp_path, shared)
+        close(curve(events), curve(expected))
+        for name, value in single.session.get_state().adapter.items():
+            np.testing.assert_allclose(shared.get_state().adapter[name], value, atol=1e-4)
+        tuned = shared.get_state().adapter
+        with base_weights(shared):
+            base = [*shared.score_all([ROWS_SCORED, ROWS_SCORED]), whole().score(ROWS_SCORED)]
+            assert len({one.logprob.tobytes() for one in base if isinstance(one, Scores)}) == 1
+        assert all((shared.get_state().adapter[name] == value).all() for name, value in tuned.items())
 
 
 def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:

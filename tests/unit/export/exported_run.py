@@ -11,7 +11,7 @@ from finetune.commands import export
 from finetune.data.collate import micro_batches
 from finetune.disk.run_folder import RunFolder, create, open_existing
 from finetune.recipe.schema import Recipe
-from finetune.training.keep import save_adapter
+from finetune.training.keep import save_trained
 from tests.end_to_end.command import Work, reviews
 from tests.unit.toy_run import load_job
 
@@ -58,7 +58,7 @@ def trained_run(
     for _ in range(STEPS):
         session.step(batches, 1e-2)
     adapter = session.get_state().adapter
-    save_adapter(job, run, adapter, session, STEPS)
+    save_trained(job, run, adapter, session, STEPS)
     run.write_json("data.json", {"labels": list(job.prepared.labels), "always": {}})
     (run.path / "report.txt").write_text("figures\n")
     return run

@@ -17,12 +17,12 @@ from transformers import AutoTokenizer
 
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec, TrainState
-from backends.model_folder import ModelFolder
+from backends.model_folder import ModelFolder, read_tensor
 from finetune.commands import export
 from finetune.data.collate import evaluation_batches
 from finetune.data.tokenizer import encode_prompt
 from finetune.disk.adapter import Adapter, read_adapter
-from finetune.disk.safetensors_file import read_tensor
+from finetune.disk.run_folder import RunFolder
 from finetune.errors import EnvironmentProblem, ExitCode, ExportFailed, Incompatible, RecipeError
 from finetune.export import folders, merge
 from finetune.export.folders import quantise
@@ -119,12 +119,12 @@ def test_quantising_again_on_the_grid_of_the_training_is_refused(
     """What training changed is less than half a step of the grid, so the merge into 4 bits rounds it away."""
     run = runs("mlx", "4bit")
 
-    def little(path: Any) -> Adapter:
-        adapter = read_adapter(path)
+    def little(run: RunFolder) -> Adapter:
+        adapter = read_adapter(run.adapter)
         tensors = {name: one * 0.04 if name.endswith("lora_B") else one for name, one in adapter.tensors.items()}
         return Adapter(tensors, adapter.rank, adapter.scale)
 
-    monkeypatch.setattr(export, "read_adapter", little)
+    monkeypatch.setattr(export, "read_trained", little)
     assert _change(run, bits)["holds"] == "yes"
     monkeypatch.setattr(merge, "write_merged", lambda *given, original=False: _write_merged(*given))
     if bits == 4:
@@ -152,7 +152,7 @@ def test_a_base_that_mlx_has_packed_is_not_packed_again_without_a_word(tmp_path:
     for bits in (4, 8):
         quantise(merged, tmp_path / str(bits), bits, False)
         wanted = merge.tensors(session, base, adapter, original=True)
-        holds += [check.holds for check in folders.change_checks(tmp_path / str(bits), wanted, adapter)]
+        holds += [check.holds for check in folders.change_checks(tmp_path / str(bits), wanted, adapter, base)]
     assert holds == ["no", "yes"]
 
 
