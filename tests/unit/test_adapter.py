@@ -56,10 +56,11 @@ SPECS = {
     "dora": LoraSpec(4, 8.0, dora=True),
     "dora, some": LoraSpec(4, 6.0, targets=("k_proj", "up_proj", "down_proj"), by_root=True, dora=True, layers=1),
 }
+EACH = [pytest.param(lora, id=name, marks=[pytest.mark.slow] * (name == "dora, some")) for name, lora in SPECS.items()]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
-@pytest.mark.parametrize("lora", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("lora", EACH)
 @pytest.mark.parametrize("name", REAL)
 def test_peft_loads_it_as_it_is(tmp_path: Path, base: Path, name: str, lora: LoraSpec) -> None:
     ours = trained(name, base, tmp_path / "adapter", lora)
@@ -72,7 +73,7 @@ def test_peft_loads_it_as_it_is(tmp_path: Path, base: Path, name: str, lora: Lor
     assert np.abs(chosen_logprob(logits) - ours).max() < 1e-5
 
 
-@pytest.mark.parametrize("lora", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("lora", EACH)
 @pytest.mark.parametrize("name", REAL)
 def test_mlx_lm_loads_it_as_it_is(tmp_path: Path, base: Path, name: str, lora: LoraSpec) -> None:
     ours = trained(name, base, tmp_path / "adapter", lora)

@@ -228,14 +228,17 @@ def test_the_winner_is_a_run_with_the_bytes_of_a_run_of_its_own(work: Work) -> N
     assert json.loads((folder / "search.json").read_text()) == ledger and "winner's run" in again.out
 
 
-@pytest.mark.parametrize("learned", ["head={}", "preferences={}", "preferences={loss: orpo}"])
+@pytest.mark.parametrize(
+    "learned",
+    ["preferences={}", *(pytest.param(one, marks=pytest.mark.slow) for one in ("head={}", "preferences={loss: orpo}"))],
+)
 def test_trials_with_a_head_or_pairs_are_runs_too(
     work: Work, learned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped or not, the winner has the bytes of a run of its own, and the trials read no test row."""
     files = {split: work.folder / f"{split}-pairs.jsonl" for split in ("train", "valid", "test")}
     rows = [f"data.{split}={file}" for split, file in files.items()] if "pref" in learned else []
-    monkeypatch.setattr(search, "trials_of", lambda *given: trials_of(*given)[:4])
+    monkeypatch.setattr(search, "trials_of", lambda *given: trials_of(*given)[:3])
     job = load_job(load_recipe(work.folder / "few.yaml", [*rows, learned]))
     whole, stopped = searched(job, tmp_path / "whole"), searched(job, tmp_path / "stopped", 11)
     assert stopped.ledger.winner == whole.ledger.winner and tensors(stopped) == tensors(whole)
