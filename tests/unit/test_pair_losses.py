@@ -61,7 +61,7 @@ def test_pairs_are_computed_some_at_a_time_where_a_device_asks_for_it(backend: s
     examples = list(referred([pair(40 + 3 * i, 3 + i, 8 - i, seed=i) for i in range(5)], np.full((5, 2), -20.0)))
     (batch,) = Preference(LOSSES["dpo"]).batches(examples, 4096, True)
     holder: Any = few if backend == "torch" else few._forward  # type: ignore[attr-defined]
-    for tokens, at_once in ((1, [1] * 5), (165, [2, 2, 1]), (300, [3, 2]), (10**6, [5])):
+    for tokens, at_once in ((1, [1] * 5), (200, [2, 2, 1]), (300, [3, 2]), (10**6, [5])):
         holder._tokens_at_once = tokens
         cut = list(few_prefixes(batch, tokens))
         assert [len(part.prefixes) for _, part in cut] == at_once
@@ -73,7 +73,7 @@ def test_pairs_are_computed_some_at_a_time_where_a_device_asks_for_it(backend: s
                 np.testing.assert_array_equal(part.inputs[place], batch.inputs[row])
                 assert part.rows[place] == batch.rows[row]
         np.testing.assert_allclose(few.score(batch).logprob, whole.score(batch).logprob, atol=2e-5)
-    holder._tokens_at_once = 165
+    holder._tokens_at_once = 200
     for live in (whole, few):
         objective = Preference(LOSSES["dpo"])
         objective.step(live, examples, objective.batches(examples, 4096, True), 5e-3)
