@@ -25,6 +25,7 @@ Device = Literal["cpu", "gpu"]  # the kind of device: all that memory and time d
 Half = Literal["bfloat16", "float16"]
 NumberType = Literal["float32", "bfloat16", "float16"]
 Wanted = Literal["auto", "cpu"]  # the device to use: auto is an accelerator where there is one
+MAGNITUDE = "magnitude"  # the last part of the name of a tensor that DoRA has beside lora_A and lora_B
 HEAD_WEIGHT = "score.weight"  # of a classification head, as transformers calls it in its classes for sequences
 PROMPTS_TOGETHER = 32  # the most prompts that `Session.generate` completes side by side
 
@@ -129,6 +130,7 @@ class LoraSpec:
     targets: tuple[str, ...] = ()  # last parts of module names ("q_proj"); empty: every linear in the blocks
     layers: int | None = None  # only the last so many blocks; None: all
     by_root: bool = False  # scale by alpha / sqrt(rank), as rank-stabilised LoRA does (Kalajdzievski, 2023)
+    dora: bool = False  # each row of W + scale * B A to a length of its own, which is trained too (Liu et al., 2024)
     classes: int = 0  # of a linear head in the place of the output layer, which is trained too; 0: the output layer
 
     @property
@@ -137,7 +139,8 @@ class LoraSpec:
 
     def trainable(self, modules: Modules) -> int:
         """Numbers in the adapter of `modules`."""
-        return self.rank * sum(out + inputs for out, inputs in modules.values())
+        lengths = sum(out for out, _ in modules.values()) if self.dora else 0
+        return self.rank * sum(out + inputs for out, inputs in modules.values()) + lengths
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class Scores:
 class TrainState:
     """Everything training changes. Names are `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r].
 
-    A head with K classes is HEAD_WEIGHT [K, D], the last of them.
+    DoRA has `<module>.magnitude` [out] after them. A head with K classes is HEAD_WEIGHT [K, D], the last of all.
     """
 
     step: int  # optimiser steps done
@@ -226,6 +229,7 @@ class Session(Reader, Protocol):
     scheme: str  # what the frozen weights are: "none", "nf4/64 double", "affine4/64", ...
     shortcuts: tuple[str, ...]  # what it computes in another way than the plain model, for speed or memory, in words
     lora_shapes: Modules
+    base_magnitudes: Mapping[str, FloatArray]  # DoRA's tensors of the base: its rows' lengths; else none
     repeatable: bool  # True: equal steps from equal states give equal bytes. A step may find that they do not
     team: Any  # a `team.Team` where several processes share each step; None: this one is alone
 

@@ -117,6 +117,8 @@ def footprint(
     micro = _at_once(micro, costs)
     activations = costs.held * _activations(architecture, model, lora, adapted, micro, costs)
     block = _block_working(architecture, micro, number, costs) + _unpacked(architecture, model, number, costs)
+    if lora.dora:  # a weight as float32, for the lengths of its rows
+        block += 4.0 * max(map(prod, adapted.values()))
     if architecture.scores in costs.scores:  # gradients of the weights of every pair, before and after the softmax
         block += 3.0 * number * architecture.heads * micro.width * micro.tokens
     if architecture.recurrence:
@@ -178,6 +180,8 @@ def _activations(
     if costs.expands_keys and model.dtype == "float16":
         architecture = replace(architecture, keys=architecture.queries)
     saved = _saved(architecture, adapted, lora, number, micro, costs) * micro.tokens
+    if lora.dora:  # what its rows' lengths are multiplied with
+        saved += sum(out for out, _ in adapted.values()) / blocks * number * micro.tokens
     if not model.checkpointing:
         return blocks * saved
     inputs = blocks if costs.parked_inputs is None else min(blocks, costs.parked_inputs)

@@ -2,10 +2,11 @@
 
 The model is a bigram table in factors. With x = E[token], its logits are the sum over the adapted modules of
 
-    U (W x + scale * B A dropout(x))
+    U (W x + scale * B A dropout(x)), and with DoRA U (m / |W + scale * B A| * (W + scale * B A) x)
 
-where E [V, in] and U [V, out] are shared by modules of one size. E, U and W are random, the same for every
-seed, and frozen; modules and shapes are the folder's own (without weights in it, one module of 32 x 32).
+where E [V, in] and U [V, out] are shared by modules of one size, and |..| are the lengths of a matrix's rows. E, U
+and W are random, the same for every seed, and frozen; modules and shapes are the folder's own (without weights in it,
+one module of 32 x 32).
 With a classification head U is [D, out], the sum is the states h, and the logits are S h with S trained.
 It learns which token follows which, no more: a fast stand-in, never chosen unless it is named.
 """
@@ -26,10 +27,12 @@ from backends.adapter_state import (
     fitting,
     head_shape,
     initial_adapter,
+    magnitudes_of,
 )
 from backends.arithmetic import Arrays, adamw, clipped, log_softmax
 from backends.interface import (
     HEAD_WEIGHT,
+    MAGNITUDE,
     BackendError,
     Batch,
     CheckedFolder,
@@ -124,8 +127,10 @@ class ReferenceSession:
         self._head = {o: _normal(rng, (hidden or vocabulary, o), o**-0.5) for o in outputs}
         self._frozen = {m: _normal(rng, (o, i), (i * len(modules)) ** -0.5) for m, (o, i) in modules.items()}
         head = (lora.classes, hidden) if lora.classes else None
-        self._shapes = adapter_shapes(modules, lora.rank, head)
-        self.set_state(TrainState(0, initial_adapter(modules, lora.rank, seed, head), {}))
+        self._shapes = adapter_shapes(modules, lora.rank, head, lora.dora)
+        lengths = {module: _lengths(weight) for module, weight in self._frozen.items()} if lora.dora else {}
+        self.base_magnitudes = magnitudes_of(lengths)
+        self.set_state(TrainState(0, initial_adapter(modules, lora.rank, seed, head, self.base_magnitudes), {}))
 
     def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
         total = total_of(micro, self.team.weight if self.team else total)
@@ -228,11 +233,24 @@ class ReferenceSession:
         states = np.zeros((len(tokens), len(next(iter(self._head.values())))), np.float32)
         for module, (outputs, inputs) in self.lora_shapes.items():
             x = self._embed[inputs][tokens]  # [N, in]
-            a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
             dropped = x if masks is None else x * masks[module]
-            hidden = x @ self._frozen[module].T + self._lora.scale * (dropped @ a.T) @ b.T  # [N, out]
-            states += hidden @ self._head[outputs].T
+            states += (self._gate(module) * self._product(module, x, dropped)) @ self._head[outputs].T
         return states
+
+    def _product(self, module: str, x: FloatArray, dropped: FloatArray) -> FloatArray:
+        """W x + scale * B A dropout(x). [N, out]"""
+        a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
+        product: FloatArray = x @ self._frozen[module].T + self._lora.scale * (dropped @ a.T) @ b.T
+        return product
+
+    def _gate(self, module: str) -> FloatArray:
+        """What DoRA multiplies a module's outputs by: m / |W + scale * B A| [out]; without it 1."""
+        if not self._lora.dora:
+            return np.ones(1, np.float32)
+        a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
+        adapted: FloatArray = (self._frozen[module] + self._lora.scale * b @ a).astype(np.float32)
+        gate: FloatArray = self._adapter[f"{module}.{MAGNITUDE}"] / _lengths(adapted)
+        return gate
 
     def _gradient(self, batch: Batch, total: float) -> tuple[float, Arrays]:
         """sum(w * nll) / total over this micro-batch, and its gradient for every adapter tensor."""
@@ -251,9 +269,14 @@ class ReferenceSession:
             grad_states = grad_logits @ self._adapter[HEAD_WEIGHT]
         for module, (outputs, inputs) in self.lora_shapes.items():
             a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
-            x = self._embed[inputs][tokens] * masks[module]  # [N, in]
-            grad_output = self._lora.scale * grad_states @ self._head[outputs]  # [N, out]
+            whole = self._embed[inputs][tokens]
+            x, gate = whole * masks[module], self._gate(module)  # [N, in]
+            grad_output = self._lora.scale * gate * (grad_states @ self._head[outputs])  # [N, out]
             grads |= {f"{module}.lora_A": (grad_output @ b).T @ x, f"{module}.lora_B": grad_output.T @ (x @ a.T)}
+            if self._lora.dora:  # the lengths count as constants, as in the paper
+                magnitude = f"{module}.{MAGNITUDE}"
+                of_gate = ((grad_states @ self._head[outputs]) * self._product(module, whole, x)).sum(0)
+                grads[magnitude] = of_gate * gate / self._adapter[magnitude]
         return float(np.sum(share * -logs[rows, targets], dtype=np.float64)), grads
 
     def _dropout(self, where: dropout.Places) -> Arrays:
@@ -286,6 +309,12 @@ def _modules(folder: CheckedFolder, lora: LoraSpec) -> dict[str, tuple[int, int]
     if unknown:
         raise BackendError(f"{folder.path}: no linear layer named {', '.join(unknown)}; there is proj")
     return {"model.layers.0.proj": (32, 32)}
+
+
+def _lengths(weight: FloatArray) -> FloatArray:
+    """Of the rows. [out]"""
+    lengths: FloatArray = np.linalg.norm(weight, axis=1).astype(np.float32)
+    return lengths
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> FloatArray:

@@ -50,6 +50,7 @@ class SharedSession:
         self.inner.team = self.team
         self.device, self.scheme, self.shortcuts = self.inner.device, self.inner.scheme, self.inner.shortcuts
         self.lora_shapes: Modules = self.inner.lora_shapes
+        self.base_magnitudes = self.inner.base_magnitudes
         self.repeatable = self.inner.repeatable
         self.shares_prefixes, self.processes = self.inner.shares_prefixes, self.team.group.size
         self._send_state(self.inner.get_state())

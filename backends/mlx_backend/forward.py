@@ -15,6 +15,7 @@ from backends.interface import BackendError, Batch, FloatArray, Scores
 from backends.micro_batches import (
     Positions,
     Rows,
+    few_prefixes,
     in_row_order,
     joined,
     parts,
@@ -98,9 +99,10 @@ class Forward:
         """The rows with anything supervised in them, in as many batches as memory asks for."""
         longest = max(map(len, batch.prefixes), default=0)
         tokens = sys.maxsize if longest else self._tokens_at_once  # each part would compute the prefixes again
-        for rows, part in parts(batch, tokens):
-            check_window(longest + part.inputs.shape[1], self.window)
-            yield rows, widened(part, self._width_step)
+        for few, rows_of_few in few_prefixes(batch, self._tokens_at_once):
+            for rows, part in parts(rows_of_few, tokens):
+                check_window(longest + part.inputs.shape[1], self.window)
+                yield few[rows], widened(part, self._width_step)
 
     def entering(self, part: Batch) -> mx.array | None:
         """What the frozen blocks make of the part's rows [B, T, D]; None where all blocks are run.

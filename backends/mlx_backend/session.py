@@ -21,6 +21,7 @@ from backends.adapter_state import (
 )
 from backends.interface import (
     HEAD_WEIGHT,
+    MAGNITUDE,
     BackendError,
     Batch,
     FloatArray,
@@ -55,7 +56,7 @@ from backends.mlx_backend.here import describe as describe
 from backends.mlx_backend.here import free_bytes as free_bytes
 from backends.mlx_backend.here import probe as probe
 from backends.mlx_backend.here import unused_accelerator as unused_accelerator
-from backends.mlx_backend.lora import Dropout, attach, base_weight
+from backends.mlx_backend.lora import Dropout, attach, base_magnitudes, base_weight
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
 from backends.mlx_backend.optim import AdamW, Tensors
 from backends.mlx_backend.state import State, to_mlx, to_numpy
@@ -112,9 +113,11 @@ class MlxSession:
         self.team: Team | None = None
         self._trained, self._most_held = False, 0
         head, self._classes = head_shape(folder, lora), lora.classes
-        self._shapes = adapter_shapes(self.lora_shapes, lora.rank, head)
+        self._shapes = adapter_shapes(self.lora_shapes, lora.rank, head, lora.dora)
+        self.base_magnitudes = base_magnitudes(self._attached) if lora.dora else {}
         self._state: State
-        self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed, head), {}))
+        first = initial_adapter(self.lora_shapes, lora.rank, seed, head, self.base_magnitudes)
+        self.set_state(TrainState(0, first, {}))
 
     def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
         total = total_of(micro, self.team.weight if self.team else total)
@@ -242,6 +245,7 @@ class MlxSession:
 
     def _put_in(self, adapter: Tensors) -> None:
         for module, attached in self._attached.items():
-            attached.put(adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"])
+            factors = adapter[f"{module}.lora_A"], adapter[f"{module}.lora_B"]
+            attached.put(*factors, adapter.get(f"{module}.{MAGNITUDE}"))
         if self._classes:
             self._forward.head.classes = adapter[HEAD_WEIGHT]

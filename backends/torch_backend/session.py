@@ -17,9 +17,11 @@ from backends.adapter_state import (
     fitting,
     head_shape,
     initial_adapter,
+    magnitudes_of,
 )
 from backends.interface import (
     HEAD_WEIGHT,
+    MAGNITUDE,
     BackendError,
     Batch,
     FloatArray,
@@ -94,7 +96,7 @@ class TorchSession:
         bound_memory(self._device)
         self.lora_shapes = folder_of(model).lora_modules(lora)
         head = head_shape(folder_of(model), lora)
-        self._classes, self._shapes = lora.classes, adapter_shapes(self.lora_shapes, lora.rank, head)
+        self._classes, self._shapes = lora.classes, adapter_shapes(self.lora_shapes, lora.rank, head, lora.dora)
         self._dropout = Dropout(lora.dropout, seed, self.lora_shapes, self._device)
         costs = COSTS[device_kind(self._device)]
         self._number_type = model.number_type(device_kind(self._device), half_type(self._device))
@@ -122,7 +124,10 @@ class TorchSession:
         self.repeatable = True
         self.team: Team | None = None
         self._optimiser = AdamW(self._adapter, optim)
-        self.set_state(TrainState(0, initial_adapter(self.lora_shapes, lora.rank, seed, head), {}))
+        lengths = {name: value for name, value in _arrays(self._adapter).items() if name.endswith(MAGNITUDE)}
+        self.base_magnitudes = magnitudes_of({name.rpartition(".")[0]: value for name, value in lengths.items()})
+        first = initial_adapter(self.lora_shapes, lora.rank, seed, head, self.base_magnitudes)
+        self.set_state(TrainState(0, first, {}))
 
     @cached_property
     def shares_prefixes(self) -> bool:

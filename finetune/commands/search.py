@@ -51,7 +51,6 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
     """
     began = time.monotonic()
     seconds = seconds_of(budget) if budget is not None else 0.0
-    _refuse_others(recipe)
     refuse_unused_accelerator(recipe)
     folder = RunFolder(stopped) if stopped else None
     with StopFlag().listening() as stop, ExitStack() as held:
@@ -73,16 +72,6 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
             _show(search, winner)
         except (Interrupted, KeyboardInterrupt) as end:
             exit_stopped(end, stop, folder)
-
-
-def _refuse_others(recipe: Recipe) -> None:
-    """Raises RecipeError where trials would not be what a run of their recipe is."""
-    for key in ("head", "preferences"):
-        if getattr(recipe, key) is not None:
-            raise RecipeError(
-                f"search: trials with {key} cannot be compared yet; use `finetune train`, which chooses among learning "
-                "rates with train.learning_rate: auto"
-            )
 
 
 def _create(recipe: Recipe, name: str) -> RunFolder:

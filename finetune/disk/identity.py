@@ -34,7 +34,13 @@ _NOT_IDENTITY = {
 }  # fmt: skip
 
 # Keys that came later, with the value that says nothing: not in the identities of earlier runs.
-_LATER: Mapping[str, Any] = {"head": None, "preferences": None, "preferences.loss": "dpo", "lora.rslora": False}
+_LATER: Mapping[str, Any] = {
+    "head": None,
+    "preferences": None,
+    "preferences.loss": "dpo",
+    "lora.rslora": False,
+    "lora.dora": False,
+}
 
 
 def identity_of(

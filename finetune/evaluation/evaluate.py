@@ -169,13 +169,15 @@ def evaluate_held_out(
 
 @contextmanager
 def base_weights(session: Session, head: Mapping[str, FloatArray] | None = None) -> Iterator[None]:
-    """Inside, the session is the base model: every lora_B is zero. Afterwards the adapter is back.
+    """Inside, the session is the base model: every lora_B is zero, every magnitude the base's. Afterwards the adapter
+    is back.
 
     head: of a run with one, the head that learned alone, on the frozen model.
     """
     state = session.get_state()
-    zero = {name: t * 0 if name.endswith("lora_B") else t for name, t in state.adapter.items()} | dict(head or {})
-    session.set_state(TrainState(state.step, zero, state.moments))
+    zero = {name: t * 0 if name.endswith("lora_B") else t for name, t in state.adapter.items()}
+    base = zero | dict(session.base_magnitudes) | dict(head or {})
+    session.set_state(TrainState(state.step, base, state.moments))
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.interface import FloatArray, LoraSpec, Session
+from backends.interface import MAGNITUDE, FloatArray, LoraSpec, Session
 from backends.model_folder import ModelFolder, read_object
 from finetune.data.tokenizer import Tokenizer, stop_tokens
 from finetune.disk.adapter import Adapter
@@ -64,16 +64,13 @@ def tensors(session: Session, folder: ModelFolder, adapter: Adapter, original: b
 
 
 def merged(weight: FloatArray, adapter: Adapter, module: str) -> FloatArray:
-    """The weight and the adapter's product in float64, rounded once. [out, in]"""
-    total: FloatArray = (weight + product(adapter, module)).astype(np.float32)
-    return total
-
-
-def product(adapter: Adapter, module: str) -> NDArray[np.float64]:
-    """scale * B @ A: what training changed of a layer. [out, in]"""
+    """W + scale * B A, with DoRA in the rows' learned lengths; in float64, rounded once. [out, in]"""
     a, b = (adapter.tensors[f"{module}.lora_{part}"].astype(np.float64) for part in "AB")
-    change: NDArray[np.float64] = adapter.scale * (b @ a)
-    return change
+    total: NDArray[np.float64] = weight + adapter.scale * (b @ a)
+    if (magnitude := adapter.tensors.get(f"{module}.{MAGNITUDE}")) is not None:
+        total *= (magnitude / np.linalg.norm(total, axis=1))[:, None]
+    rounded: FloatArray = total.astype(np.float32)
+    return rounded
 
 
 def _read(file: Path, name: str) -> FloatArray:

@@ -35,6 +35,7 @@ def lora_spec(recipe: Recipe) -> LoraSpec:
         alpha=lora.alpha,
         dropout=lora.dropout,
         by_root=lora.rslora,
+        dora=lora.dora,
         targets=() if lora.targets == "all" else tuple(lora.targets),
         layers=None if lora.layers == "all" else lora.layers,
         classes=len(recipe.data.labels or ()) if recipe.head else 0,

@@ -13,6 +13,7 @@ import pytest
 
 from backends.interface import OptimSpec, Session
 from backends.micro_batches import joined, own_part
+from tests.conformance.checks_dora import DORA
 from tests.conformance.checks_head import HEADED, classes_of
 from tests.conformance.toy import (
     DROPPING,
@@ -121,6 +122,24 @@ def test_a_head_trains_the_same(
     assert ours[-1] < 0.9 * ours[0]
     one.set_state(other.get_state())
     np.testing.assert_allclose(one.step([batches[0]], 5e-3).loss, other.step([batches[0]], 5e-3).loss, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize(
+    "name", ["phi3", pytest.param("qwen2", marks=pytest.mark.slow), pytest.param("gemma3_text", marks=pytest.mark.slow)]
+)
+def test_dora_trains_the_same(
+    name: str, pair: tuple[str, str], family_folder: Callable[[str], Path], usable: Usable
+) -> None:
+    """Layers that mlx-lm has in parts, and layers with a bias."""
+    for backend in pair:
+        usable(backend)
+    one, other = (Case(backend, family_folder(name)).open(lora=DORA) for backend in pair)
+    ours, theirs = _losses(one), _losses(other)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+    assert ours[-1] < 0.98 * ours[0]
+    one.set_state(other.get_state())
+    np.testing.assert_allclose(_losses(one), _losses(other), rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", REAL_BACKENDS)

@@ -279,6 +279,7 @@ CASES = {
     "lora.alpha": Case(steps, 7.0),
     "lora.dropout": Case(steps, 0.5),
     "lora.rslora": Case(steps, True),
+    "lora.dora": Case(steps, True),
     "lora.targets": Case(steps, ["down_proj"]),
     "lora.layers": Case(steps, 1),
     "lora.start_from": Case(from_an_adapter, "an adapter"),
