@@ -24,6 +24,7 @@ from backends.predictions import (
     Size,
 )
 from backends.rate import SIZES, operations_per_second
+from backends.streaming import STREAMED
 
 NORMS = "own norms"
 GATED_LAYERS = "own gated layers"
@@ -32,7 +33,7 @@ RECOMPUTED = "blocks computed again"
 DELTA_KERNEL = "gated delta rule by flash-linear-attention"
 SHORTCUTS = (
     SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, NORMS, GATED_LAYERS, ROTARY, ATTENTION, DELTA_RULE, DELTA_KERNEL,
-    RECOMPUTED,
+    RECOMPUTED, STREAMED,
 )  # fmt: skip
 
 MACHINES = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,11 +12,13 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from backends.interface import Batch, IntArray
 from backends.micro_batches import joined
+from backends.streaming import Advance
 from backends.torch_backend.device import uploaded
 from backends.torch_backend.frozen import FrozenBlocks
 from backends.torch_backend.head import class_head, find_head
 from backends.torch_backend.patch import blocks_of, one_sequence_per_row
 from backends.torch_backend.prefix import SharedPrefixes, attends_to_all
+from backends.torch_backend.streamed import Streamed
 
 
 class Forward:
@@ -88,7 +90,7 @@ class Forward:
             expected = self.states(joined(batch))
             return self._gives(expected, lambda: self.states(batch, self.prefixes(prefixes)))
 
-    def keep_frozen_blocks(self) -> bool:
+    def keep_frozen_blocks(self, streamed: Streamed | None = None) -> bool:
         """From here on, the blocks below the adapter are computed once per row; False where that is not exact."""
         if blocks_of(self._model)[1] == 0:
             return False
@@ -98,12 +100,16 @@ class Forward:
             expected = self.states(batch)
 
             def kept() -> torch.Tensor:
-                self._frozen = self._frozen or FrozenBlocks(self._model, self._device)
+                self._frozen = self._frozen or FrozenBlocks(self._model, self._device, streamed)
                 return self.states(batch)
 
             same = all(self._gives(expected, kept) for _ in ("computed", "read back"))
         self._frozen = self._frozen if same else None
         return same
+
+    def read_ahead(self, batches: Iterable[Batch]) -> Iterator[Advance]:
+        """As `Streams.read_ahead`."""
+        return self._frozen.read_ahead(batches) if self._frozen else iter(())
 
     def _gives(self, expected: torch.Tensor, states: Callable[[], torch.Tensor]) -> bool:
         """Whether a shortcut gives these states. A model's own code may fail in many ways on what it did not expect."""

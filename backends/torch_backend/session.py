@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -36,11 +37,12 @@ from backends.interface import (
 )
 from backends.layer_names import matched
 from backends.loss_scale import loss_scales
-from backends.memory_plan import answering_bytes
+from backends.memory_plan import answering_bytes, first_adapted
 from backends.micro_batches import check_tokens, joined, own_part, total_of
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 from backends.sampling import check_prompts, room_for_answers
+from backends.streaming import STREAMED, Advance, cannot_stream
 from backends.team import Team
 from backends.torch_backend.attention import expand_heads, use_tiles
 from backends.torch_backend.costs import COSTS, RECOMPUTED
@@ -70,6 +72,7 @@ from backends.torch_backend.parked import keep_embedding_on_host
 from backends.torch_backend.patch import blocks_of
 from backends.torch_backend.read import last_states, scores_of
 from backends.torch_backend.recompute import recompute_blocks
+from backends.torch_backend.streamed import Streamed
 from backends.torch_backend.tree import check_experts, check_format, tree_of
 
 
@@ -102,6 +105,13 @@ def check(model: ModelSpec, lora: LoraSpec) -> None:
     check_experts(model, folder)
 
 
+def own_code(model: Any) -> list[str]:
+    """Replaces code of a loaded model's modules. Returns what is computed in another way for it."""
+    shortcuts = [*use_own_layers(model), *use_tiles(model), *delta_rule_of(model)]
+    expand_heads(model)
+    return shortcuts
+
+
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> TorchSession:
     """Raises BackendError for a folder, targets or a quantisation that cannot be used."""
     return TorchSession(model, lora, optim, seed)
@@ -122,10 +132,11 @@ class TorchSession:
         self._answering = answering_bytes(folder_of(model).text_config, number)
         self._spec, self._tokens_at_once = model, costs.tokens_at_once or sys.maxsize
         with memory_guard(self._device), random_numbers(self._device, seed):
-            self._model = load_frozen(model, self._device)
+            frozen = first_adapted(self.lora_shapes) if model.streamed else 0
+            self._streamed = Streamed(model, self._device, frozen, own_code) if frozen else None
+            self._model = self._streamed.model if self._streamed else load_frozen(model, self._device)
             self._adapter = add_adapter(self._model, self.lora_shapes, lora, self._dropout)
-            self._block_shortcuts = [*use_own_layers(self._model), *use_tiles(self._model), *delta_rule_of(self._model)]
-            expand_heads(self._model)
+            self._block_shortcuts = own_code(self._model)
             for block in blocks_of(self._model)[0]:
                 join_scales(block)
             if model.checkpointing:
@@ -135,7 +146,9 @@ class TorchSession:
                 self._adapter[HEAD_WEIGHT] = torch.nn.Parameter(torch.zeros(head, device=self._device))
             score = self._adapter.get(HEAD_WEIGHT)
             self._forward = Forward(self._model, self._device, costs.logits_at_once or sys.maxsize, score)
-            self._frozen_kept = self._forward.keep_frozen_blocks()
+            self._frozen_kept = self._forward.keep_frozen_blocks(self._streamed)
+        if self._streamed and not self._frozen_kept:
+            raise BackendError(cannot_stream(model.path, "what they make of a row is not all that the others need"))
         self.scheme = scheme_of(self._model)
         self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
         self._step = 0
@@ -155,6 +168,7 @@ class TorchSession:
         frozen = [FROZEN_BLOCKS] if self._frozen_kept else []
         head = [HEAD] if self._forward.head.linear is not None else []
         again = [RECOMPUTED] if self._spec.checkpointing else []
+        frozen += [STREAMED] if self._streamed else []
         return (*shared, *frozen, *head, LORA, *self._block_shortcuts, *again)
 
     def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
@@ -205,6 +219,15 @@ class TorchSession:
         with memory_guard(self._device), torch.inference_mode():
             return scores_of(self._forward, batch, self._tokens_at_once)
 
+    def read_ahead(self, batches: Iterable[Batch]) -> Iterator[Advance]:
+        advances: Advance | None = (0, 0)
+        work = self._forward.read_ahead(batches) if self._streamed else iter(())
+        while advances:
+            with memory_guard(self._device):
+                advances = next(work, None)
+            if advances:
+                yield advances
+
     def states(self, batch: Batch) -> FloatArray:
         if not self._classes:
             raise BackendError(NO_HEAD)
@@ -228,7 +251,8 @@ class TorchSession:
             return generate(self._forward, prompts, max_tokens, stop, temperature, seed, room)
 
     def base_weight(self, module: str) -> FloatArray:
-        with memory_guard(self._device), torch.inference_mode():
+        held = self._streamed.holding(module) if self._streamed else nullcontext()
+        with memory_guard(self._device), torch.inference_mode(), held:
             return base_weight(self._model, module)
 
     def get_state(self) -> TrainState:
