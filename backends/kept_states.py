@@ -42,7 +42,7 @@ class Activations:
         """`dtype` is numpy's (uint16 holds bfloat16); `limit` in bytes, half of the disk's free space if not given."""
         self.width, self.dtype = width, np.dtype(dtype)
         self.bytes = 0  # kept so far
-        folder = self._folder = _folder_on_disk()
+        folder = self._folder = folder_on_disk()
         # no `with`: it lives as long as this object, and leaves no name
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
@@ -119,21 +119,21 @@ class Activations:
 class Passing:
     """Rows on their way through the blocks: the states of each are read, and written again in their place."""
 
-    def __init__(self, kept: Activations, rows: Sequence[IntArray], starts: Sequence[int]) -> None:
-        self._kept, self.rows, self._starts = kept, rows, starts
+    def __init__(self, file: Activations, rows: Sequence[IntArray], starts: Sequence[int]) -> None:
+        self._file, self.rows, self._starts = file, rows, starts
 
     def get(self, row: int) -> NDArray[Any]:
         """What was last put. [n, width]"""
-        states = np.empty((len(self.rows[row]), self._kept.width), self._kept.dtype)
-        self._kept.read(self._starts[row], states)
+        states = np.empty((len(self.rows[row]), self._file.width), self._file.dtype)
+        self._file.read(self._starts[row], states)
         return states
 
     def put(self, row: int, states: NDArray[Any]) -> None:
         """[n, width]. Raises OSError, which names the folder."""
-        self._kept.write(self._starts[row], states)
+        self._file.write(self._starts[row], states)
 
 
-def _folder_on_disk() -> str:
+def folder_on_disk() -> str:
     """The folder for temporary files; /var/tmp where that one is in memory, as /tmp is on several systems.
 
     A folder that the user names (TMPDIR) is taken as it is.

@@ -1,4 +1,4 @@
-"""A model larger than memory: its frozen blocks are read from the disk each time they compute, for many rows at once."""
+"""A model larger than memory: its frozen blocks are read from the disk when they compute, for many rows at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from backends.interface import Batch, IntArray, Reader
+from backends.kept_states import folder_on_disk
 from backends.micro_batches import joined
+from backends.weight_plan import frozen_file_bytes
+
+__all__ = [
+    "STREAMED",
+    "Advance",
+    "Streams",
+    "cannot_stream",
+    "folder_on_disk",
+    "frozen_file_bytes",
+    "read_ahead",
+    "rows_of",
+]
 
 STREAMED = "frozen blocks read from the disk"  # in the words of `Session.shortcuts`
 Advance = tuple[int, int]  # parts of the model done, of so many

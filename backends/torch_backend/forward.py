@@ -25,10 +25,15 @@ class Forward:
     """The model's blocks, and its head beside them."""
 
     def __init__(
-        self, model: Any, device: torch.device, logits_at_once: int, score: torch.nn.Parameter | None = None
+        self,
+        model: Any,
+        device: torch.device,
+        logits_at_once: int,
+        score: torch.nn.Parameter | None = None,
+        streamed: Streamed | None = None,
     ) -> None:
-        """score: the weight of a classification head in the place of the model's own."""
-        self._model, self._device = model, device
+        """score: the weight of a classification head in the place of the model's own. streamed: where `model` is."""
+        self._model, self._device, self._streamed = model, device, streamed
         self.head = find_head(model, logits_at_once) if score is None else class_head(model, score, logits_at_once)
         self._selected: torch.Tensor | None = None  # [N] flat positions, during a pass that ends in logits
         self._frozen: FrozenBlocks | None = None
@@ -90,7 +95,7 @@ class Forward:
             expected = self.states(joined(batch))
             return self._gives(expected, lambda: self.states(batch, self.prefixes(prefixes)))
 
-    def keep_frozen_blocks(self, streamed: Streamed | None = None) -> bool:
+    def keep_frozen_blocks(self) -> bool:
         """From here on, the blocks below the adapter are computed once per row; False where that is not exact."""
         if blocks_of(self._model)[1] == 0:
             return False
@@ -100,7 +105,7 @@ class Forward:
             expected = self.states(batch)
 
             def kept() -> torch.Tensor:
-                self._frozen = self._frozen or FrozenBlocks(self._model, self._device, streamed)
+                self._frozen = self._frozen or FrozenBlocks(self._model, self._device, self._streamed)
                 return self.states(batch)
 
             same = all(self._gives(expected, kept) for _ in ("computed", "read back"))
@@ -116,6 +121,8 @@ class Forward:
         near = {torch.bfloat16: 5e-2, torch.float16: 1e-2}.get(self._model.dtype, 1e-4)
         try:
             return bool((states() - expected).float().norm() <= near * expected.float().norm())
+        except OSError:  # of the disk, where states are kept
+            raise
         except Exception:
             return False
 

@@ -145,8 +145,10 @@ class TorchSession:
             if head is not None:
                 self._adapter[HEAD_WEIGHT] = torch.nn.Parameter(torch.zeros(head, device=self._device))
             score = self._adapter.get(HEAD_WEIGHT)
-            self._forward = Forward(self._model, self._device, costs.logits_at_once or sys.maxsize, score)
-            self._frozen_kept = self._forward.keep_frozen_blocks(self._streamed)
+            self._forward = Forward(
+                self._model, self._device, costs.logits_at_once or sys.maxsize, score, self._streamed
+            )
+            self._frozen_kept = self._forward.keep_frozen_blocks()
         if self._streamed and not self._frozen_kept:
             raise BackendError(cannot_stream(model.path, "what they make of a row is not all that the others need"))
         self.scheme = scheme_of(self._model)

@@ -46,12 +46,17 @@ class Workload:
     epochs: float
     seed: int
     unsettled: bool = False  # whether the recipe leaves it open if activations are computed again
+    streamable: bool = False  # whether the model may be streamed where it does not fit
 
     def settled(self, costs: Costs, memory: float | None, micro_tokens: int | None) -> Workload:
-        """The same; where that is open, with recomputation if a step without it would not fit in `memory` bytes.
+        """The same, streamed if its smallest step would not fit in `memory` bytes otherwise.
 
-        That is a step of the tokens asked for, or of ENOUGH: with more at a time little is saved per token.
+        Where that is open, with recomputation if a step without it would not fit. That is a step of the tokens asked
+        for, or of ENOUGH: with more at a time little is saved per token.
         """
+        if self._has_to_stream(costs, memory):
+            streamed = replace(self, model=replace(self.model, streamed=True), streamable=False)
+            return streamed.settled(costs, memory, micro_tokens)
         if not self.unsettled:
             return self
         kept = replace(self, unsettled=False)
@@ -59,6 +64,13 @@ class Workload:
         if memory is None or needed <= SPARE * memory:
             return kept
         return replace(kept, model=replace(self.model, checkpointing=True))
+
+    def _has_to_stream(self, costs: Costs, memory: float | None) -> bool:
+        if not self.streamable or memory is None or not first_adapted(self.adapted):
+            return False
+        again = self.unsettled or self.model.checkpointing
+        smallest = replace(self, model=replace(self.model, checkpointing=again)).memory(LEAST, costs)
+        return smallest.peak > memory
 
     def held_as(self, half: Half, device: Device) -> Workload:
         """The same with the type of numbers that the device will compute in."""
@@ -130,7 +142,18 @@ def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -
         epochs=plan.foretold / plan.steps_per_epoch,
         seed=recipe.seed,
         unsettled=recipe.train.gradient_checkpointing == "auto",
+        streamable=bool(folder.weights) and not folder.remote_code,
     )
+
+
+def has_to_stream(recipe: Recipe, folder: ModelFolder, backend: str) -> bool:
+    """Whether a model that is read, and not trained, fits here only with its frozen blocks on the disk."""
+    if not folder.weights or lora_spec(recipe).layers is None:
+        return False
+    costs = registry.costs(backend, registry.device_kind(registry.describe(backend, recipe.device)["device"]))
+    row = Example(np.zeros(LEAST + 1, np.int32), np.ones(LEAST + 1, np.float32), "")
+    work = replace(workload(recipe, folder, [row]), unsettled=False)
+    return work.settled(costs, registry.free_bytes(backend, recipe.device), LEAST).model.streamed
 
 
 def largest_micro(examples: Sequence[Example], batch_size: int, seed: int, micro_tokens: int) -> Micro:

@@ -91,4 +91,4 @@ def test_kept_states_are_on_a_disk_and_not_in_memory(
     monkeypatch.delenv("TMPDIR", raising=False)
     if tmpdir:
         monkeypatch.setenv("TMPDIR", tmpdir)
-    assert kept_states._folder_on_disk() == folder
+    assert kept_states.folder_on_disk() == folder
