@@ -62,6 +62,7 @@ class Streamed:
             try:
                 yield
             finally:
+                _let_go(self._embedding)
                 self._embedding = None
         elif (block := self.blocks[part - 1])._modules:
             yield
@@ -70,6 +71,7 @@ class Streamed:
             try:
                 yield
             finally:
+                _let_go(block)
                 block._modules.clear()
 
     def holding(self, module: str) -> AbstractContextManager[None]:
@@ -112,6 +114,12 @@ def _only(part: int, model: Any) -> None:
         model.set_input_embeddings(Hollow())
     model.set_output_embeddings(Hollow())
     model.all_tied_weights_keys = {}
+
+
+def _let_go(module: Any) -> None:
+    """Frees the weights now: modules whose code was replaced refer to themselves, and would wait for the collector."""
+    for part in module.modules():
+        part._parameters.clear()
 
 
 def _emptied(block: Any) -> None:
