@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -19,6 +20,7 @@ __all__ = [
     "cannot_stream",
     "folder_on_disk",
     "frozen_file_bytes",
+    "guarded",
     "read_ahead",
     "rows_of",
 ]
@@ -42,6 +44,16 @@ class Streams(Protocol):
 def read_ahead(session: Reader, batches: Iterable[Batch]) -> Iterator[Advance]:
     """As `Streams.read_ahead`; nothing for other sessions."""
     return session.read_ahead(batches) if isinstance(session, Streams) else iter(())
+
+
+def guarded(work: Iterator[Advance], guard: Callable[[], AbstractContextManager[object]]) -> Iterator[Advance]:
+    """The same, each part of it in a context of its own: who takes them does other work between."""
+    while True:
+        with guard():
+            advance = next(work, None)
+        if advance is None:
+            return
+        yield advance
 
 
 def rows_of(batch: Batch) -> Iterator[IntArray]:

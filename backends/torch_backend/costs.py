@@ -78,6 +78,7 @@ _CPU = Costs(
     tokens_at_once=1024,  # more are no faster on a CPU, and need more memory
     logits_at_once=2**23,
     recomputed_blocks=2.0,  # one block's own, and what is still there of the last one's
+    streams=True,
     four_bit="NF4 with double quantisation (bitsandbytes)",
     four_bit_runtime=50e6,
     # 4 bits, a scale of 8 bits for 64 weights, and one of 32 bits for 256 of those scales

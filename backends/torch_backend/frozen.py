@@ -115,9 +115,9 @@ class FrozenBlocks:
         return entering[0][0].cpu().contiguous()
 
     def _sample(self) -> torch.Tensor:
-        """States of a token, for their width and type; the model's first part alone computes them. [1, D]"""
-        with self._streamed.held(0) if self._streamed else nullcontext():
-            return self._entering_block(0, np.zeros(1, np.int32), [])
+        """States of a token, for their width and type; a streamed model's first part alone computes them. [1, D]"""
+        token = np.zeros(1, np.int32)
+        return self._entering_block(0, token, []) if self._streamed else self._computed(token)
 
 
 @contextmanager

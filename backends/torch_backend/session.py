@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -37,14 +37,13 @@ from backends.interface import (
 )
 from backends.layer_names import matched
 from backends.loss_scale import loss_scales
-from backends.memory_plan import answering_bytes, first_adapted
+from backends.memory_plan import answering_bytes
 from backends.micro_batches import check_tokens, joined, own_part, total_of
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 from backends.sampling import check_prompts, room_for_answers
-from backends.streaming import STREAMED, Advance, cannot_stream
+from backends.streaming import STREAMED, Advance, cannot_stream, guarded
 from backends.team import Team
-from backends.torch_backend.attention import expand_heads, use_tiles
 from backends.torch_backend.costs import COSTS, RECOMPUTED
 from backends.torch_backend.device import (
     bound_memory,
@@ -64,15 +63,14 @@ from backends.torch_backend.forward import Forward
 from backends.torch_backend.four_bit import join_scales
 from backends.torch_backend.generate import generate
 from backends.torch_backend.gradient import Gradient
-from backends.torch_backend.layers import delta_rule_of, use_own_layers
 from backends.torch_backend.lora import Dropout, add_adapter, base_weight
-from backends.torch_backend.model import load_frozen, scheme_of
+from backends.torch_backend.model import scheme_of
 from backends.torch_backend.optim import AdamW
 from backends.torch_backend.parked import keep_embedding_on_host
 from backends.torch_backend.patch import blocks_of
 from backends.torch_backend.read import last_states, scores_of
 from backends.torch_backend.recompute import recompute_blocks
-from backends.torch_backend.streamed import Streamed
+from backends.torch_backend.streamed import opened, own_code
 from backends.torch_backend.tree import check_experts, check_format, tree_of
 
 
@@ -105,13 +103,6 @@ def check(model: ModelSpec, lora: LoraSpec) -> None:
     check_experts(model, folder)
 
 
-def own_code(model: Any) -> list[str]:
-    """Replaces code of a loaded model's modules. Returns what is computed in another way for it."""
-    shortcuts = [*use_own_layers(model), *use_tiles(model), *delta_rule_of(model)]
-    expand_heads(model)
-    return shortcuts
-
-
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> TorchSession:
     """Raises BackendError for a folder, targets or a quantisation that cannot be used."""
     return TorchSession(model, lora, optim, seed)
@@ -132,16 +123,15 @@ class TorchSession:
         self._answering = answering_bytes(folder_of(model).text_config, number)
         self._spec, self._tokens_at_once = model, costs.tokens_at_once or sys.maxsize
         with memory_guard(self._device), random_numbers(self._device, seed):
-            frozen = first_adapted(self.lora_shapes) if model.streamed else 0
-            self._streamed = Streamed(model, self._device, frozen, own_code) if frozen else None
-            self._model = self._streamed.model if self._streamed else load_frozen(model, self._device)
+            self._model, self._streamed = opened(model, self._device, self.lora_shapes)
             self._adapter = add_adapter(self._model, self.lora_shapes, lora, self._dropout)
             self._block_shortcuts = own_code(self._model)
             for block in blocks_of(self._model)[0]:
                 join_scales(block)
             if model.checkpointing:
                 recompute_blocks(self._model, self._dropout, self._device)
-                keep_embedding_on_host(self._model, self._device)
+                if self._streamed is None:
+                    keep_embedding_on_host(self._model, self._device)
             if head is not None:
                 self._adapter[HEAD_WEIGHT] = torch.nn.Parameter(torch.zeros(head, device=self._device))
             score = self._adapter.get(HEAD_WEIGHT)
@@ -222,13 +212,7 @@ class TorchSession:
             return scores_of(self._forward, batch, self._tokens_at_once)
 
     def read_ahead(self, batches: Iterable[Batch]) -> Iterator[Advance]:
-        advances: Advance | None = (0, 0)
-        work = self._forward.read_ahead(batches) if self._streamed else iter(())
-        while advances:
-            with memory_guard(self._device):
-                advances = next(work, None)
-            if advances:
-                yield advances
+        return guarded(self._forward.read_ahead(batches), partial(memory_guard, self._device))
 
     def states(self, batch: Batch) -> FloatArray:
         if not self._classes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -11,11 +11,28 @@ from typing import Any
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from backends.interface import BackendError, ModelSpec
+from backends.interface import BackendError, ModelSpec, Modules
+from backends.memory_plan import first_adapted
 from backends.model_folder import folder_of
 from backends.streaming import cannot_stream
+from backends.torch_backend.attention import expand_heads, use_tiles
+from backends.torch_backend.layers import delta_rule_of, use_own_layers
 from backends.torch_backend.model import load_frozen
 from backends.torch_backend.tree import config_of
+
+
+def opened(spec: ModelSpec, device: torch.device, adapted: Modules) -> tuple[Any, Streamed | None]:
+    """The frozen model, whole or streamed, and what streams it. Raises BackendError."""
+    frozen = first_adapted(adapted) if spec.streamed else 0
+    streamed = Streamed(spec, device, frozen) if frozen else None
+    return streamed.model if streamed else load_frozen(spec, device), streamed
+
+
+def own_code(model: Any) -> list[str]:
+    """Replaces code of a loaded model's modules. Returns what is computed in another way for it."""
+    shortcuts = [*use_own_layers(model), *use_tiles(model), *delta_rule_of(model)]
+    expand_heads(model)
+    return shortcuts
 
 
 class Hollow(torch.nn.Module):  # type: ignore[misc]
@@ -33,12 +50,9 @@ class Streamed:
     the library's own loader, so that its weights are cast and quantised as in a model that is held whole.
     """
 
-    def __init__(self, spec: ModelSpec, device: torch.device, count: int, own_code: Callable[[Any], object]) -> None:
-        """count: of the frozen blocks. own_code: what replaces code of a loaded model's modules.
-
-        Raises BackendError where the model cannot be held in part.
-        """
-        self._spec, self._device, self.count, self._own_code = spec, device, count, own_code
+    def __init__(self, spec: ModelSpec, device: torch.device, count: int) -> None:
+        """count: of the frozen blocks. Raises BackendError where the model cannot be held in part."""
+        self._spec, self._device, self.count = spec, device, count
         self._embedding: Any = None  # None: it is the output layer too, and is always there
         _check(spec)
         self.model = load_frozen(spec, device, self._without_frozen)
@@ -93,7 +107,7 @@ class Streamed:
         """A model that has this part's weights alone, and computes as the whole model does."""
         with torch.inference_mode(False):
             model = load_frozen(self._spec, self._device, partial(_only, part))
-        self._own_code(model)
+        own_code(model)
         return model
 
     def _without_frozen(self, model: Any) -> None:

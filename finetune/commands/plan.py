@@ -147,6 +147,7 @@ def verdict(here: Forecast, seconds: float, count: int = 1) -> Text:
     if here.fits is False:
         return lines(f"does not fit here: it needs {needed}{memory}; {time} where it fits", style="bold red")
     start = "fits here" if here.fits else "runs here"
+    start += ", with frozen blocks read from the disk" * here.streamed
     return lines(f"{start} ({here.backend}): {needed}{memory}, {time}", style="bold green")
 
 

@@ -16,6 +16,7 @@ from backends.streaming import frozen_file_bytes
 from finetune.console import lines
 from finetune.data.collate import step_indices
 from finetune.data.rows import Example, Prepared
+from finetune.evaluation.ahead import AHEAD
 from finetune.events import by_part
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
@@ -42,6 +43,7 @@ def time_table(recipe: Recipe, prepared: Prepared, seconds: dict[str, float], as
     held_out, valid = len(prepared.held_out.examples), len(prepared.valid.examples)
     steps = make_plan(recipe, len(prepared.train.examples)).steps
     counts = {
+        AHEAD: "one pass",
         "head": f"{len(prepared.train.examples) + valid:,} rows",
         "references": f"{len(prepared.train.examples) + valid + held_out * (prepared.test is not None):,} rows",
         "base model": f"{held_out:,} rows",
@@ -96,7 +98,8 @@ def machines_table(forecasts: dict[str, Forecast]) -> Table:
         memory = "?" if found.memory is None else f"{found.memory / 1e9:.1f}"
         rate = f"{found.rate / 1e12:.3g}", f"{found.reached:.0%}"
         time = duration(found.seconds)
-        tokens = lines(f"{found.tokens:,}", *(["recomputed"] if found.recomputed else []))
+        how = [word for word in ("recomputed", "streamed") if getattr(found, word)]
+        tokens = lines(f"{found.tokens:,}", *how)
         table.add_row(lines(name), f"{found.needed.peak / 1e9:.2f}", memory, fits, tokens, time, *rate)
     return table
 

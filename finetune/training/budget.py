@@ -20,6 +20,7 @@ from backends.memory_plan import (
     read_architecture,
 )
 from backends.model_folder import ModelFolder
+from backends.streaming import frozen_file_bytes
 from finetune.data.collate import balanced, groups, step_indices, width
 from finetune.data.pair_batches import as_one
 from finetune.data.rows import Example
@@ -30,6 +31,7 @@ from finetune.recipe.specs import lora_spec, model_spec
 SAMPLED = 64  # steps whose micro-batches are looked at; the one with the longest row is always among them
 LEAST, MOST = 64, 2**17  # tokens at a time that `auto` chooses from
 ENOUGH = 1024  # of them, beyond which unpacking 4-bit weights and starting kernels is a small part of a step
+DISK_RATE = 1e9  # bytes per second of a solid-state disk, assumed: the slower ones of 2020 and later reach it
 SPARE = 0.9  # of the free memory: other programs go on
 
 
@@ -66,7 +68,7 @@ class Workload:
         return replace(kept, model=replace(self.model, checkpointing=True))
 
     def _has_to_stream(self, costs: Costs, memory: float | None) -> bool:
-        if not self.streamable or memory is None or not first_adapted(self.adapted):
+        if not (self.streamable and costs.streams and first_adapted(self.adapted)) or memory is None:
             return False
         again = self.unsettled or self.model.checkpointing
         smallest = replace(self, model=replace(self.model, checkpointing=again)).memory(LEAST, costs)
@@ -102,6 +104,11 @@ class Workload:
         passes = 2.0 + self.model.checkpointing
         head = (6.0 * self.lora.classes or 4.0 * shape.vocabulary) * shape.hidden * supervised
         return self._block(lengths) * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head
+
+    def read_seconds(self) -> float:
+        """Of one pass through a streamed model's frozen blocks, as far as the disk goes."""
+        frozen = first_adapted(self.adapted) if self.model.streamed else 0
+        return frozen_file_bytes(self.architecture, frozen) / DISK_RATE
 
     def layers_run(self, micro_tokens: int) -> float:
         """In an epoch, by all micro-batches of a sample of steps; a backward pass counts twice."""
@@ -148,7 +155,7 @@ def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -
 
 def has_to_stream(recipe: Recipe, folder: ModelFolder, backend: str) -> bool:
     """Whether a model that is read, and not trained, fits here only with its frozen blocks on the disk."""
-    if not folder.weights or lora_spec(recipe).layers is None:
+    if lora_spec(recipe).layers is None or not folder.weights:
         return False
     costs = registry.costs(backend, registry.device_kind(registry.describe(backend, recipe.device)["device"]))
     row = Example(np.zeros(LEAST + 1, np.int32), np.ones(LEAST + 1, np.float32), "")

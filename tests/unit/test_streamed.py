@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from tests.conformance.toy import random_adapter, toy_batch
 from tests.unit.toy_run import load_job, run_to_report
 
 pytest.importorskip("torch")
+pytest.importorskip("mlx.core")
 from tests.tiny_models import family, model_with_tokenizer
 
 TOP = LoraSpec(4, 8.0, dropout=0.3, layers=2)
 BATCHES = [toy_batch(seed=seed) for seed in range(3)]
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "mlx"]
 
 
 def opened(backend: str, folder: Path, streamed: bool, **spec: Any) -> Session:
@@ -50,9 +52,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return loaded
 
-    from backends.torch_backend.streamed import Streamed
-
-    monkeypatch.setattr(Streamed, "_loaded", noting(Streamed._loaded))
+    for backend in BACKENDS:
+        streamed = import_module(f"backends.{backend}_backend.streamed").Streamed
+        monkeypatch.setattr(streamed, "_loaded", noting(streamed._loaded))
     return read
 
 
@@ -72,12 +74,13 @@ def figures(session: Session) -> list[Any]:
 @pytest.mark.parametrize(
     ("name", "spec"),
     [
-        ("llama", {}),
         ("llama", {"quantize": "4bit"}),
-        ("qwen3", {"dtype": "bfloat16"}),
-        ("gemma3_text", {}),  # an embedding that is the output layer too, and two kinds of blocks
-        ("granite", {"checkpointing": True}),
-        ("phi3", {}),  # queries, keys and values in one layer
+        pytest.param("llama", {}, marks=pytest.mark.slow),
+        pytest.param("qwen3", {"dtype": "bfloat16"}, marks=pytest.mark.slow),
+        # an embedding that is the output layer too, and two kinds of blocks
+        pytest.param("gemma3_text", {}, marks=pytest.mark.slow),
+        pytest.param("granite", {"checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("phi3", {}, marks=pytest.mark.slow),  # queries, keys and values in one layer
     ],
 )
 def test_a_streamed_model_computes_the_same_bytes(
@@ -173,7 +176,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "free_bytes", lambda *_: 1)
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=["torch", pytest.param("mlx", marks=pytest.mark.slow)])
 def whole(work: Path, tmp_path_factory: pytest.TempPathFactory, request: Any) -> tuple[str, RunFolder]:
     """A backend, and a finished run whose model was held whole."""
     job = job_of(work, tmp_path_factory.mktemp("runs"), request.param)
@@ -214,6 +217,7 @@ def test_a_run_streams_a_model_that_does_not_fit(
     assert kept_bytes(job.recipe, job.prepared, sizes, "cpu") == pytest.approx(files[-1].bytes, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_streamed_run_and_loses_nothing(
     whole: tuple[str, RunFolder], work: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -62,7 +62,7 @@ def trained(backend: str, tiny: Path, folder: Path, how: str) -> tuple[str, int]
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a process's peak is measured by Linux's own counter")
-@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
 def test_a_streamed_model_trains_in_a_part_of_its_memory(backend: str, tmp_path: Path) -> None:
     size: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12}
     tiny = family("llama", tmp_path / "tiny", num_hidden_layers=12)
