@@ -25,6 +25,7 @@ from numpy.typing import DTypeLike, NDArray
 from backends.interface import IntArray
 
 _SHARE = 2  # one part in so many of the free disk may be taken
+_NO_RESERVING = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # some file systems, and other systems than Linux
 NEEDED = (
     "what the frozen blocks make of each row is kept there, since the model does not fit in memory. Make room, or set "
     "the variable TMPDIR to a folder on a larger disk; what the run has saved is whole, and `finetune resume` goes on"
@@ -148,10 +149,13 @@ def folder_on_disk() -> str:
 
 def _reserve(file: int, start: int, size: int, folder: str) -> None:
     """Raises OSError where the disk has no room for so many bytes from `start` on."""
-    if hasattr(os, "posix_fallocate"):
+    try:
         os.posix_fallocate(file, start, max(size, 1))
-    elif shutil.disk_usage(folder).free < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_RESERVING:
+            raise
+        if shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
 def _key(tokens: IntArray) -> bytes:

@@ -85,7 +85,8 @@ class Streamed:
             try:
                 yield
             finally:
-                _let_go(block)
+                for layer in block.children():
+                    _let_go(layer)
                 block._modules.clear()
 
     def holding(self, module: str) -> AbstractContextManager[None]:
@@ -114,7 +115,7 @@ class Streamed:
         if not hasattr(model.get_decoder(), "layers"):
             raise BackendError(cannot_stream(self._spec.path, "it has no list of blocks"))
         for block in list(model.get_decoder().layers)[: self.count]:
-            _emptied(block)
+            block._modules.clear()  # what the model's own code reads of a block beside its layers stays
         if not model.all_tied_weights_keys:
             model.set_input_embeddings(Hollow(model.get_input_embeddings().num_embeddings))
 
@@ -123,7 +124,7 @@ def _only(part: int, model: Any) -> None:
     """Takes all weights away but those of one part, and what is small."""
     for number, block in enumerate(model.get_decoder().layers):
         if number != part - 1:
-            _emptied(block)
+            block._modules.clear()
     if part:
         model.set_input_embeddings(Hollow())
     model.set_output_embeddings(Hollow())
@@ -134,12 +135,6 @@ def _let_go(module: Any) -> None:
     """Frees the weights now: modules whose code was replaced refer to themselves, and would wait for the collector."""
     for part in module.modules():
         part._parameters.clear()
-
-
-def _emptied(block: Any) -> None:
-    """What the model's own code reads of a block beside its layers stays."""
-    for group in (block._modules, block._parameters, block._buffers):
-        group.clear()
 
 
 def _check(spec: ModelSpec) -> None:

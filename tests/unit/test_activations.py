@@ -1,5 +1,6 @@
 """Kept hidden states: what went in comes out, for the very tokens it was put in for, while there is room."""
 
+import contextlib
 import os
 from pathlib import PurePosixPath
 from types import SimpleNamespace
@@ -101,6 +102,18 @@ def test_a_disk_without_room_is_named_before_anything_is_computed(monkeypatch: p
     with pytest.raises(OSError, match=r"full; .*TMPDIR") as error, kept.passing([tokens(1, 2)]):
         raise AssertionError("nothing is to be computed")
     assert error.value.errno == 28 and error.value.filename == kept_states.folder_on_disk() and kept.bytes == 0
+
+
+@pytest.mark.parametrize(("free", "enough"), [(16, True), (15, False)])
+def test_where_no_room_can_be_reserved_the_free_room_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, free: int, enough: bool
+) -> None:
+    kept = Activations(2, np.float32)
+    monkeypatch.delattr(kept_states.os, "posix_fallocate", raising=False)
+    monkeypatch.setattr(kept_states.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with contextlib.nullcontext() if enough else pytest.raises(OSError, match="TMPDIR"), kept.passing([tokens(1, 2)]):
+        pass
+    assert kept.bytes == (16 if enough else 0)
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ BATCHES = [toy_batch(seed=seed) for seed in range(3)]
 BACKENDS = ["torch", "mlx"]
 
 
-def opened(backend: str, folder: Path, streamed: bool, **spec: Any) -> Session:
+def opened(backend: str, folder: Path, streamed: bool, lora: LoraSpec = TOP, **spec: Any) -> Session:
     settings: dict[str, Any] = {"dtype": "float32", "device": "cpu"} | spec
-    session = registry.open_session(backend, ModelSpec(folder, streamed=streamed, **settings), TOP, OptimSpec(), 0)
+    session = registry.open_session(backend, ModelSpec(folder, streamed=streamed, **settings), lora, OptimSpec(), 0)
     session.set_state(random_adapter(session))
     assert (STREAMED in session.shortcuts) == streamed
     return session
@@ -96,6 +96,17 @@ def test_a_streamed_model_computes_the_same_bytes(
     assert streamed.generate(prompts, 4, [2]) == whole.generate(prompts, 4, [2])
     layer = "model.layers.0.mlp.down_proj"
     assert streamed.base_weight(layer).tobytes() == whole.base_weight(layer).tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5", "granite4_h", "qwen3_moe"])
+def test_a_model_inside_another_or_of_other_blocks_is_streamed_too(backend: str, name: str, tmp_path: Path) -> None:
+    from tests.tiny_families import published
+
+    folder, top = published(name, tmp_path), replace(TOP, layers=1)
+    whole, streamed = (opened(backend, folder, streamed, top) for streamed in (False, True))
+    assert figures(streamed) == figures(whole)
 
 
 @pytest.fixture(scope="module")
