@@ -96,7 +96,10 @@ class Forward:
             return self._gives(expected, lambda: self.states(batch, self.prefixes(prefixes)))
 
     def keep_frozen_blocks(self) -> bool:
-        """From here on, the blocks below the adapter are computed once per row; False where that is not exact."""
+        """From here on, the blocks below the adapter are computed once per row; False where that is not exact.
+
+        Raises BackendError where that is not exact and the model is streamed.
+        """
         if blocks_of(self._model)[1] == 0:
             return False
         ids = np.array([[1, 2, 3], [3, 1, 0]], np.int32)
@@ -110,6 +113,8 @@ class Forward:
 
             same = all(self._gives(expected, kept) for _ in ("computed", "read back"))
         self._frozen = self._frozen if same else None
+        if self._streamed and not same:
+            raise self._streamed.refusal("what they make of a row is not all that the others need")
         return same
 
     def read_ahead(self, batches: Iterable[Batch]) -> Iterator[Advance]:

@@ -42,7 +42,7 @@ from backends.micro_batches import check_tokens, joined, own_part, total_of
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 from backends.sampling import check_prompts, room_for_answers
-from backends.streaming import STREAMED, Advance, cannot_stream, guarded
+from backends.streaming import STREAMED, Advance, guarded
 from backends.team import Team
 from backends.torch_backend.costs import COSTS, RECOMPUTED
 from backends.torch_backend.device import (
@@ -139,8 +139,6 @@ class TorchSession:
                 self._model, self._device, costs.logits_at_once or sys.maxsize, score, self._streamed
             )
             self._frozen_kept = self._forward.keep_frozen_blocks()
-        if self._streamed and not self._frozen_kept:
-            raise BackendError(cannot_stream(model.path, "what they make of a row is not all that the others need"))
         self.scheme = scheme_of(self._model)
         self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
         self._step = 0

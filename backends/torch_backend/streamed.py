@@ -54,7 +54,7 @@ class Streamed:
         """count: of the frozen blocks. Raises BackendError where the model cannot be held in part."""
         self._spec, self._device, self.count = spec, device, count
         self._embedding: Any = None  # None: it is the output layer too, and is always there
-        _check(spec)
+        self._check()
         self.model = load_frozen(spec, device, self._without_frozen)
         self.blocks: list[Any] = list(self.model.get_decoder().layers)[:count]
         for number, block in enumerate(self.blocks):
@@ -65,6 +65,9 @@ class Streamed:
             embedding.forward = self._embed
             none = torch.empty(0, dtype=self.model.dtype, device=device)  # a model's type is that of its first weight
             embedding.weight = torch.nn.Parameter(none, requires_grad=False)
+
+    def refusal(self, why: str) -> BackendError:
+        return BackendError(cannot_stream(self._spec.path, why))
 
     @contextmanager
     def held(self, part: int) -> Iterator[None]:
@@ -111,9 +114,17 @@ class Streamed:
         own_code(model)
         return model
 
+    def _check(self) -> None:
+        """Raises BackendError for a model that comes with code of its own, or stands inside another."""
+        folder = folder_of(self._spec)
+        if folder.remote_code:
+            raise self.refusal("it comes with code of its own")
+        if type(config_of(folder).get_text_config()) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise self.refusal("it is part of a model for images or sound")
+
     def _without_frozen(self, model: Any) -> None:
         if not hasattr(model.get_decoder(), "layers"):
-            raise BackendError(cannot_stream(self._spec.path, "it has no list of blocks"))
+            raise self.refusal("it has no list of blocks")
         for block in list(model.get_decoder().layers)[: self.count]:
             block._modules.clear()  # what the model's own code reads of a block beside its layers stays
         if not model.all_tied_weights_keys:
@@ -135,12 +146,3 @@ def _let_go(module: Any) -> None:
     """Frees the weights now: modules whose code was replaced refer to themselves, and would wait for the collector."""
     for part in module.modules():
         part._parameters.clear()
-
-
-def _check(spec: ModelSpec) -> None:
-    """Raises BackendError for a model that comes with code of its own, or stands inside another."""
-    folder = folder_of(spec)
-    if folder.remote_code:
-        raise BackendError(cannot_stream(spec.path, "it comes with code of its own"))
-    if type(config_of(folder).get_text_config()) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise BackendError(cannot_stream(spec.path, "it is part of a model for images or sound"))
