@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Others:
         _shared_content(self.group, folder.path)
         answer: dict[str, Any] = {"failed": "it has ended", "code": ExitCode.BUG}
         try:
-            session, answer = replace(job, streamed=False).open(), {}
+            session, answer = job.open(), {}
         finally:
             answers = _gathered(self.group, answer)
             remove_rows(folder.path)
