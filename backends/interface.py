@@ -105,6 +105,7 @@ class ModelSpec:
     checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
     device: Wanted = "auto"
     remote_code: bool = False  # whether Python code that comes with the model may run
+    streamed: bool = False  # blocks below the adapter are read from the disk when they compute, and not held
     folder: CheckedFolder | None = field(default=None, compare=False)  # None: the session opens `path`
 
     def number_type(self, device: Device, half: Half = "bfloat16") -> NumberType:

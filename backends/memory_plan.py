@@ -14,8 +14,9 @@ from typing import Any
 from backends.interface import LoraSpec, ModelSpec, Modules
 from backends.memory import available_bytes
 from backends.model_folder import ModelFolder
-from backends.predictions import MXFP4, Architecture, Costs, Machine, Recurrence, Size
+from backends.predictions import Architecture, Costs, Machine, Recurrence, Size
 from backends.text_blocks import expert_numbers
+from backends.weight_plan import streamed_bytes, weight_bytes
 
 __all__ = [
     "Architecture",
@@ -126,26 +127,18 @@ def footprint(
     headed = replace(architecture, vocabulary=lora.classes or architecture.vocabulary)
     working = costs.held * max(block, _head_working(headed, micro, number, costs))
     parks = model.checkpointing and costs.parked_inputs is not None
-    parked = architecture.embedding * float(number) if parks else 0.0
+    parked = architecture.embedding * float(number) if parks and not model.streamed else 0.0
+    whole = weights = weight_bytes(architecture, model.quantize, number, costs)
+    if model.streamed:
+        weights = streamed_bytes(architecture, model.quantize, number, costs, first_adapted(adapted))
     return Footprint(
         runtime=_runtime(model, micro, number, costs),
-        weights=weight_bytes(architecture, model.quantize, number, costs) - parked,
+        weights=weights - parked,
         adapter=20.0 * trainable,  # five times float32
         activations=activations,
         working=max(working, costs.update * trainable - activations),  # the update begins when activations are gone
-        loading=_loading(architecture, model, number, costs),
+        loading=_loading(architecture, model, number, costs) * weights / whole,
     )
-
-
-def weight_bytes(architecture: Architecture, quantize: str, number: int, costs: Costs) -> float:
-    """Of the frozen weights in memory; `number`: bytes of one that is not quantised."""
-    if architecture.quantised:
-        return float(architecture.stored)
-    packed = costs.four_bit_weight.bytes(number) if quantize == "4bit" else float(number)
-    of_expert = packed if costs.packs_experts else float(number)
-    if architecture.experts_packed and costs.packs_experts:
-        of_expert = MXFP4
-    return architecture.linear * packed + architecture.experts * of_expert + architecture.other * number
 
 
 def kept_states_bytes(tokens: int, hidden: int, number: int) -> int:

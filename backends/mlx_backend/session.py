@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 
 import mlx.core as mx
@@ -57,12 +57,14 @@ from backends.mlx_backend.here import free_bytes as free_bytes
 from backends.mlx_backend.here import probe as probe
 from backends.mlx_backend.here import unused_accelerator as unused_accelerator
 from backends.mlx_backend.lora import Dropout, attach, base_magnitudes, base_weight
-from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
+from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window
 from backends.mlx_backend.optim import AdamW, Tensors
 from backends.mlx_backend.state import State, to_mlx, to_numpy
+from backends.mlx_backend.streamed import opened
 from backends.mlx_backend.tree import check_format, check_taken, parts_of
 from backends.model_folder import folder_of
 from backends.sampling import check_prompts, room_for_answers
+from backends.streaming import Advance, guarded
 from backends.team import Team
 
 
@@ -94,17 +96,18 @@ class MlxSession:
         self._answering = answering_bytes(folder.text_config, spec.number_bytes(device_kind(device)))
         self.lora_shapes: Mapping[str, tuple[int, int]] = folder.lora_modules(lora)
         self._adamw, self._mlx_device, self._on_cpu = AdamW(optim, compiled=not on_cpu), device, on_cpu
-        model, self.scheme = load(spec, dtype)
+        model, self.scheme, self._streamed = opened(spec, dtype, self.lora_shapes)
         masks = Dropout(lora.dropout, seed, self.lora_shapes)
         self._attached = attach(model, parts_of(folder, self.lora_shapes), lora, masks)
         bridged = blas_bridge.serves(device, dtype, spec.checkpointing)
         if bridged:
             blas_bridge.connect(model)
+            if self._streamed:
+                self._streamed.own_code.append(blas_bridge.connect)
         if spec.checkpointing:
             checkpoint_blocks(model)
-        self._forward = Forward(
-            model, masks, on_cpu, spec.checkpointing, ignored_window(model, folder.text_config), lora.classes
-        )
+        window = ignored_window(model, folder.text_config)
+        self._forward = Forward(model, masks, on_cpu, spec.checkpointing, window, lora.classes, self._streamed)
         self.shares_prefixes = self._forward.shares_prefixes
         self._vocabulary = folder.vocabulary or sys.maxsize
         self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
@@ -146,6 +149,9 @@ class MlxSession:
                 return self._forward.scores(batch)
             return own_part(self._forward.scores(joined(batch)), batch)
 
+    def read_ahead(self, batches: Iterable[Batch]) -> Iterator[Advance]:
+        return guarded(self._forward.read_ahead(batches), self._running)
+
     def states(self, batch: Batch) -> FloatArray:
         if not self._classes:
             raise BackendError(NO_HEAD)
@@ -171,7 +177,8 @@ class MlxSession:
             return generate(self._forward.model, self._forward.head, prompts, *settings)
 
     def base_weight(self, module: str) -> FloatArray:
-        with memory_guard(), mx.stream(self._mlx_device):
+        held = self._streamed.holding(module) if self._streamed else nullcontext()
+        with memory_guard(), mx.stream(self._mlx_device), held:
             return base_weight(self._forward.model, self._parts.get(module, (Part(module, 0, 0),)))
 
     @cached_property

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
-from functools import cached_property
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,8 @@ from backends.micro_batches import check_tokens, joined, own_part, total_of
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 from backends.sampling import check_prompts, room_for_answers
+from backends.streaming import STREAMED, Advance, guarded
 from backends.team import Team
-from backends.torch_backend.attention import expand_heads, use_tiles
 from backends.torch_backend.costs import COSTS, RECOMPUTED
 from backends.torch_backend.device import (
     bound_memory,
@@ -65,14 +66,14 @@ from backends.torch_backend.here import describe as describe
 from backends.torch_backend.here import free_bytes as free_bytes
 from backends.torch_backend.here import probe as probe
 from backends.torch_backend.here import unused_accelerator as unused_accelerator
-from backends.torch_backend.layers import delta_rule_of, use_own_layers
 from backends.torch_backend.lora import Dropout, add_adapter, base_weight
-from backends.torch_backend.model import load_frozen, scheme_of
+from backends.torch_backend.model import scheme_of
 from backends.torch_backend.optim import AdamW
 from backends.torch_backend.parked import keep_embedding_on_host
 from backends.torch_backend.patch import blocks_of
 from backends.torch_backend.read import last_states, scores_of
 from backends.torch_backend.recompute import recompute_blocks
+from backends.torch_backend.streamed import opened, own_code
 from backends.torch_backend.tree import check_experts, check_format, tree_of
 
 
@@ -104,19 +105,21 @@ class TorchSession:
         self._answering = answering_bytes(folder_of(model).text_config, number)
         self._spec, self._tokens_at_once = model, costs.tokens_at_once or sys.maxsize
         with memory_guard(self._device), random_numbers(self._device, seed):
-            self._model = load_frozen(model, self._device)
+            self._model, self._streamed = opened(model, self._device, self.lora_shapes)
             self._adapter = add_adapter(self._model, self.lora_shapes, lora, self._dropout)
-            self._block_shortcuts = [*use_own_layers(self._model), *use_tiles(self._model), *delta_rule_of(self._model)]
-            expand_heads(self._model)
+            self._block_shortcuts = own_code(self._model)
             for block in blocks_of(self._model)[0]:
                 join_scales(block)
             if model.checkpointing:
                 recompute_blocks(self._model, self._dropout, self._device)
-                keep_embedding_on_host(self._model, self._device)
+                if self._streamed is None:
+                    keep_embedding_on_host(self._model, self._device)
             if head is not None:
                 self._adapter[HEAD_WEIGHT] = torch.nn.Parameter(torch.zeros(head, device=self._device))
             score = self._adapter.get(HEAD_WEIGHT)
-            self._forward = Forward(self._model, self._device, costs.logits_at_once or sys.maxsize, score)
+            self._forward = Forward(
+                self._model, self._device, costs.logits_at_once or sys.maxsize, score, self._streamed
+            )
             self._frozen_kept = self._forward.keep_frozen_blocks()
         self.scheme = scheme_of(self._model)
         self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
@@ -140,6 +143,7 @@ class TorchSession:
         frozen = [FROZEN_BLOCKS] if self._frozen_kept else []
         head = [HEAD] if self._forward.head.linear is not None else []
         again = [RECOMPUTED] if self._spec.checkpointing else []
+        frozen += [STREAMED] if self._streamed else []
         return (*shared, *frozen, *head, LORA, *self._block_shortcuts, *again)
 
     def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
@@ -190,6 +194,9 @@ class TorchSession:
         with memory_guard(self._device), torch.inference_mode():
             return scores_of(self._forward, batch, self._tokens_at_once)
 
+    def read_ahead(self, batches: Iterable[Batch]) -> Iterator[Advance]:
+        return guarded(self._forward.read_ahead(batches), partial(memory_guard, self._device))
+
     def states(self, batch: Batch) -> FloatArray:
         if not self._classes:
             raise BackendError(NO_HEAD)
@@ -213,7 +220,8 @@ class TorchSession:
             return generate(self._forward, prompts, max_tokens, stop, temperature, seed, room)
 
     def base_weight(self, module: str) -> FloatArray:
-        with memory_guard(self._device), torch.inference_mode():
+        held = self._streamed.holding(module) if self._streamed else nullcontext()
+        with memory_guard(self._device), torch.inference_mode(), held:
             return base_weight(self._model, module)
 
     def get_state(self) -> TrainState:

@@ -26,7 +26,7 @@ from finetune.text import duration, from_here
 from finetune.training.job import refuse_unused_accelerator
 from finetune.training.ledger import LEDGER
 from finetune.training.search import AS_GOOD, Search
-from finetune.training.settle import settle_recomputation
+from finetune.training.settle import settle_memory
 from finetune.training.suites import ready_with_suite
 
 RECIPE = "search.yaml"
@@ -57,7 +57,7 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
         try:
             ready = ready_with_suite(recipe, _begun(folder) if folder else None)
             job = with_progress(stoppable(ready, stop, "preparing the data"), stop)
-            job = with_progress(settle_recomputation(job, None), stop)
+            job = with_progress(settle_memory(job, None), stop)
             if not job.prepared.valid.examples:
                 raise RecipeError("data.valid: a search needs validation rows to compare trials by")
             if folder is None:

@@ -9,7 +9,7 @@ from backends.model_folder import ModelFolder
 from finetune.recipe.schema import Lora, Recipe
 
 
-def model_spec(recipe: Recipe, folder: ModelFolder) -> ModelSpec:
+def model_spec(recipe: Recipe, folder: ModelFolder, streamed: bool = False) -> ModelSpec:
     return ModelSpec(
         path=folder.path,
         quantize=recipe.quantize,
@@ -17,6 +17,7 @@ def model_spec(recipe: Recipe, folder: ModelFolder) -> ModelSpec:
         checkpointing=recipe.train.gradient_checkpointing is True,  # auto is settled once the data are known
         device=recipe.device,
         remote_code=folder.remote_code,
+        streamed=streamed,
         folder=folder,
     )
 

@@ -74,7 +74,9 @@ class Search:
         return RunFolder(self.folder.path / BEST)
 
     def job_of(self, trial: int) -> Job:
-        return replace(self.job, recipe=self.trials[trial].recipe(self.job.recipe))
+        """Others than the recipe itself may have other frozen blocks, and so have to be streamed or not."""
+        streamed = self.job.streamed or None
+        return replace(self.job, recipe=self.trials[trial].recipe(self.job.recipe), streamed=streamed)
 
     def steps_of(self, trial: int) -> int:
         """The longest that it may be."""
