@@ -212,8 +212,8 @@ def test_a_run_streams_a_model_that_does_not_fit(
     files: list[kept_states.Activations] = []
 
     class Noted(kept_states.Activations):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
             files.append(self)
 
     monkeypatch.setattr(f"backends.{whole[0]}_backend.frozen.Activations", Noted)
