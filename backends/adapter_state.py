@@ -10,6 +10,7 @@ import numpy as np
 
 from backends.interface import (
     HEAD_WEIGHT,
+    MAGNITUDE,
     BackendError,
     CheckedFolder,
     FloatArray,
@@ -39,15 +40,17 @@ def trained_shapes(model: ModelSpec, lora: LoraSpec) -> dict[str, tuple[int, ...
     head = head_shape(folder, lora)
     if lora.whole and head:
         raise BackendError(f"{folder.path}: a whole model trains with its own output layer; a head has an adapter")
-    return whole_shapes(model) if lora.whole else adapter_shapes(folder.lora_modules(lora), lora.rank, head)
+    return whole_shapes(model) if lora.whole else adapter_shapes(folder.lora_modules(lora), lora.rank, head, lora.dora)
 
 
-def untrained(model: ModelSpec, lora: LoraSpec, seed: int) -> dict[str, FloatArray]:
-    """`Session.untrained`: the initial adapter, or the whole model as its files have it."""
+def untrained(
+    model: ModelSpec, lora: LoraSpec, seed: int, magnitudes: Mapping[str, FloatArray]
+) -> dict[str, FloatArray]:
+    """`Session.untrained`: the initial adapter, or the whole model as its files have it. magnitudes: with DoRA."""
     folder = folder_of(model)
     if lora.whole:
         return read_whole(folder, whole_shapes(model))
-    return initial_adapter(folder.lora_modules(lora), lora.rank, seed, head_shape(folder, lora))
+    return initial_adapter(folder.lora_modules(lora), lora.rank, seed, head_shape(folder, lora), magnitudes)
 
 
 def head_shape(folder: CheckedFolder, lora: LoraSpec) -> tuple[int, int] | None:
@@ -61,12 +64,16 @@ def head_shape(folder: CheckedFolder, lora: LoraSpec) -> tuple[int, int] | None:
 
 
 def initial_adapter(
-    shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, head: tuple[int, int] | None = None
+    shapes: Mapping[str, tuple[int, int]],
+    rank: int,
+    seed: int,
+    head: tuple[int, int] | None = None,
+    magnitudes: Mapping[str, FloatArray] | None = None,
 ) -> dict[str, FloatArray]:
     """A uniform in +-1/sqrt(in) [r, in], as PEFT and mlx-lm draw it; B zero [out, r], so training starts at the base.
 
     `shapes` maps a module to (out, in). Each module has its own generator, so adding or leaving out
-    one module changes no other. A head of that shape is zero.
+    one module changes no other. A head of that shape is zero. magnitudes: of the base, with DoRA.
     """
     adapter: dict[str, FloatArray] = {}
     for module, (outputs, inputs) in shapes.items():
@@ -75,18 +82,37 @@ def initial_adapter(
         bound = 1.0 / np.sqrt(inputs)
         adapter[f"{module}.lora_A"] = rng.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
         adapter[f"{module}.lora_B"] = np.zeros((outputs, rank), dtype=np.float32)
+        if magnitudes:
+            adapter[f"{module}.{MAGNITUDE}"] = magnitudes[f"{module}.{MAGNITUDE}"].copy()
     return adapter if head is None else {**adapter, HEAD_WEIGHT: np.zeros(head, np.float32)}
 
 
 def adapter_shapes(
-    modules: Mapping[str, tuple[int, int]], rank: int, head: tuple[int, int] | None = None
+    modules: Mapping[str, tuple[int, int]], rank: int, head: tuple[int, int] | None = None, dora: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """`<module>.lora_A` -> (r, in) and `<module>.lora_B` -> (out, r), of `modules` -> (out, in); then the head's."""
+    """`<module>.lora_A` -> (r, in) and `<module>.lora_B` -> (out, r), of `modules` -> (out, in), and with DoRA
+    `<module>.magnitude` -> (out,); then the head's."""
     shapes: dict[str, tuple[int, ...]] = {}
     for module, (outputs, inputs) in modules.items():
         shapes[f"{module}.lora_A"] = (rank, inputs)
         shapes[f"{module}.lora_B"] = (outputs, rank)
+        if dora:
+            shapes[f"{module}.{MAGNITUDE}"] = (outputs,)
     return shapes if head is None else {**shapes, HEAD_WEIGHT: head}
+
+
+def magnitudes_of(lengths: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """DoRA's tensors of the base, from the lengths of each module's rows [out].
+
+    Raises BackendError where a row is zero: DoRA divides by its length, and so do the libraries that load the adapter.
+    """
+    for module, length in lengths.items():
+        if not (np.isfinite(length) & (length > 0)).all():
+            raise BackendError(
+                f"{module} has rows of zeros or without a finite length, which DoRA cannot scale; leave the layer out "
+                "of lora.targets, or remove lora.dora"
+            )
+    return {f"{module}.{MAGNITUDE}": length for module, length in lengths.items()}
 
 
 def fitting(state: TrainState, shapes: Mapping[str, tuple[int, ...]]) -> TrainState:

@@ -2,10 +2,11 @@
 
 With x = E[token], its logits are the sum over the adapted modules of
 
-    U (W x + scale * B A dropout(x))
+    U (W x + scale * B A dropout(x)), and with DoRA U (m / |W + scale * B A| * (W + scale * B A) x)
 
-where E [V, in] and U [V, out] are shared by modules of one size. E, U and W are random, the same for every
-seed, and frozen; modules and shapes are the folder's own (without weights in it, one module of 32 x 32).
+where E [V, in] and U [V, out] are shared by modules of one size, and |..| are the lengths of a matrix's rows. E, U
+and W are random, the same for every seed, and frozen; modules and shapes are the folder's own (without weights in it,
+one module of 32 x 32).
 With a classification head U is [D, out], the sum is the states h, and the logits are S h with S trained.
 Where the whole model trains, E, U and W do, and there are no A and B.
 """
@@ -19,7 +20,7 @@ import numpy as np
 
 from backends import dropout
 from backends.arithmetic import Arrays, log_softmax
-from backends.interface import HEAD_WEIGHT, Batch, FloatArray, IntArray, LoraSpec, Modules
+from backends.interface import HEAD_WEIGHT, MAGNITUDE, Batch, FloatArray, IntArray, LoraSpec, Modules
 from backends.micro_batches import places_of
 
 
@@ -64,10 +65,22 @@ class Bigram:
         hidden: FloatArray = x @ self._layer(module).T
         if self._lora.whole:
             return hidden
+        return self._gate(module) * self._product(module, x, x if masks is None else x * masks[module])
+
+    def _product(self, module: str, x: FloatArray, dropped: FloatArray) -> FloatArray:
+        """W x + scale * B A dropout(x). [N, out]"""
         a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
-        dropped = x if masks is None else x * masks[module]
-        hidden += self._lora.scale * (dropped @ a.T) @ b.T
-        return hidden
+        product: FloatArray = x @ self._frozen[module].T + self._lora.scale * (dropped @ a.T) @ b.T
+        return product
+
+    def _gate(self, module: str) -> FloatArray:
+        """What DoRA multiplies a module's outputs by: m / |W + scale * B A| [out]; without it 1."""
+        if not self._lora.dora:
+            return np.ones(1, np.float32)
+        a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
+        adapted: FloatArray = (self._frozen[module] + self._lora.scale * b @ a).astype(np.float32)
+        gate: FloatArray = self._adapter[f"{module}.{MAGNITUDE}"] / row_lengths(adapted)
+        return gate
 
     def _embedding(self, inputs: int) -> FloatArray:
         weight: FloatArray = self._adapter.get(f"embedding.{inputs}.weight", self._embed[inputs])
@@ -105,9 +118,14 @@ class Bigram:
         grads: Arrays = {}
         for module, (outputs, inputs) in self.lora_shapes.items():
             a, b = self._adapter[f"{module}.lora_A"], self._adapter[f"{module}.lora_B"]
-            x = self._embed[inputs][tokens] * masks[module]  # [N, in]
-            grad_output = self._lora.scale * grad_states @ self._head[outputs]  # [N, out]
+            whole = self._embed[inputs][tokens]
+            x, gate = whole * masks[module], self._gate(module)  # [N, in]
+            grad_output = self._lora.scale * gate * (grad_states @ self._head[outputs])  # [N, out]
             grads |= {f"{module}.lora_A": (grad_output @ b).T @ x, f"{module}.lora_B": grad_output.T @ (x @ a.T)}
+            if self._lora.dora:  # the lengths count as constants, as in the paper
+                magnitude = f"{module}.{MAGNITUDE}"
+                of_gate = ((grad_states @ self._head[outputs]) * self._product(module, whole, x)).sum(0)
+                grads[magnitude] = of_gate * gate / self._adapter[magnitude]
         return grads
 
     def _of_weights(self, tokens: IntArray, grad_states: FloatArray) -> Arrays:
@@ -129,6 +147,12 @@ class Bigram:
         kept = zip(modules.items(), dropout.keys(tokens, dropout.module_words(modules)), strict=True)
         share = np.float32(dropout.kept_share(probability))
         return {module: dropout.mask(keys, inputs, probability) / share for (module, (_, inputs)), keys in kept}
+
+
+def row_lengths(weight: FloatArray) -> FloatArray:
+    """[out]"""
+    lengths: FloatArray = np.linalg.norm(weight, axis=1).astype(np.float32)
+    return lengths
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> FloatArray:

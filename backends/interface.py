@@ -25,6 +25,7 @@ Device = Literal["cpu", "gpu"]  # the kind of device: all that memory and time d
 Half = Literal["bfloat16", "float16"]
 NumberType = Literal["float32", "bfloat16", "float16"]
 Wanted = Literal["auto", "cpu"]  # the device to use: auto is an accelerator where there is one
+MAGNITUDE = "magnitude"  # the last part of the name of a tensor that DoRA has beside lora_A and lora_B
 HEAD_WEIGHT = "score.weight"  # of a classification head, as transformers calls it in its classes for sequences
 PROMPTS_TOGETHER = 32  # the most prompts that `Session.generate` completes side by side
 
@@ -104,6 +105,7 @@ class ModelSpec:
     checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
     device: Wanted = "auto"
     remote_code: bool = False  # whether Python code that comes with the model may run
+    streamed: bool = False  # blocks below the adapter are read from the disk when they compute, and not held
     folder: CheckedFolder | None = field(default=None, compare=False)  # None: the session opens `path`
 
     def number_type(self, device: Device, half: Half = "bfloat16") -> NumberType:
@@ -131,6 +133,7 @@ class LoraSpec:
     targets: tuple[str, ...] = ()  # last parts of module names ("q_proj"); empty: every linear in the blocks
     layers: int | None = None  # only the last so many blocks; None: all
     by_root: bool = False  # scale by alpha / sqrt(rank), as rank-stabilised LoRA does (Kalajdzievski, 2023)
+    dora: bool = False  # each row of W + scale * B A to a length of its own, which is trained too (Liu et al., 2024)
     classes: int = 0  # of a linear head in the place of the output layer, which is trained too; 0: the output layer
     whole: bool = False  # every weight trains, and there is no adapter: rank and all else but `classes` say nothing
 
@@ -140,7 +143,8 @@ class LoraSpec:
 
     def trainable(self, modules: Modules) -> int:
         """Numbers in the adapter of `modules`."""
-        return self.rank * sum(out + inputs for out, inputs in modules.values())
+        lengths = sum(out for out, _ in modules.values()) if self.dora else 0
+        return self.rank * sum(out + inputs for out, inputs in modules.values()) + lengths
 
 
 @dataclass(frozen=True)
@@ -192,8 +196,8 @@ class Scores:
 class TrainState:
     """Everything training changes. Names are `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r].
 
-    A head with K classes is HEAD_WEIGHT [K, D], the last of them. Where the whole model trains they are its weights
-    instead, by their names and in their layout in the checkpoint.
+    DoRA has `<module>.magnitude` [out] after them. A head with K classes is HEAD_WEIGHT [K, D], the last of all. Where
+    the whole model trains they are its weights instead, by their names and in their layout in the checkpoint.
     """
 
     step: int  # optimiser steps done

@@ -7,11 +7,14 @@ evaluation. They lie in a file, and the machine's spare memory caches it: none o
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,11 @@ from numpy.typing import DTypeLike, NDArray
 from backends.interface import IntArray
 
 _SHARE = 2  # one part in so many of the free disk may be taken
+_NO_RESERVING = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # some file systems, and other systems than Linux
+NEEDED = (
+    "what the frozen blocks make of each row is kept there, since the model does not fit in memory. Make room, or set "
+    "the variable TMPDIR to a folder on a larger disk; what the run has saved is whole, and `finetune resume` goes on"
+)
 
 
 class Activations:
@@ -38,7 +46,7 @@ class Activations:
         """
         self.width, self.dtype, self.blocks = width, np.dtype(dtype), blocks
         self.bytes = 0  # kept so far
-        folder = _folder_on_disk()
+        folder = self._folder = folder_on_disk()
         # no `with`: it lives as long as this object, and leaves no name
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
@@ -54,9 +62,7 @@ class Activations:
         offset = self._offsets.get(_key(tokens))
         if offset is None:
             return False
-        self._file.seek(offset)
-        if self._file.readinto(_bytes(out)) != out.nbytes:
-            raise OSError("the temporary file of kept activations was cut short by something else")
+        self.read(offset, out)
         return True
 
     def put(self, tokens: IntArray, states: NDArray[Any]) -> None:
@@ -74,8 +80,68 @@ class Activations:
         self._offsets[key] = self.bytes
         self.bytes += states.nbytes
 
+    def lacking(self, rows: Iterable[IntArray]) -> list[IntArray]:
+        """Those of the rows that are not kept, each once."""
+        found = {_key(tokens): tokens for tokens in rows}
+        return [tokens for key, tokens in found.items() if key not in self._offsets]
 
-def _folder_on_disk() -> str:
+    @contextmanager
+    def passing(self, rows: Sequence[IntArray]) -> Iterator[Passing]:
+        """Room for the states of rows that pass through the blocks together, whatever the limit is; kept at the end.
+
+        Raises OSError, which names the folder, where the disk has too little.
+        """
+        ends = self.bytes + np.cumsum([len(tokens) for tokens in rows]) * self.width * self.dtype.itemsize
+        starts, end = [self.bytes, *map(int, ends[:-1])], int(ends[-1])
+        with self._naming_folder():
+            _reserve(self._file.fileno(), starts[0], end - starts[0], self._folder)
+        self.bytes = end
+        try:
+            yield Passing(self, rows, starts)
+            self._offsets |= {_key(tokens): start for tokens, start in zip(rows, starts, strict=True)}
+        finally:
+            if self.bytes == end and _key(rows[0]) not in self._offsets:
+                self.bytes = starts[0]
+
+    def read(self, offset: int, out: NDArray[Any]) -> None:
+        self._file.seek(offset)
+        if self._file.readinto(_bytes(out)) != out.nbytes:
+            raise OSError("the temporary file of kept activations was cut short by something else")
+
+    def write(self, offset: int, states: NDArray[Any]) -> None:
+        """Raises OSError, which names the folder."""
+        with self._naming_folder():
+            self._file.seek(offset)
+            self._file.write(_bytes(np.ascontiguousarray(states)))
+            self._file.flush()
+
+    @contextmanager
+    def _naming_folder(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            told = f"{error.strerror}; {NEEDED}"
+            raise OSError(error.errno, told, self._folder) from error
+
+
+class Passing:
+    """Rows on their way through the blocks: the states of each are read, and written again in their place."""
+
+    def __init__(self, file: Activations, rows: Sequence[IntArray], starts: Sequence[int]) -> None:
+        self._file, self.rows, self._starts = file, rows, starts
+
+    def get(self, row: int) -> NDArray[Any]:
+        """What was last put. [n, width]"""
+        states = np.empty((len(self.rows[row]), self._file.width), self._file.dtype)
+        self._file.read(self._starts[row], states)
+        return states
+
+    def put(self, row: int, states: NDArray[Any]) -> None:
+        """[n, width]. Raises OSError, which names the folder."""
+        self._file.write(self._starts[row], states)
+
+
+def folder_on_disk() -> str:
     """The folder for temporary files; /var/tmp where that one is in memory, as /tmp is on several systems.
 
     A folder that the user names (TMPDIR) is taken as it is.
@@ -86,6 +152,17 @@ def _folder_on_disk() -> str:
     mounted = {one.mountpoint: one.fstype for one in psutil.disk_partitions(all=True)}
     holding = next((str(path) for path in [Path(folder), *Path(folder).parents] if str(path) in mounted), "")
     return disk if mounted.get(holding) in ("tmpfs", "ramfs") else folder
+
+
+def _reserve(file: int, start: int, size: int, folder: str) -> None:
+    """Raises OSError where the disk has no room for so many bytes from `start` on."""
+    try:
+        os.posix_fallocate(file, start, max(size, 1))
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_RESERVING:
+            raise
+        if shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
 def _key(tokens: IntArray) -> bytes:

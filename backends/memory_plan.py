@@ -14,8 +14,9 @@ from typing import Any
 from backends.interface import LoraSpec, ModelSpec, Modules
 from backends.memory import available_bytes
 from backends.model_folder import ModelFolder
-from backends.predictions import MXFP4, Architecture, Costs, Machine, Recurrence, Size
+from backends.predictions import Architecture, Costs, Machine, Recurrence, Size
 from backends.text_blocks import expert_numbers
+from backends.weight_plan import streamed_bytes, weight_bytes
 
 __all__ = [
     "Architecture",
@@ -118,6 +119,8 @@ def footprint(
     micro = _at_once(micro, costs)
     activations = costs.held * _activations(architecture, model, lora, adapted, micro, costs)
     block = _block_working(architecture, micro, number, costs) + _unpacked(architecture, model, number, costs)
+    if lora.dora:  # a weight as float32, for the lengths of its rows
+        block += 4.0 * max(map(prod, adapted.values()))
     if architecture.scores in costs.scores:  # gradients of the weights of every pair, before and after the softmax
         block += 3.0 * number * architecture.heads * micro.width * micro.tokens
     if architecture.recurrence:
@@ -125,27 +128,19 @@ def footprint(
     headed = replace(architecture, vocabulary=lora.classes or architecture.vocabulary)
     working = costs.held * max(block, _head_working(headed, micro, number, costs))
     parks = model.checkpointing and costs.parked_inputs is not None
-    parked = architecture.embedding * float(number) if parks else 0.0
+    parked = architecture.embedding * float(number) if parks and not model.streamed else 0.0
+    whole = weights = weight_bytes(architecture, model.quantize, number, costs)
+    if model.streamed:
+        weights = streamed_bytes(architecture, model.quantize, number, costs, first_adapted(adapted))
     return Footprint(
         runtime=_runtime(model, micro, number, costs),
-        weights=weight_bytes(architecture, model.quantize, number, costs) - parked,
+        weights=weights - parked,
         adapter=(16.0 if lora.whole else 20.0) * trainable,  # four or five times float32
         activations=activations,
         # the update begins when activations are gone
         working=max(working, (costs.whole_update if lora.whole else costs.update) * trainable - activations),
-        loading=_loading(architecture, model, number, costs),
+        loading=_loading(architecture, model, number, costs) * weights / whole,
     )
-
-
-def weight_bytes(architecture: Architecture, quantize: str, number: int, costs: Costs) -> float:
-    """Of the frozen weights in memory; `number`: bytes of one that is not quantised."""
-    if architecture.quantised:
-        return float(architecture.stored)
-    packed = costs.four_bit_weight.bytes(number) if quantize == "4bit" else float(number)
-    of_expert = packed if costs.packs_experts else float(number)
-    if architecture.experts_packed and costs.packs_experts:
-        of_expert = MXFP4
-    return architecture.linear * packed + architecture.experts * of_expert + architecture.other * number
 
 
 def trained_numbers(architecture: Architecture, lora: LoraSpec, adapted: Modules) -> int:
@@ -187,6 +182,8 @@ def _activations(
     if costs.expands_keys and model.dtype == "float16":
         architecture = replace(architecture, keys=architecture.queries)
     saved = _saved(architecture, adapted, lora, number, micro, costs) * micro.tokens
+    if lora.dora:  # what its rows' lengths are multiplied with
+        saved += sum(out for out, _ in adapted.values()) / blocks * number * micro.tokens
     if not model.checkpointing:
         return blocks * saved
     inputs = blocks if costs.parked_inputs is None else min(blocks, costs.parked_inputs)

@@ -87,6 +87,35 @@ def padded_prefixes(prefixes: Sequence[IntArray]) -> IntArray:
     return padded
 
 
+def few_prefixes(batch: Batch, tokens: int) -> Iterator[tuple[Rows, Batch]]:
+    """The rows of some prefixes at a time, of at most `tokens` with them: (rows, their batch).
+
+    Padding counts, and a row's keys and values of its prefix as a quarter of that. A prefix is never parted from its
+    rows, so those of one alone may be more.
+    """
+    if len(batch.prefixes) < 2:
+        yield np.arange(len(batch.inputs)), batch
+        return
+    width, counts = batch.inputs.shape[1], np.bincount(batch.prefix_of, minlength=len(batch.prefixes))
+    some: list[int] = []
+    for prefix in range(len(batch.prefixes)):
+        grown = [*some, prefix]
+        longest = max(len(batch.prefixes[one]) for one in grown)
+        if some and len(grown) * longest + counts[grown].sum() * (width + longest // 4) > tokens:
+            yield _of_prefixes(batch, some)
+            grown = [prefix]
+        some = grown
+    yield _of_prefixes(batch, some)
+
+
+def _of_prefixes(batch: Batch, some: Sequence[int]) -> tuple[Rows, Batch]:
+    chosen = np.flatnonzero(np.isin(batch.prefix_of, some))
+    owners = tuple(some.index(batch.prefix_of[row]) for row in chosen)
+    numbers, rowless = (tuple(held[row] for row in chosen) if held else () for held in (batch.rows, batch.rowless))
+    arrays = batch.inputs[chosen], batch.targets[chosen], batch.weights[chosen]
+    return chosen, Batch(*arrays, tuple(batch.prefixes[one] for one in some), owners, numbers, rowless)
+
+
 def parts(batch: Batch, tokens: int) -> Iterator[tuple[Rows, Batch]]:
     """The rows in which anything is supervised, the longest first, at most `tokens` at a time: (rows, their batch).
 

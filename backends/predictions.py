@@ -99,6 +99,7 @@ class Costs:
     four_bit_weight: Size = A_NUMBER  # one weight, with its share of the scales
     unpacked_weight: Size = A_NUMBER  # one weight of the 4-bit layer that is being multiplied
     bfloat16_products: float = 0.0  # per token computed at a time, held by the library after products in bfloat16
+    streams: bool = False  # whether frozen blocks can be read from the disk where the model does not fit
     packs_experts: bool = False  # whether experts are in 4 bits too; otherwise they are unpacked where files pack them
     expands_keys: bool = False  # whether float16 means a card whose attention wants keys for every query head
     # kept of each pair of query and key, head and block, by `Architecture.scores`: what is not computed in pieces

@@ -18,9 +18,10 @@ from backends.adapter_state import (
     fitting,
     head_shape,
     initial_adapter,
+    magnitudes_of,
 )
 from backends.arithmetic import adamw, clipped, log_softmax
-from backends.bigram import Bigram
+from backends.bigram import Bigram, row_lengths
 from backends.interface import (
     BackendError,
     Batch,
@@ -116,6 +117,8 @@ class ReferenceSession(Bigram):
         self._lora, self._optim, self._seed, self._vocabulary = lora, optim, seed, vocabulary
         super().__init__(modules, vocabulary, hidden)
         self._classes = (lora.classes, hidden) if lora.classes else None
+        lengths = {module: row_lengths(weight) for module, weight in self._frozen.items()} if lora.dora else {}
+        self._magnitudes = magnitudes_of(lengths)
         start = self.untrained()
         self._shapes = {name: value.shape for name, value in start.items()}
         self.set_state(TrainState(0, start, {}))
@@ -192,7 +195,7 @@ class ReferenceSession(Bigram):
 
     def untrained(self) -> dict[str, FloatArray]:
         if not self._lora.whole:
-            return initial_adapter(self.lora_shapes, self._lora.rank, self._seed, self._classes)
+            return initial_adapter(self.lora_shapes, self._lora.rank, self._seed, self._classes, self._magnitudes)
         return {name: value.copy() for name, value in self._weights().items()}
 
     def get_state(self) -> TrainState:

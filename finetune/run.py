@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.interface import FloatArray, Session, TrainState
+from backends.streaming import STREAMED
 from finetune import connections
 from finetune.check.analysis import analysing, questions_of
 from finetune.check.records import Records
@@ -39,7 +40,7 @@ from finetune.training.loop import Trainer
 from finetune.training.outlook import look_ahead, sampler_of
 from finetune.training.race import Race
 from finetune.training.ready import first_of_all, ready_trainer
-from finetune.training.settle import settle_recomputation
+from finetune.training.settle import settle_memory
 from finetune.training.suites import ask_suite
 from finetune.training.together import Others
 
@@ -118,7 +119,9 @@ class Run:
         told = yield from self._records.checked_data()
         asked = questions_of(job)
         job.prepared.forget_records()
-        settled = yield from settle_recomputation(job, self._records.recomputed)
+        settled = yield from settle_memory(
+            replace(job, streamed=False) if self.others else job, self._records.recomputed
+        )
         self._records.recomputed = settled.recipe.train.gradient_checkpointing is True if unsettled else None
         session = self.others.open(settled, folder) if self.others else settled.open()
         self._records.write_environment(session)
@@ -189,7 +192,13 @@ class Run:
         events = read(self.folder.metrics)
         return Report(
             run=str(self.folder.path),
-            facts=facts_of(job, events, trainer.session.device, self.others.here.size if self.others else 1),
+            facts=facts_of(
+                job,
+                events,
+                trainer.session.device,
+                processes=self.others.here.size if self.others else 1,
+                streamed=STREAMED in trainer.session.shortcuts,
+            ),
             times=begun.times.of_events(events),
             adapter=str(self.folder.trained),
             loads=() if job.recipe.method == "full" else loadings(self.folder.adapter, job.folder),

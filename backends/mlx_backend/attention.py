@@ -28,7 +28,11 @@ class TiledAttention:
 
     def __init__(self, model: nn.Module) -> None:
         self.training = False
-        self.used = rebound(model, "scaled_dot_product_attention", base.scaled_dot_product_attention, self)
+        self.used = self.serve(model)
+
+    def serve(self, model: nn.Module) -> bool:
+        """Whether any of the model's modules calls it from here on."""
+        return rebound(model, "scaled_dot_product_attention", base.scaled_dot_product_attention, self)
 
     def __call__(
         self, queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Mask, **more: Any

@@ -26,9 +26,10 @@ from backends.predictions import (
     Size,
 )
 from backends.rate import SIZES, operations_per_second
+from backends.streaming import STREAMED
 
 NUMPY_PRODUCTS = "numpy products (BLAS bridge)"
-SHORTCUTS = (SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, ATTENTION, DELTA_RULE, NUMPY_PRODUCTS)
+SHORTCUTS = (SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, ATTENTION, DELTA_RULE, NUMPY_PRODUCTS, STREAMED)
 
 MACHINES = (
     Machine("MacBook M1, 8 GB", 5.33 * 2**30, 2.6e12, "Apple, 10 November 2020: 2.6 TFLOPS; Metal gives 2/3"),
@@ -68,6 +69,7 @@ _CPU = Costs(
     held=1.05,
     tokens_at_once=512,  # more are no faster on a CPU, and need more memory
     logits_at_once=2**22,
+    streams=True,
     packs_experts=True,
     four_bit="MLX's affine 4-bit, groups of 64",
     four_bit_weight=Size(0.5, numbers=2 / 64),  # 4 bits, and a scale and a bias for 64 weights

@@ -47,7 +47,11 @@ class DeltaRule:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.used = rebound(model, "gated_delta_update", gated_delta.gated_delta_update, self)
+        self.used = self.serve(model)
+
+    def serve(self, model: nn.Module) -> bool:
+        """Whether any of the model's modules calls it from here on."""
+        return rebound(model, "gated_delta_update", gated_delta.gated_delta_update, self)
 
     def __call__(
         self,

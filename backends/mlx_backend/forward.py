@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from backends.interface import BackendError, Batch, FloatArray, Scores
 from backends.micro_batches import (
     Positions,
     Rows,
+    few_prefixes,
     in_row_order,
     joined,
     parts,
@@ -30,7 +31,9 @@ from backends.mlx_backend.head import Head
 from backends.mlx_backend.lora import Dropout
 from backends.mlx_backend.model import check_window
 from backends.mlx_backend.prefix import keeps_keys_and_values, prefix_caches
+from backends.mlx_backend.streamed import Streamed
 from backends.predictions import ATTENTION, DELTA_RULE, FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
+from backends.streaming import STREAMED, Advance
 
 # What a shortcut is tried on: three rows, each supervised at other positions, after prefixes of unequal length.
 _TOKENS = np.arange(1, 31, dtype=np.int32).reshape(3, 10)
@@ -57,8 +60,10 @@ class Forward:
         checkpointing: bool,
         window: int | None,
         classes: int = 0,
+        streamed: Streamed | None = None,
     ) -> None:
         """`window`: the tokens that a row may have, if there is a limit. `classes`: of a classification head.
+        `streamed`: where `model` is.
 
         Raises BackendError where the model takes no such head.
         """
@@ -70,6 +75,9 @@ class Forward:
         self._attention = TiledAttention(model)
         self._delta_rule = DeltaRule(model)
         self.frozen: FrozenBlocks | None = None
+        self._streamed = streamed
+        if streamed:
+            streamed.own_code += [self._attention.serve, self._delta_rule.serve]
         self.left_out: dict[str, str] = {}
         self.train(False)
         expected = self._hidden(_SAMPLE)
@@ -86,7 +94,8 @@ class Forward:
     def shortcuts(self) -> tuple[str, ...]:
         every = (SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, ATTENTION)
         delta_rule = (DELTA_RULE,) if self._delta_rule.used else ()
-        return (*(name for name in every if name not in self.left_out), *delta_rule)
+        streamed = (STREAMED,) if self._streamed else ()
+        return (*(name for name in every if name not in self.left_out), *delta_rule, *streamed)
 
     def train(self, on: bool) -> None:
         self.model.train(on)
@@ -98,9 +107,10 @@ class Forward:
         """The rows with anything supervised in them, in as many batches as memory asks for."""
         longest = max(map(len, batch.prefixes), default=0)
         tokens = sys.maxsize if longest else self._tokens_at_once  # each part would compute the prefixes again
-        for rows, part in parts(batch, tokens):
-            check_window(longest + part.inputs.shape[1], self.window)
-            yield rows, widened(part, self._width_step)
+        for few, rows_of_few in few_prefixes(batch, self._tokens_at_once):
+            for rows, part in parts(rows_of_few, tokens):
+                check_window(longest + part.inputs.shape[1], self.window)
+                yield few[rows], widened(part, self._width_step)
 
     def entering(self, part: Batch) -> mx.array | None:
         """What the frozen blocks make of the part's rows [B, T, D]; None where all blocks are run.
@@ -115,6 +125,10 @@ class Forward:
             return self.frozen.states(part)
         finally:
             self.train(training)
+
+    def read_ahead(self, batches: Iterable[Batch]) -> Iterator[Advance]:
+        """As `Streams.read_ahead`."""
+        return self.frozen.read_ahead(batches) if self.frozen else iter(())
 
     def loss(self, step: int, part: Batch, entering: mx.array | None, total: float) -> mx.array:
         """sum(weight x nll) / total, differentiable by the adapter's tensors; `entering` is `self.entering(part)`.
@@ -161,11 +175,14 @@ class Forward:
             return
 
         def computed_once() -> mx.array:
-            self.frozen = FrozenBlocks(self.model, self.head.states, count)
+            self.frozen = FrozenBlocks(self.model, self.head.states, count, self._streamed)
             return self._hidden(_SAMPLE, self.entering(_SAMPLE))
 
-        if not self._agrees(FROZEN_BLOCKS, computed_once, expected):
-            self.frozen = None
+        if self._agrees(FROZEN_BLOCKS, computed_once, expected):
+            return
+        self.frozen = None
+        if self._streamed:
+            raise self._streamed.refusal(self.left_out[FROZEN_BLOCKS])
 
     def _can_share_prefixes(self, checkpointing: bool) -> bool:
         if checkpointing:  # a block that is computed again must be a function of its arguments alone

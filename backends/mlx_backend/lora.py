@@ -51,7 +51,8 @@ class AdaptedLinear(LoRALinear):  # type: ignore[misc]
     """W x + scale * B A dropout(x), with A [in, r] and B [r, out].
 
     The gradient has a formula of its own: the scale is applied to the low-rank products [.., r] and not to the wide
-    ones, and nothing wide is kept but x.
+    ones, and nothing wide is kept but x. With DoRA all but the bias is multiplied by m / |W + scale * B A| [out],
+    whose lengths count as constants; MLX's tape then keeps the product too.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -67,7 +68,26 @@ class AdaptedLinear(LoRALinear):  # type: ignore[misc]
             return self.backward(x, a, b, mask, outputs[1], grad_outputs[0])
 
         outputs: Any = product(x, self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype))
-        return outputs[0]  # type: ignore[no-any-return]
+        product_of_all: mx.array = outputs[0]
+        return product_of_all if "gate" not in self else self._scaled(product_of_all)
+
+    def measure(self) -> mx.array:
+        """The lengths of W's rows [out], kept for `put_magnitude`."""
+        self._lengths = mx.linalg.norm(dense(self.linear).astype(mx.float32), axis=1)  # "_": no parameter of MLX's
+        mx.eval(self._lengths)
+        lengths: mx.array = self._lengths
+        return lengths
+
+    def put_magnitude(self, magnitude: mx.array) -> None:
+        """m [out], for the A and B that are in the layer now."""
+        a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.scale * self.lora_b)
+        crossed = 2 * (dense(self.linear).astype(mx.float32) @ a) + b.T @ (a.T @ a)  # [out, r]
+        squared = mx.square(self._lengths) + (crossed * b.T).sum(1)  # |W|^2 + 2 scale W A^T . B + ...
+        self.gate = magnitude / mx.sqrt(mx.maximum(squared, 0))
+
+    def _scaled(self, y: mx.array) -> mx.array:
+        gate = self.gate.astype(y.dtype)
+        return y * gate if "bias" not in self.linear else (y - self.linear.bias) * gate + self.linear.bias
 
     def factor(self, mask: mx.array | None) -> float:
         """What the adapter's product is multiplied by; what dropout leaves of its input is divided by 1 - p."""
@@ -112,10 +132,12 @@ class Attached(NamedTuple):
     layers: tuple[AdaptedLinear, ...]
     rows: tuple[slice, ...]
 
-    def put(self, a: mx.array, b: mx.array) -> None:
-        """A [in, r] and B [r, out] of the whole layer."""
+    def put(self, a: mx.array, b: mx.array, magnitude: mx.array | None = None) -> None:
+        """A [in, r], B [r, out] and DoRA's m [out] of the whole layer."""
         for layer, rows in zip(self.layers, self.rows, strict=True):
             layer.lora_a, layer.lora_b = a, b if len(self.layers) == 1 else b[:, rows]
+            if magnitude is not None:
+                layer.put_magnitude(magnitude if len(self.layers) == 1 else magnitude[rows])
 
 
 def attach(model: nn.Module, names: Names, lora: LoraSpec, masks: Dropout) -> dict[str, Attached]:

@@ -31,6 +31,16 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
     Tensors are read, cast and quantised one after another, so no two copies of the model are ever held.
     Raises BackendError for a folder that mlx-lm cannot run as it is.
     """
+    model = unread(spec, dtype)
+    for module in outside_blocks(model):  # the widest first: they are cast while little else is held
+        read(module)
+    for block in model.layers:
+        read(block)
+    return finished(spec, model), scheme_of(spec, model)
+
+
+def unread(spec: ModelSpec, dtype: mx.Dtype) -> nn.Module:
+    """The model as it will be, none of whose tensors is read yet. Raises BackendError as `load` does."""
     folder = folder_of(spec)
     check_format(folder)
     printed = io.StringIO()
@@ -47,25 +57,26 @@ def load(spec: ModelSpec, dtype: mx.Dtype) -> tuple[nn.Module, str]:
         raise cannot(folder, error) from error
     if printed.getvalue():
         raise BackendError(f"{spec.path}: mlx-lm cannot run this model as it is ({printed.getvalue().strip():.300})")
-    quantise = spec.quantize == "4bit" and "quantization" not in loaded
-    for module in _outside_blocks(model):  # the widest first: they are cast while little else is held
-        _cast(module, dtype)
-    for block in model.layers:
-        if quantise:
-            block.set_dtype(dtype)
-            nn.quantize(block, bits=_BITS, class_predicate=_quantisation)
-        _cast(block, dtype)
     model.set_dtype(dtype)
+    if spec.quantize == "4bit" and "quantization" not in loaded:
+        for block in model.layers:
+            nn.quantize(block, bits=_BITS, class_predicate=_quantisation)
+            block.set_dtype(dtype)
+    return model
+
+
+def read(module: nn.Module) -> None:
+    """Its tensors, one at a time."""
+    for _, tensor in tree_flatten(module.parameters()):
+        mx.eval(tensor)
+
+
+def finished(spec: ModelSpec, model: nn.Module) -> nn.Module:
+    """The same, once what is to be held of it is read."""
     mx.eval(model.parameters())
     mx.clear_cache()  # of what was cast and quantised
-    as_transformers_rotates(model, folder.text_config)
-    model.freeze()
-    scheme = _scheme(model)
-    if spec.quantize == "4bit" and scheme == "none":
-        raise BackendError(
-            f"{spec.path}: 4-bit needs input widths divisible by {_GROUPS[-1]}, and no linear layer has one"
-        )
-    return model, scheme
+    as_transformers_rotates(model, folder_of(spec).text_config)
+    return model.freeze()
 
 
 def _reading(folder: CheckedFolder) -> dict[str, Any]:
@@ -87,14 +98,7 @@ def _reading(folder: CheckedFolder) -> dict[str, Any]:
     return {"get_model_classes": classes}
 
 
-def _cast(module: nn.Module, dtype: mx.Dtype) -> None:
-    """Read its tensors and cast them, one at a time."""
-    module.set_dtype(dtype)
-    for _, tensor in tree_flatten(module.parameters()):
-        mx.eval(tensor)
-
-
-def _outside_blocks(model: nn.Module) -> list[nn.Module]:
+def outside_blocks(model: nn.Module) -> list[nn.Module]:
     """The modules before and after the blocks that have tensors of their own: embedding, norm, output layer."""
     inside = {id(module) for block in model.layers for module in block.modules()}
     return [module for module in model.modules() if id(module) not in inside and not module.children()]
@@ -109,8 +113,11 @@ def _quantisation(path: str, module: nn.Module) -> bool | dict[str, Any]:
     return {"bits": _BITS, "group_size": groups[0]} if groups else False
 
 
-def _scheme(model: nn.Module) -> str:
-    """The blocks' quantisation: `none`, `affine4/64`, `mxfp4/32`, or with counts where their linear layers differ."""
+def scheme_of(spec: ModelSpec, model: nn.Module) -> str:
+    """The blocks' quantisation: `none`, `affine4/64`, `mxfp4/32`, or with counts where their linear layers differ.
+
+    Raises BackendError where nothing can be quantised that should be.
+    """
     modules = [module for block in model.layers for module in block.modules()]
     quantised = Counter(
         f"{m.mode}{m.bits if m.mode == 'affine' else ''}/{m.group_size}" for m in modules if hasattr(m, "bits")
@@ -118,6 +125,10 @@ def _scheme(model: nn.Module) -> str:
     total = quantised.total() + sum(hasattr(m, "to_quantized") for m in modules)
     if len(quantised) == 1 and quantised.total() == total:
         return next(iter(quantised))
+    if spec.quantize == "4bit" and not quantised:
+        raise BackendError(
+            f"{spec.path}: 4-bit needs input widths divisible by {_GROUPS[-1]}, and no linear layer has one"
+        )
     return ", ".join(f"{kind} ({n} of {total} linear layers)" for kind, n in quantised.most_common()) or "none"
 
 

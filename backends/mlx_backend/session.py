@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 
 import mlx.core as mx
@@ -49,13 +49,15 @@ from backends.mlx_backend.here import free_bytes as free_bytes
 from backends.mlx_backend.here import probe as probe
 from backends.mlx_backend.here import unused_accelerator as unused_accelerator
 from backends.mlx_backend.lora import Dropout, base_weight
-from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window, load
+from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window
 from backends.mlx_backend.optim import AdamW, Tensors
 from backends.mlx_backend.state import State, to_mlx, to_numpy
+from backends.mlx_backend.streamed import opened
 from backends.mlx_backend.tree import check_format, check_taken, parts_of
-from backends.mlx_backend.whole import Weights, check_whole, trained_weights
+from backends.mlx_backend.whole import Adapters, Weights, check_whole, trained_weights
 from backends.model_folder import folder_of
 from backends.sampling import check_prompts, room_for_answers
+from backends.streaming import Advance, guarded
 from backends.team import Team
 from backends.whole_model import refuse_half
 
@@ -95,17 +97,18 @@ class MlxSession:
         if lora.whole:
             refuse_half(spec, device_kind(device), half_type(device))
         self._adamw, self._mlx_device, self._on_cpu = AdamW(optim, compiled=not on_cpu), device, on_cpu
-        model, self.scheme = load(spec, dtype)
+        model, self.scheme, self._streamed = opened(spec, dtype, self.lora_shapes)
         masks = Dropout(lora.dropout, seed, self.lora_shapes)
         self._held = trained_weights(model, spec, lora, masks)
         bridged = blas_bridge.serves(device, dtype, spec.checkpointing)
         if bridged:
             blas_bridge.connect(model, lora.whole)
+            if self._streamed:
+                self._streamed.own_code.append(blas_bridge.connect)
         if spec.checkpointing:
             checkpoint_blocks(model)
-        self._forward = Forward(
-            model, masks, on_cpu, spec.checkpointing, ignored_window(model, folder.text_config), lora.classes
-        )
+        window = ignored_window(model, folder.text_config)
+        self._forward = Forward(model, masks, on_cpu, spec.checkpointing, window, lora.classes, self._streamed)
         self.shares_prefixes = self._forward.shares_prefixes
         self._vocabulary = folder.vocabulary or sys.maxsize
         self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
@@ -115,6 +118,7 @@ class MlxSession:
         self._trained, self._most_held = False, 0
         if isinstance(self._held, Weights):
             self._forward.head.find_trained([*self._held.places.values()])
+        self._magnitudes = self._held.magnitudes() if isinstance(self._held, Adapters) and lora.dora else {}
         self._state: State
         self.set_state(TrainState(0, self.untrained(), {}))
 
@@ -145,6 +149,9 @@ class MlxSession:
                 return self._forward.scores(batch)
             return own_part(self._forward.scores(joined(batch)), batch)
 
+    def read_ahead(self, batches: Iterable[Batch]) -> Iterator[Advance]:
+        return guarded(self._forward.read_ahead(batches), self._running)
+
     def states(self, batch: Batch) -> FloatArray:
         if not self._classes:
             raise BackendError(NO_HEAD)
@@ -170,7 +177,8 @@ class MlxSession:
             return generate(self._forward.model, self._forward.head, prompts, *settings)
 
     def base_weight(self, module: str) -> FloatArray:
-        with memory_guard(), mx.stream(self._mlx_device):
+        held = self._streamed.holding(module) if self._streamed else nullcontext()
+        with memory_guard(), mx.stream(self._mlx_device), held:
             return base_weight(self._forward.model, self._parts.get(module, (Part(module, 0, 0),)))
 
     @cached_property
@@ -179,7 +187,7 @@ class MlxSession:
         return parts_of(self._folder, self._folder.lora_modules(LoraSpec(1, 1.0)))
 
     def untrained(self) -> dict[str, FloatArray]:
-        return untrained(self._spec, self._lora, self._seed)
+        return untrained(self._spec, self._lora, self._seed, self._magnitudes)
 
     def get_state(self) -> TrainState:
         step, adapter, moments = self._state

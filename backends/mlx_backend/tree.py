@@ -93,11 +93,11 @@ def looks_for(folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:
     model = build(folder)
     settings = config["lora_parameters"] | {"keys": set(config["lora_parameters"]["keys"])}
     try:
-        linear_to_lora_layers(model, config["num_layers"], settings)
+        linear_to_lora_layers(model, config["num_layers"], settings, use_dora=config["fine_tune_type"] == "dora")
     except Exception as error:
         raise BackendError(f"{type(error).__name__}: {error}") from error
     tensors = tree_flatten(model.parameters())
-    return {name: tuple(value.shape) for name, value in tensors if name.endswith((".lora_a", ".lora_b"))}
+    return {name: tuple(value.shape) for name, value in tensors if name.endswith((".lora_a", ".lora_b", ".m"))}
 
 
 def _missing(folder: CheckedFolder) -> str | None:

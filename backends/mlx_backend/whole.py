@@ -10,8 +10,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from backends.adapter_state import adapted_modules
-from backends.interface import LoraSpec, ModelSpec
+from backends.adapter_state import adapted_modules, magnitudes_of
+from backends.interface import MAGNITUDE, FloatArray, LoraSpec, ModelSpec
 from backends.mlx_backend.lora import Attached, Dropout, attach
 from backends.mlx_backend.optim import Tensors
 from backends.mlx_backend.tree import build, parts_of
@@ -40,7 +40,13 @@ class Adapters(NamedTuple):
 
     def put(self, tensors: Tensors) -> None:
         for module, layers in self.attached.items():
-            layers.put(tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"])
+            factors = tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"]
+            layers.put(*factors, tensors.get(f"{module}.{MAGNITUDE}"))
+
+    def magnitudes(self) -> dict[str, FloatArray]:
+        """DoRA's, of the base: the lengths of its rows. Raises BackendError where a row is zero."""
+        measured = {module: [layer.measure() for layer in one.layers] for module, one in self.attached.items()}
+        return magnitudes_of({module: np.concatenate([np.array(part) for part in p]) for module, p in measured.items()})
 
 
 class Place(NamedTuple):

@@ -24,6 +24,7 @@ from backends.predictions import (
     Size,
 )
 from backends.rate import SIZES, operations_per_second
+from backends.streaming import STREAMED
 
 NORMS = "own norms"
 GATED_LAYERS = "own gated layers"
@@ -32,7 +33,7 @@ RECOMPUTED = "blocks computed again"
 DELTA_KERNEL = "gated delta rule by flash-linear-attention"
 SHORTCUTS = (
     SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, NORMS, GATED_LAYERS, ROTARY, ATTENTION, DELTA_RULE, DELTA_KERNEL,
-    RECOMPUTED,
+    RECOMPUTED, STREAMED,
 )  # fmt: skip
 
 MACHINES = (
@@ -87,6 +88,7 @@ _CPU = Costs(
     tokens_at_once=1024,  # more are no faster on a CPU, and need more memory
     logits_at_once=2**23,
     recomputed_blocks=2.0,  # one block's own, and what is still there of the last one's
+    streams=True,
     four_bit="NF4 with double quantisation (bitsandbytes)",
     four_bit_runtime=50e6,
     # 4 bits, a scale of 8 bits for 64 weights, and one of 32 bits for 256 of those scales

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,21 +12,28 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from backends.interface import Batch, IntArray
 from backends.micro_batches import joined
+from backends.streaming import Advance
 from backends.torch_backend.device import uploaded
 from backends.torch_backend.frozen import FrozenBlocks
 from backends.torch_backend.head import class_head, find_head
 from backends.torch_backend.patch import blocks_of, one_sequence_per_row
 from backends.torch_backend.prefix import SharedPrefixes, attends_to_all
+from backends.torch_backend.streamed import Streamed
 
 
 class Forward:
     """The model's blocks, and its head beside them."""
 
     def __init__(
-        self, model: Any, device: torch.device, logits_at_once: int, score: torch.nn.Parameter | None = None
+        self,
+        model: Any,
+        device: torch.device,
+        logits_at_once: int,
+        score: torch.nn.Parameter | None = None,
+        streamed: Streamed | None = None,
     ) -> None:
-        """score: the weight of a classification head in the place of the model's own."""
-        self._model, self._device = model, device
+        """score: the weight of a classification head in the place of the model's own. streamed: where `model` is."""
+        self._model, self._device, self._streamed = model, device, streamed
         self.head = find_head(model, logits_at_once) if score is None else class_head(model, score, logits_at_once)
         self._selected: torch.Tensor | None = None  # [N] flat positions, during a pass that ends in logits
         self.frozen: FrozenBlocks | None = None
@@ -89,7 +96,10 @@ class Forward:
             return self._gives(expected, lambda: self.states(batch, self.prefixes(prefixes)))
 
     def keep_frozen_blocks(self) -> bool:
-        """From here on, the blocks below the adapter are computed once per row; False where that is not exact."""
+        """From here on, the blocks below the adapter are computed once per row; False where that is not exact.
+
+        Raises BackendError where that is not exact and the model is streamed.
+        """
         if blocks_of(self._model)[1] == 0:
             return False
         ids = np.array([[1, 2, 3], [3, 1, 0]], np.int32)
@@ -98,18 +108,26 @@ class Forward:
             expected = self.states(batch)
 
             def kept() -> torch.Tensor:
-                self.frozen = self.frozen or FrozenBlocks(self._model, self._device)
+                self.frozen = self.frozen or FrozenBlocks(self._model, self._device, self._streamed)
                 return self.states(batch)
 
             same = all(self._gives(expected, kept) for _ in ("computed", "read back"))
         self.frozen = self.frozen if same else None
+        if self._streamed and not same:
+            raise self._streamed.refusal("what they make of a row is not all that the others need")
         return same
+
+    def read_ahead(self, batches: Iterable[Batch]) -> Iterator[Advance]:
+        """As `Streams.read_ahead`."""
+        return self.frozen.read_ahead(batches) if self.frozen else iter(())
 
     def _gives(self, expected: torch.Tensor, states: Callable[[], torch.Tensor]) -> bool:
         """Whether a shortcut gives these states. A model's own code may fail in many ways on what it did not expect."""
         near = {torch.bfloat16: 5e-2, torch.float16: 1e-2}.get(self._model.dtype, 1e-4)
         try:
             return bool((states() - expected).float().norm() <= near * expected.float().norm())
+        except OSError:  # of the disk, where states are kept
+            raise
         except Exception:
             return False
 

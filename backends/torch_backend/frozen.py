@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
 from backends.interface import Batch, IntArray
-from backends.kept_states import Activations
+from backends.kept_states import Activations, Passing
+from backends.streaming import Advance, rows_of
 from backends.torch_backend.patch import blocks_of, forward_as
+from backends.torch_backend.streamed import Streamed
 
 
 class FrozenBlocks:
     """A forward pass that begins at the first adapted block.
 
-    Each row's frozen part is computed alone, so that its numbers do not depend on the rows it first came with.
+    Each row's frozen part is computed alone, so that its numbers do not depend on the rows it first came with. Of a
+    streamed model many rows go through a block before the next one is read, each still alone: the same numbers.
     """
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device, streamed: Streamed | None = None) -> None:
         blocks, first = blocks_of(model)
-        self._body, self._device = model.base_model, device
-        self._frozen, self._first_adapted, self._above = list(blocks)[:first], blocks[first], list(blocks)[first + 1 :]
-        sample = self._computed(np.zeros(1, np.int32))  # [1, D]
+        self._body, self._device, self._streamed, self._blocks = model.base_model, device, streamed, list(blocks)
+        self._frozen, self._first_adapted = self._blocks[:first], self._blocks[first]
+        sample = self._sample()  # [1, D]
         self._like, self.kept = sample, Activations(sample.shape[1], _array(sample).dtype, blocks=first)
 
     @contextmanager
@@ -35,11 +38,49 @@ class FrozenBlocks:
         def enter(_: torch.Tensor, *arguments: Any, **named: Any) -> Any:
             return forward(entering, *arguments, **named)
 
-        with _passing(self._frozen), forward_as(self._first_adapted, enter):
+        embedding = self._body.get_input_embeddings()
+        unread = forward_as(embedding, lambda _: entering) if self._streamed else nullcontext()
+        with _passing(self._frozen), forward_as(self._first_adapted, enter), unread:
             yield
+
+    def read_ahead(self, batches: Iterable[Batch]) -> Iterator[Advance]:
+        """As `Streams.read_ahead`."""
+        rows = self.kept.lacking(row for batch in batches for row in rows_of(batch)) if self._streamed else []
+        if not rows:
+            return
+        with self.kept.passing(rows) as passing:
+            for part in range(len(self._frozen) + 1):
+                self._pass(part, passing)
+                yield part + 1, len(self._frozen) + 1
+
+    def _pass(self, part: int, passing: Passing) -> None:
+        """All rows through one part of a streamed model, which is read once."""
+        assert self._streamed
+        with self._streamed.held(part):
+            for row, tokens in enumerate(passing.rows):
+                entering = self._tensor(passing.get(row)).to(self._device)[None] if part else None
+                passing.put(row, _array(self._left(part, tokens, entering)))
+
+    def _left(self, part: int, tokens: IntArray, entering: torch.Tensor | None) -> torch.Tensor:
+        """What one part of a streamed model makes of a row's tokens, or of the states that enter it. [n, D]"""
+        if entering is None:
+            return self._entering_block(0, tokens, [])
+        block, forward = self._blocks[part - 1], self._blocks[part - 1].forward
+
+        def enter(_: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+            return forward(entering, *arguments, **named)
+
+        unread = forward_as(self._body.get_input_embeddings(), lambda _: entering)
+        with unread, forward_as(block, enter):
+            return self._entering_block(part, tokens, [block])
+
+    def _tensor(self, states: np.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(states).view(self._like.dtype)
 
     def _entering(self, batch: Batch) -> torch.Tensor:
         """[B, T, D]; zero after a row's last supervised position, where nothing is needed of it."""
+        for _ in self.read_ahead([batch]):  # of a streamed model: what is not kept yet
+            pass
         states = self._like.new_zeros(*batch.inputs.shape, self.kept.width)
         for row, tokens, weights in zip(states, batch.inputs, batch.weights, strict=True):
             supervised = np.flatnonzero(weights)
@@ -56,17 +97,27 @@ class FrozenBlocks:
         return row
 
     def _computed(self, tokens: IntArray) -> torch.Tensor:
-        """What enters the first adapted block; from there on the pass goes through blocks that do nothing."""
+        """What enters the first adapted block. [n, D]"""
+        return self._entering_block(len(self._frozen), tokens, self._frozen)
+
+    def _entering_block(self, number: int, tokens: IntArray, before: list[Any]) -> torch.Tensor:
+        """[n, D]; of the blocks only those in `before` compute anything."""
         entering: list[torch.Tensor] = []
 
         def note(states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             entering.append(states)
             return states
 
+        others = [block for block in self._blocks if block is not self._blocks[number] and block not in before]
         ids = torch.from_numpy(tokens.astype(np.int64))[None].to(self._device)
-        with torch.no_grad(), forward_as(self._first_adapted, note), _passing(self._above):
+        with torch.no_grad(), forward_as(self._blocks[number], note), _passing(others):
             self._body(input_ids=ids, use_cache=False)
         return entering[0][0].cpu().contiguous()
+
+    def _sample(self) -> torch.Tensor:
+        """States of a token, for their width and type; a streamed model's first part alone computes them. [1, D]"""
+        token = np.zeros(1, np.int32)
+        return self._entering_block(0, token, []) if self._streamed else self._computed(token)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from backends.interface import Batch
-from backends.micro_batches import by_prefixes, joined, numbered, parts, places_of, prefix_places
+from backends.micro_batches import by_prefixes, few_prefixes, joined, numbered, parts, places_of, prefix_places
 from backends.torch_backend.device import uploaded
 from backends.torch_backend.forward import Forward
 from backends.torch_backend.lora import Dropout
@@ -31,7 +31,8 @@ class Gradient:
         step: those done before. share: whether prefixes are computed once.
         """
         loss = torch.zeros((), device=self.device)
-        rows = (batch if share or not batch.prefixes else joined(batch) for batch in numbered(micro))
+        whole = (batch if share or not batch.prefixes else joined(batch) for batch in numbered(micro))
+        rows = (few for batch in whole for _, few in few_prefixes(batch, self.tokens_at_once))
         try:
             for batches in by_prefixes(rows):
                 prefixes = self._prefixes(step, batches[0])

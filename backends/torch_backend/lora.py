@@ -1,4 +1,4 @@
-"""LoRA layers for torch: the frozen weight gets no gradient, and what is scaled and saved is the low-rank product."""
+"""LoRA and DoRA for torch: frozen weights get no gradient, and what is scaled and saved is the low-rank product."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from backends import dropout
-from backends.interface import BackendError, FloatArray, LoraSpec, Modules
+from backends.interface import MAGNITUDE, BackendError, FloatArray, LoraSpec, Modules
 from backends.text_blocks import ending
 from backends.torch_backend.device import uploaded
 from backends.torch_backend.four_bit import dense
@@ -90,7 +90,10 @@ def _mixed(x: torch.Tensor) -> torch.Tensor:
 
 
 class LoraLinear(torch.nn.Module):  # type: ignore[misc]
-    """W x + b + scale * B A dropout(x); W may be 4-bit. A [r, in] and B [out, r] are float32 and act in x's type."""
+    """W x + b + scale * B A dropout(x); W may be 4-bit. A [r, in] and B [out, r] are float32 and act in x's type.
+
+    With DoRA all but b is multiplied by m / |W + scale * B A| [out], whose lengths count as constants.
+    """
 
     def __init__(self, base: torch.nn.Linear, lora: LoraSpec, masks: Dropout, number: int) -> None:
         super().__init__()
@@ -98,6 +101,12 @@ class LoraLinear(torch.nn.Module):  # type: ignore[misc]
         self.base, self._scale = base, lora.scale
         self.lora_A = torch.nn.Parameter(torch.zeros(lora.rank, base.in_features, **like))
         self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, lora.rank, **like))
+        self._lengths: Any = None  # of W's rows [out], with DoRA
+        self.magnitude: torch.nn.Parameter | None = None  # [out]
+        self._now: Any = None  # the lengths of the adapted rows, and the versions of A and B that they are of
+        if lora.dora:
+            self._lengths = _lengths(base)
+            self.magnitude = torch.nn.Parameter(self._lengths.clone())
         self._masks, self._number = masks, number
         self.unused = False  # True: nobody needs the output, only what the gradient needs is to be made
         self.siblings = Siblings([self])
@@ -111,18 +120,34 @@ class LoraLinear(torch.nn.Module):  # type: ignore[misc]
         return self.base.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.siblings.output(self, x)
+        return self._scaled(self.siblings.output(self, x))
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """The same with x = silu(gate) * up, which is not saved. [..., in] -> [..., out]"""
-        out: torch.Tensor = Gated.apply(gate, up, self.siblings.called(gate), self.lora_A, self.lora_B)
-        return out
+        return self._scaled(Gated.apply(gate, up, self.siblings.called(gate), self.lora_A, self.lora_B))
+
+    def _scaled(self, out: torch.Tensor) -> torch.Tensor:
+        if self.magnitude is None:
+            return out
+        gate = (self.magnitude / self._adapted_lengths()).to(out.dtype)
+        return out * gate if self.bias is None else (out - self.bias) * gate + self.bias
+
+    def _adapted_lengths(self) -> torch.Tensor:
+        """|W + scale * B A|, by what is already known: |W|^2 + 2 scale (W A^T) . B + scale^2 (B A A^T) . B [out]"""
+        now = self.lora_A._version, self.lora_B._version
+        if self._now is None or self._now[0] != now:
+            with torch.inference_mode(False), torch.no_grad():
+                a, b = self.lora_A.detach(), self._scale * self.lora_B.detach()
+                crossed = 2 * dense(self.base, torch.float32).float() @ a.T + b @ (a @ a.T)  # [out, r]
+                self._now = now, (self._lengths.square() + (crossed * b).sum(1)).clamp_(min=0).sqrt_()
+        lengths: torch.Tensor = self._now[1]
+        return lengths
 
     def call(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Call:
         """One use, with A and B in the type of x."""
         draw = self._masks.mask(self._number, x)
         scale = self._scale / (1.0 if draw is None else self._masks.keep)
-        return Call(self.base, scale, draw, self.unused, a, b)
+        return Call(self.base, scale, draw, self.unused and self.magnitude is None, a, b)
 
 
 class Siblings:
@@ -202,10 +227,18 @@ def add_adapter(model: Any, modules: Modules, lora: LoraSpec, masks: Dropout) ->
         layer = LoraLinear(base, lora, masks, number)
         model.set_submodule(name, layer)
         parameters |= {f"{module}.lora_A": layer.lora_A, f"{module}.lora_B": layer.lora_B}
+        if layer.magnitude is not None:
+            parameters[f"{module}.{MAGNITUDE}"] = layer.magnitude
     if wrong:
         raise BackendError(f"these modules cannot be adapted as the checkpoint's shapes say: {', '.join(wrong)}")
     join_siblings(model)
     return parameters
+
+
+def _lengths(layer: torch.nn.Linear) -> torch.Tensor:
+    """Of the frozen weight's rows, float32 [out]."""
+    lengths: torch.Tensor = torch.linalg.vector_norm(dense(layer, torch.float32).float(), dim=1)
+    return lengths
 
 
 def _live_name(names: list[str], module: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,17 +26,24 @@ for _name in ("bitsandbytes", "transformers.integrations.hub_kernels"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # they report optional kernels
 
 
-def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
-    """The base model, frozen. Raises BackendError where the folder is not a whole model."""
+LeaveOut = Callable[[Any], None]  # takes parts away from a model that has no weights yet
+
+
+def load_frozen(spec: ModelSpec, device: torch.device, leave_out: LeaveOut | None = None) -> Any:
+    """The base model, frozen. Raises BackendError where the folder is not a whole model.
+
+    leave_out: only what it leaves of the model is read.
+    """
     folder = folder_of(spec)
     check_format(folder)
     with quiet(), returning_freed():
-        model, info = _loaded(spec, device)
+        model, info = _loaded(spec, device, leave_out)
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if missing:  # transformers would fill them with random numbers
         more = f" and {len(missing) - 10:,} more" if len(missing) > 10 else ""
         raise BackendError(f"{spec.path}: weights are missing or misshapen: {', '.join(sorted(missing)[:10])}{more}")
-    refuse_untaken(folder, "transformers", info["unexpected_keys"], model.state_dict())
+    if leave_out is None:
+        refuse_untaken(folder, "transformers", info["unexpected_keys"], model.state_dict())
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weights on the first evaluation and compute otherwise from then on
@@ -45,7 +52,7 @@ def load_frozen(spec: ModelSpec, device: torch.device) -> Any:
     return model.requires_grad_(False)
 
 
-def _loaded(spec: ModelSpec, device: torch.device) -> tuple[Any, dict[str, Any]]:
+def _loaded(spec: ModelSpec, device: torch.device, leave_out: LeaveOut | None) -> tuple[Any, dict[str, Any]]:
     """The language model, and what transformers says of its weights.
 
     Beside towers for images or sound, only the text model is loaded where transformers has it as a model of its own.
@@ -60,7 +67,8 @@ def _loaded(spec: ModelSpec, device: torch.device) -> tuple[Any, dict[str, Any]]
     elif quantised_by(folder.config) == "mxfp4":  # its kernels would be fetched from the hub, and have no gradient
         config.quantization_config = whole.quantization_config | {"dequantize": True}
     try:
-        model, info = auto_class(folder, config).from_pretrained(
+        kind = auto_class(folder, config) if leave_out is None else _lacking(type(config), leave_out)
+        model, info = kind.from_pretrained(
             spec.path,
             config=config,
             dtype=dtype,
@@ -81,6 +89,17 @@ def _loaded(spec: ModelSpec, device: torch.device) -> tuple[Any, dict[str, Any]]
     if text is None and whole.get_text_config() is not whole:  # the towers are let go
         setattr(model, model.base_model_prefix, model.get_decoder())
     return model, info
+
+
+def _lacking(config: type, leave_out: LeaveOut) -> Any:
+    """The text model's class for such a config, of whose models parts are taken away before weights are read."""
+    base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
+
+    def init(self: Any, *args: Any, **named: Any) -> None:
+        base.__init__(self, *args, **named)
+        leave_out(self)
+
+    return type(base.__name__, (base,), {"__init__": init, "__module__": base.__module__})
 
 
 def _text_model(folder: CheckedFolder, config: Any) -> Any:

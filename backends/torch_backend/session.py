@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
-from functools import cached_property
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from backends.adapter_state import (
     NO_TEXT,
     adapted_modules,
     fitting,
+    magnitudes_of,
     trained_shapes,
     untrained,
 )
 from backends.interface import (
     HEAD_WEIGHT,
+    MAGNITUDE,
     BackendError,
     Batch,
     FloatArray,
@@ -39,8 +42,8 @@ from backends.micro_batches import check_tokens, joined, own_part, total_of
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 from backends.sampling import check_prompts, room_for_answers
+from backends.streaming import STREAMED, Advance, guarded
 from backends.team import Team
-from backends.torch_backend.attention import expand_heads, use_tiles
 from backends.torch_backend.costs import COSTS, RECOMPUTED
 from backends.torch_backend.device import (
     bound_memory,
@@ -63,14 +66,14 @@ from backends.torch_backend.here import describe as describe
 from backends.torch_backend.here import free_bytes as free_bytes
 from backends.torch_backend.here import probe as probe
 from backends.torch_backend.here import unused_accelerator as unused_accelerator
-from backends.torch_backend.layers import delta_rule_of, use_own_layers
 from backends.torch_backend.lora import Dropout, base_weight
-from backends.torch_backend.model import load_frozen, scheme_of
+from backends.torch_backend.model import scheme_of
 from backends.torch_backend.optim import AdamW
 from backends.torch_backend.parked import keep_embedding_on_host
 from backends.torch_backend.patch import blocks_of
 from backends.torch_backend.read import last_states, scores_of
 from backends.torch_backend.recompute import recompute_blocks
+from backends.torch_backend.streamed import opened, own_code
 from backends.torch_backend.tree import check_experts, check_format, tree_of
 from backends.torch_backend.whole import check_whole, trained_weights
 from backends.whole_model import refuse_half
@@ -107,20 +110,22 @@ class TorchSession:
         self._answering = answering_bytes(folder_of(model).text_config, number)
         self._spec, self._tokens_at_once = model, costs.tokens_at_once or sys.maxsize
         with memory_guard(self._device), random_numbers(self._device, seed):
-            self._model = load_frozen(model, self._device)
+            self._model, self._streamed = opened(model, self._device, self.lora_shapes)
             self._adapter = trained_weights(self._model, model, lora, self._dropout)
-            self._block_shortcuts = [*use_own_layers(self._model), *use_tiles(self._model), *delta_rule_of(self._model)]
-            expand_heads(self._model)
+            self._block_shortcuts = own_code(self._model)
             for block in blocks_of(self._model)[0]:
                 join_scales(block)
             if model.checkpointing:
                 recompute_blocks(self._model, self._dropout, self._device)
-                keep_embedding_on_host(self._model, self._device)
+                if self._streamed is None:
+                    keep_embedding_on_host(self._model, self._device)
             if self._classes:
                 head = torch.zeros(self._shapes[HEAD_WEIGHT], device=self._device)
                 self._adapter[HEAD_WEIGHT] = torch.nn.Parameter(head)
             score = self._adapter.get(HEAD_WEIGHT)
-            self._forward = Forward(self._model, self._device, costs.logits_at_once or sys.maxsize, score)
+            self._forward = Forward(
+                self._model, self._device, costs.logits_at_once or sys.maxsize, score, self._streamed
+            )
             self._frozen_kept = self._forward.keep_frozen_blocks()
         self.scheme = scheme_of(self._model)
         self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
@@ -128,6 +133,8 @@ class TorchSession:
         self.repeatable = True
         self.team: Team | None = None
         self._optimiser = AdamW(self._adapter, optim)
+        lengths = {name: value for name, value in _arrays(self._adapter).items() if name.endswith(MAGNITUDE)}
+        self._magnitudes = magnitudes_of({name.rpartition(".")[0]: value for name, value in lengths.items()})
         self.set_state(TrainState(0, self.untrained(), {}))
 
     @cached_property
@@ -142,6 +149,7 @@ class TorchSession:
         head = [HEAD] if self._forward.head.linear is not None else []
         again = [RECOMPUTED] if self._spec.checkpointing else []
         own = [] if self._lora.whole else [LORA]
+        frozen += [STREAMED] if self._streamed else []
         return (*shared, *frozen, *head, *own, *self._block_shortcuts, *again)
 
     def step(self, micro: Sequence[Batch], lr: float, total: float | None = None) -> StepResult:
@@ -192,6 +200,9 @@ class TorchSession:
         with memory_guard(self._device), torch.inference_mode():
             return scores_of(self._forward, batch, self._tokens_at_once)
 
+    def read_ahead(self, batches: Iterable[Batch]) -> Iterator[Advance]:
+        return guarded(self._forward.read_ahead(batches), partial(memory_guard, self._device))
+
     def states(self, batch: Batch) -> FloatArray:
         if not self._classes:
             raise BackendError(NO_HEAD)
@@ -215,11 +226,12 @@ class TorchSession:
             return generate(self._forward, prompts, max_tokens, stop, temperature, seed, room)
 
     def base_weight(self, module: str) -> FloatArray:
-        with memory_guard(self._device), torch.inference_mode():
+        held = self._streamed.holding(module) if self._streamed else nullcontext()
+        with memory_guard(self._device), torch.inference_mode(), held:
             return base_weight(self._model, module)
 
     def untrained(self) -> dict[str, FloatArray]:
-        return untrained(self._spec, self._lora, self._seed)
+        return untrained(self._spec, self._lora, self._seed, self._magnitudes)
 
     def get_state(self) -> TrainState:
         return TrainState(self._step, _arrays(self._adapter), _arrays(self._optimiser.moments))

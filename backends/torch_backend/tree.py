@@ -128,6 +128,8 @@ def looks_for(folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:
             raise BackendError(f"it would adapt {name}, which is no linear layer there but {type(module).__name__}")
         tensors[f"base_model.model.{name}.lora_A.weight"] = (rank, module.in_features)
         tensors[f"base_model.model.{name}.lora_B.weight"] = (module.out_features, rank)
+        if config["use_dora"]:
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = (module.out_features,)
     return tensors
 
 

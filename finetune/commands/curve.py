@@ -20,7 +20,7 @@ from finetune.report.report import load_evaluation
 from finetune.report.tables import figures_table
 from finetune.text import duration
 from finetune.training.job import making_ready
-from finetune.training.settle import settle_recomputation
+from finetune.training.settle import settle_memory
 
 SAYS = {
     "yes": "More rows help",
@@ -39,7 +39,7 @@ def run(opened: RunFolder, recipe: Recipe, backend: str | None) -> None:
     check_rows(opened.path, job.prepared, "Put the rows back as they were, or train a new run on the rows as they are")
     check_run_base(opened, job.folder)
     rows = [len(part) for part in parts_of(job.prepared, job.recipe.seed)]
-    job = with_progress(settle_recomputation(job, opened.recomputed()))
+    job = with_progress(settle_memory(job, opened.recomputed()))
     seconds = foretold(read(opened.metrics)) * (sum(SHARES) - 1)
     Console(stderr=True).print(lines(f"training on {rows[0]:,} and on {rows[1]:,} rows: about {duration(seconds)}"))
     made = with_progress(curve(job, job.open(), whole))

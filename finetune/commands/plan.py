@@ -29,16 +29,17 @@ from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec, with_classes
 from finetune.report.live_screen import with_progress
 from finetune.report.plan_tables import (
+    held_as_here,
     largest_table,
     machines_table,
     memory_table,
-    recomputing,
     steps_table,
     time_table,
 )
 from finetune.report.row_tokens import highlighted
 from finetune.report.tables import account_notes, account_table, figures_table
 from finetune.text import amount, duration, from_here
+from finetune.training.ahead import kept_bytes
 from finetune.training.beside import Beside
 from finetune.training.budget import workload
 from finetune.training.forecast import Forecast, forecast_here, forecast_on
@@ -128,11 +129,12 @@ def answer(
     if not backend:
         return [Text("no backend works here: see below", "bold red"), *machines]
     here = forecast_here(work, backend, asked, count)
-    work = recomputing(work, here.recomputed)
+    work = held_as_here(work, here)
     seconds = seconds_of_parts(recipe, prepared, work, here.speed, here.tokens, aside)
     parts: list[RenderableType] = [verdict(here, sum(seconds.values()), count), Text()]
     parts += [Text("time", "bold"), time_table(recipe, prepared, seconds, aside), Text()]
-    parts += [Text("memory", "bold"), memory_table(work, here)]
+    streamed = kept_bytes(recipe, prepared, work, here.device) if here.streamed else 0
+    parts += [Text("memory", "bold"), memory_table(work, here, streamed)]
     if largest and here.memory is not None:
         parts += [Text(), Text("largest that fits here", "bold"), largest_table(folder, work, here, here.memory)]
     return [*parts, *machines]
@@ -146,6 +148,7 @@ def verdict(here: Forecast, seconds: float, count: int = 1) -> Text:
     if here.fits is False:
         return lines(f"does not fit here: it needs {needed}{memory}; {time} where it fits", style="bold red")
     start = "fits here" if here.fits else "runs here"
+    start += ", with frozen blocks read from the disk" * here.streamed
     return lines(f"{start} ({here.backend}): {needed}{memory}, {time}", style="bold green")
 
 

@@ -26,7 +26,7 @@ from finetune.text import duration, from_here
 from finetune.training.job import refuse_unused_accelerator
 from finetune.training.ledger import LEDGER
 from finetune.training.search import AS_GOOD, Search
-from finetune.training.settle import settle_recomputation
+from finetune.training.settle import settle_memory
 from finetune.training.suites import ready_with_suite
 
 RECIPE = "search.yaml"
@@ -51,14 +51,13 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
     """
     began = time.monotonic()
     seconds = seconds_of(budget) if budget is not None else 0.0
-    _refuse_others(recipe)
     refuse_unused_accelerator(recipe)
     folder = RunFolder(stopped) if stopped else None
     with StopFlag().listening() as stop, ExitStack() as held:
         try:
             ready = ready_with_suite(recipe, _begun(folder) if folder else None)
             job = with_progress(stoppable(ready, stop, "preparing the data"), stop)
-            job = with_progress(settle_recomputation(job, None), stop)
+            job = with_progress(settle_memory(job, None), stop)
             if not job.prepared.valid.examples:
                 raise RecipeError("data.valid: a search needs validation rows to compare trials by")
             if folder is None:
@@ -73,16 +72,6 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
             _show(search, winner)
         except (Interrupted, KeyboardInterrupt) as end:
             exit_stopped(end, stop, folder)
-
-
-def _refuse_others(recipe: Recipe) -> None:
-    """Raises RecipeError where trials would not be what a run of their recipe is."""
-    for key in ("head", "preferences"):
-        if getattr(recipe, key) is not None:
-            raise RecipeError(
-                f"search: trials with {key} cannot be compared yet; use `finetune train`, which chooses among learning "
-                "rates with train.learning_rate: auto"
-            )
 
 
 def _create(recipe: Recipe, name: str) -> RunFolder:

@@ -25,7 +25,7 @@ from finetune.report.report import load_evaluation
 from finetune.report.row_files import as_text
 from finetune.text import duration, from_here, shorten
 from finetune.training.job import Job, making_ready
-from finetune.training.settle import settle_recomputation
+from finetune.training.settle import settle_memory
 
 SHOWN = 20  # rows in the table
 TEXT_SHOWN, TEXT_WRITTEN = 100, 500  # characters of a row's text, in the table and in the file
@@ -46,7 +46,7 @@ def run(opened: RunFolder, recipe: Recipe, minutes: float | None, backend: str |
     check_rows(opened.path, job.prepared, "Put the rows back as they were, or train a new run on the rows as they are")
     check_run_base(opened, job.folder)
     if minutes is not None:
-        job = with_progress(settle_recomputation(job, opened.recomputed()))
+        job = with_progress(settle_memory(job, opened.recomputed()))
     session = job.open()
     untrained = session.get_state()
     session.set_state(TrainState(0, adapter.tensors, {}))

@@ -25,7 +25,8 @@ def pair_batches(examples: Sequence[Example], micro_tokens: int, share: bool) ->
     for pair in sorted(range(len(examples)), key=lambda i: (before[i] > 0, -before[i] - 2 * rest[i])):
         wide, shared = width(rest[pair]), before[pair] > 0
         grown = max(largest[0], before[pair]), max(largest[1], wide), shared
-        if not made or shared != largest[2] or (len(made[-1]) + 1) * (grown[0] + 2 * grown[1]) > micro_tokens:
+        each = grown[0] + 2 * (grown[1] + grown[0] // 4)  # as `collate.groups` counts keys and values of the prefix
+        if not made or shared != largest[2] or (len(made[-1]) + 1) * each > micro_tokens:
             made.append([])
             grown = before[pair], wide, shared
         made[-1].append(pair)

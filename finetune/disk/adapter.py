@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from backends.interface import HEAD_WEIGHT, BackendError, FloatArray, IncompatibleState, LoraSpec, Session, TrainState
+from backends.interface import (
+    HEAD_WEIGHT,
+    MAGNITUDE,
+    BackendError,
+    FloatArray,
+    IncompatibleState,
+    LoraSpec,
+    Session,
+    TrainState,
+)
 from backends.model_folder import ModelFolder, ending, read_object, read_tensors, validate
 from finetune.disk.adapter_writer import CONFIG_FILE, FILES, MLX, PEFT
 from finetune.disk.base_model import FULL, base_model, fingerprint
@@ -25,8 +34,9 @@ _LARGEST = float(np.finfo(np.float32).max)  # scale; a backend's numbers hold no
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA tensors by canonical name (`<module>.lora_A` [r, in], `.lora_B` [out, r]), and their scale; HEAD_WEIGHT
-    [K, D] beside them where there is a head. Or a whole model's weights, by their names in the base.
+    """LoRA tensors by canonical name (`<module>.lora_A` [r, in], `.lora_B` [out, r], of DoRA `.magnitude` [out]), and
+    their scale; HEAD_WEIGHT [K, D] beside them where there is a head. Or a whole model's weights, by their names in the
+    base.
     """
 
     tensors: Mapping[str, FloatArray]
@@ -36,6 +46,10 @@ class Adapter:
     @property
     def whole(self) -> bool:
         return self.rank == 0
+
+    @property
+    def dora(self) -> bool:
+        return any(name.endswith(f".{MAGNITUDE}") for name in self.tensors)
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -52,26 +66,35 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 def read_adapter(folder: Path) -> Adapter:
     """An adapter of either format. Raises Incompatible, naming the file and what is wrong with it."""
     config, config_file = adapter_config(folder), folder / CONFIG_FILE
-    for key in ("use_dora", "rank_pattern", "alpha_pattern"):
+    for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
-            raise Incompatible(f"{config_file}: {key} is set; only plain LoRA can be a start")
+            raise Incompatible(f"{config_file}: {key} is set; only LoRA of one rank and scale can be a start")
     if config.get("peft_type", "LORA") != "LORA":
         raise Incompatible(f"{config_file}: peft_type is {config['peft_type']!r:.40}; only LORA can be a start")
-    if config.get("fine_tune_type", "lora") != "lora":
-        kind = config["fine_tune_type"]
-        raise Incompatible(f"{config_file}: fine_tune_type is {kind!r:.40}; only lora can be a start")
+    if (kind := config.get("fine_tune_type", "lora")) not in ("lora", "dora"):
+        raise Incompatible(f"{config_file}: fine_tune_type is {kind!r:.40}; only lora and dora can be a start")
     if (folder / FILES[PEFT]).exists():
         tensors = _canonical(folder / FILES[PEFT], _from_peft)
     else:
         tensors = _canonical(folder / FILES[MLX], _from_mlx)
     rank, scale = _rank_and_scale(config, config_file)
-    factors = {name: tensor for name, tensor in tensors.items() if name != HEAD_WEIGHT}
+    factors = {name: tensor for name, tensor in tensors.items() if name.endswith(("lora_A", "lora_B"))}
     wrong = [n for n, t in factors.items() if t.shape[0 if n.endswith("lora_A") else 1] != rank]
     if wrong or not factors:
         raise Incompatible(
             f"{folder}: {wrong[0] if wrong else 'no LoRA tensor'} is not of rank {rank} as its config says"
         )
+    if config.get("use_dora") is True or kind == "dora" or Adapter(tensors, rank, scale).dora:
+        _check_magnitudes(folder, tensors)
     return Adapter(tensors, rank, scale)
+
+
+def _check_magnitudes(folder: Path, tensors: Mapping[str, FloatArray]) -> None:
+    """Raises Incompatible unless each layer of a DoRA adapter has a magnitude for every row."""
+    wanted = {name.rpartition(".")[0]: t.shape[:1] for name, t in tensors.items() if name.endswith("lora_B")}
+    found = {name.rpartition(".")[0]: t.shape for name, t in tensors.items() if name.endswith(MAGNITUDE)}
+    if wrong := sorted(module for module in {*wanted, *found} if wanted.get(module) != found.get(module)):
+        raise Incompatible(f"{folder}: {wrong[0]} has no magnitude for every row, which a DoRA adapter has")
 
 
 def _rank_and_scale(config: Mapping[str, Any], file: Path) -> tuple[int, float]:
@@ -107,7 +130,7 @@ def _canonical(file: Path, convert: Any) -> dict[str, FloatArray]:
     tensors: dict[str, FloatArray] = {}
     for name, tensor in checked_tensors(file).items():
         canonical, value = convert(name, tensor)
-        if canonical is None or value.ndim != 2:
+        if canonical is None or value.ndim != (1 if canonical.endswith(f".{MAGNITUDE}") else 2):
             raise Incompatible(f"{file}: {name:.200} is not a LoRA factor of a linear layer")
         tensors[canonical] = np.ascontiguousarray(value, dtype=np.float32)
     return tensors
@@ -116,11 +139,15 @@ def _canonical(file: Path, convert: Any) -> dict[str, FloatArray]:
 def _from_peft(name: str, tensor: FloatArray) -> tuple[str | None, FloatArray]:
     if name == f"base_model.model.{HEAD_WEIGHT}":
         return HEAD_WEIGHT, tensor
+    if match := re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", name):
+        return f"{match[1]}.{MAGNITUDE}", tensor
     match = re.fullmatch(r"(?:base_model\.model\.)?(.+\.lora_[AB])(?:\.default)?\.weight", name)
     return (match[1] if match else None), tensor
 
 
 def _from_mlx(name: str, tensor: FloatArray) -> tuple[str | None, FloatArray]:
+    if name.endswith(".m"):
+        return f"{name.removesuffix('.m')}.{MAGNITUDE}", tensor
     match = re.fullmatch(r"(.+\.lora_)([ab])", name)
     return (match[1] + match[2].upper() if match else None), tensor.T
 
@@ -178,6 +205,9 @@ def start_from(session: Session, folder: Path, lora: LoraSpec) -> None:
 
 
 def _check_scale(folder: Path, adapter: Adapter, lora: LoraSpec) -> None:
+    if adapter.dora != lora.dora:
+        what, remedy = ("is", "set lora.dora: true") if adapter.dora else ("is not", "remove lora.dora")
+        raise Incompatible(f"lora.start_from: {folder} {what} of DoRA; {remedy}")
     if adapter.rank != lora.rank or abs(adapter.scale - lora.scale) > 1e-9:
         raise Incompatible(
             f"lora.start_from: {folder} has rank {adapter.rank} and scale {adapter.scale:g}; the recipe has rank "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from backends import registry
-from backends.interface import HEAD_WEIGHT, FloatArray, LoraSpec, Modules
+from backends.interface import HEAD_WEIGHT, MAGNITUDE, FloatArray, LoraSpec, Modules
 from backends.model_folder import ModelFolder
 from finetune.disk.atomic import write_pieces
 from finetune.disk.safetensors_file import tensor_pieces
@@ -45,7 +45,7 @@ def write_adapter(
     sizes = {m: (len(tensors[f"{m}.lora_B"]), tensors[f"{m}.lora_A"].shape[1]) for m in modules}
     peft, mlx = (_named(library, model, sizes) for library in (PEFT, MLX))
     head = {f"{_PEFT_PREFIX}{HEAD_WEIGHT}": tensors[HEAD_WEIGHT]} if HEAD_WEIGHT in tensors else {}
-    named = {f"{_PEFT_PREFIX}{n}.weight": t for n, t in _cut(tensors, peft)}
+    named = {_peft_name(n): t for n, t in _cut(tensors, peft)}
     write_pieces(folder / FILES[PEFT], tensor_pieces(named | head))
     if not head:  # mlx-lm has no models with one
         write_pieces(folder / FILES[MLX], tensor_pieces({_mlx_name(n): t.T for n, t in _cut(tensors, mlx)}))
@@ -60,11 +60,13 @@ def _named(library: str, model: ModelFolder | None, sizes: Modules) -> Names:
 
 
 def _cut(tensors: Mapping[str, FloatArray], names: Names) -> Iterator[tuple[str, FloatArray]]:
-    """The tensors by a library's names. Layers that it has in several parts share A; each has its rows of B."""
+    """The tensors by a library's names. Layers that it has in several parts share A; each has its rows of B and m."""
     for module, parts in names.items():
         for name, first, last in parts:
             yield f"{name}.lora_A", tensors[f"{module}.lora_A"]
             yield f"{name}.lora_B", tensors[f"{module}.lora_B"][first:last]
+            if f"{module}.{MAGNITUDE}" in tensors:
+                yield f"{name}.{MAGNITUDE}", tensors[f"{module}.{MAGNITUDE}"][first:last]
 
 
 def _config(
@@ -85,10 +87,10 @@ def _config(
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": lora.by_root,
-        "use_dora": False,
+        "use_dora": lora.dora,
         "modules_to_save": None,
         "inference_mode": True,
-        "fine_tune_type": "lora",
+        "fine_tune_type": "dora" if lora.dora else "lora",
         "num_layers": blocks - indices[0] if indices else 0,
         "lora_parameters": {
             "rank": lora.rank,
@@ -117,5 +119,11 @@ def _targets(peft: Names, indices: list[int] | None, model: ModelFolder | None) 
     return {"target_modules": sorted(leaves), "layers_to_transform": indices, "layers_pattern": pattern}
 
 
+def _peft_name(name: str) -> str:
+    module, _, part = name.rpartition(".")
+    return f"{_PEFT_PREFIX}{module}.lora_magnitude_vector" if part == MAGNITUDE else f"{_PEFT_PREFIX}{name}.weight"
+
+
 def _mlx_name(name: str) -> str:
-    return name[:-1] + name[-1].lower()
+    module, _, part = name.rpartition(".")
+    return f"{module}.m" if part == MAGNITUDE else name[:-1] + name[-1].lower()

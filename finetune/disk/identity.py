@@ -40,6 +40,7 @@ _LATER: Mapping[str, Any] = {
     "preferences": None,
     "preferences.loss": "dpo",
     "lora.rslora": False,
+    "lora.dora": False,
 }
 
 

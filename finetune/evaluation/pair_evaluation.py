@@ -1,4 +1,4 @@
-"""How good is the model at pairs of answers?"""
+"""How good is the model at pairs of answers? And its loss alone, of whatever rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from finetune.evaluation.intervals import wilson_interval
 from finetune.evaluation.pair_losses import PairLoss
 from finetune.evaluation.pairs import figures, preferred, scored_pairs
 from finetune.evaluation.results import Evaluation, RowResult
+from finetune.evaluation.scoring import row_losses
 from finetune.events import Progress
+
+
+def mean_loss(
+    session: Reader, examples: Sequence[Example], micro_tokens: int, pairs: PairLoss | None, what: str
+) -> Generator[Progress, None, float]:
+    """As an evaluation has it: nats per supervised token, or per pair."""
+    if pairs:
+        return (yield from evaluate_pairs(session, examples, micro_tokens, pairs, what)).loss
+    losses = yield from row_losses(session, examples, micro_tokens, what)
+    return float(losses.loss.sum() / losses.tokens.sum())
 
 
 def evaluate_pairs(

@@ -13,6 +13,7 @@ from backends.interface import Batch, OutOfMemory, Reader
 from finetune.data.pair_batches import pair_batches
 from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted
+from finetune.evaluation.ahead import ahead
 from finetune.events import Progress
 
 Pairs = NDArray[np.float64]  # [n, 2]: of the better answer, of the worse one
@@ -34,7 +35,9 @@ def scored_pairs(
 ) -> Generator[Progress, None, Pairs]:
     """The log-probability of both answers of each pair, summed over their tokens. Raises MemoryExhausted."""
     found, done = np.zeros((len(examples), 2)), 0
-    for pairs, batch in pair_batches(examples, micro_tokens, session.shares_prefixes):
+    batches = pair_batches(examples, micro_tokens, session.shares_prefixes)
+    yield from ahead(session, batches)
+    for pairs, batch in batches:
         try:
             found[pairs] = of_batch(session, batch)
         except OutOfMemory as error:

@@ -18,6 +18,7 @@ from backends.together import generate_all, score_all, side_by_side
 from finetune.data.collate import evaluation_batches, halve, label_batches
 from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted
+from finetune.evaluation.ahead import ahead
 from finetune.events import Progress
 
 ScoredBatch = tuple[list[int], Batch, FloatArray, IntArray]  # row numbers, batch, logprob [B, T], greedy [B, T]
@@ -67,6 +68,7 @@ def row_states(
     session: Session, examples: Sequence[Example], micro_tokens: int, what: str
 ) -> Generator[Progress, None, FloatArray]:
     """What a head is given for each example. [n, D] Raises MemoryExhausted, which names the example."""
+    yield from ahead(session, evaluation_batches(examples, micro_tokens, session.shares_prefixes))
     waiting = deque(evaluation_batches(examples, micro_tokens, session.shares_prefixes))
     states: dict[int, FloatArray] = {}
     while waiting:
@@ -101,6 +103,7 @@ def row_losses(
     losses = RowLosses(np.zeros(n), np.zeros(n, np.int64), np.zeros(n, np.int64), np.full(n, -1, np.int64))
     scores = [(np.empty(0, np.float32), np.empty(0, np.int32))] * n
     done = 0
+    yield from ahead(session, evaluation_batches(examples, micro_tokens, session.shares_prefixes))
     batches = evaluation_batches(examples, micro_tokens, session.shares_prefixes)
     for rows, batch, logprob, greedy in scored(session, batches, examples):
         supervised = batch.weights > 0  # [B, T]
@@ -149,6 +152,7 @@ def label_logprobs(
     """The log-probability of each label's tokens after each prompt. [n, labels]"""
     labels = len(label_tokens)
     prompts = [example.prompt_tokens for example in examples]
+    yield from ahead(session, label_batches(prompts, label_tokens, micro_tokens, session.shares_prefixes))
     batches = label_batches(prompts, label_tokens, micro_tokens, session.shares_prefixes)
     total = np.zeros(len(examples) * labels)
     done = 0

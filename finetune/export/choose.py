@@ -46,8 +46,10 @@ def refuse_adapter(recipe: Recipe) -> None:
 
 def target_of(to: str, kind: str | None, bits: int | None, adapter_alone: bool, job: Job) -> Target:
     """What the options ask for. Raises EnvironmentProblem where a package is missing, or for a model that llama.cpp
-    reads otherwise: before anything is measured.
+    reads otherwise, and RecipeError for an adapter that it cannot apply: before anything is measured.
     """
+    if adapter_alone and job.recipe.lora.dora:
+        raise RecipeError("--adapter: llama.cpp does not know lora.dora; use --to gguf without --adapter")
     if to in ("gguf", "ollama"):
         for package in ("gguf", "xllamacpp", *(["libgguf"] if "_k" in (kind or "") else [])):
             optional(package)

@@ -102,8 +102,9 @@ class QuantisedFolder(MergedFolder):
             file.rename(to / file.name)
         quantised.rmdir()
         merge.write_tokenizer(to, job.folder, job.tokenizer, making.template)  # as it was, for old readers too
-        wanted = merge.tensors(making.session, job.folder, making.adapter, original=True)
-        return change_checks(to, wanted, making.adapter, job.folder)
+        adapters = Adapter({}, making.adapter.rank, 0.0), making.adapter
+        before, after = (merge.tensors(making.session, job.folder, one, original=True) for one in adapters)
+        return change_checks(to, before, after, making.adapter)
 
     def commands(self, path: Path, job: Job, adapter: Path) -> list[str]:
         return super().commands(path, job, adapter)[-1:]  # vLLM reads no such folder
@@ -114,10 +115,10 @@ def _write(to: Path, making: Making, kind: str, original: bool = False) -> None:
     merge.write_tokenizer(to, making.job.folder, making.job.tokenizer, making.template)
 
 
-def change_checks(to: Path, wanted: Tensors, adapter: Adapter, folder: ModelFolder) -> list[Check]:
-    """How much of what training changed is in the quantised weights: their change in the direction of the adapter's
-    product, over that product. Rounding to the grid that the adapter was trained on takes small changes back; the loss
-    hardly shows it where the base was far from the answers. wanted: the merged tensors before they were quantised.
+def change_checks(to: Path, before: Tensors, after: Tensors, adapter: Adapter) -> list[Check]:
+    """How much of what training changed is in the quantised weights: their change in the direction of the adapter's,
+    over that one. Rounding to the grid that the adapter was trained on takes small changes back; the loss hardly shows
+    it where the base was far from the answers. before, after: the base's tensors and the merged ones, not quantised.
     """
     import mlx.core as mx
 
@@ -130,10 +131,11 @@ def change_checks(to: Path, wanted: Tensors, adapter: Adapter, folder: ModelFold
         if f"{ending(module)}.scales" not in arrays:
             continue
         words, scales, biases = (arrays[f"{ending(module)}.{part}"] for part in ("weight", "scales", "biases"))
-        change = merge.change_of(adapter, folder, module)
+        numbers = after[f"{module}.weight"]()
+        change = np.subtract(numbers, before[f"{module}.weight"](), dtype=np.float64)
         group, bits = change.shape[1] // scales.shape[1], words.shape[1] * 32 // change.shape[1]
         held = np.array(mx.dequantize(words, scales, biases, group, bits).astype(mx.float32))
-        layers, found = layers + 1, found + float(((held - wanted[f"{module}.weight"]() + change) * change).sum())
+        layers, found = layers + 1, found + float(((held - numbers + change) * change).sum())
         whole += float(np.square(change).sum())
     share = found / (whole or 1.0)
     return (

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.interface import FloatArray, LoraSpec, Session
+from backends.interface import MAGNITUDE, FloatArray, LoraSpec, Session
 from backends.model_folder import ModelFolder, read_header
 from finetune.disk.adapter import Adapter
 from finetune.disk.model_writer import (
@@ -66,26 +66,13 @@ def tensors(session: Session, folder: ModelFolder, adapter: Adapter, original: b
 
 
 def merged(weight: FloatArray, adapter: Adapter, module: str) -> FloatArray:
-    """The weight and the adapter's product in float64, rounded once. [out, in]"""
-    total: FloatArray = (weight + product(adapter, module)).astype(np.float32)
-    return total
-
-
-def change_of(adapter: Adapter, folder: ModelFolder, module: str) -> NDArray[np.float64]:
-    """What training changed of a layer. [out, in]"""
-    if not adapter.whole:
-        return product(adapter, module)
-    name = f"{module}.weight"
-    file = next(file for file, there in folder.weights.items() if name in there)
-    change: NDArray[np.float64] = adapter.tensors[name].astype(np.float64) - read_numbers(file, name)
-    return change
-
-
-def product(adapter: Adapter, module: str) -> NDArray[np.float64]:
-    """scale * B @ A: what training changed of a layer. [out, in]"""
+    """W + scale * B A, with DoRA in the rows' learned lengths; in float64, rounded once. [out, in]"""
     a, b = (adapter.tensors[f"{module}.lora_{part}"].astype(np.float64) for part in "AB")
-    change: NDArray[np.float64] = adapter.scale * (b @ a)
-    return change
+    total: NDArray[np.float64] = weight + adapter.scale * (b @ a)
+    if (magnitude := adapter.tensors.get(f"{module}.{MAGNITUDE}")) is not None:
+        total *= (magnitude / np.linalg.norm(total, axis=1))[:, None]
+    rounded: FloatArray = total.astype(np.float32)
+    return rounded
 
 
 def base_kind(files: Iterable[Path]) -> str:

@@ -105,6 +105,9 @@ class Lora(Section):
     """The adapter's weight is alpha / rank, on every backend; with rslora alpha / sqrt(rank)."""
     rslora: bool = False
     """Rank-stabilised LoRA: the rate that suits a small rank suits a large one too."""
+    dora: bool = False
+    """Weight-decomposed LoRA: of each adapted layer the length of every row is learned beside its direction. Needs
+    dropout: 0, as PEFT and mlx-lm drop other inputs then."""
     dropout: Share = 0.0
     targets: list[str] | Literal["all"] = "all"
     """Linear layers by the last part of their name (q_proj, v_proj), or all of those in the blocks."""
@@ -112,6 +115,15 @@ class Lora(Section):
     """Only the last so many blocks, or all."""
     start_from: str | None = None
     """An adapter folder (PEFT or mlx-lm) whose weights are the start."""
+
+    @model_validator(mode="after")
+    def _alike_elsewhere(self) -> Lora:
+        if self.dora and self.dropout:
+            raise ValueError(
+                "dropout: with dora PEFT drops inputs of the frozen weight too, and mlx-lm only those of the adapter, "
+                "so no adapter would mean the same in both; set dropout to 0, or remove dora"
+            )
+        return self
 
 
 class Head(Section):

@@ -10,7 +10,7 @@ from backends.model_folder import ModelFolder
 from finetune.recipe.schema import Lora, Recipe
 
 
-def model_spec(recipe: Recipe, folder: ModelFolder) -> ModelSpec:
+def model_spec(recipe: Recipe, folder: ModelFolder, streamed: bool = False) -> ModelSpec:
     return ModelSpec(
         path=folder.path,
         quantize=recipe.quantize,
@@ -18,6 +18,7 @@ def model_spec(recipe: Recipe, folder: ModelFolder) -> ModelSpec:
         checkpointing=recipe.train.gradient_checkpointing is True,  # auto is settled once the data are known
         device=recipe.device,
         remote_code=folder.remote_code,
+        streamed=streamed,
         folder=folder,
     )
 
@@ -36,6 +37,7 @@ def lora_spec(recipe: Recipe) -> LoraSpec:
         alpha=lora.alpha,
         dropout=lora.dropout,
         by_root=lora.rslora,
+        dora=lora.dora,
         targets=() if lora.targets == "all" else tuple(lora.targets),
         layers=None if lora.layers == "all" else lora.layers,
         classes=len(recipe.data.labels or ()) if recipe.head else 0,

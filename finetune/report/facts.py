@@ -35,8 +35,8 @@ class Facts:
         return f"model: {self.model}", f"data: {data}", f"training: {took}"
 
 
-def facts_of(job: Job, events: Iterable[Event], device: str, processes: int = 1) -> Facts:
-    """events: those of metrics.jsonl. processes: that share the steps."""
+def facts_of(job: Job, events: Iterable[Event], device: str, processes: int = 1, streamed: bool = False) -> Facts:
+    """events: those of metrics.jsonl. processes: that share the steps. streamed: whether the model is."""
     recipe, prepared = job.recipe, job.prepared
     steps = [event for event in events if isinstance(event, StepDone)]
     seconds = sum(step.seconds for step in steps)
@@ -53,6 +53,6 @@ def facts_of(job: Job, events: Iterable[Event], device: str, processes: int = 1)
         seconds=round(seconds, 3),
         tokens_per_second=round(sum(step.useful_tokens for step in steps) / seconds, 1) if seconds else 0.0,
         peak_bytes=max((step.peak_bytes for step in steps), default=0),
-        foretold_bytes=foretold_peak(job, device),
+        foretold_bytes=foretold_peak(job, device, streamed),
         processes=processes,
     )

@@ -10,10 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from backends import registry
+from backends.memory_plan import first_adapted
 from backends.model_folder import ModelFolder
+from backends.streaming import frozen_file_bytes
 from finetune.console import lines
 from finetune.data.collate import step_indices
 from finetune.data.rows import Example, Prepared
+from finetune.evaluation.ahead import AHEAD
 from finetune.events import by_part
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
@@ -30,8 +33,9 @@ from finetune.training.outlook import validations
 POSITIONS = 2**20  # of a model that does not say how many it takes
 
 
-def recomputing(work: Workload, again: bool) -> Workload:
-    return replace(work, model=replace(work.model, checkpointing=again))
+def held_as_here(work: Workload, here: Forecast) -> Workload:
+    """With blocks computed again, and read from the disk, as the forecast says."""
+    return replace(work, model=replace(work.model, checkpointing=here.recomputed, streamed=here.streamed))
 
 
 def time_table(recipe: Recipe, prepared: Prepared, seconds: dict[str, float], asked: Beside | None) -> Table:
@@ -39,6 +43,7 @@ def time_table(recipe: Recipe, prepared: Prepared, seconds: dict[str, float], as
     held_out, valid = len(prepared.held_out.examples), len(prepared.valid.examples)
     steps = make_plan(recipe, len(prepared.train.examples)).steps
     counts = {
+        AHEAD: "one pass",
         "head": f"{len(prepared.train.examples) + valid:,} rows",
         "references": f"{len(prepared.train.examples) + valid + held_out * (prepared.test is not None):,} rows",
         "base model": f"{held_out:,} rows",
@@ -56,7 +61,8 @@ def time_table(recipe: Recipe, prepared: Prepared, seconds: dict[str, float], as
     return table
 
 
-def memory_table(work: Workload, here: Forecast) -> Table:
+def memory_table(work: Workload, here: Forecast, streamed: int) -> Table:
+    """streamed: bytes on the disk of a model that is."""
     table = figures_table("part", "GB")
     for name, value in vars(here.needed).items():
         if value:
@@ -67,15 +73,18 @@ def memory_table(work: Workload, here: Forecast) -> Table:
     table.add_row(Text("peak", "bold"), Text(f"{here.needed.peak / 1e9:.2f}", "bold"))
     if here.memory is not None:
         table.add_row("free", f"{here.memory / 1e9:.2f}")
-    if kept := work.kept_on_disk(here.device):
+    if kept := streamed if here.streamed else work.kept_on_disk(here.device):
         table.add_row("temporary file on disk (frozen blocks)", f"{kept / 1e9:.2f}")
+    if here.streamed:
+        of_pass = frozen_file_bytes(work.architecture, first_adapted(work.adapted))
+        table.add_row("frozen blocks read from the disk, in a pass", f"{of_pass / 1e9:.2f}")
     return table
 
 
 def largest_table(folder: ModelFolder, work: Workload, here: Forecast, memory: float) -> Table:
     """memory: bytes that are free here."""
     costs = registry.costs(here.backend, here.device)
-    work = recomputing(work, True) if work.unsettled else work
+    work = replace(work, model=replace(work.model, checkpointing=True)) if work.unsettled else work
     table = figures_table("what", "largest")
     longest = longest_row(work, costs, memory, folder.positions or POSITIONS)
     table.add_row("train.max_length, tokens", f"{longest:,}" if longest else "none")
@@ -90,7 +99,8 @@ def machines_table(forecasts: dict[str, Forecast]) -> Table:
         memory = "?" if found.memory is None else f"{found.memory / 1e9:.1f}"
         rate = f"{found.rate / 1e12:.3g}", f"{found.reached:.0%}"
         time = duration(found.seconds)
-        tokens = lines(f"{found.tokens:,}", *(["recomputed"] if found.recomputed else []))
+        how = [word for word in ("recomputed", "streamed") if getattr(found, word)]
+        tokens = lines(f"{found.tokens:,}", *how)
         table.add_row(lines(name), f"{found.needed.peak / 1e9:.2f}", memory, fits, tokens, time, *rate)
     return table
 

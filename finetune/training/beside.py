@@ -58,7 +58,8 @@ class Seconds:
         unpacking = self.speed.unpacking * self.work.packed
         step = self.work.scoring([1], 1) * min(PROMPTS_TOGETHER, len(prompts)) + unpacking
         layers = len(self.work.architecture.modules)
-        return self.passes(prompts, len(prompts)) + steps * self.speed.seconds(step, layers)
+        each = self.speed.seconds(step, layers) + self.work.read_seconds()
+        return self.passes(prompts, len(prompts)) + steps * each
 
     def passes(self, lengths: Sequence[int], supervised: int) -> float:
         """Of forward passes of rows of so many tokens."""

@@ -21,6 +21,7 @@ from backends.memory_plan import (
     read_architecture,
 )
 from backends.model_folder import ModelFolder
+from backends.streaming import frozen_file_bytes
 from finetune.data.collate import balanced, groups, shared_prefix, step_indices, width
 from finetune.data.pair_batches import as_one
 from finetune.data.rows import Example
@@ -31,6 +32,7 @@ from finetune.recipe.specs import lora_spec, model_spec
 SAMPLED = 64  # steps whose micro-batches are looked at; the one with the longest row is always among them
 LEAST, MOST = 64, 2**17  # tokens at a time that `auto` chooses from
 ENOUGH = 1024  # of them, beyond which unpacking 4-bit weights and starting kernels is a small part of a step
+DISK_RATE = 1e9  # bytes per second of a solid-state disk, assumed: the slower ones of 2020 and later reach it
 SPARE = 0.9  # of the free memory: other programs go on
 
 
@@ -47,12 +49,17 @@ class Workload:
     epochs: float
     seed: int
     unsettled: bool = False  # whether the recipe leaves it open if activations are computed again
+    streamable: bool = False  # whether the model may be streamed where it does not fit
 
     def settled(self, costs: Costs, memory: float | None, micro_tokens: int | None) -> Workload:
-        """The same; where that is open, with recomputation if a step without it would not fit in `memory` bytes.
+        """The same, streamed if its smallest step would not fit in `memory` bytes otherwise.
 
-        That is a step of the tokens asked for, or of ENOUGH: with more at a time little is saved per token.
+        Where that is open, with recomputation if a step without it would not fit. That is a step of the tokens asked
+        for, or of ENOUGH: with more at a time little is saved per token.
         """
+        if self._has_to_stream(costs, memory):
+            streamed = replace(self, model=replace(self.model, streamed=True), streamable=False)
+            return streamed.settled(costs, memory, micro_tokens)
         if not self.unsettled:
             return self
         kept = replace(self, unsettled=False)
@@ -60,6 +67,13 @@ class Workload:
         if memory is None or needed <= SPARE * memory:
             return kept
         return replace(kept, model=replace(self.model, checkpointing=True))
+
+    def _has_to_stream(self, costs: Costs, memory: float | None) -> bool:
+        if not (self.streamable and costs.streams and first_adapted(self.adapted)) or memory is None:
+            return False
+        again = self.unsettled or self.model.checkpointing
+        smallest = replace(self, model=replace(self.model, checkpointing=again)).memory(LEAST, costs)
+        return smallest.peak > memory
 
     def held_as(self, half: Half, device: Device) -> Workload:
         """The same with the type of numbers that the device will compute in."""
@@ -96,6 +110,11 @@ class Workload:
         of_output = (4.0 + 2.0 * self.lora.whole) * shape.vocabulary
         head = (6.0 * self.lora.classes or of_output) * shape.hidden * supervised
         return self._block(lengths) * scale * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head
+
+    def read_seconds(self) -> float:
+        """Of one pass through a streamed model's frozen blocks, as far as the disk goes."""
+        frozen = first_adapted(self.adapted) if self.model.streamed else 0
+        return frozen_file_bytes(self.architecture, frozen) / DISK_RATE
 
     def seconds(self, speed: Speed, micro_tokens: int) -> float:
         """Of one epoch of training: products, and what is done beside them for each micro-batch and token."""
@@ -156,7 +175,18 @@ def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -
         epochs=plan.foretold / plan.steps_per_epoch,
         seed=recipe.seed,
         unsettled=recipe.train.gradient_checkpointing == "auto",
+        streamable=bool(folder.weights) and not folder.remote_code,
     )
+
+
+def has_to_stream(recipe: Recipe, folder: ModelFolder, backend: str) -> bool:
+    """Whether a model that is read, and not trained, fits here only with its frozen blocks on the disk."""
+    if lora_spec(recipe).layers is None or not folder.weights:
+        return False
+    costs = registry.costs(backend, registry.device_kind(registry.describe(backend, recipe.device)["device"]))
+    row = Example(np.zeros(LEAST + 1, np.int32), np.ones(LEAST + 1, np.float32), "")
+    work = replace(workload(recipe, folder, [row]), unsettled=False)
+    return work.settled(costs, registry.free_bytes(backend, recipe.device), LEAST).model.streamed
 
 
 def largest_micro(examples: Sequence[Example], batch_size: int, seed: int, micro_tokens: int) -> Micro:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backends import registry
 from backends.interface import BackendError, Device
@@ -22,6 +22,7 @@ class Forecast:
     memory: float | None  # bytes that the machine can give; None: not known
     tokens: int  # at a time
     recomputed: bool  # whether activations are
+    streamed: bool  # whether the model's frozen blocks are read from the disk
     seconds: float  # of training
     rate: float  # of matrix products, floating-point operations per second
     reached: float  # the share of it that steps are taken to reach
@@ -43,6 +44,7 @@ def forecast_here(work: Workload, backend: str, micro_tokens: int | None, proces
     free = registry.free_bytes(backend, work.model.device)
     apart = processes if costs.device == "gpu" else 1
     free = free if free is None else free * apart // processes
+    work = replace(work, streamable=work.streamable and processes == 1)
     work = work.settled(costs, free, micro_tokens)
     tokens = micro_tokens or (MICRO_TOKENS if free is None else _fitting_with_model(work, costs, free))
     rate = rate_here(backend, work) * apart / imbalance(work, processes)
@@ -60,8 +62,8 @@ def forecast_on(machine: Machine, work: Workload, backend: str, micro_tokens: in
 def _forecast(work: Workload, backend: str, costs: Costs, memory: float | None, tokens: int, rate: float) -> Forecast:
     speed = Speed.of(costs, rate)
     seconds = work.epochs * work.seconds(speed, tokens)
-    needed, again = work.memory(tokens, costs), work.model.checkpointing
-    return Forecast(backend, costs.device, needed, memory, tokens, again, seconds, rate, costs.reached, speed)
+    needed, held = work.memory(tokens, costs), (work.model.checkpointing, work.model.streamed)
+    return Forecast(backend, costs.device, needed, memory, tokens, *held, seconds, rate, costs.reached, speed)
 
 
 def _fitting_with_model(work: Workload, costs: Costs, memory: float) -> int:
@@ -70,7 +72,7 @@ def _fitting_with_model(work: Workload, costs: Costs, memory: float) -> int:
     return fitting_tokens(work, costs, memory - (least.training - least.step))
 
 
-def foretold_peak(job: Job, device: str) -> int | None:
+def foretold_peak(job: Job, device: str, streamed: bool = False) -> int | None:
     """Bytes at most, as `plan` says them before anything is loaded; None where what is free decides, or sizes do not
     say.
     """
@@ -80,6 +82,7 @@ def foretold_peak(job: Job, device: str) -> int | None:
     try:
         work = workload(job.recipe, job.folder, job.prepared.train.examples)
         costs = registry.costs(job.backend, registry.device_kind(device))
+        work = replace(work, model=replace(work.model, streamed=streamed))
         return round(work.memory(job.recipe.train.tokens_at_once, costs).peak)
     except BackendError:
         return None

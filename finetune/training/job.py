@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from finetune.recipe.locate import model_folder
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec, optim_spec, with_classes
 from finetune.supervisor import announce_model, reading
+from finetune.training.budget import has_to_stream
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,15 @@ class Setup:
     recipe: Recipe
     folder: ModelFolder
     tokenizer: Tokenizer
+    streamed: bool | None = field(default=None, kw_only=True)  # whether the model is; None: where it has to be
 
     def session(self, backend: str, adapter: Adapter | None = None) -> Session:
         """The live session, with `adapter` in it if one is given; heavy from here on.
 
         Raises Incompatible where the model's files changed meanwhile.
         """
-        session = open_model(self.recipe, self.folder, backend)
+        streamed = has_to_stream(self.recipe, self.folder, backend) if self.streamed is None else self.streamed
+        session = open_model(self.recipe, self.folder, backend, streamed)
         if adapter is not None:
             session.set_state(TrainState(0, adapter.tensors, {}))
         return session
@@ -57,9 +60,9 @@ class Setup:
         _check_unchanged(self.folder)
 
 
-def open_model(recipe: Recipe, folder: ModelFolder, backend: str) -> Session:
+def open_model(recipe: Recipe, folder: ModelFolder, backend: str, streamed: bool = False) -> Session:
     """The live session; heavy from here on. Raises Incompatible where the model's files changed meanwhile."""
-    model, lora, optim = model_spec(recipe, folder), lora_spec(recipe), optim_spec(recipe)
+    model, lora, optim = model_spec(recipe, folder, streamed), lora_spec(recipe), optim_spec(recipe)
     announce_model(folder.path)
     try:
         with reading(str(folder.path)):

@@ -10,6 +10,7 @@ from backends.interface import BackendError, Session
 from backends.together import side_by_side
 from finetune.data.rows import Prepared
 from finetune.data.tokenizer import answer_text
+from finetune.evaluation.ahead import AHEAD
 from finetune.evaluation.analysis import Questions
 from finetune.evaluation.samples import Sampler
 from finetune.events import Outlook
@@ -45,6 +46,7 @@ def _foretold(job: Job, session: Session, questions: Questions) -> dict[str, flo
         work = workload(job.recipe, job.folder, job.prepared.train.examples)
     except BackendError:
         return {}
+    work = replace(work, model=replace(work.model, streamed=bool(job.streamed)))
     costs = registry.costs(job.backend, registry.device_kind(session.device))
     count = side_by_side(session)  # each process computes as fast as this one
     speed = Speed.of(costs, rate_here(job.backend, work) * count / imbalance(work, count), count)
@@ -85,7 +87,8 @@ def seconds_of_parts(
     trained = validations(recipe, prepared) - 1
     # Once a model has learned that labels follow, the most probable token is one of them, and nothing more is asked.
     learned = ("loss",) if all(len(label) == 1 for label in prepared.label_tokens) else ("loss", "labels")
-    parts = head_first(recipe, prepared, seconds)
+    parts = {AHEAD: work.read_seconds()} if work.model.streamed else {}
+    parts |= head_first(recipe, prepared, seconds)
     parts |= {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
     if recipe.preferences and recipe.preferences.refers:
         parts[REFERENCES] = seconds.reading((*work.examples, *held))

@@ -12,6 +12,7 @@ from finetune.disk.checkpoint import Checkpoint, Checkpoints
 from finetune.disk.run_folder import RunFolder
 from finetune.events import Event, Stoppable, stoppable
 from finetune.recipe.specs import lora_spec
+from finetune.training.ahead import reading_ahead
 from finetune.training.head_first import head_first
 from finetune.training.job import Job
 from finetune.training.loop import Trainer
@@ -26,6 +27,7 @@ def first_of_all(
     """What is computed once, before the base model is evaluated: the pairs' references, which are in the rows
     afterwards, and the head that learns alone, which is in the session then. by: who may stop it.
     """
+    yield from stoppable(reading_ahead(job.recipe, job.prepared, session), by, "reading the frozen blocks")
     pairs = with_references(job, session, run)
     prepared = yield from stoppable(pairs, by, "scoring the pairs")
     return prepared, (yield from stoppable(head_first(job, session, run), by, "training the head"))
@@ -40,6 +42,7 @@ def ready_trainer(
     Diverged where no rate of a race learns.
     """
     recipe = job.recipe
+    yield from stoppable(reading_ahead(recipe, job.prepared, session), by, "reading the frozen blocks")
     if recipe.lora.start_from:
         start_from(session, Path(recipe.lora.start_from), lora_spec(recipe))
     limit = (yield from starting_tokens(job, session)) if saved is None else recipe.train.tokens_at_once

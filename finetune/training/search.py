@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import asdict, replace
 
 from backends.interface import Session, TrainState
+from finetune.data.rows import Prepared
 from finetune.disk.atomic import remove, rename, write_file
 from finetune.disk.checkpoint import Checkpoints, load_newest
 from finetune.disk.identity import identity_of
@@ -22,24 +23,27 @@ from finetune.disk.run_folder import RunFolder
 from finetune.errors import Diverged, Interrupted, RecipeError
 from finetune.evaluation.analysis import Questions
 from finetune.evaluation.evaluate import Evaluation, evaluate
-from finetune.evaluation.scoring import row_losses
+from finetune.evaluation.pair_evaluation import mean_loss
+from finetune.evaluation.pair_losses import pair_loss
 from finetune.events import Event, Progress, StepDone, Stoppable, Validated, stoppable
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.specs import lora_spec
 from finetune.text import duration
+from finetune.training.head_first import head_first
 from finetune.training.job import Job
 from finetune.training.ledger import LEDGER, Lap, Ledger, read_ledger
 from finetune.training.loop import Trainer
 from finetune.training.outlook import look_ahead
 from finetune.training.rate_rule import starting_rate
 from finetune.training.ready import ready_trainer
+from finetune.training.references import REFERENCES, with_references
 from finetune.training.trials import Halving, Trial, halving, stops_of, trials_of
 
 AS_GOOD = 0.01  # of the lowest validation loss: a recipe this near to it is as good
 SPARE = 1.1  # times the time that steps took: what the next ones may take
 MEASURING = 1.5  # times what both models' measurements take: the analysis, and a model that is loaded again
-AT_THE_END = ("base model", "tuned model")  # of a run's foretold parts
+AT_THE_END = (REFERENCES, "base model", "tuned model")  # of a run's foretold parts
 
 
 class Search:
@@ -59,6 +63,7 @@ class Search:
         self._stops = stops_of(job.recipe, rows)
         self._began = (time.monotonic() if began is None else began) - self.ledger.spent
         self._sessions: tuple[Trial, Session, TrainState] | None = None
+        self._rows: dict[Trial, Prepared] = {}  # by the adapter's shape: those of training and validation, as learned
         self._base: Evaluation | None = None
 
     def run_of(self, trial: int) -> RunFolder:
@@ -69,7 +74,9 @@ class Search:
         return RunFolder(self.folder.path / BEST)
 
     def job_of(self, trial: int) -> Job:
-        return replace(self.job, recipe=self.trials[trial].recipe(self.job.recipe))
+        """Others than the recipe itself may have other frozen blocks, and so have to be streamed or not."""
+        streamed = self.job.streamed or None
+        return replace(self.job, recipe=self.trials[trial].recipe(self.job.recipe), streamed=streamed)
 
     def steps_of(self, trial: int) -> int:
         """The longest that it may be."""
@@ -175,12 +182,14 @@ class Search:
         """(steps done, lowest validation loss, whether it is at its end)."""
         job, run = self.job_of(trial), self.run_of(trial)
         session = self._session(trial)
-        untrained = yield from self._measured(session)
         if not run.recipe.exists():
             run.path.mkdir(parents=True, exist_ok=True)
             write_file(run.recipe, dump_recipe(job.recipe))
         identity = yield from identity_of(job.recipe, job.prepared, job.folder)
         run.write_identity(identity)
+        job = replace(job, prepared=(yield from self._referred(trial, session)))
+        yield from stoppable(head_first(job, session, run), self._by, "training the head")
+        untrained = yield from self._measured(session, job.prepared)
         saved, _ = load_newest(run.checkpoints)
         checkpoints = Checkpoints(run.checkpoints, identity)
         trainer, _ = yield from ready_trainer(job, session, run, checkpoints, saved, self._by)
@@ -191,10 +200,16 @@ class Search:
         finished = trainer.state.stopped_early or at >= trainer.plan.steps
         loss = trainer.state.best_loss
         if not finished and trainer.state.validations[-1].step < at:
-            limit = trainer.state.micro_tokens
-            losses = yield from row_losses(session, job.prepared.valid.examples, limit, self._title(trial, "compared"))
-            loss = min(loss, float(losses.loss.sum() / losses.tokens.sum()))
+            limit, pairs, title = trainer.state.micro_tokens, pair_loss(job.recipe), self._title(trial, "compared")
+            loss = min(loss, (yield from mean_loss(session, job.prepared.valid.examples, limit, pairs, title)))
         return at, loss if math.isfinite(loss) else None, finished
+
+    def _referred(self, trial: int, session: Session) -> Generator[Event, None, Prepared]:
+        """The rows, pairs with their references; of the test rows none, which the winner's own run reads first."""
+        if (shape := self._shape(trial)) not in self._rows:
+            untested = replace(self.job, prepared=replace(self.job.prepared, test=None))
+            self._rows[shape] = yield from stoppable(with_references(untested, session), self._by, "scoring the pairs")
+        return self._rows[shape]
 
     def _steps(
         self, trial: int, trainer: Trainer, run: RunFolder, done: int, steps: int, untrained: Evaluation | None
@@ -219,23 +234,26 @@ class Search:
     def _title(self, trial: int, what: str) -> str:
         return f"trial {trial + 1}: {what}"
 
-    def _measured(self, session: Session) -> Generator[Event, None, Evaluation]:
-        """The base on the validation rows: the first validation of every trial."""
+    def _measured(self, session: Session, prepared: Prepared) -> Generator[Event, None, Evaluation]:
+        """The base, or the head alone, on the validation rows: the first validation of every trial."""
         if self._base is None:
-            began, prepared, limit = time.monotonic(), self.job.prepared, self.job.recipe.train.tokens_at_once
-            work = evaluate(session, prepared, prepared.valid, name="base model", micro_tokens=limit)
+            began, limit, pairs = time.monotonic(), self.job.recipe.train.tokens_at_once, pair_loss(self.job.recipe)
+            work = evaluate(session, prepared, prepared.valid, name="base model", micro_tokens=limit, pairs=pairs)
             self._base = yield from stoppable(work, self._by, "measuring the base model")
             if self.ledger.base_seconds is None:
                 self.ledger.base_seconds = round(time.monotonic() - began, 3)
-                rows = len(prepared.held_out.examples) / len(prepared.valid.examples)
+                rows = len(self.job.prepared.held_out.examples) / len(prepared.valid.examples)
                 foretold = sum(look_ahead(self.job, session, Questions()).parts.get(part, 0.0) for part in AT_THE_END)
                 self.ledger.last_seconds = round(max(2 * rows * self.ledger.base_seconds, foretold) * MEASURING, 3)
         return self._base
 
+    def _shape(self, trial: int) -> Trial:
+        """What its adapter's shapes follow from."""
+        return Trial(rank=self.trials[trial].rank, targets=self.trials[trial].targets)
+
     def _session(self, trial: int) -> Session:
         """At its beginning: as it was opened."""
-        now = self.trials[trial]
-        shape = Trial(rank=now.rank, targets=now.targets)
+        shape = self._shape(trial)
         if self._sessions is None or self._sessions[0] != shape:
             kept = self._sessions[1].kept_states if self._sessions else None
             self._sessions = None  # two models at once may not fit

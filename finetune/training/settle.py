@@ -1,4 +1,4 @@
-"""What a run settles before its first step: how many tokens at a time, and whether blocks are computed again."""
+"""What a run settles before its first step: how many tokens at a time, and what is computed again or streamed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import replace
 
 from backends import registry
 from backends.interface import Session
+from backends.memory_plan import first_adapted
+from backends.streaming import folder_on_disk, frozen_file_bytes
 from finetune.events import Note
-from finetune.training.budget import fitting_tokens, workload
+from finetune.training.ahead import kept_bytes
+from finetune.training.budget import Workload, fitting_tokens, workload
 from finetune.training.job import Job
 
 
@@ -38,23 +41,37 @@ def tokens_that_fit(job: Job, session: Session) -> int:
     return fits if asked == "auto" else min(asked, fits)
 
 
-def settle_recomputation(job: Job, earlier: bool | None) -> Generator[Note, None, Job]:
-    """The job with `gradient_checkpointing: auto` decided, before its model is loaded.
+def settle_memory(job: Job, earlier: bool | None) -> Generator[Note, None, Job]:
+    """The job with `gradient_checkpointing: auto` decided, and whether its model is streamed, before it is loaded.
 
-    earlier: what a run that goes on decided when it began.
+    earlier: what a run that goes on decided of the first when it began. No byte of a result depends on the second.
     """
     train = job.recipe.train
-    if train.gradient_checkpointing != "auto":
-        return job
-    again = bool(earlier)
-    if earlier is None and job.folder.weights and job.prepared.train.examples:
-        device = job.recipe.device
-        costs = registry.costs(job.backend, registry.device_kind(registry.describe(job.backend, device)["device"]))
-        asked = None if train.micro_tokens == "auto" else train.micro_tokens
-        free = registry.free_bytes(job.backend, device)
-        work = workload(job.recipe, job.folder, job.prepared.train.examples).settled(costs, free, asked)
-        again = work.model.checkpointing
-        if again:
-            text = "blocks are computed again in the backward pass: what they make does not fit"
-            yield Note(0, f"{text} in {(free or 0) / 1e9:.1f} GB free")
-    return replace(job, recipe=job.recipe.with_train(gradient_checkpointing=again))
+    unsettled, again = train.gradient_checkpointing == "auto", bool(earlier)
+    if not job.folder.weights or not job.prepared.train.examples or not (unsettled or job.recipe.lora.layers != "all"):
+        recipe = job.recipe.with_train(gradient_checkpointing=again) if unsettled else job.recipe
+        return replace(job, recipe=recipe, streamed=False)
+    device = job.recipe.device
+    costs = registry.costs(job.backend, registry.device_kind(registry.describe(job.backend, device)["device"]))
+    free = registry.free_bytes(job.backend, device)
+    work = workload(job.recipe, job.folder, job.prepared.train.examples)
+    work = replace(work, streamable=work.streamable and job.streamed is None)
+    if unsettled and earlier is not None:
+        work = replace(work, unsettled=False, model=replace(work.model, checkpointing=earlier))
+    settled = work.settled(costs, free, None if train.micro_tokens == "auto" else train.micro_tokens)
+    if settled.model.streamed:
+        yield Note(0, _told(settled, kept_bytes(job.recipe, job.prepared, settled, costs.device), free or 0))
+    if unsettled and earlier is None and settled.model.checkpointing:
+        text = "blocks are computed again in the backward pass: what they make does not fit"
+        yield Note(0, f"{text} in {(free or 0) / 1e9:.1f} GB free")
+    recipe = job.recipe.with_train(gradient_checkpointing=settled.model.checkpointing) if unsettled else job.recipe
+    return replace(job, recipe=recipe, streamed=settled.model.streamed)
+
+
+def _told(work: Workload, states: int, free: int) -> str:
+    frozen, blocks = first_adapted(work.adapted), work.architecture.blocks
+    return (
+        f"the model does not fit in {free / 1e9:.1f} GB free, so its {frozen} frozen blocks of {blocks} are read from "
+        f"the disk, {frozen_file_bytes(work.architecture, frozen) / 1e9:.2f} GB in a pass: one for all rows, and one "
+        f"for each token of an answer. What they make of the rows takes {states / 1e9:.2f} GB in {folder_on_disk()}"
+    )

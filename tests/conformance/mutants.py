@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 
 from backends import reference
-from backends.interface import HEAD_WEIGHT, Batch, LoraSpec, OptimSpec, Scores, StepResult, TrainState
+from backends.interface import HEAD_WEIGHT, MAGNITUDE, Batch, LoraSpec, OptimSpec, Scores, StepResult, TrainState
 from backends.reference import ReferenceSession
 
 adamw, clipped = reference.adamw, reference.clipped
@@ -213,6 +213,30 @@ class UntrainedIsNow(ReferenceSession):
         return self.get_state().adapter if hasattr(self, "_adapter") else super().untrained()
 
 
+class MagnitudesAreNotTrained(ReferenceSession):
+    def _gradient(self, batch: Batch, total: float) -> Any:
+        loss, grads = super()._gradient(batch, total)
+        return loss, {name: grad * 0 if name.endswith(MAGNITUDE) else grad for name, grad in grads.items()}
+
+
+class LengthsOfTheBase(ReferenceSession):
+    def _gate(self, module: str) -> Any:
+        name = f"{module}.{MAGNITUDE}"
+        return self._adapter[name] / self._magnitudes[name] if self._lora.dora else super()._gate(module)
+
+
+class LengthsAreNotConstants(ReferenceSession):
+    """The gradient of A and B as if m alone were in the gate's numerator, and all of it learned."""
+
+    def _gradient(self, batch: Batch, total: float) -> Any:
+        loss, grads = super()._gradient(batch, total)
+        factors = {m: float(np.mean(self._gate(m))) for m in self.lora_shapes}
+        return loss, {
+            name: grad if name.endswith(MAGNITUDE) else grad * np.float32(factors.get(name.rpartition(".")[0], 1.0))
+            for name, grad in grads.items()
+        }
+
+
 class PoorestToken(ReferenceSession):
     def score(self, batch: Batch) -> Scores:
         scores = super().score(batch)
@@ -277,6 +301,9 @@ SESSIONS: dict[str, type[ReferenceSession]] = {
         EmbeddingIsNotTrained,
         PadsAreNotTrained,
         UntrainedIsNow,
+        MagnitudesAreNotTrained,
+        LengthsOfTheBase,
+        LengthsAreNotConstants,
         PoorestToken,
         StopTokenKept,
         PromptEchoed,
@@ -330,6 +357,6 @@ FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "any token accepted": ("check_tokens", lambda batches, vocabulary, classes: None),
     "any prompt accepted": ("check_prompts", lambda prompts, vocabulary: None),
     "any state accepted": ("fitting", lambda state, shapes: state),
-    "adapter ignores the seed": ("initial_adapter", lambda shapes, rank, seed, head: _initial(shapes, rank, 0, head)),
+    "adapter ignores the seed": ("initial_adapter", lambda shapes, rank, seed, *rest: _initial(shapes, rank, 0, *rest)),
 }
 _initial = reference.initial_adapter

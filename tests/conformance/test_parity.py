@@ -13,6 +13,7 @@ import pytest
 
 from backends.interface import OptimSpec, Session
 from backends.micro_batches import joined, own_part
+from tests.conformance.checks_dora import DORA
 from tests.conformance.checks_head import HEADED, classes_of
 from tests.conformance.checks_whole import WHOLE
 from tests.conformance.toy import (
@@ -140,6 +141,24 @@ def test_a_whole_model_trains_the_same(name: str, tmp_path: Path, usable: Usable
     sessions[0].set_state(sessions[1].get_state())  # training that began on one backend continues on the other
     ours, theirs = ([one.step([BATCH], 3e-4).loss for _ in range(3)] for one in sessions)
     np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize(
+    "name", ["phi3", pytest.param("qwen2", marks=pytest.mark.slow), pytest.param("gemma3_text", marks=pytest.mark.slow)]
+)
+def test_dora_trains_the_same(
+    name: str, pair: tuple[str, str], family_folder: Callable[[str], Path], usable: Usable
+) -> None:
+    """Layers that mlx-lm has in parts, and layers with a bias."""
+    for backend in pair:
+        usable(backend)
+    one, other = (Case(backend, family_folder(name)).open(lora=DORA) for backend in pair)
+    ours, theirs = _losses(one), _losses(other)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+    assert ours[-1] < 0.98 * ours[0]
+    one.set_state(other.get_state())
+    np.testing.assert_allclose(_losses(one), _losses(other), rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", REAL_BACKENDS)

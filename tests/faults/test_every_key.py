@@ -280,6 +280,7 @@ CASES = {
     "lora.dropout": Case(steps, 0.5),
     "lora.rslora": Case(steps, True),
     "method": Case(steps, "full", {"lora.rank": 8, "lora.alpha": 16.0, "lora.targets": "all"}),
+    "lora.dora": Case(steps, True),
     "lora.targets": Case(steps, ["down_proj"]),
     "lora.layers": Case(steps, 1),
     "lora.start_from": Case(from_an_adapter, "an adapter"),

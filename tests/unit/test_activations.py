@@ -1,5 +1,7 @@
 """Kept hidden states: what went in comes out, for the very tokens it was put in for, while there is room."""
 
+import contextlib
+import os
 from pathlib import PurePosixPath
 from types import SimpleNamespace
 
@@ -70,6 +72,50 @@ def test_a_full_disk_ends_the_keeping_and_harms_nothing(monkeypatch: pytest.Monk
     assert kept.bytes == 8
 
 
+def test_rows_that_pass_through_blocks_are_kept_at_the_end() -> None:
+    kept, rows = Activations(2, np.float32, limit=0), [tokens(1, 2), tokens(3), tokens(1, 2)]
+    assert [row.tolist() for row in kept.lacking(rows)] == [[1, 2], [3]]
+    with kept.passing(rows[:2]) as passing:
+        for value in (1.0, 5.0):
+            for number, row in enumerate(rows[:2]):
+                passing.put(number, np.full((len(row), 2), value + number, np.float32))
+        assert passing.get(0).tolist() == [[5.0, 5.0], [5.0, 5.0]]
+        assert not kept.get(rows[0], np.zeros((2, 2), np.float32))
+    out = np.zeros((1, 2), np.float32)
+    assert kept.lacking(rows) == [] and kept.get(tokens(3), out) and out.tolist() == [[6.0, 6.0]]
+    assert kept.bytes == 3 * 2 * 4
+
+
+def test_rows_that_do_not_come_to_the_end_are_not_kept_and_take_no_room() -> None:
+    kept = Activations(2, np.float32)
+    kept.put(tokens(9), np.ones((1, 2), np.float32))
+    with pytest.raises(KeyboardInterrupt), kept.passing([tokens(1, 2)]) as passing:
+        passing.put(0, np.ones((2, 2), np.float32))
+        raise KeyboardInterrupt
+    assert len(kept.lacking([tokens(1, 2), tokens(9)])) == 1 and kept.bytes == 8
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room is reserved by POSIX's own call")
+def test_a_disk_without_room_is_named_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Activations(2, np.float32)
+    monkeypatch.setattr(kept_states.os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match=r"full; .*TMPDIR") as error, kept.passing([tokens(1, 2)]):
+        raise AssertionError("nothing is to be computed")
+    assert error.value.errno == 28 and error.value.filename == kept_states.folder_on_disk() and kept.bytes == 0
+
+
+@pytest.mark.parametrize(("free", "enough"), [(16, True), (15, False)])
+def test_where_no_room_can_be_reserved_the_free_room_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, free: int, enough: bool
+) -> None:
+    kept = Activations(2, np.float32)
+    monkeypatch.delattr(kept_states.os, "posix_fallocate", raising=False)
+    monkeypatch.setattr(kept_states.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with contextlib.nullcontext() if enough else pytest.raises(OSError, match="TMPDIR"), kept.passing([tokens(1, 2)]):
+        pass
+    assert kept.bytes == (16 if enough else 0)
+
+
 @pytest.mark.parametrize(
     ("mounts", "tmpdir", "folder"),
     [
@@ -91,4 +137,4 @@ def test_kept_states_are_on_a_disk_and_not_in_memory(
     monkeypatch.delenv("TMPDIR", raising=False)
     if tmpdir:
         monkeypatch.setenv("TMPDIR", tmpdir)
-    assert kept_states._folder_on_disk() == folder
+    assert kept_states.folder_on_disk() == folder

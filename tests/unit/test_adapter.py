@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from backends import registry
-from backends.interface import Batch, LoraSpec, ModelSpec, OptimSpec, TrainState
-from finetune.disk.adapter import read_adapter
+from backends.interface import BackendError, Batch, LoraSpec, ModelSpec, OptimSpec, TrainState
+from backends.model_folder import ModelFolder
+from finetune.disk.adapter import check_start, read_adapter
 from finetune.disk.adapter_writer import write_adapter
 from finetune.errors import Incompatible
 from tests.tiny_models import tiny_llama
@@ -45,16 +46,21 @@ def chosen_logprob(logits: np.ndarray) -> np.ndarray:
     return np.take_along_axis(logprob, TOKENS[:, 1:, None], axis=-1)[..., 0]
 
 
+DORA = {"r": 4, "lora_alpha": 8, "use_dora": True}
+Q = {"base_model.model.q.lora_A.weight": (4, 8), "base_model.model.q.lora_B.weight": (8, 4)}
 SPECS = {
     "all": LoraSpec(4, 8.0),
     "some": LoraSpec(4, 6.0, targets=("q_proj", "down_proj")),
     "top": LoraSpec(4, 8.0, layers=1),
     "by root": LoraSpec(4, 6.0, by_root=True),
+    "dora": LoraSpec(4, 8.0, dora=True),
+    "dora, some": LoraSpec(4, 6.0, targets=("k_proj", "up_proj", "down_proj"), by_root=True, dora=True, layers=1),
 }
+EACH = [pytest.param(lora, id=name, marks=[pytest.mark.slow] * (name == "dora, some")) for name, lora in SPECS.items()]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
-@pytest.mark.parametrize("lora", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("lora", EACH)
 @pytest.mark.parametrize("name", REAL)
 def test_peft_loads_it_as_it_is(tmp_path: Path, base: Path, name: str, lora: LoraSpec) -> None:
     ours = trained(name, base, tmp_path / "adapter", lora)
@@ -67,7 +73,7 @@ def test_peft_loads_it_as_it_is(tmp_path: Path, base: Path, name: str, lora: Lor
     assert np.abs(chosen_logprob(logits) - ours).max() < 1e-5
 
 
-@pytest.mark.parametrize("lora", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("lora", EACH)
 @pytest.mark.parametrize("name", REAL)
 def test_mlx_lm_loads_it_as_it_is(tmp_path: Path, base: Path, name: str, lora: LoraSpec) -> None:
     ours = trained(name, base, tmp_path / "adapter", lora)
@@ -124,7 +130,10 @@ def test_an_integral_alpha_is_written_as_an_integer(tmp_path: Path) -> None:
     [
         (None, {}, "adapter_config.json: missing"),
         ("{", {}, "cannot be read"),
-        ({"r": 4, "lora_alpha": 8, "use_dora": True}, {}, "use_dora"),
+        (DORA, Q, "q has no magnitude for every row"),
+        (DORA, Q | {"base_model.model.q.lora_magnitude_vector": (7,)}, "q has no magnitude for every row"),
+        (DORA, Q | {"base_model.model.q.lora_magnitude_vector": (8, 1)}, "not a LoRA factor"),
+        (DORA, Q | {"base_model.model.k.lora_magnitude_vector": (8,)}, "k has no magnitude for every row"),
         ({"fine_tune_type": "full"}, {}, "fine_tune_type"),
         ({"r": 4, "lora_alpha": 8}, {"x.embed.weight": (4, 4)}, "not a LoRA factor"),
         ({"r": 4, "lora_alpha": 8}, {"base_model.model.q.lora_A.weight": (3, 8)}, "not of rank 4"),
@@ -139,6 +148,34 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path, config: object, tensors: 
     save_file({n: np.zeros(s, np.float32) for n, s in tensors.items()}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(Incompatible, match=words):
         read_adapter(tmp_path)
+
+
+def test_a_start_of_dora_is_one_for_dora_alone(tmp_path: Path, base: Path) -> None:
+    folders, model = (tmp_path / "plain", tmp_path / "dora"), ModelFolder.open(base)
+    for folder, lora in zip(folders, (SPECS["all"], SPECS["dora"]), strict=True):
+        session = registry.open_session("reference", ModelSpec(base), lora, OptimSpec(), 0)
+        folder.mkdir()
+        write_adapter(folder, session.get_state().adapter, lora, str(base), 2, {})
+        check_start(folder, model, lora)
+    with pytest.raises(Incompatible, match=r"plain is not of DoRA; remove lora\.dora"):
+        check_start(folders[0], model, SPECS["dora"])
+    with pytest.raises(Incompatible, match=r"dora is of DoRA; set lora\.dora: true"):
+        check_start(folders[1], model, SPECS["all"])
+    (folders[1] / "adapter_model.safetensors").unlink()  # as mlx-lm itself has it
+    assert read_adapter(folders[1]).tensors.keys() == session.get_state().adapter.keys()
+
+
+@pytest.mark.parametrize("row", [np.zeros(8), np.full(8, np.inf), np.full(8, np.nan)], ids=["zeros", "inf", "nan"])
+@pytest.mark.parametrize("name", REAL)
+def test_a_weight_that_has_a_row_without_a_length_takes_no_dora(name: str, row: np.ndarray, tmp_path: Path) -> None:
+    if reason := registry.probe(name):
+        pytest.skip(reason)
+    folder = tiny_llama(tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][5] = np.resize(row, 64)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BackendError, match=r"layers\.1\.mlp\.up_proj has rows .* remove lora\.dora"):
+        registry.open_session(name, ModelSpec(folder, dtype="float32"), SPECS["dora"], OptimSpec(), 0)
 
 
 @pytest.mark.parametrize("name", REAL)

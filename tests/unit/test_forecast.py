@@ -242,7 +242,7 @@ def test_memory_here_is_asked_for_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) 
 def job(micro_tokens: Any) -> Any:
     values = {"model": {"path": "m"}, "data": {"train": "t"}, "train": {"micro_tokens": micro_tokens}}
     rows = SimpleNamespace(train=SimpleNamespace(examples=work().examples))
-    return SimpleNamespace(recipe=check_recipe(values), backend="torch", prepared=rows, folder="folder")
+    return SimpleNamespace(recipe=check_recipe(values), backend="torch", prepared=rows, folder="folder", streamed=None)
 
 
 def started(monkeypatch: pytest.MonkeyPatch, micro_tokens: Any, free: int | None) -> tuple[int, list[str]]:

@@ -26,7 +26,7 @@ from finetune.training.budget import LEAST, Workload
 from finetune.training.forecast import forecast_on
 from finetune.training.job import Job
 from finetune.training.largest import architecture_of
-from finetune.training.settle import settle_recomputation
+from finetune.training.settle import settle_memory
 from tests.unit.test_memory_plan import HALF
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def settled(monkeypatch: pytest.MonkeyPatch, asked: object, free: int | None, ea
     monkeypatch.setattr(registry, "free_bytes", lambda *_: free)
     folder: Any = SimpleNamespace(weights={"file": ()})
     prepared: Any = SimpleNamespace(train=SimpleNamespace(examples=work.examples))
-    choice = Work(settle_recomputation(Job(recipe, folder, cast(Any, None), "torch", prepared), earlier))
+    choice = Work(settle_memory(Job(recipe, folder, cast(Any, None), "torch", prepared), earlier))
     notes = [note.text for note in choice]
     return choice.result.recipe.train.gradient_checkpointing, notes
 

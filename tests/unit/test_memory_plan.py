@@ -178,6 +178,10 @@ def test_every_figure_is_the_backends_own() -> None:
         assert getattr(planned(costs), part) == pytest.approx(expected), part
     assert planned(replace(plain, bfloat16_products=2.0)).runtime == base.runtime + 2 * ROWS.tokens
     assert planned(replace(plain, update=1e6)).step == 1e6 * lora.trainable(modules)
+    of_dora = footprint(shape, model, replace(lora, dora=True), modules, ROWS, plain)
+    outputs = sum(out for out, _ in modules.values())
+    assert of_dora.activations - base.activations == outputs * 2 * ROWS.tokens  # the products before their lengths
+    assert of_dora.working - base.working == 4 * INNER * D and of_dora.adapter - base.adapter == 20 * outputs
     again = replace(model, checkpointing=True)
     one, three = (planned(replace(plain, recomputed_blocks=n), again).activations for n in (1.0, 3.0))
     assert three - one == base.activations

@@ -10,6 +10,7 @@ import pytest
 
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec, Session, TrainState
+from backends.micro_batches import few_prefixes
 from finetune.data.rows import Example
 from finetune.evaluation.pair_losses import DPO, ORPO, PairLoss
 from finetune.evaluation.pairs import referred, scored_pairs
@@ -49,6 +50,35 @@ def steps(
         micro = objective.batches(chosen, micro_tokens, live.shares_prefixes)
         told.append(objective.step(live, chosen, micro, 5e-3).loss)
     return told
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_pairs_are_computed_some_at_a_time_where_a_device_asks_for_it(backend: str, tiny_folder: Path) -> None:
+    """Prompts that are shared too: else all of a batch would be in memory at once."""
+    if reason := registry.probe(backend):
+        pytest.skip(reason)
+    whole, few = session(tiny_folder, backend), session(tiny_folder, backend)
+    examples = list(referred([pair(40 + 3 * i, 3 + i, 8 - i, seed=i) for i in range(5)], np.full((5, 2), -20.0)))
+    (batch,) = Preference(LOSSES["dpo"]).batches(examples, 4096, True)
+    holder: Any = few if backend == "torch" else few._forward  # type: ignore[attr-defined]
+    for tokens, at_once in ((1, [1] * 5), (200, [2, 2, 1]), (300, [3, 2]), (10**6, [5])):
+        holder._tokens_at_once = tokens
+        cut = list(few_prefixes(batch, tokens))
+        assert [len(part.prefixes) for _, part in cut] == at_once
+        assert sorted(row for rows, _ in cut for row in rows) == list(range(10))
+        for rows, part in cut:
+            for place, row in enumerate(rows):
+                owner = part.prefixes[part.prefix_of[place]]
+                np.testing.assert_array_equal(owner, batch.prefixes[batch.prefix_of[row]])
+                np.testing.assert_array_equal(part.inputs[place], batch.inputs[row])
+                assert part.rows[place] == batch.rows[row]
+        np.testing.assert_allclose(few.score(batch).logprob, whole.score(batch).logprob, atol=2e-5)
+    holder._tokens_at_once = 200
+    for live in (whole, few):
+        objective = Preference(LOSSES["dpo"])
+        objective.step(live, examples, objective.batches(examples, 4096, True), 5e-3)
+    for name, value in whole.get_state().moments.items():
+        np.testing.assert_allclose(few.get_state().moments[name], value, atol=1e-5 * max(np.abs(value).max(), 1e-9))
 
 
 @either

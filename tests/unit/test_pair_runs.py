@@ -130,6 +130,21 @@ def test_a_killed_run_of_pairs_ends_with_the_same_bytes(by_odds: Work, loss: str
     assert (run.path / name).read_bytes() == (by_odds.folder / whole / name).read_bytes()
 
 
+def test_a_run_with_dora_measures_the_base_and_goes_on(by_odds: Work, tmp_path: Path) -> None:
+    """Without its adapter the model is the base again, magnitudes too: DPO's loss of it is ln 2, also at the end."""
+    whole, again = by_odds.folder / "lengths", tmp_path / "runs"
+    finetune(by_odds, "train", "recipe.yaml", f"output={tmp_path}", "lora.dora=true").good()
+    next(tmp_path.glob("recipe-*")).rename(whole)
+    report = json.loads((whole / "report.json").read_text())
+    assert report["base"]["loss"] == pytest.approx(np.log(2), abs=1e-6) and report["tuned"]["loss"] < 0.69
+    job = load_job(load_recipe(by_odds.folder / "recipe.yaml", [f"output={again}", "lora.dora=true"]))
+    run = create(job.recipe, "killed")
+    run_until_killed(job, run, 5)
+    run_to_report(load_job(load_recipe(run.recipe)), run, resume=True)
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapters.safetensors", "evaluation-base.json"):
+        assert (run.path / name).read_bytes() == (whole / name).read_bytes(), name
+
+
 def _is_due(event: Event, after: int | None) -> bool:
     if after is None:
         return getattr(event, "what", "") == "references: loss"

@@ -99,6 +99,7 @@ def test_integers_are_integers(tmp_path: Path, key: str, value: str) -> None:
         (LEAST + "lora:\n  rank: 4\n  rank: 8\n", 7, "rank stands twice"),
         (LEAST + "lora:\n  rnak: 4\n", 6, "did you mean rank?"),
         (LEAST + "train:\n  epochs: 1\n  steps: 1\n", 5, "exclude each other"),
+        (LEAST + "lora:\n  dora: true\n  dropout: 0.1\n", 5, "set dropout to 0, or remove dora"),
         (LEAST + "train: [1, 2\n", 6, "not valid YAML"),
         ("data:\n  train: x\n", 1, "model is missing"),
         ("model: {}\ndata:\n  train: x\n", 1, "model.path is missing"),

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from finetune.commands.search import run as search_command
 from finetune.commands.search import seconds_of
 from finetune.crashes import what_is_left
 from finetune.disk.overview import overview
-from finetune.disk.run_folder import RunFolder, open_existing
+from finetune.disk.run_folder import RunFolder, create, open_existing
 from finetune.errors import ExitCode, Interrupted, RecipeError
 from finetune.events import Work as Events
 from finetune.recipe.load import load_recipe
@@ -25,7 +24,7 @@ from finetune.training.trials import Halving, Trial, halving, stops_of, trials_o
 from tests.end_to_end.command import Work
 from tests.unit.test_suspects import labelled
 from tests.unit.test_wrong_resume import finetune
-from tests.unit.toy_run import Wrapped, load_job, recipe
+from tests.unit.toy_run import Wrapped, load_job, recipe, run_to_report
 
 START = Start(1e-3, 64, 1000, 30, 16)
 MODULES = {f"model.layers.0.{name}": (8, 8) for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")}
@@ -109,6 +108,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     rows = [{"text": example.prompt, "label": str(example.answer)} for example in labelled(60, set())]
     for name, part in (("rows", rows[:36]), ("valid", rows[36:48]), ("test", rows[48:])):
         made.lines(f"{name}.jsonl", part)
+    for name, count in (("train", 36), ("valid", 12), ("test", 12)):
+        pairs = (
+            {"prompt": f"{name} {i}?", "chosen": f"a fine film {i}", "rejected": "a dull film"} for i in range(count)
+        )
+        made.lines(f"{name}-pairs.jsonl", list(pairs))
     made.recipe(RECIPE, "few.yaml")
     return made
 
@@ -224,7 +228,29 @@ def test_the_winner_is_a_run_with_the_bytes_of_a_run_of_its_own(work: Work) -> N
     assert json.loads((folder / "search.json").read_text()) == ledger and "winner's run" in again.out
 
 
-@pytest.mark.parametrize("key", ["head", "preferences"])
-def test_recipes_whose_trials_would_be_no_runs_are_refused(key: str) -> None:
-    with pytest.raises(RecipeError, match=f"trials with {key} cannot be compared.*finetune train"):
-        search_command(recipe(**{key: {}}), "name", "30s")
+@pytest.mark.parametrize(
+    "learned",
+    ["preferences={}", *(pytest.param(one, marks=pytest.mark.slow) for one in ("head={}", "preferences={loss: orpo}"))],
+)
+def test_trials_with_a_head_or_pairs_are_runs_too(
+    work: Work, learned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped or not, the winner has the bytes of a run of its own, and the trials read no test row."""
+    files = {split: work.folder / f"{split}-pairs.jsonl" for split in ("train", "valid", "test")}
+    rows = [f"data.{split}={file}" for split, file in files.items()] if "pref" in learned else []
+    monkeypatch.setattr(search, "trials_of", lambda *given: trials_of(*given)[:3])
+    job = load_job(load_recipe(work.folder / "few.yaml", [*rows, learned]))
+    whole, stopped = searched(job, tmp_path / "whole"), searched(job, tmp_path / "stopped", 11)
+    assert stopped.ledger.winner == whole.ledger.winner and tensors(stopped) == tensors(whole)
+    figures = [{(lap.trial, lap.steps, lap.loss) for lap in one.ledger.laps} for one in (whole, stopped)]
+    assert figures[0] == figures[1]
+    assert not whole.best.references.exists(), "the test rows' references would be in it"
+    own = create(load_recipe(whole.best.recipe, [f"output={tmp_path}"]), "alone")
+    run_to_report(load_job(load_recipe(own.recipe)), own)
+    best = whole.job_of(whole.ledger.winner or 0)
+    finished = run_to_report(best, whole.best, resume=True)
+    for name in ("adapter/adapter_model.safetensors", "evaluation-tuned.json", "evaluation-base.json"):
+        assert (own.path / name).read_bytes() == (whole.best.path / name).read_bytes(), name
+    assert finished.tuned.loss == pytest.approx(
+        json.loads((own.path / "report.json").read_text())["tuned"]["loss"], abs=1e-9
+    )

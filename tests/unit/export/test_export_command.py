@@ -14,6 +14,7 @@ from finetune.commands import export
 from finetune.errors import EnvironmentProblem, RecipeError
 from finetune.export import packages
 from finetune.export.choose import check_options, target_of
+from finetune.recipe.schema import Lora
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,12 @@ def test_the_format_must_be_named() -> None:
 def test_options_that_do_not_go_together_are_refused(given: Any, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         check_options(*given)
+
+
+def test_an_adapter_of_dora_is_none_for_llama_cpp() -> None:
+    job: Any = SimpleNamespace(recipe=SimpleNamespace(lora=Lora(dora=True)))
+    with pytest.raises(RecipeError, match="use --to gguf without --adapter"):
+        target_of("gguf", None, None, True, job)
 
 
 @pytest.mark.parametrize(
