@@ -49,8 +49,7 @@ def settle_memory(job: Job, earlier: bool | None) -> Generator[Note, None, Job]:
     train = job.recipe.train
     unsettled, again = train.gradient_checkpointing == "auto", bool(earlier)
     if not job.folder.weights or not job.prepared.train.examples or not (unsettled or job.recipe.lora.layers != "all"):
-        recipe = job.recipe.with_train(gradient_checkpointing=again) if unsettled else job.recipe
-        return replace(job, recipe=recipe, streamed=False)
+        return replace(job, recipe=job.recipe.with_train(gradient_checkpointing=again)) if unsettled else job
     device = job.recipe.device
     costs = registry.costs(job.backend, registry.device_kind(registry.describe(job.backend, device)["device"]))
     free = registry.free_bytes(job.backend, device)
