@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from backends.interface import FloatArray, Reader, Session, TrainState
+from backends.interface import HEAD_WEIGHT, FloatArray, Reader, Session, TrainState
 from finetune.data.rows import Example, Prepared, Split
 from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.errors import Diverged
@@ -171,10 +171,11 @@ def evaluate_held_out(
 def base_weights(session: Session, head: Mapping[str, FloatArray] | None = None) -> Iterator[None]:
     """Inside, the session is the base model: what trains is as it was before. Afterwards it is as trained again.
 
-    head: of a run with one, the head that learned alone, on the frozen model.
+    head: of a run with one, the head that learned alone, on the frozen model; not given: the head stays as it is.
     """
     state = session.get_state()
-    session.set_state(TrainState(state.step, {**session.untrained(), **(head or {})}, state.moments))
+    kept = {name: value for name, value in state.adapter.items() if name == HEAD_WEIGHT}
+    session.set_state(TrainState(state.step, {**session.untrained(), **kept, **(head or {})}, state.moments))
     try:
         yield
     finally:
