@@ -141,6 +141,22 @@ class Passing:
         self._file.write(self._starts[row], states)
 
 
+class Keeping:
+    """What a session says of its kept states."""
+
+    _forward: Any  # whose `frozen` has them, and is None where none are kept
+
+    @property
+    def kept_states(self) -> Activations | None:
+        kept: Activations | None = self._forward.frozen and self._forward.frozen.kept
+        return kept
+
+    def take_kept_states(self, states: Activations | None) -> None:
+        frozen = self._forward.frozen
+        if frozen and states and frozen.kept.serves(states):
+            frozen.kept = states
+
+
 def folder_on_disk() -> str:
     """The folder for temporary files; /var/tmp where that one is in memory, as /tmp is on several systems.
 

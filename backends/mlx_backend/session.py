@@ -25,7 +25,7 @@ from backends.interface import (
     StepResult,
     TrainState,
 )
-from backends.kept_states import Activations
+from backends.kept_states import Keeping
 from backends.layer_names import Names, Part
 from backends.loss_scale import loss_scales
 from backends.memory_plan import answering_bytes
@@ -80,7 +80,7 @@ def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSe
         return MlxSession(model, lora, optim, seed, device)
 
 
-class MlxSession:
+class MlxSession(Keeping):
     """`interface.Session` in MLX. Adapter and moments are float32 in mlx-lm's layout: A [in, r], B [r, out]; the
     weights of a whole model lie as in its files.
     """
@@ -108,7 +108,7 @@ class MlxSession:
         if spec.checkpointing:
             checkpoint_blocks(model)
         window = ignored_window(model, folder.text_config)
-        self._forward = Forward(model, masks, on_cpu, spec.checkpointing, window, lora.classes, self._streamed)
+        self._forward: Forward = Forward(model, masks, on_cpu, spec.checkpointing, window, lora.classes, self._streamed)
         self.shares_prefixes = self._forward.shares_prefixes
         self._vocabulary = folder.vocabulary or sys.maxsize
         self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
@@ -198,14 +198,6 @@ class MlxSession:
         tensors = (to_mlx(one, self._held.transposed) for one in (state.adapter, state.moments))
         self._state = State(state.step, *tensors)
         self._put_in(self._state.adapter)
-
-    @property
-    def kept_states(self) -> Activations | None:
-        return self._forward.frozen.kept if self._forward.frozen else None
-
-    def take_kept_states(self, states: Activations | None) -> None:
-        if self._forward.frozen and states and self._forward.frozen.kept.serves(states):
-            self._forward.frozen.kept = states
 
     def peak_bytes(self) -> int:
         self._most_held = max(self._most_held, held_bytes(self._mlx_device))

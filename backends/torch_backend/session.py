@@ -34,7 +34,7 @@ from backends.interface import (
     StepResult,
     TrainState,
 )
-from backends.kept_states import Activations
+from backends.kept_states import Keeping
 from backends.layer_names import matched
 from backends.loss_scale import loss_scales
 from backends.memory_plan import answering_bytes
@@ -94,7 +94,7 @@ def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> Torch
     return TorchSession(model, lora, optim, seed)
 
 
-class TorchSession:
+class TorchSession(Keeping):
     def __init__(self, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> None:
         self._device = pick_device(model.device)
         self.device = device_name(self._device)
@@ -243,14 +243,6 @@ class TorchSession:
                 tensor.copy_(torch.from_numpy(state.adapter[name]))
             self._optimiser.set_moments(state.moments)
         self._step = state.step
-
-    @property
-    def kept_states(self) -> Activations | None:
-        return self._forward.frozen.kept if self._forward.frozen else None
-
-    def take_kept_states(self, states: Activations | None) -> None:
-        if self._forward.frozen and states and self._forward.frozen.kept.serves(states):
-            self._forward.frozen.kept = states
 
     def peak_bytes(self) -> int:
         return peak_bytes(self._device)

@@ -22,7 +22,7 @@ from finetune.recipe.schema import Recipe
 from finetune.training.rate_rule import starting_rate
 from tests.conformance.toy import toy_batch
 from tests.end_to_end.command import Work
-from tests.unit.test_wrong_resume import RECIPE, finetune
+from tests.unit.test_wrong_resume import RECIPE, finetune, trained
 from tests.unit.toy_run import load_job, run_to_report, run_until_killed
 
 FULL = (
@@ -39,11 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Work:
     rows = [{"text": f"film {i}", "label": ("good", "bad")[i % 2]} for i in range(12)]
     work.lines("rows.jsonl", rows)
     work.lines("valid.jsonl", rows[:8])
-    work.recipe(FULL)
-    told = finetune(work, "train", "recipe.yaml", "output=runs").good()
-    (work.folder / "screen.txt").write_text(told.out + told.err)
-    next((work.folder / "runs").glob("recipe-*")).rename(work.folder / "run")
-    return work
+    return trained(work, FULL)
 
 
 def test_the_run_leaves_a_model_folder_that_both_libraries_load(made: Work) -> None:

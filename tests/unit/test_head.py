@@ -21,7 +21,7 @@ from finetune.events import Event, Note, StepDone
 from finetune.recipe.load import load_recipe
 from finetune.training.head_first import fit
 from tests.end_to_end.command import Work
-from tests.unit.test_wrong_resume import RECIPE, finetune
+from tests.unit.test_wrong_resume import RECIPE, finetune, trained
 from tests.unit.toy_run import Wrapped, load_job, run_to_report, run_until_killed
 
 LABELS = ("bad", "good", "a long label, of some words")
@@ -39,10 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Work:
     work = Work.of_one_block(tmp_path_factory)
     work.lines("rows.jsonl", rows(18))
     work.lines("valid.jsonl", rows(9, 100))
-    work.recipe(HEADED.replace("steps: 3", "steps: 9"))
-    finetune(work, "train", "recipe.yaml", "output=runs").good()
-    next((work.folder / "runs").glob("recipe-*")).rename(work.folder / "run")
-    return work
+    return trained(work, HEADED.replace("steps: 3", "steps: 9"))
 
 
 def clusters(seed: int, count: int, apart: float = 3.0) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from finetune.errors import ExitCode
 from finetune.events import Event, StepDone
 from finetune.recipe.load import load_recipe
 from tests.end_to_end.command import Work
-from tests.unit.test_wrong_resume import RECIPE, finetune
+from tests.unit.test_wrong_resume import RECIPE, finetune, trained
 from tests.unit.toy_run import load_job, result_of, run_to_report, run_until_killed
 
 PAIRED = RECIPE.replace("lora: {rank: 2, alpha: 4}", "lora: {rank: 2, alpha: 4}\npreferences: {}").replace(
@@ -38,11 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Work:
     work = Work.of_one_block(tmp_path_factory)
     work.lines("rows.jsonl", rows(12))
     work.lines("valid.jsonl", rows(7, 100))
-    work.recipe(PAIRED)
-    told = finetune(work, "train", "recipe.yaml", "output=runs").good()
-    (work.folder / "screen.txt").write_text(told.out + told.err)
-    next((work.folder / "runs").glob("recipe-*")).rename(work.folder / "run")
-    return work
+    return trained(work, PAIRED)
 
 
 def test_a_run_measures_pairs_before_and_after(made: Work) -> None:

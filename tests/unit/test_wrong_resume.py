@@ -39,6 +39,15 @@ def finetune(work: Work, *arguments: str) -> Answer:
     return Answer(code, out.getvalue(), err.getvalue())
 
 
+def trained(work: Work, recipe: str) -> Work:
+    """The same folder with the finished run of this recipe, `run`, and what it printed, screen.txt."""
+    work.recipe(recipe)
+    told = finetune(work, "train", "recipe.yaml", "output=runs").good()
+    (work.folder / "screen.txt").write_text(told.out + told.err)
+    next((work.folder / "runs").glob("recipe-*")).rename(work.folder / "run")
+    return work
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch")
