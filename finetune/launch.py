@@ -87,8 +87,12 @@ def without_devices(arguments: Sequence[str]) -> list[str]:
 
 def _threads(count: int) -> Mapping[str, str]:
     """The processes share the processors."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return dict.fromkeys(_THREADS, str(max(usable // count, 1)))
+    return dict.fromkeys(_THREADS, str(max(processors() // count, 1)))
+
+
+def processors() -> int:
+    """Those that this process may run on: more threads would wait for each other."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.interface import FloatArray
-from backends.model_folder import ModelFolder, read_object, read_tensor
+from backends.model_folder import NUMBERS, ModelFolder, read_header, read_object, read_tensor
 from finetune.data.tokenizer import Tokenizer, stop_tokens
 from finetune.disk.safetensors_file import header_bytes
 from finetune.errors import EnvironmentProblem
@@ -45,14 +45,27 @@ def whole_model(folder: ModelFolder, trained: Mapping[str, FloatArray]) -> Tenso
     return {name: partial(numbers, name) for name in files}
 
 
+def check_numbers(folder: ModelFolder) -> None:
+    """Raises EnvironmentProblem for a tensor of another kind than is written, before one is read."""
+    for file in folder.weights:
+        for name, entry in read_header(file)[0].items():
+            plain = name in folder.whole_shapes and name.rpartition(".")[0] not in folder.packed
+            if plain and entry["dtype"] not in NUMBERS:
+                raise _other_numbers(file, f"{name:.200} holds numbers of type {entry['dtype']}")
+
+
 def read_numbers(file: Path, name: str) -> FloatArray:
     """A tensor of a weight file as float32. Raises EnvironmentProblem for numbers of another kind."""
     try:
         return read_tensor(file, name)
     except ValueError as error:
-        raise EnvironmentProblem(
-            f"{file}: {error}, and only float32, float16 and bfloat16 are exported; train on a model in one of these"
-        ) from None
+        raise _other_numbers(file, str(error)) from None
+
+
+def _other_numbers(file: Path, what: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"{file}: {what}, and only float32, float16 and bfloat16 are written; train on a model in one of these"
+    )
 
 
 def cast(numbers: FloatArray, kind: str, name: str) -> NDArray[Any]:

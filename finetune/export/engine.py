@@ -15,10 +15,10 @@ import numpy as np
 
 from backends.interface import Batch, Scores
 from finetune.errors import EnvironmentProblem
-from finetune.export.packages import optional, processors
+from finetune.export.packages import optional
+from finetune.launch import processors
 from finetune.text import harmless
 
-_CONTEXT = 4096  # positions, where the caller names none
 _ERRORS = 1  # how much llama.cpp prints
 _BIAS = 1e4  # makes a token the sampled one; what is reported are the model's own probabilities
 
@@ -32,16 +32,12 @@ class Engine:
 
     shares_prefixes = False  # it keeps the last prompt by itself
 
-    def __init__(self, file: Path, adapter: Path | None = None, context: int = _CONTEXT, threads: int = 0) -> None:
-        """context: positions of the longest row and its answer. threads: 0 is one for each processor that it may use.
-
-        Raises EnvironmentProblem where the file cannot be loaded.
-        """
+    def __init__(self, file: Path, adapter: Path | None, context: int) -> None:
+        """context: positions of the longest row and its answer. Raises EnvironmentProblem for what cannot be loaded."""
         library = optional("xllamacpp")
         self._key = secrets.token_hex(16)
-        settings = _settings(library, file, adapter, context, threads, self._key)
         try:
-            self._server: Any = library.Server(settings)
+            self._server: Any = library.Server(_settings(library, file, adapter, context, self._key))
         except Exception as error:  # the binding raises RuntimeError and what C++ threw; llama.cpp has printed why
             raise EnvironmentProblem(f"{file}: llama.cpp cannot load it: {error!s:.200}") from None
         self._address = urlsplit(self._server.listening_address)
@@ -104,13 +100,10 @@ class Engine:
         return whole[target], next(iter(whole))
 
     def _tell(self, tokens: Sequence[int], sampled: int, count: int) -> Any:
-        """What is said of the next token: the sampled one's log-probability, and the `count` most probable ones.
-
-        A bias makes `sampled` the sampled one; what is said are the model's own probabilities, without it.
-        """
-        bias = [[int(sampled), _BIAS]]
-        body = {"n_predict": 1, "n_probs": count, "temperature": 0.0, "logit_bias": bias, "cache_prompt": True}
-        answer = self._ask("/v1/completions", {"prompt": [int(token) for token in tokens], **body})
+        """What is said of the next token: the sampled one's log-probability, and the `count` most probable ones."""
+        body: dict[str, Any] = {"n_predict": 1, "n_probs": count, "temperature": 0.0, "cache_prompt": True}
+        body |= {"prompt": [int(token) for token in tokens], "logit_bias": [[int(sampled), _BIAS]]}
+        answer = self._ask("/v1/completions", body)
         told = (answer["choices"][0].get("logprobs") or {}).get("content")
         return told[0] if told else None
 
@@ -125,11 +118,11 @@ class Engine:
         return json.loads(text)
 
 
-def _settings(library: Any, file: Path, adapter: Path | None, context: int, threads: int, key: str) -> Any:
+def _settings(library: Any, file: Path, adapter: Path | None, context: int, key: str) -> Any:
     settings = library.CommonParams()
     settings.model.path = str(file)
     settings.n_ctx, settings.n_parallel, settings.warmup, settings.fit_params = context, 1, False, False
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads or processors()
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = processors()
     settings.verbosity, settings.api_keys, settings.offline = _ERRORS, [key], True
     settings.cache_ram_mib, settings.swa_full = 0, True  # the last prompt is kept whole, and no other
     settings.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -20,11 +20,10 @@ from backends.model_folder import ModelFolder, ending, read_header, read_object,
 from finetune.data.rows import Message
 from finetune.data.tokenizer import encode, load_tokenizer
 from finetune.disk.adapter import Adapter
+from finetune.disk.model_writer import Tensors, write_tokenizer
 from finetune.errors import EnvironmentProblem
 from finetune.export import merge
-from finetune.export.making import Making, Target
-from finetune.export.measure import Exported
-from finetune.export.merge import Tensors
+from finetune.export.measure import Exported, Making
 from finetune.export.packages import optional
 from finetune.export.prompt import prompt_of
 from finetune.export.verify import Check, graded
@@ -55,9 +54,12 @@ def loaded_folder(path: Path, job: Job, backend: str) -> Exported:
 
 
 @dataclass(frozen=True)
-class MergedFolder(Target):
+class MergedFolder:
     """`--to merged`, and `--to mlx` without `--bits`: what transformers, vLLM and mlx-lm load."""
 
+    name: str  # of its folder, where the user names none
+    kind: str  # the type of its numbers: how near to the run's model it must be
+    finer: str = ""  # of what is quantised: what to use where it loses too much
     reader: str | None = None  # the backend that verifies it; None: the run's
 
     def write(self, to: Path, making: Making) -> list[Check]:
@@ -101,7 +103,7 @@ class QuantisedFolder(MergedFolder):
         for file in quantised.iterdir():
             file.rename(to / file.name)
         quantised.rmdir()
-        merge.write_tokenizer(to, job.folder, job.tokenizer, making.template)  # as it was, for old readers too
+        write_tokenizer(to, job.folder, job.tokenizer, making.template)  # as it was, for old readers too
         adapters = Adapter({}, making.adapter.rank, 0.0), making.adapter
         before, after = (merge.tensors(making.session, job.folder, one, original=True) for one in adapters)
         return change_checks(to, before, after, making.adapter)
@@ -112,7 +114,7 @@ class QuantisedFolder(MergedFolder):
 
 def _write(to: Path, making: Making, kind: str, original: bool = False) -> None:
     merge.write_merged(to, making.session, making.job.folder, making.adapter, kind, original=original)
-    merge.write_tokenizer(to, making.job.folder, making.job.tokenizer, making.template)
+    write_tokenizer(to, making.job.folder, making.job.tokenizer, making.template)
 
 
 def change_checks(to: Path, before: Tensors, after: Tensors, adapter: Adapter) -> list[Check]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.disk.adapter import Adapter
 from finetune.export.engine import Engine
 from finetune.export.families import family_of
 from finetune.export.gguf_file import of_file, tensors_of, write_adapter, write_model
-from finetune.export.making import Making, Target
-from finetune.export.measure import Exported, longest_answer
+from finetune.export.measure import Exported, Making, longest_answer
 from finetune.export.merge import file_check, tensors
 from finetune.export.ollama import READS_JINJA, modelfile, ollama_commands, template_of
 from finetune.export.verify import Check
@@ -32,8 +32,13 @@ def loaded_gguf(job: Job, file: Path, adapter: Path | None = None) -> Exported:
     )
 
 
-class GgufFile(Target):
+@dataclass(frozen=True)
+class GgufFile:
     """`--to gguf`: merged into what was trained on, in one of llama.cpp's types."""
+
+    name: str  # of its folder, where the user names none
+    kind: str  # the type of its numbers: how near to the run's model it must be
+    finer: str = ""  # of what is quantised: what to use where it loses too much
 
     def write(self, to: Path, making: Making) -> list[Check]:
         folder, file = making.job.folder, to / MODEL
@@ -62,7 +67,7 @@ class OllamaFolder(GgufFile):
         return ollama_commands(path)
 
 
-class GgufAdapter(Target):
+class GgufAdapter(GgufFile):
     """`--to gguf --adapter`: the adapter for a GGUF of its base, verified on one that is written for that alone."""
 
     def write(self, to: Path, making: Making) -> list[Check]:

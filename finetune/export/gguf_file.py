@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from backends.interface import FloatArray
 from backends.model_folder import ModelFolder
-from finetune.errors import EnvironmentProblem, Incompatible
+from finetune.disk.model_writer import Tensors, cast
+from finetune.errors import EnvironmentProblem
 from finetune.export.families import Family, Keys, family_of
-from finetune.export.merge import Held, Tensors, cast
-from finetune.export.packages import optional, processors
+from finetune.export.merge import Held
+from finetune.export.packages import optional
 from finetune.export.vocabulary import vocabulary
+from finetune.launch import processors
 
 FACTORS = "rope_freqs.weight"
 Types = Mapping[str, tuple[tuple[int, ...], str]]  # tensor of the file -> shape, type
@@ -91,10 +93,7 @@ def write_adapter(
     written: dict[str, FloatArray] = {}
     for name, tensor in tensors.items():
         module, _, factor = name.rpartition(".")
-        target = f"{module}.weight"
-        if target not in family.names:
-            raise Incompatible(f"{file}: the model has no layer {module:.120}, which the adapter changes")
-        second = factor == "lora_B"
+        target, second = f"{module}.weight", factor == "lora_B"
         written[f"{family.names[target]}.{factor.lower()}"] = family.converted(target, tensor) if second else tensor
     keys = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)}
     types = {name: (tensor.shape, KINDS[kind][0]) for name, tensor in written.items()}
@@ -173,7 +172,7 @@ def packed(tensor: FloatArray, kind: str, name: str) -> NDArray[Any]:
     number = gguf.GGMLQuantizationType[kind]
     pack = gguf.quants.quantize
     if kind.endswith("_K"):  # numpy packs no such; the library frees the interpreter while it works
-        pack = optional("libgguf", ", or use --type q8_0, which does not need it").quantize_rows
+        pack = optional("libgguf").quantize_rows
     parts = np.array_split(tensor, max(1, min(len(tensor), tensor.size // _ROWS)))
     with ThreadPoolExecutor(processors()) as pool:
         return np.concatenate(list(pool.map(lambda part: pack(part, int(number)), parts)))

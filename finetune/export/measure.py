@@ -9,17 +9,30 @@ from typing import Any
 
 import numpy as np
 
-from backends.interface import FloatArray, IntArray, Reader
+from backends.interface import FloatArray, IntArray, Reader, Session
 from finetune.data.rows import Message, Split
 from finetune.data.tokenizer import answer_text
+from finetune.disk.adapter import Adapter
 from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.evaluation.intervals import ratio_interval
 from finetune.evaluation.scoring import Written, row_losses, write_answers
 from finetune.events import Progress
+from finetune.export.prompt import Prompts
 from finetune.training.job import Job
 
 ANSWERED = 20  # rows whose answers are written
 LABEL_TOKENS = 8  # in an answer that is a label, beside those of the longest label
+
+
+@dataclass(frozen=True)
+class Making:
+    """What every export is made from: a run's model, loaded, and its prompt as a chat template."""
+
+    job: Job
+    session: Session  # with the adapter in it
+    adapter: Adapter
+    prompts: Prompts
+    template: str  # them as one chat template
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 from finetune.data.chat_template import ChatRenderer
 from finetune.data.rows import Message
 from finetune.data.tokenizer import begin_tokens
-from finetune.export.making import Making
-from finetune.export.prompt import PROBES, asked_rows, prompt_of
+from finetune.export.measure import Making
+from finetune.export.prompt import PROBES, prompt_of
 from finetune.text import command_line
 
 READS_JINJA = "0.30.0"  # from this version on Ollama renders the file's own chat template with llama.cpp
@@ -104,21 +104,19 @@ def _said(text: str) -> str:
 
 def template_of(making: Making) -> GoTemplate | None:
     """The run's prompt for Ollama; None: it is left to the file's own chat template."""
-    job, renderer = making.job, making.job.prepared.renderer
-    assert renderer is not None
-    rows = list(asked_rows(renderer, job.prepared.format, job.prepared.held_out.records, making.always))
+    tokenizer, rows = making.job.tokenizer, list(making.prompts.rows())
     if any(tools for _, _, tools, _ in rows):
         return None
-    begin = job.tokenizer.decode(begin_tokens(job.tokenizer))
-    write = partial(prompt_of, job.tokenizer, template=making.template)
+    begin = tokenizer.decode(begin_tokens(tokenizer))
+    write = partial(prompt_of, tokenizer, template=making.template)
     return go_template(write, begin, (messages for _, messages, _, _ in rows))
 
 
 def modelfile(making: Making, file: str, template: GoTemplate | None) -> str:
     """Its text: the file, how its prompt is written, and what answers need."""
-    prepared, recipe = making.job.prepared, making.job.recipe
+    prepared = making.job.prepared
     longest = max((len(one) for split in prepared.splits for one in split.examples), default=0)
-    context = max(_CONTEXT, longest + recipe.evaluate.max_tokens)
+    context = max(_CONTEXT, longest + making.job.recipe.evaluate.max_tokens)
     known = making.job.folder.text_config.get("max_position_embeddings")
     lines = [
         f"FROM ./{file}",

@@ -12,13 +12,12 @@ import numpy as np
 from rich.table import Table
 
 from finetune.data.rows import Message
-from finetune.data.tokenizer import encode, encode_prompt, special_texts
+from finetune.data.tokenizer import Tokenizer, encode, encode_prompt, special_texts
 from finetune.evaluation.changes import SIGNIFICANT
 from finetune.export.measure import Exported, Measured, share_kept
-from finetune.export.prompt import PROBES, as_the_run_asks, asked_rows
+from finetune.export.prompt import PROBES, Prompts
 from finetune.report.report import compare
 from finetune.text import from_here, shorten
-from finetune.training.job import Job
 
 Verdict = Literal["yes", "warning", "no"]
 KEPT = "tuning that is kept"
@@ -56,30 +55,28 @@ _LIMITS = {
 _QUANTISED = Limits(math.inf, math.inf, (0.9, 0.8), 1.0, 0.5)
 
 
-def text_checks(export: Exported, job: Job, always: Mapping[str, str | None]) -> list[Check]:
+def text_checks(export: Exported, tokenizer: Tokenizer, prompts: Prompts) -> list[Check]:
     """Tokens of every held-out row and of the special tokens, prompts of every held-out row, and conversations that are
     in no row: where those differ, the export is right for the rows all the same.
     """
-    renderer, form, records = job.prepared.renderer, job.prepared.format, job.prepared.held_out.records
-    assert renderer is not None
-    written = [one for row in renderer.render_all(records) if not isinstance(row, ValueError) for one in row]
-    texts = [(one.record.location, one.text) for one in written]
-    texts += [(text, text) for text in sorted(special_texts(job.tokenizer))]
-    ours = encode(job.tokenizer, [text for _, text in texts])
+    rendered = prompts.renderer.render_all(prompts.prepared.held_out.records)
+    texts = [(one.record.location, one.text) for row in rendered if not isinstance(row, ValueError) for one in row]
+    texts += [(text, text) for text in sorted(special_texts(tokenizer))]
+    ours = encode(tokenizer, [text for _, text in texts])
     other = [where for (where, text), own in zip(texts, ours, strict=True) if list(export.tokenise(text)) != own.tokens]
 
     def wrong(messages: Sequence[Message], tools: Sequence[Any], text: str) -> bool:
         try:
-            return list(export.prompt(messages, tools)) != encode_prompt(job.tokenizer, text)
+            return list(export.prompt(messages, tools)) != encode_prompt(tokenizer, text)
         except ValueError:  # its template refuses them
             return True
 
-    asked = list(asked_rows(renderer, form, records, always))
+    asked = list(prompts.rows())
     rows = [where for where, messages, tools, text in asked if wrong(messages, tools, text)]
     different = []
     for probe in PROBES:
         with suppress(ValueError):  # the run's template refuses it: there is nothing to compare
-            if wrong(probe, (), as_the_run_asks(renderer, form, probe)):
+            if wrong(probe, (), prompts.asked(probe)):
                 turns = (f"{message['role']}: {shorten(message['content'], 24)}" for message in probe)
                 different.append(" / ".join(turns))
     return [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from backends.model_folder import ModelFolder
@@ -33,6 +34,7 @@ _PATTERNS = {
 }
 
 
+@lru_cache(1)
 def vocabulary(folder: ModelFolder, template: str) -> Keys:
     """GGUF keys of the tokenizer with this chat template. Raises Refused for one that differs there."""
     tokenizer = load_tokenizer(folder)

@@ -15,12 +15,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from finetune.commands.export import made_ready, ready, run_measured, verified
+from finetune.commands.export import check_options, made_ready, precision, ready, run_measured, target_of, verified
 from finetune.console import Console
-from finetune.disk.adapter import read_adapter
 from finetune.disk.run_folder import open_existing
-from finetune.export.choose import check_options, precision, target_of
 from finetune.export.measure import chosen
+from finetune.export.prompt import Prompts
 from finetune.export.verify import sentence
 
 FORMS = ("gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "gguf-adapter", "mlx-4bit")
@@ -44,15 +43,17 @@ def main() -> None:
     asked = parser.parse_args()
     opened, recipe = open_existing(asked.run)
     job = ready(opened, recipe, None)
-    making = made_ready(opened, job, read_adapter(opened.adapter))
+    prompts = Prompts(job.prepared, opened.always() or {})
+    template, _ = prompts.template(job.tokenizer, opened.path.name)
+    making = made_ready(opened, job, prompts, template)
     rows = chosen(job.prepared.held_out, asked.rows)
     started = time.monotonic()
     measures = run_measured(making, rows)
     print(f"base and run measured on {len(rows.examples)} rows: {time.monotonic() - started:.0f} s", file=sys.stderr)
     table = Table("form", "MB", "written, s", "verified, s", *SHOWN, "verdict")
     for form in asked.forms.split(","):
-        check_options(*options(form))
-        target = target_of(*options(form), job)
+        check_options(recipe, *options(form))
+        target = target_of(*options(form), job, template)
         with tempfile.TemporaryDirectory() as place:
             started = time.monotonic()
             checks = target.write(Path(place), making)
@@ -60,7 +61,7 @@ def main() -> None:
             files = [file for file in Path(place).rglob("*") if file.is_file() and file.name != "base.gguf"]
             size = sum(file.stat().st_size for file in files) / 1e6
             nearest = precision(target, job, making.session)
-            checks += verified(target, Path(place), job, making.always, measures, rows, nearest)
+            checks += verified(target, Path(place), job, prompts, measures, rows, nearest)
             ended = time.monotonic()
         found = {check.name: check.result for check in checks}
         told = [found.get(name, "-") for name in SHOWN]

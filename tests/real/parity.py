@@ -83,7 +83,7 @@ def llama_cpp(folder: ModelFolder, file: Path) -> Reader:
         (name, read_tensor(path, name)) for path, shapes in folder.weights.items() for name in shapes
     )
     write_model(file, folder, numbers, "", "f32")
-    return Engine(file, context=512)
+    return Engine(file, None, context=512)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ ALLOWED = {
     ("backends/apart.py", "torch"): "what transformers shall not find where only its tokenizers are needed",
     ("backends/plain.py", "torch"): "a key of config.json that older libraries write",
     ("finetune/options.py", "mlx"): "the format of an export",
-    ("finetune/export/choose.py", "mlx"): "the format of an export",
+    ("finetune/commands/export.py", "mlx"): "the format of an export",
     ("finetune/export/folders.py", "mlx"): "the format of an export, which that backend reads",
     ("finetune/disk/model_writer.py", "torch"): "a key of config.json that older readers know",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -9,8 +10,17 @@ import pytest
 
 from backends import registry
 from finetune.disk.run_folder import RunFolder
+from finetune.export import engine
 from tests.tiny_models import model_with_tokenizer
 from tests.unit.export.exported_run import Runs, trained_run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads of llama.cpp wait for each other busily: on busy cores two take many times as long as one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "processors", lambda: 1)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -25,13 +35,16 @@ def exportable_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def runs(exportable_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     @cache
-    def train(backend: str, quantize: str, kind: str, held_out: int) -> RunFolder:
+    def train(backend: str, quantize: str, kind: str, held_out: int, method: str) -> RunFolder:
         if reason := registry.probe(backend):
             pytest.skip(reason)
         folder = tmp_path_factory.mktemp("run") / "work"
-        return trained_run(folder, exportable_model, backend, kind, held_out, quantize=quantize)
+        sections = {"quantize": quantize, "method": method}
+        return trained_run(folder, exportable_model, backend, kind, held_out, **sections)
 
-    def run(backend: str, quantize: str = "none", kind: str = "classification", held_out: int = 12) -> RunFolder:
-        return train(backend, quantize, kind, held_out)
+    def run(
+        backend: str, quantize: str = "none", kind: str = "classification", held_out: int = 12, method: str = "lora"
+    ) -> RunFolder:
+        return train(backend, quantize, kind, held_out, method)
 
     return run

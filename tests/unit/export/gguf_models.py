@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from backends.interface import FloatArray
 from backends.model_folder import ModelFolder
+from finetune.disk.model_writer import Tensors
 from finetune.export.engine import Engine
 from finetune.export.gguf_file import write_model
-from finetune.export.merge import Tensors
 from tests.tiny_models import family
 
 WITH_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -50,7 +50,7 @@ def write(folder: Path, file: Path, kind: str = "f32", template: str = "") -> in
 
 
 def engine(file: Path, adapter: Path | None = None) -> Engine:
-    return Engine(file, adapter, context=256, threads=1)
+    return Engine(file, adapter, context=256)
 
 
 def expected(folder: Path) -> list[FloatArray]:

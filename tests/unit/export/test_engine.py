@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("xllamacpp")
 
 from backends.interface import Batch
-from finetune import connections
+from finetune import connections, launch
 from finetune.errors import EnvironmentProblem
 from finetune.export import packages
 from finetune.export.engine import Engine
@@ -147,11 +147,11 @@ def test_nothing_is_printed(file: Path, capfd: pytest.CaptureFixture[str]) -> No
 
 
 def test_no_more_threads_than_processors_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages.os, "sched_getaffinity", lambda process: {3}, raising=False)
-    assert packages.processors() == 1
-    monkeypatch.delattr(packages.os, "sched_getaffinity")
-    monkeypatch.setattr(packages.os, "cpu_count", lambda: 6)
-    assert packages.processors() == 6
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda process: {3}, raising=False)
+    assert launch.processors() == 1
+    monkeypatch.delattr(launch.os, "sched_getaffinity")
+    monkeypatch.setattr(launch.os, "cpu_count", lambda: 6)
+    assert launch.processors() == 6
 
 
 def test_a_missing_package_is_said_with_the_way_to_install_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,10 @@ from typer.testing import CliRunner
 
 from finetune import cli, use
 from finetune.commands import export
+from finetune.commands.export import check_options, target_of
 from finetune.errors import EnvironmentProblem, RecipeError
 from finetune.export import packages
-from finetune.export.choose import check_options, target_of
-from finetune.recipe.schema import Lora
+from finetune.recipe.schema import Recipe
 
 
 @pytest.mark.parametrize(
@@ -51,24 +52,31 @@ def test_the_format_must_be_named() -> None:
         (("gguf", "q9", None, False), "q4_k_m"),
         (("gguf", "q8_0", None, True), "--type q8_0"),
         (("ollama", None, None, True), "--adapter"),
+        (("gguf", None, None, True, {"lora": {"dora": True}}), "does not know lora.dora; use --to gguf without"),
+        (("gguf", None, None, True, {"method": "full"}), "trained the whole model, .*; use --to gguf without"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(given: Any, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        check_options(*given)
-
-
-def test_an_adapter_of_dora_is_none_for_llama_cpp() -> None:
-    job: Any = SimpleNamespace(recipe=SimpleNamespace(lora=Lora(dora=True)))
-    with pytest.raises(RecipeError, match="use --to gguf without --adapter"):
-        target_of("gguf", None, None, True, job)
+        check_options(recipe(*given[4:]), *given[:4])
 
 
 @pytest.mark.parametrize(
-    "given", [("merged", "bf16", None, False), ("gguf", "f32", None, False), ("mlx", None, 8, False)]
+    "given",
+    [
+        ("merged", "bf16", None, False),
+        ("gguf", "f32", None, False),
+        ("mlx", None, 8, False),
+        ("gguf", None, None, False, {"lora": {"dora": True}}),
+        ("gguf", None, None, True, {"lora": {"rslora": True}}),
+    ],
 )
 def test_options_that_go_together_are_taken(given: Any) -> None:
-    check_options(*given)
+    check_options(recipe(*given[4:]), *given[:4])
+
+
+def recipe(more: Mapping[str, Any] | None = None) -> Recipe:
+    return Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "a.jsonl"}, **(more or {})})
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -78,4 +86,4 @@ def test_without_mlx_lm_it_is_said_before_anything_is_read(bits: int | None, mon
 
     monkeypatch.setattr(packages, "importlib", SimpleNamespace(import_module=missing))
     with pytest.raises(EnvironmentProblem, match=r'needs the package mlx_lm .*pip install "recipe-finetune\[mlx\]"'):
-        target_of("mlx", None, bits, False, job=SimpleNamespace())  # type: ignore[arg-type]
+        target_of("mlx", None, bits, False, SimpleNamespace(), "")  # type: ignore[arg-type]

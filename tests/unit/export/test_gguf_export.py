@@ -18,7 +18,7 @@ from finetune.errors import EnvironmentProblem, ExportFailed
 from finetune.export import families, gguf_export, gguf_file, merge, packages, vocabulary
 from finetune.export.engine import Engine
 from finetune.export.gguf_export import loaded_gguf
-from finetune.export.prompt import asked_rows
+from finetune.export.prompt import Prompts
 from finetune.recipe.load import load_recipe
 from tests.unit.export.exported_run import Runs, made
 from tests.unit.export.gguf_models import chat, engine, write
@@ -72,8 +72,7 @@ def test_answers_of_the_chat_endpoint_are_the_answers_of_the_run(runs: Runs, row
     reader = loaded_gguf(job, path / "model.gguf").session
     assert isinstance(reader, Engine)
     stop, tokenizer = job.prepared.stop_tokens, job.tokenizer
-    assert job.prepared.renderer is not None
-    asked = list(asked_rows(job.prepared.renderer, job.prepared.format, job.prepared.held_out.records, {}))
+    asked = list(Prompts(job.prepared, {}).rows())
     prompts = [example.prompt_tokens.tolist() for example in job.prepared.held_out.examples]
     assert len(asked) == len(prompts) == count
     answers = []
@@ -93,8 +92,7 @@ def test_llama_cpp_writes_the_prompts_of_the_run(exportable_model: Path, kind: s
     always = {"about": "Rome"} if "always" in kind else {}
     write(exportable_model, tmp_path / "model.gguf", "f16", travelling(found, tokenizer, always)[0])
     reader = engine(tmp_path / "model.gguf")
-    assert found.renderer is not None
-    for _, messages, tools, text in asked_rows(found.renderer, found.format, found.train.records, always):
+    for _, messages, tools, text in Prompts(found, always).rows(found.train.records):
         assert reader.tokenise(reader.render(messages, tools)) == encode_prompt(tokenizer, text), messages
 
 

@@ -21,7 +21,7 @@ import gguf
 import xllamacpp
 
 from backends.model_folder import ModelFolder
-from finetune.errors import EnvironmentProblem, Incompatible
+from finetune.errors import EnvironmentProblem
 from finetune.export import gguf_file
 from finetune.export.families import family_of
 from finetune.export.gguf_file import packed, type_of, write_adapter, write_model
@@ -183,13 +183,6 @@ def test_an_adapter_that_is_not_permuted_is_seen(
     merge(folder, adapter, 2.0)
     told, right = engine(tmp_path / "base.gguf", tmp_path / "adapter.gguf").distribution(TOKENS), expected(folder)[-1]
     assert max(abs(value - right[token]) for token, value in told.items()) > 0.01
-
-
-def test_an_adapter_of_another_model_is_refused(tokenizer: Path, tmp_path: Path) -> None:
-    folder = ModelFolder.open(model("llama", tmp_path / "model", tokenizer))
-    odd = {"model.layers.9.self_attn.q_proj.lora_A": np.zeros((4, 64), np.float32)}
-    with pytest.raises(Incompatible, match=r"no layer model\.layers\.9\.self_attn\.q_proj"):
-        write_adapter(tmp_path / "adapter.gguf", folder, odd, alpha=8.0)
 
 
 def test_a_model_that_mlx_has_packed_is_written_unpacked(tokenizer: Path, tmp_path: Path) -> None:

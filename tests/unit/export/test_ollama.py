@@ -24,7 +24,7 @@ from finetune.export.ollama import GoTemplate, go_template, modelfile
 from finetune.recipe.schema import Recipe
 from tests.unit.chat_families import FAMILIES, tokenizer_of
 from tests.unit.export.exported_run import Runs, made
-from tests.unit.export.test_travelling_prompt import KINDS, PROBES, asked_rows, prepared, travelling
+from tests.unit.export.test_travelling_prompt import KINDS, PROBES, Prompts, prepared, travelling
 
 TALKS = ("qwen 2", "llama 3", "zephyr", "phi 3", "granite", "mistral")
 
@@ -34,8 +34,7 @@ def derived(folder: Path, family: str, kind: str) -> tuple[GoTemplate | None, An
     tokenizer = copy.deepcopy(tokenizer_of(family))
     found = prepared(folder, *KINDS[kind][:2], tokenizer)
     template = travelling(found, tokenizer)[0]
-    assert found.renderer is not None
-    rows = [messages for _, messages, *_ in asked_rows(found.renderer, found.format, found.train.records, {})]
+    rows = [messages for _, messages, *_ in Prompts(found, {}).rows(found.train.records)]
 
     def write(messages: Any) -> str:
         return render(tokenizer, Conversation(messages, [(len(messages), True)]), template=template)[0]

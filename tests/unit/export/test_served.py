@@ -16,7 +16,7 @@ import pytest
 from backends.interface import TrainState
 from finetune.data.tokenizer import answer_text
 from finetune.disk.adapter import read_adapter
-from finetune.export.prompt import asked_rows
+from finetune.export.prompt import Prompts
 from finetune.recipe.load import load_recipe
 from tests.unit.export.exported_run import Runs, made
 from tests.unit.toy_run import load_job
@@ -54,8 +54,7 @@ def test_mlx_lm_server_gives_the_answers_of_the_run(runs: Runs) -> None:
         job = load_job(load_recipe(run.recipe))
         session = job.open()
         session.set_state(TrainState(0, read_adapter(run.adapter).tensors, {}))
-        assert job.prepared.renderer is not None
-        rows = asked_rows(job.prepared.renderer, job.prepared.format, job.prepared.train.records, {})
+        rows = Prompts(job.prepared, {}).rows(job.prepared.train.records)
         asked = [messages for _, messages, *_ in rows][:20]
         prompts = [example.prompt_tokens.tolist() for example in job.prepared.train.examples][:20]
         stop = job.prepared.stop_tokens

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from finetune.data.beside import always_filled
 from finetune.data.conversation import Conversation
 from finetune.data.prepare import prepare
 from finetune.data.rows import Prepared
 from finetune.data.template_sandbox import render
 from finetune.data.tokenizer import Tokenizer, encode, encode_prompt, end_of_turn
-from finetune.export.prompt import PROBES, as_the_run_asks, asked_rows, travelling_template
+from finetune.export.prompt import PROBES, Prompts
 from finetune.recipe.schema import Recipe
 from tests.unit.chat_families import FAMILIES, tokenizer_of
 from tests.unit.toy_run import result_of
@@ -74,8 +75,7 @@ def travelling(
     found: Prepared, tokenizer: Tokenizer, always: dict[str, str | None] | None = None
 ) -> tuple[str, list[str]]:
     """The template, and what is said of it."""
-    assert found.renderer is not None
-    return travelling_template(found.renderer, found.format, tokenizer, always or {}, "runs/a #} run")
+    return Prompts(found, always or {}).template(tokenizer, "runs/a #} run")
 
 
 def written(template: str, tokenizer: Tokenizer, messages: Any, tools: Any = None) -> list[int]:
@@ -91,8 +91,7 @@ def test_every_row_is_asked_as_it_was_trained(tmp_path: Path, kind: str, family:
     found = prepared(tmp_path, rows, prompt, tokenizer)
     always = {"about": "Rome"} if "always" in kind else {}
     template, _ = travelling(found, tokenizer, always)
-    assert found.renderer is not None
-    asked = list(asked_rows(found.renderer, found.format, found.train.records, always))
+    asked = list(Prompts(found, always).rows(found.train.records))
     assert len(asked) == len(rows)
     for location, messages, tools, text in asked:
         assert written(template, tokenizer, messages, tools) == encode_prompt(tokenizer, text), location
@@ -106,11 +105,10 @@ def test_conversations_are_written_as_the_run_asks_them(tmp_path: Path, family: 
     system = "Be kind." if FAMILIES[family].system else None
     found = prepared(tmp_path, TALK, {"system": system} if system else {}, tokenizer)
     template, _ = travelling(found, tokenizer)
-    assert found.renderer is not None
     for probe in PROBES:
         if probe[0]["role"] == "system" and not FAMILIES[family].system:
             continue
-        text = as_the_run_asks(found.renderer, found.format, probe)
+        text = Prompts(found, {}).asked(probe)
         assert written(template, tokenizer, probe) == encode_prompt(tokenizer, text), probe
 
 
@@ -120,10 +118,55 @@ def test_questions_are_written_as_the_run_asks_them(tmp_path: Path, kind: str) -
     tokenizer = own("zephyr")
     found = prepared(tmp_path, rows, prompt, tokenizer)
     template, _ = travelling(found, tokenizer)
-    assert found.renderer is not None
     for probe in PROBES:
-        text = as_the_run_asks(found.renderer, found.format, probe)
+        text = Prompts(found, {}).asked(probe)
         assert written(template, tokenizer, probe) == encode_prompt(tokenizer, text), probe
+
+
+SHARED = [row | {"system": "Be brief."} for row in ASKS]
+
+
+@pytest.mark.parametrize("family", ["qwen 2", "zephyr", "llama 3"])
+@pytest.mark.parametrize(
+    ("rows", "prompt", "system"),
+    [
+        (SYSTEM, {}, "Be kind."),
+        (SYSTEM, {"system": "Only where there is none."}, "Be kind."),
+        (SYSTEM, {"template": "plain"}, "Be kind."),
+        (LEADING, {}, "Sums."),
+        (LEADING, {"template": "chat"}, "Sums."),
+        (SHARED, {}, "Be brief."),
+    ],
+)
+def test_a_system_text_of_all_training_rows_stands_where_a_question_has_none(
+    rows: list[dict[str, Any]], prompt: dict[str, Any], system: str, family: str, tmp_path: Path
+) -> None:
+    """As `generate` and `chat` ask; another system text takes its place."""
+    tokenizer = own(family)
+    found = prepared(tmp_path, rows, prompt, tokenizer)
+    always = always_filled(found.renderer, found.format, found.train.records)
+    assert always["system"] == system
+    template, notes = travelling(found, tokenizer, always)
+    assert not any("system" in note for note in notes)
+    for given in (system, "Another."):
+        wanted = Prompts(found, {}).asked([{"role": "system", "content": given}, *PROBES[0]])
+        asked = PROBES[0] if given == system else [{"role": "system", "content": given}, *PROBES[0]]
+        assert Prompts(found, always).asked(asked) == wanted
+        assert written(template, tokenizer, asked) == encode_prompt(tokenizer, wanted)
+    for location, messages, tools, text in Prompts(found, always).rows(found.train.records):
+        assert written(template, tokenizer, messages, tools) == encode_prompt(tokenizer, text), location
+
+
+def test_what_every_training_row_had_and_no_template_can_give_is_said(tmp_path: Path) -> None:
+    tokenizer, tools = own("qwen 2"), [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    rows = [
+        {"messages": [{"role": "system", "content": f"{i}"}, *row["messages"]], "tools": tools}
+        for i, row in enumerate(TALK)
+    ]
+    found = prepared(tmp_path, rows, {}, tokenizer)
+    always = always_filled(found.renderer, found.format, found.train.records)
+    said = [f"every training row had {name}: give the same with each question" for name in ("a system text", "tools")]
+    assert travelling(found, tokenizer, always)[1] == said
 
 
 @pytest.mark.parametrize(
@@ -143,7 +186,7 @@ def test_the_date_of_the_run_travels(tmp_path: Path, template: str, says: str) -
     assert not notes
     tokens = written(travels, tokenizer, PROBES[0])
     assert tokenizer.decode(tokens).startswith(says)
-    assert tokens == encode_prompt(tokenizer, as_the_run_asks(found.renderer, "chat", PROBES[0]))  # type: ignore[arg-type]
+    assert tokens == encode_prompt(tokenizer, Prompts(found, {}).asked(PROBES[0]))
 
 
 def test_a_date_that_cannot_be_fixed_is_said(tmp_path: Path) -> None:
