@@ -77,7 +77,8 @@ class MergedFolder:
     def commands(self, path: Path, job: Job, adapter: Path) -> list[str]:
         code = ("--trust-remote-code",) if any(path.glob("*.py")) else ()  # that comes with the model
         served: list[tuple[str, ...]] = [("vllm", "serve", str(path)), ("mlx_lm.server", "--model", str(path))]
-        rank = next((most for most in VLLM_RANKS if most >= job.recipe.lora.rank), None)
+        known = (most for most in VLLM_RANKS if most >= job.recipe.lora.rank)
+        rank = next(known, None) if job.recipe.method == "lora" else None
         if self.kind == "f32":
             served[0] += ("--dtype", "float32")  # its own choice would be float16
         elif rank and job.recipe.quantize == "none" and not job.folder.packed:  # the adapter on its base does the same

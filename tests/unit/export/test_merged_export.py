@@ -357,7 +357,7 @@ def test_vllm_takes_the_adapter_with_a_rank_that_it_fits_in(rank: int, most: int
     assert words[words.index("--generation-config") + 1] == str(tmp_path)
 
 
-@pytest.mark.parametrize("given", [{"rank": 513}, {"quantize": "4bit"}, {"packed": {"a"}}])
+@pytest.mark.parametrize("given", [{"rank": 513}, {"quantize": "4bit"}, {"packed": {"a"}}, {"method": "full"}])
 def test_vllm_is_not_given_an_adapter_that_is_not_the_run_s_model_there(given: Any, tmp_path: Path) -> None:
     assert "--enable-lora" not in str(served(folders.MergedFolder("merged-bf16", "bf16"), tmp_path, **given))
 
