@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.machinery import PathFinder
+from statistics import median
 from typing import Any, cast
 
 from backends.apart import ahead, answered_apart, asks_apart
@@ -29,9 +30,11 @@ from backends.interface import (
     Wanted,
 )
 from backends.layer_names import Library
+from backends.memory import available_bytes
 from backends.model_folder import folder_of
 from backends.plain import is_plain
 from backends.predictions import Costs, Machine, Predictions
+from backends.rate import numpy_rate
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,16 @@ def describe(name: str, device: Wanted = "auto") -> dict[str, Any]:
     return usable(name).describe(device)
 
 
-@answered_apart
 def free_bytes(name: str, device: Wanted = "auto") -> int | None:
     """Memory that the device can give, where that is known. Raises BackendError as `describe` does."""
+    if asks_apart() and device_kind(describe(name, device)["device"]) == "cpu":
+        return available_bytes()  # as every backend has it there
+    return device_bytes(name, device)
+
+
+@answered_apart
+def device_bytes(name: str, device: Wanted) -> int | None:
+    """As `free_bytes`, by the backend itself."""
     return usable(name).free_bytes(device)
 
 
@@ -243,11 +253,31 @@ def shortcuts(name: str) -> tuple[str, ...]:
     return tuple(_predictions(name).SHORTCUTS)
 
 
+def measured_rate(name: str, number_type: NumberType, device: Wanted = "auto") -> float:
+    """Floating-point operations per second of matrix products, timed once in a process. The backend must be usable.
+
+    Where another process answers for this one, those of a processor are numpy's, timed here, and how many times as
+    fast the backend's are.
+    """
+    if asks_apart() and device_kind(describe(name, device)["device"]) == "cpu":
+        return _numpy_rate() * relative_rate(name, number_type)
+    return timed_rate(name, number_type, device)
+
+
 @answered_apart
 @cache
-def measured_rate(name: str, number_type: NumberType, device: Wanted = "auto") -> float:
-    """Floating-point operations per second of matrix products, timed once in a process. The backend must be usable."""
+def timed_rate(name: str, number_type: NumberType, device: Wanted) -> float:
+    """As `measured_rate`, by the backend itself."""
     return _predictions(name).measured_rate(number_type, device)
+
+
+@answered_apart
+def relative_rate(name: str, number_type: NumberType) -> float:
+    """Of a backend's products on the processor to numpy's in float32: the median of three, timed in turn."""
+    return median(_predictions(name).measured_rate(number_type, "cpu") / numpy_rate() for _ in range(3))
+
+
+_numpy_rate = cache(numpy_rate)
 
 
 def row(name: str) -> Row:

@@ -48,6 +48,7 @@ from finetune.training.outlook import seconds_of_parts
 from finetune.training.race import foretold_race
 from finetune.training.suites import cases_of, suite_of
 
+ASSUMED = "TFLOPS: of matrix products, as the maker says; reached: the share of them that steps are assumed to reach"
 _AGREE = 1e-3  # nats per token, in float32; models of mlx-lm and transformers differ by 3e-4 at most
 
 
@@ -124,8 +125,8 @@ def answer(
     work = workload(recipe, folder, prepared.train.examples)
     asked = None if recipe.train.micro_tokens == "auto" else recipe.train.micro_tokens
     others = {machine.name: forecast_on(machine, work, name, asked) for name, machine in registry.machines()}
-    heading = Text("other machines (not measured: makers' rates, and an assumed share of them)", "bold")
-    machines: list[RenderableType] = [Text(), heading, machines_table(others)]
+    heading = Text("other machines, not measured", "bold")
+    machines: list[RenderableType] = [Text(), heading, machines_table(others), Text(ASSUMED, "dim")]
     if not backend:
         return [Text("no backend works here: see below", "bold red"), *machines]
     here = forecast_here(work, backend, asked, count)

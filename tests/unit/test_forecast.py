@@ -31,7 +31,6 @@ from finetune.report.plan_tables import steps_table
 from finetune.training import outlook, settle
 from finetune.training.budget import (
     LEAST,
-    Speed,
     Workload,
     fitting_tokens,
     largest_micro,
@@ -39,6 +38,7 @@ from finetune.training.budget import (
 from finetune.training.forecast import forecast_here, forecast_on
 from finetune.training.outlook import seconds_of_parts
 from finetune.training.settle import starting_tokens
+from finetune.training.speed import Speed
 from tests.unit.test_memory_plan import FLOAT, HALF, architecture, model_folder
 
 GPU = registry.costs("torch", "gpu")
@@ -262,6 +262,7 @@ def test_the_foretold_time_is_that_of_the_tokens_that_fit(
     made = work([300] * 64, batch_size=64)
     monkeypatch.setattr(outlook, "workload", lambda *_: made)
     monkeypatch.setattr(outlook, "rate_here", lambda *_: 1e30)
+    monkeypatch.setattr(outlook, "timed", lambda *_: 1.0)
     split = replace(rows(20).train, examples=tuple(made.examples))
     prepared = replace(rows(20), train=split, valid=replace(split, name="valid"))
     session: Any = SimpleNamespace(device="cuda: some card", free_bytes=lambda: free, peak_bytes=lambda: 0)
@@ -311,8 +312,8 @@ def test_the_rate_of_products_waits_once_and_long_enough(monkeypatch: pytest.Mon
     rows, width = rate.SIZES["gpu"]
     found = rate.operations_per_second(Product(), Product(), wait)
     assert queued.pop() == 0  # nothing is computed after the last wait
-    assert queued == [1, 1, 5, 13]
-    assert found == pytest.approx(13 * 2 * rows * width**2 / 0.16)
+    assert queued == [1, 1, 3, *[6] * 5]
+    assert found == pytest.approx(6 * 2 * rows * width**2 / 0.09)
 
 
 @pytest.mark.parametrize("name", registry.NAMES)
