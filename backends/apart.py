@@ -65,7 +65,8 @@ class Apart:
         return value
 
     def _take(self) -> None:
-        child = self._child = self._child or _started()
+        child = self._child
+        assert child is not None  # what is not known was asked
         try:
             good, value = pickle.load(child.stdout)  # type: ignore[arg-type]
         except (EOFError, pickle.UnpicklingError):

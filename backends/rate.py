@@ -14,7 +14,7 @@ from backends.interface import Device
 
 # Rows and width of a product: of the order of one layer's, and large enough to keep the device busy.
 SIZES: dict[Device, tuple[int, int]] = {"cpu": (512, 2048), "gpu": (4096, 4096)}
-_SECONDS, _TIMES = 0.08, 5  # of one measurement; of several the median counts
+_SECONDS, _TIMES = 0.08, 3  # of one measurement; of several the median counts
 
 
 def operations_per_second(x: Any, weight: Any, wait: Callable[[Any], object]) -> float:

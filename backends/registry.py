@@ -35,6 +35,7 @@ from backends.model_folder import folder_of
 from backends.plain import is_plain
 from backends.predictions import Costs, Machine, Predictions
 from backends.rate import numpy_rate
+from backends.remembered import folder_stamp
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def logprobs(name: str, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed
 def check_ahead(requested: str, model: ModelSpec, lora: LoraSpec) -> None:
     """Has another process, where there is one, begin with what `check_model` will want to know of it."""
     if asks_apart() and not is_plain(folder_of(model)):
-        ahead("check_chosen", requested, replace(model, folder=None), lora)
+        ahead("check_chosen", requested, replace(model, folder=None), lora, folder_stamp(model.path))
 
 
 def check_model(requested: str, model: ModelSpec, lora: LoraSpec) -> None:
@@ -179,13 +180,15 @@ def check_model(requested: str, model: ModelSpec, lora: LoraSpec) -> None:
     folder = folder_of(model)
     if row(choose(requested)).here and is_plain(folder):
         folder.lora_modules(lora)  # raises for targets that it does not have
+    elif asks_apart():
+        check_chosen(requested, replace(model, folder=None), lora, folder_stamp(model.path))
     else:
-        check_chosen(requested, replace(model, folder=None if asks_apart() else folder), lora)
+        check_chosen(requested, replace(model, folder=folder), lora)
 
 
 @answered_apart
-def check_chosen(requested: str, model: ModelSpec, lora: LoraSpec) -> None:
-    """The same, by the backend's own library."""
+def check_chosen(requested: str, model: ModelSpec, lora: LoraSpec, files: str = "") -> None:
+    """The same, by the backend's own library. files: `folder_stamp`; the answer holds as long as that does."""
     usable(choose(requested)).check(replace(model, folder=folder_of(model)), lora)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 DAY = 24 * 3600  # seconds
-KEPT = {"choose", "probe", "describe", "describe_chosen", "unused_accelerator", "relative_rate"}
+KEPT = {"choose", "probe", "describe", "describe_chosen", "unused_accelerator", "relative_rate", "check_chosen"}
 _PACKAGES = ("torch", "mlx", "mlx-lm", "transformers", "bitsandbytes", "accelerate", "numpy")
 _SETTINGS = ("CUDA_", "HIP_", "ROCR_", "NVIDIA_", "OMP_", "MKL_", "OPENBLAS_", "PYTORCH_", "MLX_", "LD_")
 _DEVICES = ("nvidia*", "kfd", "dri/*", "dxg")  # in /dev: of NVIDIA, AMD, any screen, WSL2
@@ -75,7 +75,17 @@ def stamp() -> str:
 
 
 def _key(name: str, arguments: tuple[Any, ...]) -> str:
-    return json.dumps([name, *arguments])
+    return json.dumps([name, *arguments], default=repr)
+
+
+def folder_stamp(folder: Path) -> str:
+    """A digest of what the file system says of a folder's files."""
+    said: list[object] = []
+    for file in sorted(folder.iterdir()):
+        with suppress(OSError):  # a link to nowhere
+            status = file.stat()
+            said.append((file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+    return hashlib.blake2b(repr(said).encode(), digest_size=16).hexdigest()
 
 
 def _version(package: str) -> tuple[str, list[int]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import pytest
 from backends import apart as apart_module
 from backends import registry, remembered
 from backends.apart import Apart
-from backends.interface import BackendError
-from backends.remembered import DAY, Remembered
+from backends.interface import BackendError, LoraSpec, ModelSpec
+from backends.remembered import DAY, Remembered, folder_stamp
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_a_second_command_starts_no_process(file: Path, monkeypatch: pytest.Monk
         second.ask("choose", "cuda")
 
 
-@pytest.mark.parametrize("name", ["device_bytes", "check_chosen", "logprobs", "timed_rate"])
+@pytest.mark.parametrize("name", ["device_bytes", "logprobs", "timed_rate"])
 def test_what_changes_by_itself_or_with_the_model_is_not_kept(file: Path, name: str) -> None:
     kept = Remembered(file)
     kept.put(name, ("reference",), 7)
@@ -99,6 +100,29 @@ def test_an_entry_of_nonsense_is_as_none(file: Path, entry: object) -> None:
     whole["told"] = dict.fromkeys(whole["told"], entry)
     file.write_text(json.dumps(whole))
     assert Remembered(file).get("choose", ("auto",)) == (False, None)
+
+
+def test_a_model_that_a_library_knows_is_asked_of_again_when_a_file_of_it_changes(file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+
+    def question(rank: int = 4) -> tuple[object, ...]:
+        return "auto", ModelSpec(folder), LoraSpec(rank, 8.0), folder_stamp(folder)
+
+    Remembered(file).put("check_chosen", question(), None)
+    assert Remembered(file).get("check_chosen", question()) == (True, None)
+    assert Remembered(file).get("check_chosen", question(rank=5)) == (False, None)
+    changes = (
+        lambda: (folder / "config.json").write_text("[]"),
+        lambda: (folder / "model.safetensors").write_text(""),
+        lambda: (folder / "config.json").rename(folder / "config.old"),
+        lambda: os.utime(folder / "config.old", (1, 1)),
+    )
+    for change in changes:
+        Remembered(file).put("check_chosen", question(), None)
+        change()
+        assert Remembered(file).get("check_chosen", question()) == (False, None)
 
 
 def test_where_nothing_can_be_written_nothing_is_kept(tmp_path: Path) -> None:
