@@ -71,8 +71,6 @@ def memory_table(work: Workload, here: Forecast, streamed: int) -> Table:
         if value:
             what = "gradient, moments, best" if name == "adapter" and work.lora.whole else name.replace("_", " ")
             table.add_row(what, f"{value / 1e9:.2f}")
-    if here.recomputed:
-        table.add_row("blocks computed again in the backward pass", "yes")
     table.add_row(Text("peak", "bold"), Text(f"{here.needed.peak / 1e9:.2f}", "bold"))
     if here.memory is not None:
         table.add_row("free", f"{here.memory / 1e9:.2f}")
