@@ -20,7 +20,7 @@ from finetune.training.speed import Speed
 from tests.unit.test_forecast import work
 from tests.unit.toy_run import prepared
 
-SPEED = Speed(1e9, beside=False)
+SPEED = Speed(1e12, beside=False)
 ROWS = prepared(train=200, valid=40)
 
 
