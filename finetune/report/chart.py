@@ -125,9 +125,12 @@ class Chart:
             for x, y in curve.points if curve.marked else ():
                 if math.isfinite(y) and (y > 0 or not log):
                     canvas.mark(across(x), down(y), curve.style)
+        names: dict[int, list[str]] = {}
         for level in self.levels:
             if low <= level.value <= high:
-                canvas.level(down(level.value), "dim", f" {level.name}")
+                names.setdefault(down(level.value), []).append(level.name)
+        for row, together in names.items():
+            canvas.level(row, "dim", f" {', '.join(together)}")
         heading = self._heading(log, "   ")
         yield heading if heading.cell_len <= options.max_width else self._heading(log, " ")
         bar, corner, floor = ("|", "+", "-") if options.ascii_only else ("┤", "└", "─")

@@ -32,16 +32,16 @@ _TRAINED, _VALID = "cyan", "yellow"
 class Frame:
     """The panels of a run, as many and as large as the window allows.
 
-    height: lines to fill; None: those of the window.
+    height: lines to fill; None: those of the window. over: whether nothing happens any more.
     """
 
-    def __init__(self, status: Status, notes: Sequence[str], height: int | None = None) -> None:
-        self._status, self._notes, self._height = status, notes, height
+    def __init__(self, status: Status, notes: Sequence[str], height: int | None = None, over: bool = False) -> None:
+        self._status, self._notes, self._height, self._over = status, notes, height, over
 
     def __rich_console__(self, console: Any, options: ConsoleOptions) -> RenderResult:
         width, height = options.max_width, self._height or options.height or console.size.height
         whole, cut = Layout(), overflow(options)
-        head, foot = Header(self._status), Foot(self._status, self._notes, 1 if height < LOW else 2)
+        head, foot = Header(self._status), Foot(self._status, self._notes, 1 if height < LOW else 2, self._over)
         whole.split_column(
             Layout(head, size=3 if height < LOW else 4),
             Layout(self._middle(width, height - (4 if height < LOW else 6), height < LOW, cut)),

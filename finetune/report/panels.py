@@ -97,14 +97,15 @@ class Header:
 class Foot:
     """The last line: what happens now. Above it, where there is room, what was said last."""
 
-    def __init__(self, status: Status, notes: Sequence[str], height: int) -> None:
+    def __init__(self, status: Status, notes: Sequence[str], height: int, over: bool) -> None:
         self._status, self._notes, self._height = status, notes, height
+        self._over = over
 
     def __rich_console__(self, console: Any, options: ConsoleOptions) -> RenderResult:
         cut = overflow(options)
         if self._height > 1:
             yield lines(self._notes[0] if self._notes else "", style="dim", no_wrap=True, overflow=cut)
-        yield lines(f"now: {self._now()}", style="bold", no_wrap=True, overflow=cut)
+        yield lines(f"{'ended' if self._over else 'now'}: {self._now()}", style="bold", no_wrap=True, overflow=cut)
 
     def _now(self) -> str:
         pace = self._status.pace
@@ -116,7 +117,7 @@ class Foot:
             return f"{pace.working_on}, {pace.done:,} of {pace.total:,}"
         if pace.step >= pace.steps:
             return f"all {pace.steps:,} steps are done"
-        return f"step {pace.step + 1:,} of {pace.steps:,}"
+        return f"after step {pace.step:,}" if self._over else f"step {pace.step + 1:,} of {pace.steps:,}"
 
 
 class Answers:
