@@ -13,15 +13,12 @@ import secrets
 import sys
 import time
 from contextlib import suppress
-from importlib.machinery import PathFinder
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 DAY = 24 * 3600  # seconds
 KEPT = {"choose", "probe", "describe", "describe_chosen", "unused_accelerator", "relative_rate", "check_chosen"}
-_PACKAGES = ("torch", "mlx", "mlx-lm", "transformers", "bitsandbytes", "accelerate", "numpy")
-_SETTINGS = ("CUDA_", "HIP_", "ROCR_", "NVIDIA_", "OMP_", "MKL_", "OPENBLAS_", "PYTORCH_", "MLX_", "LD_")
+_SETTINGS = ("CUDA_", "HIP_", "ROCR_", "NVIDIA_", "OMP_", "MKL_", "OPENBLAS_", "PYTORCH_", "LD_", "DYLD_")
 _DEVICES = ("nvidia*", "kfd", "dri/*", "dxg")  # in /dev: of NVIDIA, AMD, any screen, WSL2
 _FILES = ("/proc/sys/kernel/random/boot_id", "/proc/driver/nvidia/version", "/sys/fs/cgroup/cpu.max")
 
@@ -63,7 +60,7 @@ def stamp() -> str:
     """A digest of all that the answers depend on; empty where a driver may change unseen (Windows)."""
     if os.name != "posix":
         return ""
-    parts: list[object] = [sys.executable, sys.prefix, *map(_version, _PACKAGES), _own_files()]
+    parts: list[object] = [sys.executable, sys.prefix, _installed(), _own_files()]
     parts += [sorted((name, value) for name, value in os.environ.items() if name.startswith(_SETTINGS))]
     parts += [sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()]
     parts += [sorted(str(device) for one in _DEVICES for device in Path("/dev").glob(one)), *map(_text, _FILES)]
@@ -88,14 +85,10 @@ def folder_stamp(folder: Path) -> str:
     return hashlib.blake2b(repr(said).encode(), digest_size=16).hexdigest()
 
 
-def _version(package: str) -> tuple[str, list[int]] | None:
-    """And when its folder was made or written to."""
-    try:
-        found = PathFinder.find_spec(package.replace("-", "_"))
-        folders = (found and found.submodule_search_locations) or []
-        return version(package), [Path(folder).stat().st_ctime_ns for folder in folders]
-    except (PackageNotFoundError, OSError):
-        return None
+def _installed() -> list[tuple[str, int]]:
+    """Every package that is installed, with its version in its name, and when it was."""
+    folders = [Path(entry) for entry in sys.path if entry and Path(entry).is_dir()]
+    return sorted((file.name, file.stat().st_ctime_ns) for folder in folders for file in folder.glob("*.dist-info"))
 
 
 def _own_files() -> int:

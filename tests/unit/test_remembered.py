@@ -12,7 +12,7 @@ from backends import apart as apart_module
 from backends import registry, remembered
 from backends.apart import Apart
 from backends.interface import BackendError, LoraSpec, ModelSpec
-from backends.remembered import DAY, Remembered, folder_stamp
+from backends.remembered import DAY, Remembered, folder_stamp, stamp
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_an_answer_holds_for_a_day(file: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         lambda patch: patch.setenv("CUDA_VISIBLE_DEVICES", "7"),
         lambda patch: patch.setenv("OMP_NUM_THREADS", "77"),
-        lambda patch: patch.setattr(remembered, "_version", lambda package: ("9.9", [1])),
+        lambda patch: patch.setattr(remembered, "_installed", lambda: [("torch-9.9.dist-info", 1)]),
         lambda patch: patch.setattr(remembered, "_text", lambda file: "another boot, another driver"),
         lambda patch: patch.setattr(remembered, "_DEVICES", ("null",)),
         lambda patch: patch.setattr(remembered.os, "sched_getaffinity", lambda process: {77}, raising=False),
@@ -81,6 +81,22 @@ def test_another_machine_is_asked_anew(file: Path, monkeypatch: pytest.MonkeyPat
     assert Remembered(file).get("choose", ("auto",)) == (True, "torch")
     changed(monkeypatch)
     assert Remembered(file).get("choose", ("auto",)) == (False, None)
+
+
+def test_a_package_that_is_installed_or_put_in_its_own_place_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stamps = [stamp()]
+    for change in (
+        lambda: (tmp_path / "torch-2.13.0.dist-info").mkdir(),
+        lambda: (tmp_path / "torch-2.13.0.dist-info").rename(tmp_path / "torch-2.14.0.dist-info"),
+        lambda: (tmp_path / "torch-2.14.0.dist-info" / "RECORD").write_text("of a new build"),
+        lambda: (tmp_path / "mlx-0.32.4.dist-info").mkdir(),
+    ):
+        change()
+        stamps.append(stamp())
+    assert len(set(stamps)) == 5
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"machine": 3}', "[" * 100_000, '"\\ud800"'])
