@@ -423,5 +423,5 @@ def test_a_gpus_host_sets_the_least_time() -> None:
 ])  # fmt: skip
 def test_the_verdict_says_how_it_fits(recomputed: bool, streamed: bool, how: str) -> None:
     found = replace(forecast_on(registry.machines()[0][1], work(), "mlx", 64), recomputed=recomputed, streamed=streamed)
-    assert verdict(found, 60.0).plain.startswith(f"fits here (mlx){how}: ")
+    assert verdict(found, 60.0).plain.startswith(f"fits here{how} (mlx): ")
     assert verdict(found, 60.0).plain.endswith(", about 60 s in all")
