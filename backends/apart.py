@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 from backends.interface import BackendError, Wanted
+from backends.remembered import Remembered
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,57 +30,80 @@ _CODE = "import sys; sys.path[:] = {path!r}; from backends import apart, registr
 class Apart:
     """The other process. Each question is asked once, and its answer kept; answers come in the order of questions."""
 
-    def __init__(self) -> None:
-        code = _CODE.format(path=[one for one in sys.path if one] or [str(Path.cwd())])
-        pipe = subprocess.PIPE
-        self._child = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)
-        self._asked: list[bytes] = []
+    def __init__(self, remembered: Remembered | None = None) -> None:
+        """remembered: answers of earlier processes; one that is not in it starts the other process."""
+        self._remembered = remembered
+        self._child: subprocess.Popen[bytes] | None = None
+        self._waiting: list[tuple[bytes, str, tuple[Any, ...]]] = []
         self._answers: dict[bytes, tuple[bool, Any]] = {}
-        atexit.register(self.end)
 
     def ask(self, name: str, *arguments: Any) -> bytes:
         """Does not wait. name: of a function of the registry. Returns what `answer` takes."""
         question = pickle.dumps((name, arguments))
-        if question not in self._asked:
-            self._asked.append(question)
-            try:
-                pickle.dump(question, self._child.stdin)  # type: ignore[arg-type]  # a pipe
-                self._child.stdin.flush()  # type: ignore[union-attr]
-            except OSError:
-                raise self._ended() from None
+        if question in self._answers or question in (asked for asked, *_ in self._waiting):
+            return question
+        known, answer = self._remembered.get(name, arguments) if self._remembered else (False, None)
+        if known:
+            self._answers[question] = True, answer
+            return question
+        self._child = self._child or _started()
+        self._waiting.append((question, name, arguments))
+        try:
+            pickle.dump(question, self._child.stdin)  # type: ignore[arg-type]  # a pipe
+            self._child.stdin.flush()  # type: ignore[union-attr]
+        except OSError:
+            raise self._ended(self._child) from None
         return question
 
     def answer(self, question: bytes) -> Any:
         """Raises BackendError where the function does, and where the process has ended."""
         while question not in self._answers:
-            try:
-                answer = pickle.load(self._child.stdout)  # type: ignore[arg-type]
-            except (EOFError, pickle.UnpicklingError):
-                raise self._ended() from None
-            self._answers[self._asked[len(self._answers)]] = answer
+            self._take()
         good, value = self._answers[question]
         if not good:
             raise BackendError(value)
         return value
 
-    def end(self) -> None:
-        self._child.kill()
-        self._child.communicate()
-        atexit.unregister(self.end)
+    def _take(self) -> None:
+        child = self._child
+        assert child is not None  # what is not known was asked
+        try:
+            good, value = pickle.load(child.stdout)  # type: ignore[arg-type]
+        except (EOFError, pickle.UnpicklingError):
+            raise self._ended(child) from None
+        question, name, arguments = self._waiting.pop(0)
+        self._answers[question] = good, value
+        if good and self._remembered:
+            self._remembered.put(name, arguments, value)
 
-    def _ended(self) -> BackendError:
-        return BackendError(f"loading the frameworks ended their process (exit code {self._child.wait()})")
+    def end(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+            self._child = None
+
+    def _ended(self, child: subprocess.Popen[bytes]) -> BackendError:
+        return BackendError(f"loading the frameworks ended their process (exit code {child.wait()})")
+
+
+def _started() -> subprocess.Popen[bytes]:
+    code = _CODE.format(path=[one for one in sys.path if one] or [str(Path.cwd())])
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)
 
 
 _other: list[Apart] = []  # at most one
 
 
-def ask_apart(requested: str, device: Wanted) -> None:
+def ask_apart(requested: str, device: Wanted, remembered: Path | None = None) -> None:
     """From now on another process loads frameworks and answers for this one, which can load none any more.
 
-    transformers finds no torch here then, and its tokenizers do not miss it.
+    transformers finds no torch here then, and its tokenizers do not miss it. remembered: the file with what was
+    answered before, and need not be asked.
     """
-    _other.append(Apart())
+    other = Apart(Remembered(remembered) if remembered else None)
+    atexit.register(other.end)
+    _other.append(other)
     ahead("describe_chosen", requested, device)
     sys.modules["torch"] = None  # type: ignore[assignment]
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"

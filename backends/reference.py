@@ -44,7 +44,7 @@ from backends.memory import available_bytes, process_peak_bytes
 from backends.micro_batches import check_tokens, numbered, total_of
 from backends.model_folder import folder_of
 from backends.predictions import Architecture, Costs, Machine
-from backends.rate import SIZES, operations_per_second
+from backends.rate import numpy_rate
 from backends.sampling import check_prompts
 from backends.team import Team
 from backends.whole_model import refuse_packed
@@ -61,9 +61,7 @@ SHORTCUTS: tuple[str, ...] = ()
 
 def measured_rate(number_type: NumberType, device: Wanted = "auto") -> float:
     """Floating-point operations per second of numpy's matrix products here, in float32 whatever is asked for."""
-    rows, width = SIZES["cpu"]
-    x, weight = np.ones((rows, width), np.float32), np.full((width, width), 1 / width, np.float32)
-    return operations_per_second(x, weight, lambda y: y)
+    return numpy_rate()
 
 
 def probe() -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.machinery import PathFinder
+from statistics import median
 from typing import Any, cast
 
 from backends.apart import ahead, answered_apart, asks_apart
@@ -29,9 +30,12 @@ from backends.interface import (
     Wanted,
 )
 from backends.layer_names import Library
+from backends.memory import available_bytes
 from backends.model_folder import folder_of
 from backends.plain import is_plain
 from backends.predictions import Costs, Machine, Predictions
+from backends.rate import numpy_rate
+from backends.remembered import folder_stamp
 
 
 @dataclass(frozen=True)
@@ -100,9 +104,16 @@ def describe(name: str, device: Wanted = "auto") -> dict[str, Any]:
     return usable(name).describe(device)
 
 
-@answered_apart
 def free_bytes(name: str, device: Wanted = "auto") -> int | None:
     """Memory that the device can give, where that is known. Raises BackendError as `describe` does."""
+    if asks_apart() and device_kind(describe(name, device)["device"]) == "cpu":
+        return available_bytes()  # as every backend has it there
+    return device_bytes(name, device)
+
+
+@answered_apart
+def device_bytes(name: str, device: Wanted) -> int | None:
+    """As `free_bytes`, by the backend itself."""
     return usable(name).free_bytes(device)
 
 
@@ -159,7 +170,7 @@ def logprobs(name: str, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed
 def check_ahead(requested: str, model: ModelSpec, lora: LoraSpec) -> None:
     """Has another process, where there is one, begin with what `check_model` will want to know of it."""
     if asks_apart() and not is_plain(folder_of(model)):
-        ahead("check_chosen", requested, replace(model, folder=None), lora)
+        ahead("check_chosen", requested, replace(model, folder=None), lora, folder_stamp(model.path))
 
 
 def check_model(requested: str, model: ModelSpec, lora: LoraSpec) -> None:
@@ -169,13 +180,15 @@ def check_model(requested: str, model: ModelSpec, lora: LoraSpec) -> None:
     folder = folder_of(model)
     if row(choose(requested)).here and is_plain(folder):
         folder.lora_modules(lora)  # raises for targets that it does not have
+    elif asks_apart():
+        check_chosen(requested, replace(model, folder=None), lora, folder_stamp(model.path))
     else:
-        check_chosen(requested, replace(model, folder=None if asks_apart() else folder), lora)
+        check_chosen(requested, replace(model, folder=folder), lora)
 
 
 @answered_apart
-def check_chosen(requested: str, model: ModelSpec, lora: LoraSpec) -> None:
-    """The same, by the backend's own library."""
+def check_chosen(requested: str, model: ModelSpec, lora: LoraSpec, files: str = "") -> None:
+    """The same, by the backend's own library. files: `folder_stamp`; the answer holds as long as that does."""
     usable(choose(requested)).check(replace(model, folder=folder_of(model)), lora)
 
 
@@ -243,11 +256,31 @@ def shortcuts(name: str) -> tuple[str, ...]:
     return tuple(_predictions(name).SHORTCUTS)
 
 
+def measured_rate(name: str, number_type: NumberType, device: Wanted = "auto") -> float:
+    """Floating-point operations per second of matrix products, timed once in a process. The backend must be usable.
+
+    Where another process answers for this one, those of a processor are numpy's, timed here, and how many times as
+    fast the backend's are.
+    """
+    if asks_apart() and device_kind(describe(name, device)["device"]) == "cpu":
+        return _numpy_rate() * relative_rate(name, number_type)
+    return timed_rate(name, number_type, device)
+
+
 @answered_apart
 @cache
-def measured_rate(name: str, number_type: NumberType, device: Wanted = "auto") -> float:
-    """Floating-point operations per second of matrix products, timed once in a process. The backend must be usable."""
+def timed_rate(name: str, number_type: NumberType, device: Wanted) -> float:
+    """As `measured_rate`, by the backend itself."""
     return _predictions(name).measured_rate(number_type, device)
+
+
+@answered_apart
+def relative_rate(name: str, number_type: NumberType) -> float:
+    """Of a backend's products on the processor to numpy's in float32: the median of three, timed in turn."""
+    return median(_predictions(name).measured_rate(number_type, "cpu") / numpy_rate() for _ in range(3))
+
+
+_numpy_rate = cache(numpy_rate)
 
 
 def row(name: str) -> Row:

@@ -25,7 +25,8 @@ def begin(alone: bool = True) -> None:
 
 
 def ask_apart(backend: str, device: str) -> None:
-    """For a command that asks what a machine can do, and trains nothing: another process loads the framework.
+    """For a command that asks what a machine can do, and trains nothing: another process loads the framework, unless
+    it has answered before.
 
     Only where the command has its process to itself, as no framework can be loaded there any more.
     """
@@ -33,5 +34,6 @@ def ask_apart(backend: str, device: str) -> None:
     command = main.parent if main.name == "__main__.py" else main  # `python -m finetune`, or the script
     if command.stem == "finetune" and "transformers" not in sys.modules:
         from backends import registry
+        from finetune.disk.digests import cache_folder
 
-        registry.ask_apart(backend, device)  # type: ignore[arg-type]  # a device of a recipe
+        registry.ask_apart(backend, device, cache_folder() / "machine.json")  # type: ignore[arg-type]  # a device of a recipe

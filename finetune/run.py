@@ -127,13 +127,14 @@ class Run:
         self._records.write_environment(session)
         yield (ahead := look_ahead(settled, session, asked))
         times = Times.of(folder, ahead)
-        prepared, head = yield from first_of_all(settled, session, folder, self)
+        prepared, head = yield from times.watching(first_of_all(settled, session, folder, self))
         if prepared is not job.prepared:
             self.job, settled = replace(job, prepared=prepared), replace(settled, prepared=prepared)
         base = yield from self._evaluate_base(session, times)
         words = bag_of_words(job.prepared, folder.words) if base else None
         checkpoints = Checkpoints(folder.checkpoints, identity)
-        trainer, race = yield from ready_trainer(settled, session, folder, checkpoints, saved, self)
+        ready = ready_trainer(settled, session, folder, checkpoints, saved, self)
+        trainer, race = yield from times.watching(ready)
         return Begun(trainer, None if saved is None else saved.state.step, base, told, words, times, asked, race, head)
 
     def train(self, begun: Begun) -> Iterator[Event]:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
 
 from backends.interface import Device, LoraSpec, Modules, NumberType, Wanted
 from backends.predictions import (
@@ -25,7 +22,7 @@ from backends.predictions import (
     Recurrence,
     Size,
 )
-from backends.rate import SIZES, operations_per_second
+from backends.rate import SIZES, numpy_rate, operations_per_second
 from backends.streaming import STREAMED
 
 NUMPY_PRODUCTS = "numpy products (BLAS bridge)"
@@ -94,9 +91,9 @@ def measured_rate(number_type: NumberType, device: Wanted = "auto") -> float:
     on_cpu = device == "cpu" or mx.default_device() == mx.Device(mx.cpu)
     kind: Device = "cpu" if on_cpu else "gpu"
     rows, width = SIZES[kind]
-    by_numpy = on_cpu and number_type == "float32" and sys.platform != "darwin"
-    library: Any
-    library, dtype = (np, np.float32) if by_numpy else (mx, getattr(mx, number_type))
+    if on_cpu and number_type == "float32" and sys.platform != "darwin":
+        return numpy_rate()
+    dtype = getattr(mx, number_type)
     with mx.stream(mx.cpu if on_cpu else mx.gpu):
-        x, weight = library.ones((rows, width), dtype), library.full((width, width), 1 / width, dtype)
-        return operations_per_second(x, weight, (lambda y: y) if by_numpy else mx.eval)
+        x, weight = mx.ones((rows, width), dtype), mx.full((width, width), 1 / width, dtype)
+        return operations_per_second(x, weight, mx.eval)

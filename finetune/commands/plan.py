@@ -48,6 +48,8 @@ from finetune.training.outlook import seconds_of_parts
 from finetune.training.race import foretold_race
 from finetune.training.suites import cases_of, suite_of
 
+TIMED = "from matrix products timed now; a run corrects it by a few of its rows once its model is loaded"
+ASSUMED = "TFLOPS: of matrix products, as the maker says; reached: the share of them that steps are assumed to reach"
 _AGREE = 1e-3  # nats per token, in float32; models of mlx-lm and transformers differ by 3e-4 at most
 
 
@@ -124,15 +126,15 @@ def answer(
     work = workload(recipe, folder, prepared.train.examples)
     asked = None if recipe.train.micro_tokens == "auto" else recipe.train.micro_tokens
     others = {machine.name: forecast_on(machine, work, name, asked) for name, machine in registry.machines()}
-    heading = Text("other machines (not measured: makers' rates, and an assumed share of them)", "bold")
-    machines: list[RenderableType] = [Text(), heading, machines_table(others)]
+    heading = Text("other machines, not measured", "bold")
+    machines: list[RenderableType] = [Text(), heading, machines_table(others), Text(ASSUMED, "dim")]
     if not backend:
         return [Text("no backend works here: see below", "bold red"), *machines]
     here = forecast_here(work, backend, asked, count)
     work = held_as_here(work, here)
     seconds = seconds_of_parts(recipe, prepared, work, here.speed, here.tokens, aside)
     parts: list[RenderableType] = [verdict(here, sum(seconds.values()), count), Text()]
-    parts += [Text("time", "bold"), time_table(recipe, prepared, seconds, aside), Text()]
+    parts += [Text("time", "bold"), time_table(recipe, prepared, seconds, aside), Text(TIMED, "dim"), Text()]
     streamed = kept_bytes(recipe, prepared, work, here.device) if here.streamed else 0
     parts += [Text("memory", "bold"), memory_table(work, here, streamed)]
     if largest and here.memory is not None:
@@ -144,11 +146,13 @@ def verdict(here: Forecast, seconds: float, count: int = 1) -> Text:
     needed = amount(here.needed.peak) if count == 1 else f"{amount(here.needed.peak)} in each of {count} processes"
     free = "free" if count == 1 else "free for it"
     memory = "" if here.memory is None else f" of {amount(here.memory)} {free}"
-    time = f"about {duration(seconds)} in all"
+    time = f"{'about ' * (seconds >= 1)}{duration(seconds)} in all"
     if here.fits is False:
         return lines(f"does not fit here: it needs {needed}{memory}; {time} where it fits", style="bold red")
     start = "fits here" if here.fits else "runs here"
-    start += ", with frozen blocks read from the disk" * here.streamed
+    again, read = "blocks computed again in the backward pass", "frozen blocks read from the disk"
+    how = [again] * here.recomputed + [read] * here.streamed
+    start += f", with {' and '.join(how)}" if how else ""
     return lines(f"{start} ({here.backend}): {needed}{memory}, {time}", style="bold green")
 
 

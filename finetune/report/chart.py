@@ -61,9 +61,12 @@ class Canvas:
         cell = (y, x) if self._ascii else (y // 4, x // 2)
         self._marks[cell] = ("o" if self._ascii else "●", style)
 
-    def level(self, y: int, style: str) -> None:
-        """A thin line behind all curves."""
+    def level(self, y: int, style: str, name: str = "") -> None:
+        """A thin line behind all curves, with its name at its end where no curve is."""
         row = y if self._ascii else y // 4
+        named = range(self.width - len(name), self.width)
+        if not any((row, column) in self._cells or (row, column) in self._marks for column in named):
+            self._marks |= {(row, column): (letter, style) for column, letter in zip(named, name, strict=True)}
         for column in range(self.width):
             self._marks.setdefault((row, column), ("-" if self._ascii else "╌", style))
             if (row, column) in self._cells:
@@ -122,10 +125,14 @@ class Chart:
             for x, y in curve.points if curve.marked else ():
                 if math.isfinite(y) and (y > 0 or not log):
                     canvas.mark(across(x), down(y), curve.style)
+        names: dict[int, list[str]] = {}
         for level in self.levels:
             if low <= level.value <= high:
-                canvas.level(down(level.value), "dim")
-        yield self._heading(log)
+                names.setdefault(down(level.value), []).append(level.name)
+        for row, together in names.items():
+            canvas.level(row, "dim", f" {', '.join(together)}")
+        heading = self._heading(log, "   ")
+        yield heading if heading.cell_len <= options.max_width else self._heading(log, " ")
         bar, corner, floor = ("|", "+", "-") if options.ascii_only else ("┤", "└", "─")
         for number in range(height):
             label = labels.get(number, "")
@@ -135,16 +142,16 @@ class Chart:
         between = floor * max(width - len(last) - 2, 0)
         yield Text(f"{first:>{left - 2}} {corner}{between} {last}", "dim", no_wrap=True, overflow="crop")
 
-    def _heading(self, log: bool) -> Text:
-        text = Text(no_wrap=True, overflow="ellipsis")
+    def _heading(self, log: bool, gap: str) -> Text:
+        text = Text(no_wrap=True, overflow="crop")
         text.append(f"{self.title}{', log scale' if log else ''}", "bold")
         for curve in reversed(self.curves):  # the one that lies above the others first
             value = next((y for _, y in reversed(curve.points)), None)
             if value is not None:
-                text.append(f"   {curve.name} ", curve.style)
+                text.append(f"{gap}{curve.name} ", curve.style)
                 text.append(f"{value:.1%}" if self.percent else f"{value:.4f}", f"bold {curve.style}")
         for level in self.levels:
-            text.append(f"   {level.name} {level.value:.1%}", "dim")
+            text.append(f"{gap}{level.name} {level.value:.1%}", "dim")
         return text
 
     def _range(self) -> tuple[float, float, bool]:

@@ -23,7 +23,7 @@ from finetune.text import amount, duration
 WIDE, LOW = 100, 24  # columns from which panels stand side by side; lines below which only the most needed is shown
 SIDE = 44  # columns of the figures and the epochs, side by side with the chart
 TABLE = 40  # columns of the epoch table
-FIGURES = 27  # columns of the figures in a narrow window
+FIGURES = 29  # columns of the figures in a narrow window
 HEADINGS = 4  # lines of the epoch table beside its rows
 GAP = Text(" ")  # an empty text is no panel for rich
 _TRAINED, _VALID = "cyan", "yellow"
@@ -32,16 +32,16 @@ _TRAINED, _VALID = "cyan", "yellow"
 class Frame:
     """The panels of a run, as many and as large as the window allows.
 
-    height: lines to fill; None: those of the window.
+    height: lines to fill; None: those of the window. over: whether nothing happens any more.
     """
 
-    def __init__(self, status: Status, notes: Sequence[str], height: int | None = None) -> None:
-        self._status, self._notes, self._height = status, notes, height
+    def __init__(self, status: Status, notes: Sequence[str], height: int | None = None, over: bool = False) -> None:
+        self._status, self._notes, self._height, self._over = status, notes, height, over
 
     def __rich_console__(self, console: Any, options: ConsoleOptions) -> RenderResult:
         width, height = options.max_width, self._height or options.height or console.size.height
         whole, cut = Layout(), overflow(options)
-        head, foot = Header(self._status), Foot(self._status, self._notes, 1 if height < LOW else 2)
+        head, foot = Header(self._status), Foot(self._status, self._notes, 1 if height < LOW else 2, self._over)
         whole.split_column(
             Layout(head, size=3 if height < LOW else 4),
             Layout(self._middle(width, height - (4 if height < LOW else 6), height < LOW, cut)),
@@ -80,7 +80,8 @@ class Frame:
         epochs = min(len(self._status.validations), max(3, height // 3 - 2))
         below = epochs + HEADINGS
         upper, lower, middle = Layout(), Layout(), Layout()
-        upper.split_row(Layout(self._loss()), Layout(_grid(self._figures(), FIGURES), size=FIGURES))
+        figures = Layout(_grid(self._figures(), FIGURES), size=FIGURES)
+        upper.split_row(Layout(self._loss()), Layout(GAP, size=2), figures)
         table = _epochs(list(self._status.validations), epochs)
         lower.split_row(Layout(table, size=SIDE), Layout(Answers(self._status, cut)))
         middle.split_column(Layout(upper), Layout(lower, size=below))
@@ -151,7 +152,7 @@ def _step(last: StepDone, status: Status) -> list[tuple[str, str]]:
         ("grad norm", f"{last.grad_norm:.3g}"),
         ("tokens/s", f"{status.tokens_per_second:,.0f}"),
         ("s/step", f"{last.seconds:.3g}"),
-        ("memory", f"{amount(status.peak_bytes)}{there}"),
+        ("peak memory", f"{amount(status.peak_bytes)}{there}"),
     ]
 
 

@@ -85,7 +85,8 @@ class LiveScreen:
         announce_page(False)
         self._held.close()
         if error is not None and (self._status.last or self._status.validations):
-            self._console.print(Frame(self._status, self._notes, min(STILL, self._console.size.height - 1)))
+            still = min(STILL, self._console.size.height - 1)
+            self._console.print(Frame(self._status, self._notes, still, over=True))
         self._output.release()
 
     def show(self, event: Event) -> None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 
 from finetune.events import EndKnown, Event, Outlook, Progress, RunStarted, Samples, StepDone, StoppedEarly, Validated
 
-BASE, TRAINING, VALIDATION, TUNED = "base model", "training", "validation", "tuned model"
+FROZEN, REFERENCES, HEAD, BASE, RACE = "frozen blocks", "references", "head", "base model", "race of learning rates"
+TRAINING, VALIDATION, TUNED = "training", "validation", "tuned model"
 ERRORS, SUITE = "errors", "suite"  # what both models are asked beside the held-out rows
-_ORDER = {BASE: 0, TRAINING: 1, VALIDATION: 1, TUNED: 2, ERRORS: 3, SUITE: 4}
-PHASES, AFTER = tuple(_ORDER), (TUNED, ERRORS, SUITE)  # training
+BEFORE, AFTER = (FROZEN, REFERENCES, HEAD, BASE, RACE), (TUNED, ERRORS, SUITE)  # training
+PHASES = (*BEFORE, TRAINING, VALIDATION, *AFTER)  # in their order, but that validations lie within training
+_ORDER = {name: i for i, name in enumerate(PHASES)} | {VALIDATION: len(BEFORE)}
 RECENT = 20  # steps whose time those to come are taken to need
 
 
@@ -111,7 +113,7 @@ class Pace:
         """Of the whole run; None while nothing is known."""
         if not (self.outlook and self.outlook.seconds) and not self._recent:
             return None
-        return self._left(BASE) + self._training_left() + sum(map(self._left, AFTER))
+        return sum(map(self._left, BEFORE)) + self._training_left() + sum(map(self._left, AFTER))
 
     def is_over(self, phase: str) -> bool:
         return _ORDER[phase] < _ORDER.get(self.phase, 0)
@@ -140,7 +142,7 @@ class Pace:
 
     def _left(self, phase: str) -> float:
         """Of what is not training; what the base and what the tuned model does are alike."""
-        if self.outlook is None or self.is_over(phase) or (phase == BASE and self.validations):
+        if self.outlook is None or self.is_over(phase) or (phase in BEFORE and self.validations):
             return 0.0
         left = 0.0
         for what, seconds in self.outlook.seconds.items():

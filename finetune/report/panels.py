@@ -13,7 +13,18 @@ from rich.text import Text
 
 from finetune.console import lines
 from finetune.events import Outlook, Sample
-from finetune.report.pace import BASE, ERRORS, PHASES, SUITE, TRAINING, TUNED, VALIDATION
+from finetune.report.pace import (
+    BASE,
+    ERRORS,
+    FROZEN,
+    PHASES,
+    RACE,
+    REFERENCES,
+    SUITE,
+    TRAINING,
+    TUNED,
+    VALIDATION,
+)
 from finetune.report.prompts import distinct
 from finetune.report.screen import Status
 from finetune.text import duration, shorten
@@ -22,7 +33,9 @@ NARROW = 64  # columns below which nothing stands side by side
 ANSWERS = 10  # lines of the samples
 PROMPT = 2  # lines of a prompt
 
-_SHORT = {BASE: "base", TRAINING: "train", VALIDATION: "valid.", TUNED: "tuned", ERRORS: "err.", SUITE: "suite"}
+_SHOWN = {RACE: "rate"}
+_SHORT = {FROZEN: "frozen", REFERENCES: "refs", BASE: "base", TRAINING: "train", VALIDATION: "valid.", TUNED: "tuned",
+          ERRORS: "err.", SUITE: "suite"}  # fmt: skip
 
 Overflow = Literal["crop", "ellipsis"]
 
@@ -64,7 +77,7 @@ class Header:
         pace = self._status.pace
         over, now, later = ("+", ">", "-") if ascii_only else ("✓", "●", "○")
         outlook: Outlook | None = pace.outlook
-        names = {name: name for name in PHASES} | (_SHORT if short else {})
+        names = {name: name for name in PHASES} | _SHOWN | (_SHORT if short else {})
         there = {TRAINING, VALIDATION, TUNED, pace.phase, *(outlook.parts if outlook else ())}
         order = [name for name in names if name in there]
         if outlook is None and pace.phase not in names:
@@ -84,14 +97,15 @@ class Header:
 class Foot:
     """The last line: what happens now. Above it, where there is room, what was said last."""
 
-    def __init__(self, status: Status, notes: Sequence[str], height: int) -> None:
+    def __init__(self, status: Status, notes: Sequence[str], height: int, over: bool) -> None:
         self._status, self._notes, self._height = status, notes, height
+        self._over = over
 
     def __rich_console__(self, console: Any, options: ConsoleOptions) -> RenderResult:
         cut = overflow(options)
         if self._height > 1:
             yield lines(self._notes[0] if self._notes else "", style="dim", no_wrap=True, overflow=cut)
-        yield lines(f"now: {self._now()}", style="bold", no_wrap=True, overflow=cut)
+        yield lines(f"{'ended' if self._over else 'now'}: {self._now()}", style="bold", no_wrap=True, overflow=cut)
 
     def _now(self) -> str:
         pace = self._status.pace
@@ -101,7 +115,9 @@ class Foot:
             return "getting ready"
         if pace.working_on:
             return f"{pace.working_on}, {pace.done:,} of {pace.total:,}"
-        return f"step {min(pace.step + 1, pace.steps):,} of {pace.steps:,}"
+        if pace.step >= pace.steps:
+            return f"all {pace.steps:,} steps are done"
+        return f"after step {pace.step:,}" if self._over else f"step {pace.step + 1:,} of {pace.steps:,}"
 
 
 class Answers:

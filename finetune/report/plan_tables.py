@@ -29,6 +29,8 @@ from finetune.training.forecast import Forecast
 from finetune.training.largest import largest_model, longest_row
 from finetune.training.objective import objective_of
 from finetune.training.outlook import validations
+from finetune.training.race import RACE
+from finetune.training.rate_rule import LANES
 
 POSITIONS = 2**20  # of a model that does not say how many it takes
 
@@ -47,6 +49,7 @@ def time_table(recipe: Recipe, prepared: Prepared, seconds: dict[str, float], as
         "head": f"{len(prepared.train.examples) + valid:,} rows",
         "references": f"{len(prepared.train.examples) + valid + held_out * (prepared.test is not None):,} rows",
         "base model": f"{held_out:,} rows",
+        RACE: f"{len(LANES)} rates",
         "training": f"{steps:,} steps",
         "validation": f"{validations(recipe, prepared):,} x {valid:,} rows",
         "tuned model": f"{held_out:,} rows",
@@ -68,8 +71,6 @@ def memory_table(work: Workload, here: Forecast, streamed: int) -> Table:
         if value:
             what = "gradient, moments, best" if name == "adapter" and work.lora.whole else name.replace("_", " ")
             table.add_row(what, f"{value / 1e9:.2f}")
-    if here.recomputed:
-        table.add_row("blocks computed again in the backward pass", "yes")
     table.add_row(Text("peak", "bold"), Text(f"{here.needed.peak / 1e9:.2f}", "bold"))
     if here.memory is not None:
         table.add_row("free", f"{here.memory / 1e9:.2f}")
@@ -93,7 +94,7 @@ def largest_table(folder: ModelFolder, work: Workload, here: Forecast, memory: f
 
 
 def machines_table(forecasts: dict[str, Forecast]) -> Table:
-    table = figures_table("machine", "peak, GB", "of", "fits", "tokens", "training", "TFLOPS", "share")
+    table = figures_table("machine", "peak, GB", "of", "fits", "tokens", "training", "TFLOPS", "reached")
     for name, found in forecasts.items():
         fits = Text("yes", "green") if found.fits else Text("no", "bold red")
         memory = "?" if found.memory is None else f"{found.memory / 1e9:.1f}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 from finetune.disk.run_files import read_json
 from finetune.disk.run_folder import RunFolder
-from finetune.events import Event, Outlook, StepDone, Validated
+from finetune.events import Event, Outlook, Progress, Result, StepDone, Validated, Work
 from finetune.report.pace import TRAINING, VALIDATION
 from finetune.text import duration
 
@@ -39,6 +39,19 @@ class Times:
         yield
         self.measured[part] = round(time.perf_counter() - began, 3)
         run.write_json("time.json", asdict(self))
+
+    def watching(self, events: Generator[Event, None, Result]) -> Generator[Event, None, Result]:
+        """The same events and the same result; the parts whose progress they tell are measured."""
+        measured: dict[str, float] = {}
+        work, last = Work(events), time.perf_counter()
+        for event in work:
+            if isinstance(event, Progress):
+                part = event.what.partition(":")[0]
+                measured[part] = measured.get(part, 0.0) + time.perf_counter() - last
+            yield event
+            last = time.perf_counter()
+        self.measured |= {part: round(seconds, 3) for part, seconds in measured.items()}
+        return work.result
 
     def of_events(self, events: Iterable[Event]) -> Times:
         """And of the steps and validations that metrics.jsonl tells of, in every process of the run."""

@@ -15,7 +15,8 @@ from finetune.evaluation.consistency import SAMPLED
 from finetune.evaluation.forgetting import ANSWERED, ANSWERS, READING, WRITING, GeneralText
 from finetune.evaluation.suite import ASKED, Suite
 from finetune.recipe.schema import Recipe
-from finetune.training.budget import Speed, Workload
+from finetune.training.budget import Workload
+from finetune.training.speed import Speed
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from finetune.data.rows import Example
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec
+from finetune.training.speed import Speed
 
 SAMPLED = 64  # steps whose micro-batches are looked at; the one with the longest row is always among them
 LEAST, MOST = 64, 2**17  # tokens at a time that `auto` chooses from
@@ -236,28 +237,6 @@ class Cut(NamedTuple):
     lengths: list[int]  # of the rows of those that were looked at, as they are computed: padded; shared prefixes once
     batches: float  # of the whole epoch
     scale: float  # how many times as many steps the epoch has as were looked at
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast a device computes, and how slowly its host starts that. The rest as of `Costs`."""
-
-    rate: float  # floating-point operations per second that a run reaches
-    host: float = 0.0  # seconds for a layer in a forward pass
-    beside: bool = True  # whether the host works beside the device
-    unpacking: float = 0.0
-    masking: float = 0.0
-
-    @classmethod
-    def of(cls, costs: Costs, rate: float, processes: int = 1) -> Speed:
-        """rate: of matrix products, of all `processes` together."""
-        gpu, host = costs.device == "gpu", costs.host / processes
-        return cls(rate * costs.reached, host, gpu, costs.unpacking, costs.masking)
-
-    def seconds(self, operations: float, layers: float) -> float:
-        """Of so many operations, in forward passes through so many layers in all."""
-        computing, starting = operations / self.rate, self.host * layers
-        return max(computing, starting) if self.beside else computing + starting
 
 
 def rate_here(backend: str, work: Workload) -> float:

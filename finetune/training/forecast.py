@@ -8,8 +8,9 @@ from backends import registry
 from backends.interface import BackendError, Device
 from backends.memory_plan import Costs, Footprint, Machine
 from finetune.recipe.schema import MICRO_TOKENS
-from finetune.training.budget import LEAST, Speed, Workload, fitting_tokens, imbalance, rate_here, workload
+from finetune.training.budget import LEAST, Workload, fitting_tokens, imbalance, rate_here, workload
 from finetune.training.job import Job
+from finetune.training.speed import Speed
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from finetune.data.rows import Prepared
 from finetune.evaluation.analysis import run_tokens
 from finetune.evaluation.forgetting import GeneralText, general_text
 from finetune.recipe.schema import Recipe
-from finetune.training.budget import Speed, Workload, workload
+from finetune.training.budget import Workload, workload
 from finetune.training.job import Job
 from finetune.training.outlook import seconds_of_parts
+from finetune.training.race import RACE
+from finetune.training.speed import Speed
 
 FORGETTING = 0.04  # of a run's operations
 PIECE = 32  # tokens, about
@@ -34,6 +36,7 @@ def affordable(recipe: Recipe, prepared: Prepared, work: Workload) -> float:
     Answers that a run writes are not counted among what it computes: most end before they are as long as they may be.
     """
     parts = seconds_of_parts(recipe, prepared, work, Speed(1.0), recipe.train.tokens_at_once)
+    parts.pop(RACE, None)  # a rate that is named asks for as much
     parts["training"] += work.epochs * (work.operations() - work.seconds(Speed(1.0), recipe.train.tokens_at_once))
     parts["training"] *= computed_share(prepared, recipe.train.batch_size)
     whole = sum(operations for name, operations in parts.items() if not name.endswith("answers"))

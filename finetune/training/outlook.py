@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from dataclasses import replace
+from statistics import median
 
 from backends import registry
-from backends.interface import BackendError, Session
+from backends.interface import BackendError, Device, OutOfMemory, Session
+from backends.memory_plan import first_adapted
 from backends.together import side_by_side
 from finetune.data.rows import Prepared
 from finetune.data.tokenizer import answer_text
 from finetune.evaluation.ahead import AHEAD
 from finetune.evaluation.analysis import Questions
 from finetune.evaluation.samples import Sampler
-from finetune.events import Outlook
+from finetune.evaluation.scoring import row_losses
+from finetune.events import Outlook, result_of
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.training.beside import Beside, Seconds
-from finetune.training.budget import Speed, Workload, imbalance, rate_here, workload
+from finetune.training.budget import Workload, imbalance, rate_here, workload
 from finetune.training.head_first import WHAT
 from finetune.training.job import Job
+from finetune.training.race import RACE, course_of
+from finetune.training.rate_rule import LANES
 from finetune.training.references import REFERENCES
 from finetune.training.settle import tokens_that_fit
+from finetune.training.speed import Speed
+
+LONGEST = 1.0  # seconds that the rows may take which are timed before a run
 
 
 def look_ahead(job: Job, session: Session, questions: Questions) -> Outlook:
-    """Of a run on this machine, whose matrix products are timed for a moment."""
+    """Of a run on this machine, whose matrix products are timed for a moment, and then the loaded model's own rows."""
     examples = job.prepared.train.examples
     free = session.free_bytes()
     return Outlook(
@@ -51,7 +61,34 @@ def _foretold(job: Job, session: Session, questions: Questions) -> dict[str, flo
     count = side_by_side(session)  # each process computes as fast as this one
     speed = Speed.of(costs, rate_here(job.backend, work) * count / imbalance(work, count), count)
     tokens = tokens_that_fit(job, session)
+    if count == 1:
+        speed = replace(speed, slower=timed(session, Seconds(job.recipe, job.prepared, work, speed, tokens)))
     return seconds_of_parts(job.recipe, job.prepared, work, speed, tokens, Beside(questions, job.suite))
+
+
+def timed(session: Session, seconds: Seconds) -> float:
+    """How many times as long as foretold the loaded model takes for a few rows: the median of three times.
+
+    1.0 where they would take too long, or where the rows are not simply scored.
+    """
+    recipe, work = seconds.recipe, seconds.work
+    rows, tokens = [], 0
+    for example in seconds.prepared.held_out.examples:
+        if (tokens := tokens + len(example)) > seconds.micro_tokens:
+            break
+        rows.append(example)
+    expected = seconds.reading(rows) if rows else math.inf
+    if recipe.preferences or recipe.head or first_adapted(work.adapted) or expected > LONGEST:
+        return 1.0
+    taken = []
+    try:
+        for _ in range(4):
+            began = time.perf_counter()
+            result_of(row_losses(session, rows, seconds.micro_tokens))
+            taken.append(time.perf_counter() - began)
+    except OutOfMemory:
+        return 1.0
+    return median(taken[1:]) / expected  # the first chooses kernels
 
 
 def sampler_of(job: Job) -> Sampler:
@@ -92,6 +129,7 @@ def seconds_of_parts(
     parts |= {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
     if recipe.preferences and recipe.preferences.refers:
         parts[REFERENCES] = seconds.reading((*work.examples, *held))
+    parts |= racing(recipe, prepared, in_training)
     epochs = plan.foretold / plan.steps_per_epoch
     parts["training"] = epochs * work.seconds(speed, micro_tokens)
     if recipe.preferences:  # pairs are scored before their gradient is known
@@ -110,6 +148,20 @@ def head_first(recipe: Recipe, prepared: Prepared, seconds: Seconds) -> dict[str
         return {}
     examples = (*prepared.train.examples, *prepared.valid.examples)
     return {WHAT: seconds.passes([len(example) - 1 for example in examples], len(examples))}
+
+
+def racing(recipe: Recipe, prepared: Prepared, seconds: Seconds) -> dict[str, float]:
+    """Of the race that chooses the learning rate, where there is one."""
+    device: Device = "gpu" if seconds.speed.beside else "cpu"
+    course = course_of(recipe, prepared, device) if recipe.train.learning_rate == "auto" else None
+    if course is None:
+        return {}
+    work = replace(seconds.work, batch_size=course.batch)
+    steps_per_epoch = -(-len(work.examples) // course.batch)
+    step = work.seconds(seconds.speed, seconds.micro_tokens) / steps_per_epoch
+    judges = prepared.valid.examples
+    judging = seconds.reading(judges) * course.rows / len(judges)
+    return {RACE: len(LANES) * (course.steps * step + judging)}
 
 
 def _majority(prepared: Prepared) -> float | None:

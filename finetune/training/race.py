@@ -29,6 +29,7 @@ from finetune.training.loop import Trainer
 from finetune.training.rate_rule import LANES, Start, starting_rate
 
 SHARE = 0.08  # of the run's foretold work: what a race may cost
+RACE = "race of learning rates"  # of the progress, and of the forecast
 JUDGED = 32  # validation rows at most
 SMALLER = 4  # times: the steps of a race have fewer rows than the run's, so that there are more of them
 LEAST_STEPS = 4  # of each rate; a shorter race tells nothing
@@ -184,7 +185,7 @@ def _lap(
         for step in range(course.steps):
             for event in trainer.step(step):
                 if isinstance(event, StepDone):
-                    yield Progress(0, "race of learning rates", event.step, course.steps)
+                    yield Progress(0, RACE, event.step, course.steps)
     except Diverged:
         return None
     judges = [

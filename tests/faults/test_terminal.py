@@ -64,7 +64,7 @@ def test_control_c_stops_after_the_step(work: Work) -> None:
     assert b"stray" not in terminal.shown and b"^C" not in terminal.shown
     assert terminal.shown.count(ENTER) == terminal.shown.count(LEAVE) == 1
     after = terminal.shown[terminal.shown.index(LEAVE) :]
-    assert b"now: " in after and after.count(b"ETA") == 1, "the last frame, once"
+    assert b"ended: after step " in after and after.count(b"ETA") == 1, "the last frame, once"
     assert b"press Ctrl-C again" not in after
     (run,) = work.runs()
     assert f"finetune resume {run.relative_to(work.folder)}".encode() in terminal.shown

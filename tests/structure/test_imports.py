@@ -30,6 +30,7 @@ LATE = {
     ("finetune/begin.py", "finetune.supervisor"): f"{_LIGHT}; the parent of a run loads nothing more",
     ("finetune/begin.py", "finetune.crashes"): _LIGHT,
     ("finetune/begin.py", "backends.registry"): _LIGHT,
+    ("finetune/begin.py", "finetune.disk.digests"): _LIGHT,
     ("finetune/cli.py", "finetune.connections"): _LIGHT,
     ("finetune/cli.py", "finetune.console"): f"{_LIGHT}; a console on a terminal",
     ("finetune/cli.py", "finetune.disk.run_folder"): f"{_LIGHT}; it is needed before a command is loaded",

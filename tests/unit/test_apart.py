@@ -55,3 +55,4 @@ def test_what_is_said_when_loading_ends_the_process(monkeypatch: pytest.MonkeyPa
     broken = Apart()
     with pytest.raises(BackendError, match=r"ended their process \(exit code 3\)"):
         broken.answer(broken.ask("probe", "reference"))
+    broken.end()

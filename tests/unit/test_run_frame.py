@@ -196,8 +196,8 @@ def test_what_a_large_frame_shows(width: int, height: int) -> None:
     text = "\n".join(drawn(filled(), width, height))
     for part in (
         "a model on torch (cpu), 600 rows", "so far", "ETA ", "✓ base model", "● training 15/20", "validation 2/3",
-        "○ tuned model", "loss", "lr", "1.00e-04", "tokens/s", "s/step", "1.4 GB of 8.0 GB", "83.0%", "majority",
-        "40.0%", "chance", "25.0%", "└", "step 20", "now: step 16 of 20", "a note", "a fine film",
+        "○ tuned model", "loss", "lr", "1.00e-04", "tokens/s", "s/step", "peak memory", "1.4 GB of 8.0 GB", "83.0%",
+        "majority", "40.0%", "chance", "25.0%", "└", "step 20", "now: step 16 of 20", "a note", "a fine film",
         "answers after step 10", "expected good", "base bad", "now good", "1.9000*",
     ):  # fmt: skip
         assert part in text, part
@@ -222,6 +222,24 @@ def test_what_is_asked_beside_the_rows_is_part_of_the_time_that_is_left() -> Non
     assert pace.seconds_left == pytest.approx(9.0 + 3.0 * 39 / 36)  # as long as the base took; slower than foretold
     give(pace, clock, [(Progress(STEPS, "suite: base model", 2, 2), 4.0)])
     assert pace.seconds_left == 0.0
+
+
+@pytest.mark.parametrize("what", ["frozen blocks", "references: loss", "head: states", "race of learning rates"])
+def test_what_is_done_before_training_is_part_of_the_time_that_is_left(what: str) -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    give(pace, clock, [(replace(outlook(), seconds={what: 8.0} | SECONDS), 0.0)])
+    assert pace.seconds_left == pytest.approx(8.0 + sum(SECONDS.values()))
+    give(pace, clock, [(Progress(0, what, 1, 2), 4.0)])
+    assert pace.phase == what.partition(":")[0]
+    give(pace, clock, [(Progress(0, what, 2, 2), 4.0)])
+    left = sum(SECONDS.values()) if what != "race of learning rates" else 75.0  # the base was measured before it
+    assert pace.seconds_left == pytest.approx(left)
+    give(pace, clock, [(RunStarted(0, STEPS, 10, False), 0.0)])
+    assert pace.seconds_left == pytest.approx(75.0)
+    status = Status(clock)
+    status.pace = pace
+    assert ("○ rate" in "".join(drawn(status, 200, 24))) is False and "✓" in "".join(drawn(status, 200, 24))
 
 
 @pytest.mark.parametrize(
@@ -255,9 +273,33 @@ def test_chance_and_majority_are_lines_where_there_are_labels() -> None:
     assert "chance" not in "".join(drawn(filled(labels=False), 80, 24))
 
 
-def test_a_terminal_without_unicode_gets_none() -> None:
-    text = "\n".join(drawn(filled(), 100, 30, encoding="ascii"))
-    assert text.isascii() and "o" in text and "+--" in text
+@pytest.mark.parametrize(("width", "height"), [(100, 30), (80, 24), (64, 24), (60, 15), (30, 12), (200, 50)])
+def test_a_terminal_without_unicode_gets_none(width: int, height: int) -> None:
+    text = "\n".join(drawn(filled(), width, height, encoding="ascii"))
+    assert text.isascii() and (("o" in text and "+--" in text) or height < 24)
+
+
+def test_levels_are_named_where_no_curve_is() -> None:
+    def last(points: list[tuple[float, float]]) -> list[str]:
+        levels = [Level("chance", 0.25), Level("majority", 0.75)]
+        shown = chart([Curve("validation", points, "")], 20, levels=levels, percent=True)
+        return [line.split()[-1] for line in shown if "╌" in line]
+
+    assert last([(0, 0.5), (10, 0.5)]) == ["majority", "chance"]
+    (first, second) = last([(50, 0.25), (100, 0.25)])
+    assert first == "majority" and "chance" not in second, "the curve lies there"
+
+
+def test_the_parts_of_a_narrow_window_do_not_touch() -> None:
+    shown = drawn(filled(), 80, 24)
+    heading = next(line for line in shown if line.startswith("loss"))
+    assert re.search(r"validation 1\.9000 {2,}loss +0\.2000$", heading)
+
+
+def test_after_the_last_step_no_step_is_told() -> None:
+    status = filled()
+    status.update(step(STEPS))
+    assert drawn(status, 80, 24)[-1].strip() == "now: all 20 steps are done"
 
 
 def test_a_million_steps_are_kept_as_a_curve_of_few_points() -> None:

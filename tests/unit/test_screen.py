@@ -180,7 +180,7 @@ def test_the_live_screen_fits(width):
     last = plain(left)
     assert len(last.splitlines()) == 16
     assert max(cell_len(line) for line in last.splitlines()) <= width
-    for part in ("400/400", "ETA", "lr", "1.00e-04", "loss", "now: ", "└"):
+    for part in ("400/400", "ETA", "lr", "1.00e-04", "loss", "ended: ", "└"):
         assert part in last
 
 

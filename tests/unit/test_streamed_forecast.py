@@ -17,10 +17,11 @@ from backends.weight_plan import frozen_file_bytes, streamed_bytes
 from finetune.events import Work
 from finetune.recipe.load import check_recipe
 from finetune.training import ahead, settle
-from finetune.training.budget import LEAST, Speed, Workload, has_to_stream
+from finetune.training.budget import LEAST, Workload, has_to_stream
 from finetune.training.forecast import forecast_here, forecast_on
 from finetune.training.job import Job
 from finetune.training.settle import settle_memory
+from finetune.training.speed import Speed
 from tests.unit.test_forecast import planned, rows, work
 from tests.unit.test_memory_plan import HALF, architecture
 

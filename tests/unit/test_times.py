@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import Incompatible
-from finetune.events import Outlook, StepDone, Validated
+from finetune.events import Event, Note, Outlook, Progress, StepDone, Validated, Work
 from finetune.report.times import Times
 
 SECONDS = {"base model: loss": 10.0, "base model: labels": 5.0, "training": 40.0, "validation: loss": 20.0,
@@ -77,3 +78,23 @@ def test_what_failed_is_not_measured(tmp_path: Path) -> None:
     with times.measuring("base model", run):
         pass
     assert json.loads((tmp_path / "time.json").read_text())["measured"].keys() == {"base model"}
+
+
+def test_what_tells_its_progress_is_measured_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the time that whoever takes the events needs for itself."""
+    now = [0.0]
+    monkeypatch.setattr("finetune.report.times.time.perf_counter", lambda: now[0])
+
+    def working() -> Generator[Event, None, str]:
+        for what, seconds in (("references: loss", 2.0), ("references: loss", 3.0), ("", 50.0), ("head: states", 7.0)):
+            now[0] += seconds
+            yield Progress(0, what, 1, 2) if what else Note(0, "a word")
+        return "made"
+
+    times = Times.of(RunFolder(tmp_path), outlook())
+    times.measured["head"] = 99.0  # of a process that was killed: done again, it counts once
+    work: Work[Event, str] = Work(times.watching(working()))
+    for _ in work:
+        now[0] += 1000.0
+    assert work.result == "made"
+    assert times.measured == {"references": 5.0, "head": 7.0}
