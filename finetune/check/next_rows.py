@@ -82,22 +82,37 @@ def _labels(
     new: Sequence[int],
     most: int,
 ) -> Generator[Progress, None, Judged]:
-    examples, given = pool.held_out.examples, rows_judged(trained)
-    counts = WordCounts(given, pool.labels)
-    own = counts.without_itself()
-    surest = 1 - 1 / (
-        len(given) + 2
-    )  # all right on so many rows is no proof of more; and without doubt nothing is next
-    right = min(float((own.argmax(axis=1) == counts.truth).mean()), surest)
-    said = as_sure_as_right(counts.logprobs([examples[i] for i in new]).reshape(-1, len(counts.labels)), right)
-    least = np.sort(np.argsort(margins(said), kind="stable")[:most])
-    asked, said = [new[i] for i in least], said[least]
-    number = [pool.labels.index(label) for label in counts.labels]
-    tokens, rows = [pool.label_tokens[label] for label in number], [examples[i] for i in asked]
-    limit = recipe.train.tokens_at_once
-    model = log_shares((yield from label_logprobs(session, rows, tokens, limit, "pool")))
-    both = log_shares(as_sure_as_right(model, right if accuracy is None else min(accuracy, surest)) + said)
-    return asked, [counts.labels[i] for i in model.argmax(axis=1)], margins(both)
+    examples = pool.held_out.examples
+    told = words_say(rows_judged(trained), pool.labels, [examples[i] for i in new])
+    least = np.sort(np.argsort(margins(told.said), kind="stable")[:most])
+    told = replace(told, said=told.said[least])
+    asked = [new[i] for i in least]
+    tokens = [pool.label_tokens[pool.labels.index(label)] for label in told.labels]
+    rows, limit = [examples[i] for i in asked], recipe.train.tokens_at_once
+    model = yield from label_logprobs(session, rows, tokens, limit, "pool")
+    return asked, [told.labels[i] for i in model.argmax(axis=1)], told.margins_with(model, accuracy)
+
+
+@dataclass(frozen=True)
+class WordsSay:
+    """What the words of rows with labels say of other rows."""
+
+    labels: list[str]  # that a row has
+    said: Floats  # shares as logarithms, as sure as right. [n, k]
+    right: float  # share of the rows with labels that the words of the others label right
+    surest: float  # so sure may an opinion be: all right on few rows is no proof of more, and no doubt leaves no choice
+
+    def margins_with(self, model: Floats, accuracy: float | None) -> Floats:
+        """How sure the words and a model are together. model: the log-probability of each label. [n, k] -> [n]"""
+        right = self.right if accuracy is None else min(accuracy, self.surest)
+        return margins(as_sure_as_right(log_shares(model), right) + self.said)
+
+
+def words_say(given: Sequence[Example], labels: Sequence[str], rows: Sequence[Example]) -> WordsSay:
+    counts, surest = WordCounts(given, labels), 1 - 1 / (len(given) + 2)
+    right = min(float((counts.without_itself().argmax(axis=1) == counts.truth).mean()), surest)
+    said = as_sure_as_right(counts.logprobs(rows).reshape(-1, len(counts.labels)), right)
+    return WordsSay(counts.labels, said, right, surest)
 
 
 def _open(

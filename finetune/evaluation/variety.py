@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from finetune.data.same import words
 from finetune.evaluation.opinions import Floats, log_shares
 
-WIDER, FEWEST = 10, 100  # times as many of the least sure rows are looked at as are chosen, and so many at least
+WIDER, FEWEST = 10, 1000  # times as many of the least sure rows are looked at as are chosen, and so many at least
 TOGETHER = 200  # rows that are chosen at a time: of so many the similarities of all candidates fit in memory
 KNOWN = 4000  # rows that have answers are looked at, evenly spaced: they would fill the memory
 _COLUMNS = 4096  # words of a similarity, the most frequent ones
@@ -44,7 +44,7 @@ def choose(margin: Floats, texts: Sequence[str], known: Sequence[str], count: in
         part = min(TOGETHER, count - len(chosen))
         near = waiting[: max(WIDER * part, FEWEST)]
         vectors = _vectors([texts[i] for i in near], seen)
-        picks = near[_cover(vectors[: len(near)], vectors[len(near) :], 1.0 - margin[near], part)]
+        picks = near[_cover(vectors[: len(near)], vectors[len(near) :], (1.0 - margin[near]) ** 2, part)]
         chosen += picks.tolist()
         seen += [texts[i] for i in picks]
         waiting = waiting[~np.isin(waiting, picks)]

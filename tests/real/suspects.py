@@ -1,34 +1,55 @@
 """Plant wrong labels in real rows, train, and measure what `finetune suspects` finds of them.
 
-    python tests/real/suspects.py --data FOLDER [--sets reviews,sst2] [--rows 600] [--flips 0.05] [--seeds 5]
-        [--prove MINUTES] [--set train.epochs=2 ...] [--out FOLDER]
+    python tests/real/suspects.py --data FOLDER [--sets reviews sst2] [--rows 600] [--flips 0.05 0.2] [--seeds 5]
+        [--prove] [--test 200] [--set train.epochs=2 ...]
 
-FOLDER of --data is that of real_data.py. Printed for each seed: the area under the ROC curve of the doubts, the share
-of the flips among the worst tenth of the rows, how many suspects there are and how many of them are flips, the share of
-planted contradictions and near duplicates that are listed, and the seconds against the run's.
+FOLDER of --data is that of real_data.py. One JSON line for each set, share of flips and seed: the area under the ROC
+curve of the doubts, the share of the flips among the worst tenth of the rows, how many suspects there are and how many
+of them are flips, the share of planted contradictions and near duplicates that are listed, and the CPU seconds beside
+those of the training. --prove: trained again without the suspects, and the sentence that the command would say. The
+accuracy without any flip is that of `--flips 0`. All is done in one process, by the functions of the command.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
+import math
 import random
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from cases import lines_of
-from ruamel.yaml import YAML
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from rates import trained
+
+from backends.interface import Session
+from finetune.check.proof import verdict, without_rows
+from finetune.check.suspects import find_suspects, rows_judged
+from finetune.evaluation.evaluate import evaluate_held_out
+from finetune.events import result_of
+from finetune.recipe.load import parse_recipe
+from finetune.training.job import Job, making_ready
+from finetune.training.rate_rule import starting_rate
 
 REVIEWS = Path(__file__).parents[2] / "finetune" / "assets" / "reviews"
-HELD_OUT = 200  # test rows, and as many validation rows where there are so many
+VALID = 100  # validation rows
 CLASHES = 10  # rows that are planted again under the other label: half the same, half nearly
+RECIPE = """
+model: {path: "builtin:reviews-base"}
+data: {train: train.jsonl, valid: valid.jsonl, test: test.jsonl, format: classification}
+prompt: {template: "{text}\\n\\nThis review is", completion: " {label}"}
+train: {epochs: 3, max_length: 128}
+backend: torch
+"""
 Rows = list[dict[str, str]]
+T = TypeVar("T")
 
 
 def reviews(data: Path) -> tuple[Rows, Rows, Rows]:
@@ -72,103 +93,89 @@ def _other(label: str, labels: Sequence[str]) -> str:
     return labels[1 - labels.index(label)]
 
 
-def write(folder: Path, splits: dict[str, Rows]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+def job_of(folder: Path, splits: dict[str, Rows], settings: Sequence[str]) -> Job:
+    """The recipe's rate is the rule's where the settings name none."""
     for name, rows in splits.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    recipe = {
-        "model": {"path": "builtin:reviews-base"},
-        "data": {name: f"{name}.jsonl" for name in splits} | {"format": "classification"},
-        "prompt": {"template": "{text}\n\nThis review is", "completion": " {label}"},
-        "train": {"epochs": 3, "learning_rate": 2e-3, "max_length": 128},
-        "backend": "torch",
-    }
-    with (folder / "recipe.yaml").open("w", encoding="utf-8") as target:
-        YAML(typ="safe").dump(recipe, target)
-    return folder / "recipe.yaml"
+    job = result_of(making_ready(parse_recipe(RECIPE, folder / "recipe.yaml", settings)))
+    if job.recipe.train.learning_rate != "auto":
+        return job
+    rate = starting_rate(job.recipe, job.folder, len(job.prepared.train.examples)).rate
+    return result_of(making_ready(job.recipe.with_train(learning_rate=rate)))
 
 
-def command(*words: str) -> tuple[str, float]:
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "finetune", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"finetune {' '.join(words)}: exit {done.returncode}\n{done.stderr[-2000:]}")
-    return done.stdout, time.monotonic() - began
+def timed(work: Generator[Any, None, T]) -> tuple[T, float]:
+    """The result, and the CPU seconds that it took."""
+    began = time.process_time()
+    made = result_of(work)
+    return made, round(time.process_time() - began, 1)
 
 
-def doubts(run: Path) -> tuple[list[int], list[float], float]:
-    """(line, doubt) of every training row, and the seconds that finding them took; in this process."""
-    from finetune.begin import begin
-
-    begin()
-    from finetune.check.suspects import find_suspects, rows_judged
-    from finetune.disk.adapter import read_adapter
-    from finetune.disk.run_folder import open_existing
-    from finetune.events import result_of
-    from finetune.report.report import load_evaluation
-    from finetune.training.job import making_ready
-
-    opened, recipe = open_existing(run)
-    job = result_of(making_ready(recipe, None, opened.path))
-    session = job.open(read_adapter(opened.adapter))
-    tuned = load_evaluation(opened.evaluation("tuned"))
-    assert tuned is not None
-    began = time.monotonic()
-    _, scores = result_of(find_suspects(session, job.prepared, recipe.train.tokens_at_once, tuned.accuracy))
-    lines = [int(example.location.rsplit(":", 1)[1]) for example in rows_judged(job.prepared)]
-    return lines, scores, time.monotonic() - began
-
-
-def measure(name: str, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, share: float, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
     train, valid, test = SETS[name](asked.data)
-    rows, flips, clashes = plant(train[: asked.rows], asked.flips, seed)
-    folder = asked.out / f"{name}-{asked.flips:g}-{seed}"
-    splits = {"train": rows, "valid": valid[:HELD_OUT], "test": test[:HELD_OUT]}
-    recipe = write(folder, splits)
-    run = next((folder / "runs").glob("recipe-*/report.json"), None)
-    if run is None:
-        command("train", str(recipe), f"output={folder / 'runs'}", f"seed={seed}", *asked.set)
-        run = next((folder / "runs").glob("recipe-*/report.json"))
-    events = [json.loads(line) for line in (run.parent / "metrics.jsonl").open(encoding="utf-8")]
-    lines, scores, seconds = doubts(run.parent)
-    prove = ["--prove", str(asked.prove)] if asked.prove else []
-    said, _ = command("suspects", str(run.parent), *prove)
-    with (run.parent / "suspects.csv").open(encoding="utf-8", newline="") as source:
-        listed = {int(row["row"].rsplit(":", 1)[1]) for row in csv.DictReader(source)}
+    rows, flips, clashes = plant(train[: asked.rows], share, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        splits = {"train": rows, "valid": valid[:VALID], "test": test[: asked.test]}
+        job = job_of(Path(folder), splits, [f"seed={seed}", *asked.set])
+        session = job.open()
+        start = session.get_state()
+        run = trained(job, session, start)
+        limit, accuracy = job.recipe.train.tokens_at_once, run["accuracy"]
+        (suspects, scores), seconds = timed(find_suspects(session, job.prepared, limit, accuracy))
+        told = {"set": name, "flips": share, "seed": seed, "rows": len(rows)}
+        told |= {"rate": job.recipe.train.learning_rate, "accuracy": accuracy}
+        told |= _found(job, scores, {int(one.location.rsplit(":", 1)[1]) for one in suspects}, flips, clashes)
+        told |= {"cpu": seconds, "training_cpu": run["cpu"]}
+        if asked.prove:
+            whole = result_of(evaluate_held_out(session, job.recipe, job.prepared, job.tokenizer, "tuned"))
+            session.set_state(start)
+            told |= _proof(job, session, {one.location for one in suspects if one.doubt > 0}, whole)
+        return told
+
+
+def _found(job: Job, scores: list[float], listed: set[int], flips: set[int], clashes: set[int]) -> dict[str, Any]:
+    lines = [int(example.location.rsplit(":", 1)[1]) for example in rows_judged(job.prepared)]
     ranked = [line for _, line in sorted(zip(scores, lines, strict=True), reverse=True)]
-    wrong = np.isin(lines, [*flips])
-    score = np.array(scores)
+    wrong, score = np.isin(lines, [*flips]), np.array(scores)
+    pairs = score[wrong][:, None] > score[~wrong][None]
     return {
-        "set": name,
-        "seed": seed,
-        "rows": len(rows),
-        "accuracy": json.loads(run.read_text(encoding="utf-8"))["tuned"]["accuracy"],
-        "auc": float((score[wrong][:, None] > score[~wrong][None]).mean()) if flips else None,
-        "worst_tenth": len(flips & {*ranked[: len(rows) // 10]}) / len(flips) if flips else None,
+        "auc": round(float(pairs.mean()), 3) if flips else None,
+        "worst_tenth": round(len(flips & {*ranked[: len(lines) // 10]}) / len(flips), 3) if flips else None,
         "suspects": len(listed),
         "flips_listed": len(flips & listed),
         "clashes_listed": len(clashes & listed) / len(clashes),
-        "seconds": seconds,
-        "training_seconds": sum(one["seconds"] for one in events if one["event"] in ("StepDone", "Validated")),
-        "proof": [line for line in said.splitlines() if line.startswith("Proof")],
+    }
+
+
+def _proof(job: Job, session: Session, removed: set[str], whole: Any) -> dict[str, Any]:
+    began, count = time.process_time(), len(job.prepared.train.examples)
+    without = result_of(without_rows(job, session, None, removed, math.inf))
+    assert without is not None  # there is no deadline
+    said = verdict(count, len(removed), whole, without)
+    return {
+        "removed": len(removed),
+        "without": without.accuracy,
+        "proof": said,
+        "proof_cpu": round(time.process_time() - began, 1),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--sets", default="reviews,sst2")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=[*SETS])
     parser.add_argument("--rows", type=int, default=600)
-    parser.add_argument("--flips", type=float, default=0.05)
+    parser.add_argument("--flips", type=float, nargs="+", default=[0.05])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--prove", type=float)
+    parser.add_argument("--prove", action="store_true")
+    parser.add_argument("--test", type=int, default=200, help="test rows")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to every recipe")
-    parser.add_argument("--out", type=Path, default=Path("suspects"))
     asked = parser.parse_args()
-    for name in asked.sets.split(","):
+    for name in asked.sets:
         for seed in range(asked.first, asked.first + asked.seeds):
-            print(json.dumps(measure(name, seed, asked)), flush=True)
+            for share in asked.flips:
+                print(json.dumps(measure(name, share, seed, asked)), flush=True)
 
 
 if __name__ == "__main__":

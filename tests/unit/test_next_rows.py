@@ -53,6 +53,17 @@ def test_a_sure_row_is_not_chosen_before_unsure_ones_of_its_kind() -> None:
     assert 3 in choose(margin, [f"a{i} b{i}" for i in range(60)], [], 1), "without common words doubt alone decides"
 
 
+def test_a_large_kind_of_which_a_model_is_less_unsure_comes_before_lone_rows() -> None:
+    texts = [f"a{i} b{i} c{i}" for i in range(600)] + [f"tall tree leaf x{i}" for i in range(200)]
+    first = choose(np.repeat([0.1, 0.4], [600, 200]), texts, [], 1)[0]
+    assert first >= 600
+
+
+def test_doubt_counts_more_than_a_kind_that_is_a_little_larger() -> None:
+    texts = [f"tall tree leaf x{i}" for i in range(10)] + [f"fast car road y{i}" for i in range(15)]
+    assert choose(np.repeat([0.0, 0.3], [10, 15]), texts, [], 1)[0] < 10
+
+
 @pytest.mark.parametrize(("rows", "count"), [(5, 9), (700, 450), (1, 1), (0, 3)])
 def test_as_many_rows_as_there_are_each_once(rows: int, count: int) -> None:
     picks = choose(np.linspace(0, 1, rows), [f"row {i % 11} of {i % 5}" for i in range(rows)], ["row 1"], count)
