@@ -13,8 +13,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from finetune.disk.metrics import read
+from finetune.report.times import Times
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = ("torch", "mlx")
@@ -72,7 +76,7 @@ def recipe(case: str, folder: Path) -> Path:
 
 
 def measured(case: str, backend: str, processor: bool) -> tuple[dict[str, Any], float]:
-    """time.json of a run, and how many times as long as foretold the loaded model's rows took."""
+    """Seconds of each part of a run, foretold and measured, and how many times as long as foretold the loaded model's rows took."""
     with tempfile.TemporaryDirectory() as name:
         file = recipe(case, Path(name))
         command = [sys.executable, "-c", RUN.format(processor=processor)]
@@ -83,7 +87,9 @@ def measured(case: str, backend: str, processor: bool) -> tuple[dict[str, Any], 
         if done.returncode:
             sys.exit(done.stderr[-2000:])
         slower = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("slower ")]
-        return json.loads(next(Path(name).glob("runs/*/time.json")).read_text()), slower[0]
+        (run,) = Path(name).glob("runs/*")
+        times = Times(**json.loads((run / "time.json").read_text(encoding="utf-8")))
+        return asdict(times.of_events(read(run / "metrics.jsonl"))), slower[0]
 
 
 def lines(case: str, backend: str, processor: bool) -> list[str]:
