@@ -76,7 +76,7 @@ def recipe(case: str, folder: Path) -> Path:
 
 
 def measured(case: str, backend: str, processor: bool) -> tuple[dict[str, Any], float]:
-    """Seconds of each part, foretold and measured; how many times as long as foretold the loaded model took for rows."""
+    """Seconds of each part, and how many times as long as foretold its loaded model took for rows."""
     with tempfile.TemporaryDirectory() as name:
         file = recipe(case, Path(name))
         command = [sys.executable, "-c", RUN.format(processor=processor)]
