@@ -89,9 +89,9 @@ def test_what_torch_keeps_of_a_recurrence(key_heads: int, keys: int, values: int
         }  # fmt: skip
 
     def foretold(settings: Sizes) -> float:
-        from backends.memory_plan import _recurrence
+        from backends.config_sizes import recurrence_of
 
-        recurrence = _recurrence(settings)
+        recurrence = recurrence_of(settings)
         assert recurrence is not None and recurrence.blocks == 3
         return registry.costs("torch", "cpu").recurrent(recurrence, number)
 
