@@ -6,15 +6,14 @@ backends share; what a backend adds to that, and what it saves for the backward 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
+from backends.config_sizes import number_of, recurrence_of
 from backends.interface import LoraSpec, ModelSpec, Modules
 from backends.memory import available_bytes
 from backends.model_folder import ModelFolder
-from backends.predictions import Architecture, Costs, Machine, Recurrence, Size
+from backends.predictions import Architecture, Costs, Machine, Size
 from backends.text_blocks import expert_numbers
 from backends.weight_plan import streamed_bytes, weight_bytes
 
@@ -24,7 +23,6 @@ __all__ = [
     "Footprint",
     "Machine",
     "Micro",
-    "answering_bytes",
     "available_bytes",
     "first_adapted",
     "footprint",
@@ -80,21 +78,21 @@ def read_architecture(folder: ModelFolder) -> Architecture:
     tied = bool(text.get("tie_word_embeddings", folder.config.get("tie_word_embeddings", False)))
     sizes = {name: prod(shape) for name, shape in shapes.items() if not (tied and name.endswith("lm_head.weight"))}
     embedding = next((shape for name, shape in shapes.items() if "embed" in name and len(shape) == 2), (1, 1))
-    heads = _number(text, "num_attention_heads", 1)
-    hidden = _number(text, "hidden_size", embedding[1])
-    head = _number(text, "head_dim", hidden // heads)
+    heads = number_of(text, "num_attention_heads", 1)
+    hidden = number_of(text, "hidden_size", embedding[1])
+    head = number_of(text, "head_dim", hidden // heads)
     stored = sum(file.stat().st_size for file in folder.weights)
     quantised = any(name.endswith((".scales", ".weight.absmax")) for name in shapes)
     experts, packed = expert_numbers(shapes), any(name.endswith("_blocks") for name in shapes)
     inside = 0 if packed else experts  # of `sizes`, which count bytes of packed ones
     sizes = {name: size for name, size in sizes.items() if not name.endswith(("_blocks", "_scales"))}
     return Architecture(
-        blocks=_number(text, "num_hidden_layers", 1),
+        blocks=number_of(text, "num_hidden_layers", 1),
         hidden=hidden,
-        inner=_number(text, "intermediate_size", max(out for out, _ in modules.values())),
+        inner=number_of(text, "intermediate_size", max(out for out, _ in modules.values())),
         queries=heads * head,
-        keys=_number(text, "num_key_value_heads", heads) * head,
-        vocabulary=_number(text, "vocab_size", embedding[0]),
+        keys=number_of(text, "num_key_value_heads", heads) * head,
+        vocabulary=number_of(text, "vocab_size", embedding[0]),
         modules=modules,
         other=0 if quantised else sum(sizes.values()) - sum(map(prod, modules.values())) - inside,
         stored=stored,
@@ -105,7 +103,7 @@ def read_architecture(folder: ModelFolder) -> Architecture:
         experts_packed=packed,
         heads=heads,
         scores="sinks" if text.get("model_type") == "gpt_oss" else "softcap" * bool(text.get("attn_logit_softcapping")),
-        recurrence=_recurrence(text),
+        recurrence=recurrence_of(text),
         embedding=0 if tied else prod(embedding),
     )
 
@@ -117,7 +115,8 @@ def footprint(
     number = model.number_bytes(costs.device)
     trainable = trained_numbers(architecture, lora, adapted)
     micro = _at_once(micro, costs)
-    activations = costs.held * _activations(architecture, model, lora, adapted, micro, costs)
+    held = costs.whole_held if lora.whole and costs.whole_held else costs.held
+    activations = held * _activations(architecture, model, lora, adapted, micro, costs)
     block = _block_working(architecture, micro, number, costs) + _unpacked(architecture, model, number, costs)
     if lora.dora:  # a weight as float32, for the lengths of its rows
         block += 4.0 * max(map(prod, adapted.values()))
@@ -126,7 +125,10 @@ def footprint(
     if architecture.recurrence:
         block = max(block, costs.recurrent_working(architecture.recurrence, micro.tokens))
     headed = replace(architecture, vocabulary=lora.classes or architecture.vocabulary)
-    working = costs.held * max(block, _head_working(headed, micro, number, costs))
+    working = held * max(block, _head_working(headed, micro, number, costs))
+    updating = costs.update * trainable
+    if lora.whole:
+        updating = costs.whole_update * trainable + costs.widest_update * _widest(architecture)
     parks = model.checkpointing and costs.parked_inputs is not None
     parked = architecture.embedding * float(number) if parks and not model.streamed else 0.0
     whole = weights = weight_bytes(architecture, model.quantize, number, costs)
@@ -138,7 +140,7 @@ def footprint(
         adapter=(16.0 if lora.whole else 20.0) * trainable,  # four or five times float32
         activations=activations,
         # the update begins when activations are gone
-        working=max(working, (costs.whole_update if lora.whole else costs.update) * trainable - activations),
+        working=max(working + costs.whole_sum * trainable * lora.whole, updating - activations),
         loading=_loading(architecture, model, number, costs) * weights / whole,
     )
 
@@ -154,14 +156,6 @@ def kept_states_bytes(tokens: int, hidden: int, number: int) -> int:
     """Of the temporary file with the hidden states that frozen blocks give: `tokens` of all rows, each counted up to
     its last supervised position."""
     return tokens * hidden * number
-
-
-def answering_bytes(config: Mapping[str, Any], number: int) -> int:
-    """Of one token of a prompt or its answer: keys and values in all blocks, and what a block makes on the way."""
-    heads, hidden = _number(config, "num_attention_heads", 1), _number(config, "hidden_size", 1)
-    keys = _number(config, "num_key_value_heads", heads) * _number(config, "head_dim", hidden // heads)
-    made = 4 * _number(config, "intermediate_size", 4 * hidden) + 6 * hidden
-    return (2 * _number(config, "num_hidden_layers", 1) * keys + made) * number
 
 
 def first_adapted(adapted: Modules) -> int:
@@ -227,12 +221,17 @@ def _head_working(architecture: Architecture, micro: Micro, number: int, costs: 
 
 
 def _loading(architecture: Architecture, model: ModelSpec, number: int, costs: Costs) -> float:
-    widest = max(architecture.vocabulary * architecture.hidden, *map(prod, architecture.modules.values()))
+    widest = _widest(architecture)
     if model.quantize == "none" and architecture.stored_number == number:
         return 0.0
     if not costs.maps_files or architecture.quantised:
         return float(widest * architecture.stored_number)
     return architecture.stored + (costs.quantising * widest if model.quantize == "4bit" else 0.0)
+
+
+def _widest(architecture: Architecture) -> int:
+    """Numbers of the widest weight."""
+    return max(architecture.vocabulary * architecture.hidden, *map(prod, architecture.modules.values()))
 
 
 def _at_once(micro: Micro, costs: Costs) -> Micro:
@@ -244,21 +243,3 @@ def _at_once(micro: Micro, costs: Costs) -> Micro:
 
 def _block(module: str) -> int:
     return int(module.partition("layers.")[2].partition(".")[0])
-
-
-def _recurrence(text: Mapping[str, Any]) -> Recurrence | None:
-    """Of a config with linear attention in some blocks (Qwen3.5, Qwen3-Next)."""
-    names = ("num_value_heads", "num_key_heads", "key_head_dim", "value_head_dim")
-    heads, key_heads, keys, values = (_number(text, f"linear_{name}", 0) for name in names)
-    blocks, every = _number(text, "num_hidden_layers", 1), _number(text, "full_attention_interval", 4)
-    kinds = text.get("layer_types")
-    count = kinds[:blocks].count("linear_attention") if isinstance(kinds, list) else blocks - blocks // every
-    return Recurrence(count, heads, key_heads, keys, values) if min(heads, key_heads, keys, values, count) else None
-
-
-def _number(config: Mapping[str, Any], key: str, default: int) -> int:
-    """Where layers differ, the largest."""
-    value = config.get(key)
-    if isinstance(value, list):
-        value = max(value, default=None)
-    return value if isinstance(value, int) and value > 0 else default

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from backends.interface import Device, LoraSpec, Modules, NumberType, Wanted
@@ -86,6 +88,9 @@ class Costs:
     update: float = 20.0  # per number of the adapter: an update makes weights, moments and their quotient anew
     # the same where the whole model trains, beside the weights, both moments, the gradient and the best weights
     whole_update: float = 12.0
+    widest_update: float = 0.0  # and of each number of the widest weight, which is updated in pieces that exist at once
+    whole_sum: float = 0.0  # where the whole model trains, per number: a micro-batch's gradient beside the sum of all
+    whole_held: float | None = None  # `held` there, if it is another
     tokens_at_once: int | None = None  # computed at a time; None: the whole micro-batch
     width_step: int = 1  # rows of more than 256 tokens are padded to a multiple of so many
     logits_at_once: int | None = None  # numbers computed at a time; None: those of all supervised positions
@@ -109,6 +114,13 @@ class Costs:
     recurrent_working: Callable[[Recurrence, int], float] = lambda recurrence, tokens: 0.0  # beside it, for so many
     maps_files: bool = False  # whether the files' pages stay in memory while weights are cast or quantised
     quantising: float = 0.0  # per weight of the layer that is being quantised
+
+
+def cuda_libraries() -> float:
+    """Bytes that the libraries of a torch built for CUDA add to a process, on a CPU too. Loads none of them."""
+    spec = PathFinder.find_spec("torch")  # also where a plan lets no torch be found
+    built = spec is not None and spec.origin is not None and Path(spec.origin).with_name("lib") / "libtorch_cuda.so"
+    return 310e6 if built and built.exists() else 0.0
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ The formulas are FlashAttention's (Dao et al., 2022, B.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import base
 
 from backends.mlx_backend.patch import rebound
@@ -28,6 +29,7 @@ class TiledAttention:
 
     def __init__(self, model: nn.Module) -> None:
         self.training = False
+        self.at_once = False  # whether products around it are computed while MLX traces
         self.used = self.serve(model)
 
     def serve(self, model: nn.Module) -> bool:
@@ -42,7 +44,7 @@ class TiledAttention:
         if not worth_it or more.get("sinks") is not None or not _is_per_position(mask):
             out: mx.array = base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, **more)
             return out
-        return attend(queries, keys, values, scale, mask)
+        return attend(queries, keys, values, scale, mask, self.at_once)
 
 
 def _is_per_position(mask: Mask) -> bool:
@@ -52,21 +54,36 @@ def _is_per_position(mask: Mask) -> bool:
     return bool(mask.dtype == mx.bool_ and (mask.ndim < 3 or mask.shape[-3] == 1))
 
 
-def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array:
-    """Attention [B, H, L, d], differentiable by queries, keys and values."""
+def attend(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask, at_once: bool = False
+) -> mx.array:
+    """Attention [B, H, L, d], differentiable by queries, keys and values.
+
+    at_once: computed here, and not with the trace, which would keep all scores of all blocks to its end.
+    """
+    done = _alone if at_once else _as_it_is
 
     @mx.custom_function
     def attention(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        return _forward(q, k, v, scale, mask)
+        return _forward(done(q), done(k), done(v), scale, mask)
 
     @attention.vjp
     def backward(inputs: Any, grad_outputs: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
         (q, k, v), (out, normaliser) = inputs, outputs
-        return _backward(q, k, v, out, normaliser, grad_outputs[0], scale, mask)
+        return _backward(q, k, v, out, normaliser, grad_outputs[0], scale, mask, done)
 
     outputs: Any = attention(queries, keys, values)
     out: mx.array = outputs[0]
     return out
+
+
+def _as_it_is(x: mx.array) -> mx.array:
+    return x
+
+
+def _alone(x: mx.array) -> mx.array:
+    """Its numbers without what made them, which a trace keeps even where they are known."""
+    return mx.array(np.asarray(x))
 
 
 class _Tile(NamedTuple):
@@ -127,8 +144,9 @@ def _backward(
     grad_out: mx.array,
     scale: float,
     mask: Mask,
+    done: Callable[[mx.array], mx.array],
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The gradients by q, k and v from that by the output [B, H, L, d]."""
+    """The gradients by q, k and v from that by the output [B, H, L, d]. `done` is given what each tile has made."""
     grads_q: list[mx.array] = []
     grad_k, grad_v = mx.zeros_like(k), mx.zeros_like(v)
     heads, key_heads = q.shape[1], k.shape[1]
@@ -139,9 +157,10 @@ def _backward(
         weights = mx.exp(tile.scores(queries, k, scale) - tile.grouped(normaliser, key_heads))
         grad_weights = (grad @ v[..., : tile.keys, :].swapaxes(-1, -2)).astype(weights.dtype)
         grad_scores = ((grad_weights - mean) * weights).astype(q.dtype)
-        grads_q.append(tile.ungrouped(scale * (grad_scores @ k[..., : tile.keys, :]), heads))
+        grads_q.append(done(tile.ungrouped(scale * (grad_scores @ k[..., : tile.keys, :]), heads)))
         grad_k[..., : tile.keys, :] += grad_scores.swapaxes(-1, -2) @ (scale * queries)
         grad_v[..., : tile.keys, :] += weights.astype(v.dtype).swapaxes(-1, -2) @ grad
+        grad_k, grad_v = done(grad_k), done(grad_v)
     return mx.concatenate(grads_q, axis=-2), grad_k, grad_v
 
 

@@ -97,6 +97,10 @@ class Forward:
         streamed = (STREAMED,) if self._streamed else ()
         return (*(name for name in every if name not in self.left_out), *delta_rule, *streamed)
 
+    def compute_at_once(self) -> None:
+        """From here on attention is computed as it is reached, as the products around it are."""
+        self._attention.at_once = True
+
     def train(self, on: bool) -> None:
         self.model.train(on)
         self._attention.training = on

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from backends.adapter_state import NO_HEAD, NO_TEXT, adapted_modules, fitting, trained_shapes, untrained
+from backends.config_sizes import answering_bytes
 from backends.interface import (
     HEAD_WEIGHT,
     BackendError,
@@ -28,7 +29,6 @@ from backends.interface import (
 from backends.kept_states import Keeping
 from backends.layer_names import Names, Part
 from backends.loss_scale import loss_scales
-from backends.memory_plan import answering_bytes
 from backends.micro_batches import check_tokens, joined, numbered, own_part, total_of
 from backends.mlx_backend import blas_bridge
 from backends.mlx_backend.costs import NUMPY_PRODUCTS
@@ -109,6 +109,8 @@ class MlxSession(Keeping):
             checkpoint_blocks(model)
         window = ignored_window(model, folder.text_config)
         self._forward: Forward = Forward(model, masks, on_cpu, spec.checkpointing, window, lora.classes, self._streamed)
+        if bridged:
+            self._forward.compute_at_once()
         self.shares_prefixes = self._forward.shares_prefixes
         self._vocabulary = folder.vocabulary or sys.maxsize
         self.left_out: Mapping[str, str] = self._forward.left_out  # shortcut -> why the model does without it
@@ -232,8 +234,9 @@ class MlxSession(Keeping):
         for part in (part for batch in batches for _, part in self._forward.parts(batch)):
             loss_of = partial(self._loss, part, self._forward.entering(part), total / scale)
             part_loss, part_grads = mx.value_and_grad(loss_of)(self._state.adapter)
-            # a sum also of the first, since an array that came out of a trace may hold on to all that was traced
-            grads = {name: grad / scale + grads.get(name, 0.0) for name, grad in part_grads.items()}
+            # a sum also of the first, since an array that came out of a trace may hold on to all that was traced; each
+            # is taken out of its place, so that no gradient is held beside the sum that it is in
+            grads = {name: part_grads.pop(name) / scale + grads.pop(name, 0.0) for name in self._state.adapter}
             mx.eval(part_loss, grads)
             loss += float(part_loss) / scale
         return loss, grads

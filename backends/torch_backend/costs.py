@@ -22,6 +22,7 @@ from backends.predictions import (
     Machine,
     Recurrence,
     Size,
+    cuda_libraries,
 )
 from backends.rate import SIZES, operations_per_second
 from backends.streaming import STREAMED
@@ -74,7 +75,7 @@ def recurrent(recurrence: Recurrence, number: int) -> float:
 
 _CPU = Costs(
     device="cpu",
-    runtime=490e6,
+    runtime=490e6 + cuda_libraries(),
     saved=saved,
     scores={"softcap": Size(8.0), "sinks": A_NUMBER},  # eager attention: tanh and softmax; softmax
     recurrent=recurrent,
@@ -85,6 +86,7 @@ _CPU = Costs(
     update=13.0,  # a checkpoint copies weights and moments, 12; an update makes the weights anew, in groups: 6
     whole_update=8.0,  # a checkpoint's copy, 12, when the gradient, 4, is gone
     held=1.5,  # glibc keeps what lies freed between the tensors that stay: 1.4 to 1.6
+    whole_held=1.2,
     tokens_at_once=1024,  # more are no faster on a CPU, and need more memory
     logits_at_once=2**23,
     recomputed_blocks=2.0,  # one block's own, and what is still there of the last one's
@@ -109,6 +111,7 @@ NVIDIA = replace(
     masking=0.0,
     host=0.6e-3,  # an H200's host: 0.5 to 0.7 a layer of an answer's token, 1.7 to 2.2 of a step; desktops are faster
     held=1.1,
+    whole_held=None,
     gated_working=2.0,  # the other two in place, by tests/benchmarks/kept.py
     tokens_at_once=None,
     recomputed_blocks=1.0,  # measured on an H200: 0.94 to 1.09 of what was reserved, with all else here

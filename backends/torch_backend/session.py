@@ -20,6 +20,7 @@ from backends.adapter_state import (
     trained_shapes,
     untrained,
 )
+from backends.config_sizes import answering_bytes
 from backends.interface import (
     HEAD_WEIGHT,
     MAGNITUDE,
@@ -37,7 +38,6 @@ from backends.interface import (
 from backends.kept_states import Keeping
 from backends.layer_names import matched
 from backends.loss_scale import loss_scales
-from backends.memory_plan import answering_bytes
 from backends.micro_batches import check_tokens, joined, own_part, total_of
 from backends.model_folder import folder_of
 from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES

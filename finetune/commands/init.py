@@ -53,6 +53,7 @@ prompt:
   dropout: {dropout}
 
 quantize: 4bit              # none | 4bit
+# method: full              # in the place of lora and quantize: every weight trains, for about 30 bytes of memory each
 
 train:
   epochs: auto              # as many as lower the validation loss, 6 at most; or a number

@@ -35,12 +35,14 @@ def pair_batches(examples: Sequence[Example], micro_tokens: int, share: bool) ->
 
 
 def as_one(example: Example) -> Example:
-    """A pair as a row of as many tokens as are computed of it, its prompt once; other examples as they are."""
+    """A pair as a row of as many tokens as are computed of it: its prompt once, and its shorter answer padded to the
+    longer; other examples as they are.
+    """
     if example.rejected is None:
         return example
-    rest = slice(len(example.prompt_tokens), None)
-    tokens = np.concatenate([example.tokens, example.rejected.tokens[rest]])
-    weights = np.concatenate([example.weights, example.rejected.weights[rest]])
+    rest, pad = slice(len(example.prompt_tokens), None), abs(len(example) - len(example.rejected))
+    tokens = np.concatenate([example.tokens, example.rejected.tokens[rest], np.zeros(pad, np.int32)])
+    weights = np.concatenate([example.weights, example.rejected.weights[rest], np.zeros(pad, np.float32)])
     return replace(example, tokens=tokens, weights=weights, rejected=None)
 
 

@@ -220,7 +220,7 @@ class Recipe(Section):
     prompt: Prompt = Prompt()
     method: Literal["lora", "full"] = "lora"
     """What trains: a LoRA adapter beside the frozen model, or full: every weight of the model, in float32. full needs
-    about 28 bytes of memory for each weight, and a rate about a tenth of LoRA's."""
+    about 30 bytes of memory for each weight, and a rate about a tenth of LoRA's."""
     lora: Lora = Lora()
     head: Head | None = None
     """For rows with a label each: a linear layer on the last token's state chooses the label, head first and then with

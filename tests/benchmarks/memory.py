@@ -43,6 +43,9 @@ class Case:
     length: int = 256
     steps: int = 2  # with rows of other lengths in each, if there are more than two: half of `length` and more
     supervised: int = 8  # tokens at the end of each row
+    classes: int = 0  # of a head, which learns alone first
+    answers: tuple[int, ...] = ()  # tokens of both answers to a prompt of `length`, learned by `loss`
+    loss: str = "dpo"
     micro_tokens: int = 4096
 
 
@@ -63,9 +66,16 @@ CASES = (
     replace(BASE, name="full: long rows", rows=2, length=2048, supervised=512, whole=True),
     replace(BASE, name="full: checkpointing", checkpointing=True, whole=True),
     replace(BASE, name="full: wide and shallow", hidden=1024, inner=4096, blocks=6, heads=16, keys=16, whole=True),
+    replace(BASE, name="head: two labels", classes=2, supervised=1),
+    replace(BASE, name="head: 77 labels, short rows", classes=77, supervised=1, rows=16, length=48),
+    replace(BASE, name="head: large vocabulary", classes=2, supervised=1, vocab=49152),
+    replace(BASE, name="pairs: DPO", answers=(64, 96)),
+    replace(BASE, name="pairs: ORPO", answers=(64, 96), loss="orpo"),
+    replace(BASE, name="pairs: short prompts", length=24, answers=(160, 200)),
+    replace(BASE, name="pairs: large vocabulary", answers=(64, 96), vocab=49152, rows=4),
 )
 BACKENDS = ("torch", "mlx")
-PHASES = ("start", "load", "first step", "steps", "evaluation", "checkpoint")
+PHASES = ("start", "load", "read first", "first step", "steps", "evaluation", "checkpoint")
 
 
 def write_model(case: Case, folder: Path) -> None:
@@ -84,14 +94,17 @@ def write_model(case: Case, folder: Path) -> None:
 
 
 def examples(case: Case, step: int) -> Any:
+    """Rows, or pairs whose better answer is now the longer and now the shorter one."""
     import numpy as np
 
     from finetune.data.rows import Example
 
     random = np.random.default_rng(step)
+    if case.answers:
+        return tuple(_pair(case, random, row) for row in range(case.rows))
     shortest = case.length if case.steps == 2 else case.length // 2
     lengths = (case.length, *random.integers(shortest, case.length, case.rows - 1, endpoint=True))
-    return tuple(
+    made = tuple(
         Example(
             random.integers(0, case.vocab, length, np.int32),
             (np.arange(length) >= length - case.supervised).astype(np.float32),
@@ -99,13 +112,31 @@ def examples(case: Case, step: int) -> Any:
         )
         for row, length in enumerate(lengths)
     )
+    for example in made if case.classes else ():
+        example.tokens[-1] %= case.classes
+    return made
+
+
+def _pair(case: Case, random: Any, row: int) -> Any:
+    import numpy as np
+
+    from finetune.data.rows import Example
+
+    prompt, both = random.integers(3, case.vocab, case.length), []
+    for count in case.answers[:: 1 if row % 2 else -1]:
+        tokens = np.array([*prompt, *random.integers(3, case.vocab, count)], np.int32)
+        weights = (np.arange(len(tokens)) >= case.length).astype(np.float32)
+        both.append(Example(tokens, weights, f"row {row}", "", "", case.length, len(tokens)))
+    return replace(both[0], rejected=both[1])
 
 
 def specs(case: Case, folder: Path) -> tuple[Any, Any]:
     from backends.interface import LoraSpec, ModelSpec
 
     model = ModelSpec(folder, case.quantize, case.dtype, case.checkpointing, "cpu")  # type: ignore[arg-type]
-    return model, LoraSpec(case.rank, 16.0, targets=case.targets, layers=case.layers, whole=case.whole)
+    return model, LoraSpec(
+        case.rank, 16.0, targets=case.targets, layers=case.layers, classes=case.classes, whole=case.whole
+    )
 
 
 class Peaks:
@@ -126,31 +157,53 @@ def child(case: Case, backend: str, folder: Path) -> dict[str, int]:
     from backends import registry
     from backends.interface import OptimSpec
     from backends.model_folder import ModelFolder
-    from finetune.data.collate import micro_batches
     from finetune.data.tokenizer import load_tokenizer
     from finetune.disk import checkpoint
+    from finetune.evaluation.pairs import scored_pairs
     from finetune.evaluation.scoring import row_losses
     from finetune.recipe.locate import builtin
 
     load_tokenizer(ModelFolder.open(builtin("builtin:reviews-base")))
-    peaks = Peaks()
+    peaks, steps = Peaks(), [examples(case, step) for step in range(case.steps)]
     registry.choose(backend)
     peaks.end("start")
     session = registry.open_session(backend, *specs(case, folder), OptimSpec(), 0)
     peaks.end("load")
-    for step in range(case.steps):
-        rows = examples(case, step)
-        session.step(micro_batches(rows, case.micro_tokens, session.shares_prefixes), 1e-3)
-        if step == 0:
+    objective, steps = read_first(case, session, steps)
+    peaks.end("read first")
+    for number, rows in enumerate(steps):
+        objective.step(session, rows, objective.batches(rows, case.micro_tokens, session.shares_prefixes), 1e-3)
+        if not number:
             peaks.end("first step")
     best = session.get_state().adapter
     peaks.end("steps")
-    deque(row_losses(session, rows, case.micro_tokens), maxlen=0)
+    read = scored_pairs if case.answers else row_losses
+    deque(read(session, steps[-1], case.micro_tokens, "loss"), maxlen=0)
     peaks.end("evaluation")
     with tempfile.TemporaryDirectory() as place:
         checkpoint.save(Path(place), checkpoint.Checkpoint(session.get_state(), {}, best, {}))
     peaks.end("checkpoint")
     return peaks.found
+
+
+def read_first(case: Case, session: Any, steps: list[Any]) -> tuple[Any, list[Any]]:
+    """What a step learns, and its rows, once all of them were read: for a head's states, or for references."""
+    from finetune.evaluation.evaluate import base_weights
+    from finetune.evaluation.pair_losses import DPO, ORPO
+    from finetune.evaluation.pairs import referred, scored_pairs
+    from finetune.evaluation.scoring import row_states
+    from finetune.events import result_of
+    from finetune.training.objective import Imitation, Preference
+
+    if case.classes:
+        result_of(row_states(session, [row for rows in steps for row in rows], case.micro_tokens, ""))
+    if not case.answers:
+        return Imitation(), steps
+    if case.loss == "orpo":
+        return Preference(ORPO(0.1)), steps
+    with base_weights(session):
+        scores = (result_of(scored_pairs(session, rows, case.micro_tokens, "")) for rows in steps)
+        return Preference(DPO(0.1)), [referred(rows, found) for rows, found in zip(steps, scores, strict=True)]
 
 
 def measured(case: Case, backend: str, folder: Path) -> dict[str, int]:
@@ -166,11 +219,13 @@ def measured(case: Case, backend: str, folder: Path) -> dict[str, int]:
 def predicted(case: Case, backend: str, folder: Path) -> float:
     """The peak in bytes, as `finetune plan` has it: nothing is loaded."""
     from backends import registry
-    from backends.memory_plan import Micro, footprint, read_architecture
+    from backends.memory_plan import footprint, read_architecture
     from backends.model_folder import ModelFolder
+    from finetune.data.pair_batches import as_one
+    from finetune.training.budget import largest_micro
 
     model, lora = specs(case, folder)
-    micro = Micro(min(case.rows, max(case.micro_tokens // case.length, 1)), case.length, case.rows * case.supervised)
+    micro = largest_micro([*map(as_one, examples(case, 0))], case.rows, 0, case.micro_tokens)
     opened, costs = ModelFolder.open(folder), registry.costs(backend, "cpu")
     return footprint(read_architecture(opened), model, lora, opened.lora_modules(lora), micro, costs).peak
 
@@ -197,7 +252,7 @@ def main(backends: list[str]) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         values = json.loads(sys.argv[2])
-        values["targets"] = tuple(values["targets"])
+        values |= {name: tuple(values[name]) for name in ("targets", "answers")}
         print(json.dumps(child(Case(**values), sys.argv[3], Path(sys.argv[4]))))
     else:
         main(sys.argv[1:])

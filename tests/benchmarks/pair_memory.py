@@ -14,9 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from tests.benchmarks.memory import BASE, Peaks, specs, write_model
+from tests.benchmarks.memory import BASE, Peaks, examples, read_first, specs, write_model
 
 PAIRS, STEPS = 8, 2
 BACKENDS = ("torch", "mlx")
@@ -24,47 +23,24 @@ SHAPES = {"chat": (256, 64, 96), "short prompts": (24, 160, 200), "long": (512, 
 LEARNERS = ("plain", "dpo", "orpo")
 
 
-def pairs(shape: Sequence[int], step: int) -> Any:
-    import numpy as np
-
-    from finetune.data.rows import Example
-
-    random, made = np.random.default_rng(step), []
-    for row in range(PAIRS):
-        prompt, both = random.integers(3, BASE.vocab, shape[0]), []
-        for count in shape[1:][:: 1 if row % 2 else -1]:
-            tokens = np.array([*prompt, *random.integers(3, BASE.vocab, count)], np.int32)
-            weights = (np.arange(len(tokens)) >= shape[0]).astype(np.float32)
-            both.append(Example(tokens, weights, f"row {row}", "", "", shape[0], len(tokens)))
-        made.append(replace(both[0], rejected=both[1]))
-    return made
-
-
 def child(learner: str, shape: str, backend: str, folder: Path) -> dict[str, int]:
     """One run in this process."""
     import finetune.run  # noqa: F401  (all that `finetune train` has loaded by then)
     from backends import registry
     from backends.interface import OptimSpec
-    from finetune.evaluation.evaluate import base_weights
-    from finetune.evaluation.pair_losses import DPO, ORPO
-    from finetune.evaluation.pairs import referred, scored_pairs
-    from finetune.events import result_of
-    from finetune.training.objective import Imitation, Objective, Preference
 
-    peaks, steps = Peaks(), [pairs(SHAPES[shape], step) for step in range(STEPS)]
+    length, *answers = SHAPES[shape]
+    case = replace(BASE, rows=PAIRS, length=length, answers=tuple(answers), loss=learner)
+    peaks, steps = Peaks(), [examples(case, step) for step in range(STEPS)]
     session = registry.open_session(backend, *specs(BASE, folder), OptimSpec(), 0)
     peaks.end("load")
-    objective: Objective = Imitation()
     if learner == "plain":
+        case = replace(case, answers=())
         steps = [[side for pair in rows for side in (replace(pair, rejected=None), pair.rejected)] for rows in steps]
-    else:
-        objective = Preference(DPO(0.1) if learner == "dpo" else ORPO(0.1))
-    if learner == "dpo":
-        with base_weights(session):
-            steps = [referred(rows, result_of(scored_pairs(session, rows, 4096, ""))) for rows in steps]
-        peaks.end("references")
+    objective, steps = read_first(case, session, steps)
+    peaks.end("references")
     for rows in steps:
-        objective.step(session, rows, objective.batches(rows, 4096, session.shares_prefixes), 1e-3)
+        objective.step(session, rows, objective.batches(rows, case.micro_tokens, session.shares_prefixes), 1e-3)
     peaks.end("steps")
     return peaks.found
 

@@ -166,8 +166,9 @@ def losses(run: Path) -> list[Any]:
 def same(run: Path, other: Path) -> None:
     """The same losses, the same weights, the same answers: to the byte."""
     assert losses(run) == losses(other)
-    names = ["adapter/adapter_model.safetensors", "adapter/adapters.safetensors", "rows.jsonl"]
-    for name in [*names, f"checkpoints/{last_checkpoint(other)}/state.safetensors"]:
+    adapter, whole = ["adapter/adapter_model.safetensors", "adapter/adapters.safetensors"], ["model/model.safetensors"]
+    names = whole if (other / "model").exists() else adapter
+    for name in [*names, "rows.jsonl", f"checkpoints/{last_checkpoint(other)}/state.safetensors"]:
         assert (run / name).read_bytes() == (other / name).read_bytes(), f"{name} differs"
 
 

@@ -7,6 +7,7 @@ That every backend goes on after one SIGINT, one SIGTERM and one SIGKILL is in `
 from __future__ import annotations
 
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from tests.unit.toy_run import prepared, recipe
 
 # How many kills of whole runs on each backend, beside the 26 of toy runs.
 KILLS = {"reference": 4, "torch": 10, "mlx": 10}
+METHODS = {"lora": RECIPE, "full": re.sub(r"lora: .*\n", "method: full\n", RECIPE).replace("1e-2", "1e-3")}
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +68,16 @@ def test_toy_runs_killed_at_random_moments(tmp_path: Path, whole: tuple[Path, fl
     assert_same_end(run_to_the_end(tmp_path / "run"), whole[0])
 
 
-@pytest.fixture(scope="module")
-def trained(make_work: Callable[[], Work], backend: str) -> tuple[Work, str, Path, float]:
+@pytest.fixture(scope="module", params=["lora", "full"])
+def trained(
+    make_work: Callable[[], Work], backend: str, request: pytest.FixtureRequest
+) -> tuple[Work, str, Path, float]:
+    """A run that nobody stopped, of an adapter or of the whole model, and how long it took in seconds."""
+    if request.param == "full" and backend == "reference":
+        pytest.skip("the reference trains a whole model in the conformance tests")
     work = make_work()
     began = time.monotonic()
-    work.finetune("train", work.recipe(RECIPE), "--backend", backend).good()
+    work.finetune("train", work.recipe(METHODS[request.param]), "--backend", backend).good()
     return work, backend, work.runs()[0], time.monotonic() - began
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -201,3 +202,36 @@ def test_pairs_of_answers_are_said_to_be_pairs_and_ready_to_train(capsys: pytest
     assert init("p.jsonl").preferences is not None
     said = capsys.readouterr().out
     assert "a recipe for 12 pairs of answers; look at it" in said and "data.columns" not in said
+
+
+WAYS = {"lora": None, "head": "head: {}", "full": "method: full"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_ways_to_train_that_suit_labels_are_in_the_recipe_to_be_chosen(way: str) -> None:
+    """Each of the lines that begin as a comment is a recipe of its own, once it says what it takes the place of."""
+    init(table("rows.csv"))
+    text = Path("recipe.yaml").read_text()
+    if line := WAYS[way]:
+        assert f"\n# {line} " in text
+        text = text.replace(f"# {line} ", f"{line} ")
+    if way == "full":
+        text = re.sub(r"^(lora:\n(  .*\n)+|quantize: .*\n)", "", text, flags=re.MULTILINE)
+    Path("recipe.yaml").write_text(text)
+    recipe = load_recipe(Path("recipe.yaml"))
+    assert (recipe.method == "full", recipe.head is not None) == (way == "full", way == "head")
+
+
+@pytest.mark.parametrize(("labels", "chosen"), [(2, False), (19, False), (20, True), (77, True)])
+def test_many_labels_get_a_head(labels: int, chosen: bool) -> None:
+    rows = [f"the tea of day {n} was fine,kind {n % labels}\n" for n in range(4 * labels)]
+    Path("rows.csv").write_text("text,label\n" + "".join(rows))
+    assert (init("rows.csv").head is not None) == chosen
+
+
+def test_open_answers_are_offered_the_whole_model_and_no_head() -> None:
+    rows = [{"prompt": f"what is {n}?", "completion": f"the number {n}"} for n in range(12)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    init("rows.jsonl")
+    text = Path("recipe.yaml").read_text()
+    assert "# method: full" in text and "head:" not in text

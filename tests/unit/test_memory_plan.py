@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from backends import registry
+from backends import predictions, registry
 from backends.interface import LoraSpec, ModelSpec
 from backends.memory_plan import Footprint, Micro, first_adapted, footprint, read_architecture, weight_bytes
 from backends.model_folder import ModelFolder
@@ -77,7 +78,28 @@ def test_a_whole_model_needs_so_many_bytes_for_each_weight(backend: str, most: i
     lora, micro = LoraSpec(1, 1.0, whole=True), Micro(1, 8, 1)
     found = footprint(shape, FLOAT, lora, shape.modules, micro, costs)
     assert (found.weights, found.adapter) == (4.0 * weights, 16.0 * weights)
-    assert found.training - found.runtime == pytest.approx(most * weights, rel=0.01)
+    widest = costs.widest_update * max(VOCABULARY, INNER) * D
+    assert found.training - found.runtime == pytest.approx(most * weights + widest, rel=0.01)
+
+
+def test_a_whole_models_gradient_of_a_micro_batch_stands_beside_the_sum_in_mlx() -> None:
+    shape, costs, lora = architecture(2), registry.costs("mlx", "cpu"), LoraSpec(1, 1.0, whole=True)
+    micro = Micro(2, 2048, 4096)  # activations that an update does not reach
+    without = footprint(shape, FLOAT, lora, shape.modules, micro, replace(costs, whole_sum=0.0))
+    found = footprint(shape, FLOAT, lora, shape.modules, micro, costs)
+    assert found.peak - without.peak == pytest.approx(4.0 * (shape.linear + shape.other))
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_libraries_of_a_card_are_counted_where_torch_has_them(
+    built: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lib").mkdir()
+    if built:
+        (tmp_path / "lib" / "libtorch_cuda.so").touch()
+    for spec in (SimpleNamespace(origin=str(tmp_path / "__init__.py")), None):
+        monkeypatch.setattr(predictions, "PathFinder", SimpleNamespace(find_spec={"torch": spec}.__getitem__))
+        assert (predictions.cuda_libraries() > 0) == (built and spec is not None)
 
 
 @given(st.integers(2, 12), st.integers(1, 12), BACKENDS)

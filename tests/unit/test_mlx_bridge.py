@@ -111,3 +111,19 @@ def test_numbers_that_blas_does_not_know_stay_in_mlx() -> None:
     expected = np.array(packed(mx.ones((9, 64))))
     blas_bridge.connect(packed)
     np.testing.assert_array_equal(np.array(packed(mx.ones((9, 64)))), expected)
+
+
+def test_no_block_s_scores_outlive_its_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace keeps what is computed in it: each block more would add the scores of all its queries."""
+    monkeypatch.setattr(blas_bridge, "ENABLED", True)
+    session = opened(tiny_llama(tmp_path, num_hidden_layers=3))
+    row, peaks = a_batch(1, 1536), []
+    for at_once in (True, False):
+        session._forward._attention.at_once = at_once
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        session.step([row], 1e-3)
+        peaks.append(mx.get_peak_memory() - before)
+    assert opened(tmp_path)._forward._attention.at_once
+    assert peaks[0] < 0.7 * peaks[1], peaks

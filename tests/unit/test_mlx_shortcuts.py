@@ -119,8 +119,9 @@ def test_a_model_that_is_not_split_gives_its_logits(tmp_path: Path, monkeypatch:
 # --- attention -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("kind", ["causal", "longer", "none", "window", "rows"])
-def test_attention_and_its_gradient(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_and_its_gradient(kind: str, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlx_attention, "TILE", 4)
     length, keys = (10, 15) if kind == "longer" else (10, 10)
     random = np.random.default_rng(0)
@@ -136,7 +137,7 @@ def test_attention_and_its_gradient(kind: str, monkeypatch: pytest.MonkeyPatch) 
         return (mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask) * grad_output).sum()
 
     def tiled(q: Any, k: Any, v: Any) -> Any:
-        return (mlx_attention.attend(q, k, v, 0.3, mask) * grad_output).sum()
+        return (mlx_attention.attend(q, k, v, 0.3, mask, at_once) * grad_output).sum()
 
     expected, expected_grads = mx.value_and_grad(plain, argnums=(0, 1, 2))(q, k, v)
     result, grads = mx.value_and_grad(tiled, argnums=(0, 1, 2))(q, k, v)

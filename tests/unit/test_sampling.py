@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from backends.config_sizes import answering_bytes
 from backends.interface import PROMPTS_TOGETHER
-from backends.memory_plan import answering_bytes
 from backends.sampling import Completions, Draws, check_prompts, groups, room_for_answers, sample, shared_start
 
 PROMPTS = some.lists(some.lists(some.integers(0, 3), min_size=1, max_size=9), min_size=2, max_size=6)

@@ -167,6 +167,8 @@ def test_every_pair_stands_once_with_both_answers_beside_each_other(share: bool,
             assert bool(batch.prefixes) == (share and len(pairs[number].prompt_tokens) > 32)
 
 
-def test_a_pair_counts_its_prompt_once() -> None:
-    whole = as_one(pair(40, 5, 9))
-    assert len(whole) == 54 and whole.weights.sum() == 14 and whole.rejected is None
+@pytest.mark.parametrize("sides", [(5, 9), (9, 5), (7, 7), (1, 60)])
+def test_a_pair_counts_its_prompt_once_and_both_answers_as_wide_as_the_longer(sides: tuple[int, int]) -> None:
+    whole = as_one(pair(40, *sides))
+    assert len(whole) == len(whole.weights) == 40 + 2 * max(sides)
+    assert whole.weights.sum() == sum(sides) and whole.rejected is None
