@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 from backends import registry
@@ -35,7 +34,7 @@ def look_ahead(job: Job, session: Session, questions: Questions) -> Outlook:
         validations=validations(job.recipe, job.prepared),
         seconds=_foretold(job, session, questions),
         chance=1 / len(job.prepared.labels) if job.prepared.labels else None,
-        majority=_majority(job.prepared),
+        majority=job.prepared.majority,
         memory=None if free is None else free + session.peak_bytes(),
     )
 
@@ -110,11 +109,3 @@ def head_first(recipe: Recipe, prepared: Prepared, seconds: Seconds) -> dict[str
         return {}
     examples = (*prepared.train.examples, *prepared.valid.examples)
     return {WHAT: seconds.passes([len(example) - 1 for example in examples], len(examples))}
-
-
-def _majority(prepared: Prepared) -> float | None:
-    """The share right of a model that always gives the most frequent label of the validation rows."""
-    answers = Counter(example.answer for example in prepared.valid.examples)
-    if not prepared.labels or not answers:
-        return None
-    return max(answers.values()) / sum(answers.values())

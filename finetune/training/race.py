@@ -81,10 +81,12 @@ class Race:
         if self.course is None:
             return [f"learning rate {self.start.why}; the run is too short for a race"]
         laps = ", ".join(f"{lap.rate:.1e} {'diverged' if lap.loss is None else f'{lap.loss:.3f}'}" for lap in self.laps)
+        raced = any(lap.rate == self.chosen for lap in self.laps)
+        won = "has the lowest loss" if raced else "is midway between the rule's and that of the lowest loss"
         return [
             f"learning rate: {self.start.why}",
             f"race of {len(self.laps)} rates: {self.course.told}, {self.seconds:.1f} s",
-            f"rate {self.chosen:.1e} has the lowest loss: {laps}",
+            f"rate {self.chosen:.1e} {won}: {laps}",
         ]
 
 
@@ -170,7 +172,7 @@ def race(
             yield replace(progress, done=i * course.steps + progress.done, total=total)
         laps.append(Lap(rate, lap.result))
     session.set_state(before)
-    return Race(_best(laps), start, course, tuple(laps), round(time.perf_counter() - began, 3))
+    return Race(chosen_of(start, laps), start, course, tuple(laps), round(time.perf_counter() - began, 3))
 
 
 def _lap(
@@ -198,10 +200,17 @@ def _lap(
     return loss if math.isfinite(loss) else None
 
 
-def _best(laps: Sequence[Lap]) -> float:
-    """The rate of the lowest loss; of equals the lower rate."""
+def chosen_of(start: Start, laps: Sequence[Lap]) -> float:
+    """Midway, as factors go, between the rule's rate and that of the lowest loss, of equals the lower one.
+
+    A race is far shorter than the run, and so its winner errs: to high rates where a path must be walked first, to low
+    ones where what is there already is worth keeping (a head that learned first). Half of that error is left. Where the
+    rule's own rate has no finite loss, the best one is taken as it is. Raises Diverged where none has.
+    """
     finished = [(lap.loss, lap.rate) for lap in laps if lap.loss is not None]
     if not finished:
         rates = ", ".join(f"{lap.rate:.1e}" for lap in laps)
         raise Diverged(f"no learning rate of the race ({rates}) has a finite loss; name one in train.learning_rate")
-    return min(finished)[1]
+    best = min(finished)[1]
+    ruled = any(rate == start.rate for _, rate in finished)
+    return float(f"{math.sqrt(start.rate * best):.1e}") if ruled else best

@@ -19,7 +19,7 @@ from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Diverged, Incompatible, Interrupted
 from finetune.events import Event, Note, Progress, StepDone
 from finetune.recipe.schema import Recipe
-from finetune.training.race import SHARE, Race, course_of, race
+from finetune.training.race import SHARE, Lap, Race, chosen_of, course_of, race
 from finetune.training.rate_rule import LANES, UNKNOWN, Start, fitted, starting_rate
 from tests.unit.toy_run import Wrapped, load_job, prepared, recipe, result_of, run_to_report, session
 
@@ -99,18 +99,37 @@ def many() -> Prepared:
     return replace(rows, test=replace(prepared(train=1, valid=30).train, name="test"))
 
 
-def test_the_best_of_four_rates_is_chosen_and_the_session_is_as_before(tmp_path: Path, many: Prepared) -> None:
+def test_the_best_of_four_rates_moves_the_rules_rate_and_the_session_is_as_before(
+    tmp_path: Path, many: Prepared
+) -> None:
     live = session(tmp_path)
     before = live.get_state()
     found = a_race(live, many)
     losses = {lap.rate: lap.loss for lap in found.laps}
     assert list(losses) == pytest.approx([START.rate * lane for lane in LANES])
-    assert len(set(losses.values())) == 4 and losses[found.chosen] == min(losses.values())
+    assert len(set(losses.values())) == 4 and found.chosen == chosen_of(START, found.laps)
     after = live.get_state()
     assert after.step == before.step == 0
     for name, value in {**before.adapter, **before.moments}.items():
         assert np.array_equal(value, {**after.adapter, **after.moments}[name])
     assert replace(a_race(live, many), seconds=0) == replace(found, seconds=0)  # the same twice
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen"),
+    [
+        ((0.9, 0.8, 0.7, 0.6), 2**0.5),  # the highest rate of a short race
+        ((0.6, 0.7, 0.8, 0.9), 0.5),  # the lowest
+        ((0.9, 0.8, 0.7, 0.75), 1.0),  # the rule's own
+        ((0.7, 0.7, 0.7, 0.7), 0.5),  # the lowest of equals
+        ((0.9, 0.8, 0.7, None), 1.0),
+        ((0.9, 0.8, None, None), 0.5),  # not towards a rate that diverges
+    ],
+)
+def test_the_race_moves_the_rules_rate_half_of_the_way(losses: tuple[float | None, ...], chosen: float) -> None:
+    start = replace(START, rate=1e-3)
+    laps = [Lap(rate, loss) for rate, loss in zip(start.lanes, losses, strict=True)]
+    assert chosen_of(start, laps) == pytest.approx(chosen * 1e-3, rel=0.05)
 
 
 def test_training_rows_train_validation_rows_judge_and_test_rows_are_never_seen(tmp_path: Path, many: Prepared) -> None:
@@ -217,7 +236,9 @@ def test_a_run_ends_as_one_whose_recipe_names_the_rate(
     assert report["race"] == told
     page = " ".join((run.path / "report.txt").read_text().split())
     figures = ", ".join(f"{lap['rate']:.1e} {lap['loss']:.3f}" for lap in told["laps"])
-    line = f"rate {told['chosen']:.1e} has the lowest loss: {figures}"
+    raced = told["chosen"] in [lap["rate"] for lap in told["laps"]]
+    won = "has the lowest loss" if raced else "is midway between the rule's and that of the lowest loss"
+    line = f"rate {told['chosen']:.1e} {won}: {figures}"
     assert line in page
     assert line in [event.text for event in events if isinstance(event, Note)]
     assert "learning_rate: auto" in run.recipe.read_text()
