@@ -158,8 +158,8 @@ class Train(Section):
     A matter of memory alone, never of the result."""
     # With the largest rate and decay their product still fits float32.
     learning_rate: Annotated[float, Field(gt=0.0, le=1e37)] | Literal["auto"] = "auto"
-    """The highest rate. auto: a rule's, and the best of four in a short race on the training rows, judged on validation
-    rows; midway between them."""
+    """The highest rate. auto: a rule's; or midway to the best of four in a short race on the training rows, where
+    that is clearly better on validation rows."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: Share = 0.05
     """The share of all steps over which the rate rises from zero."""
