@@ -1,4 +1,4 @@
-"""`train.learning_rate: auto`: four rates race for a few steps before the run, and the best one trains it."""
+"""`train.learning_rate: auto`: four rates race for a few steps before the run; a clear winner moves the rule's rate."""
 
 from __future__ import annotations
 

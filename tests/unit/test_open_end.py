@@ -166,7 +166,7 @@ def of(kind: type[Event], events: list[Event]) -> list[Any]:
 
 
 def test_a_run_trains_until_its_validation_loss_no_longer_falls(tmp_path: Path) -> None:
-    events = whole(tmp_path, auto(learning_rate=0.1))
+    events = whole(tmp_path, auto(learning_rate=0.15))
     (known,) = of(EndKnown, events)
     losses = [event.loss for event in of(Validated, events)]
     epochs = known.step // EPOCH
@@ -176,8 +176,8 @@ def test_a_run_trains_until_its_validation_loss_no_longer_falls(tmp_path: Path) 
     assert known.steps == known.step + EPOCH == of(StepDone, events)[-1].step == of(Finished, events)[0].step
     assert of(CheckpointSaved, events)[-1].step == known.steps
     rates, left = [event.learning_rate for event in of(StepDone, events)], 1 - known.step / (MOST_EPOCHS * EPOCH)
-    assert rates[: known.step] == pytest.approx([0.1 * (1 - i / (MOST_EPOCHS * EPOCH)) for i in range(known.step)])
-    assert rates[known.step :] == pytest.approx([0.1 * left * share for share in (1, 0.75, 0.5, 0.25)])
+    assert rates[: known.step] == pytest.approx([0.15 * (1 - i / (MOST_EPOCHS * EPOCH)) for i in range(known.step)])
+    assert rates[known.step :] == pytest.approx([0.15 * left * share for share in (1, 0.75, 0.5, 0.25)])
     status = Status()
     for event in events:
         status.update(event)
@@ -207,7 +207,7 @@ def test_labels_that_are_not_learned_yet_do_not_end_a_run(tmp_path: Path) -> Non
 
 
 def test_a_run_that_is_stopped_after_any_step_ends_the_same(tmp_path: Path) -> None:
-    asked = auto(learning_rate=0.1)
+    asked = auto(learning_rate=0.15)
     made = toy(tmp_path / "whole", asked)
     steps = curve(list(made.events()))
     for stop in range(1, len(steps)):

@@ -18,9 +18,10 @@ from finetune.data.rows import Example, Prepared
 from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Diverged, Incompatible, Interrupted
 from finetune.events import Event, Note, Progress, StepDone
+from finetune.recipe.schedule import USUAL_EPOCHS
 from finetune.recipe.schema import Recipe
 from finetune.training.race import SHARE, Lap, Race, chosen_of, course_of, race
-from finetune.training.rate_rule import LANES, UNKNOWN, Start, fitted, starting_rate
+from finetune.training.rate_rule import LANES, SHORT, UNKNOWN, Start, fitted, starting_rate
 from tests.unit.toy_run import Wrapped, load_job, prepared, recipe, result_of, run_to_report, session
 
 START = Start(0.02, 16, 100, 300, 4)
@@ -36,9 +37,9 @@ def test_the_rule_is_near_the_best_rates_that_it_was_fitted_to(hidden: int, best
 
 def test_the_rule_knows_the_batch_and_that_a_short_run_must_move_faster() -> None:
     assert fitted(512, 64, 500) == pytest.approx(2 * fitted(512, 16, 500))
-    assert fitted(512, 16, 25) == pytest.approx(2 * fitted(512, 16, 100))
-    assert fitted(512, 16, 100) == fitted(512, 16, 10**6)
-    assert fitted(512, 16, 1) == pytest.approx(4 * fitted(512, 16, 100))
+    assert fitted(512, 16, SHORT // 5) == pytest.approx(5**0.5 * fitted(512, 16, SHORT))
+    assert fitted(512, 16, SHORT) == fitted(512, 16, 10**6)
+    assert fitted(512, 16, 1) == pytest.approx(4 * fitted(512, 16, SHORT))
     assert fitted(32, 16, 10**6) == fitted(64, 10**6, 1) == 1e-2, "beyond what was fitted there is a bound"
 
 
@@ -157,7 +158,7 @@ def test_a_race_costs_no_more_than_its_share(batch: int, rows: int, valid: int, 
     found = course_of(auto(batch_size=batch, epochs=epochs), prepared(rows, valid), device)
     if found is None:
         return  # which is right for short runs alone:
-    trained = rows * (3 if epochs == "auto" else epochs)
+    trained = rows * (USUAL_EPOCHS if epochs == "auto" else epochs)
     assert 0 < found.share <= SHARE and found.rows <= valid
     assert len(LANES) * found.steps * found.batch < SHARE * trained  # counted in rows as well
 
