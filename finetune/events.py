@@ -163,7 +163,7 @@ class CheckpointDue(Passing):
 
 @dataclass(frozen=True)
 class EndKnown(Passing):
-    """With `epochs: auto`: the validations, or the bound, say where the run ends, and the rate falls from now on."""
+    """With `epochs: auto`: the validations say where the run ends. The rate falls to zero until then."""
 
     steps: int  # in the whole run
     validations: int  # to come

@@ -58,7 +58,7 @@ quantize: 4bit              # none | 4bit
 train:
   epochs: auto              # as many as lower the validation loss, 6 at most; or a number
   batch_size: 16            # examples in one optimiser step, on every machine
-  learning_rate: auto       # the best of four in a short race before the run; or a number, such as 2e-4
+  learning_rate: auto       # by rule, and a short race of four before the run; or a number, such as 2e-4
   max_length: {max_length:<13} # the longest row has about {longest} words
   early_stopping: 2         # stop after two validations without a better loss
 """

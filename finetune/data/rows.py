@@ -6,6 +6,7 @@ A source is read into `Row`s; each becomes a `Record` (checked, with standard na
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -218,6 +219,12 @@ class Prepared:
     def splits(self) -> tuple[Split, ...]:
         """Train, valid and test, where they have rows."""
         return tuple(split for split in (self.train, self.valid, self.test) if split and split.rows)
+
+    @property
+    def majority(self) -> float | None:
+        """The share right of a model that always gives the most frequent label of the validation rows."""
+        answers = Counter(example.answer for example in self.valid.examples)
+        return max(answers.values()) / answers.total() if self.labels and answers else None
 
     def forget_records(self) -> None:
         """Frees the rows as records, which only `check` looks at."""

@@ -23,7 +23,7 @@ from finetune.events import Progress, result_of
 from finetune.recipe.schema import Recipe
 from finetune.text import shorten
 
-CLOCK, PARTING = "clock", "parting"
+CLOCK, PARTING, OPEN_END = "clock", "parting", "rate with epochs: auto"
 KIND = 2  # of identity. The first, of 0.1.0, has no "kind", samples of the weights, and one digest of all rows
 # Keys that change where or how fast a run goes, or whose effect the digests of rows and files already hold.
 _NOT_IDENTITY = {
@@ -62,6 +62,10 @@ def identity_of(
     written = {} if clock is None else {CLOCK: clock.isoformat()}  # by a chat template; most write no date
     if prepared.parting is not None:
         written[PARTING] = prepared.parting
+    if recipe.train.epochs == "auto":
+        written[OPEN_END] = (
+            "falls from the first epoch on"  # the first such runs kept it at its peak until the last one
+        )
     base = yield from base_model(folder)
     return {
         "kind": KIND,

@@ -10,6 +10,7 @@ from finetune.recipe.schema import Recipe
 
 DEFAULT_EPOCHS = 3
 MOST_EPOCHS = 6  # that `epochs: auto` makes
+USUAL_EPOCHS = 5  # that it made in most runs
 FALLS = 0.02  # of the lowest validation loss so far: an epoch that lowers it by less is not worth another like it
 
 
@@ -23,12 +24,13 @@ class Plan:
     checkpoint_every: int
     warmup: int
     falls_after: int  # the steps done before the rate begins to fall
+    falls_from: float = 1.0  # times the peak: the rate then
     open_end: bool = False
 
     @property
     def foretold(self) -> int:
         """The steps that the run is taken to have where that is not known yet."""
-        return DEFAULT_EPOCHS * self.steps_per_epoch if self.open_end else self.steps
+        return USUAL_EPOCHS * self.steps_per_epoch if self.open_end else self.steps
 
     def evaluates_after(self, step: int) -> bool:
         return step == self.steps or step % self.evaluate_every == 0 or (self.open_end and self.ends_epoch(step))
@@ -45,7 +47,7 @@ def make_plan(recipe: Recipe, rows: int) -> Plan:
     train = recipe.train
     per_epoch = math.ceil(rows / train.batch_size)
     open_end = train.epochs == "auto"
-    planned = DEFAULT_EPOCHS if train.epochs is None or train.epochs == "auto" else train.epochs
+    planned = USUAL_EPOCHS if train.epochs == "auto" else train.epochs or DEFAULT_EPOCHS
     steps = train.steps if train.steps is not None else per_epoch * planned
     warmup = round(train.warmup * steps)
     return Plan(
@@ -54,27 +56,28 @@ def make_plan(recipe: Recipe, rows: int) -> Plan:
         evaluate_every=recipe.evaluate.every or per_epoch,
         checkpoint_every=train.checkpoint_every or per_epoch,
         warmup=warmup,
-        falls_after=per_epoch * (MOST_EPOCHS - 1) if open_end else warmup,
+        falls_after=warmup,
         open_end=open_end,
     )
 
 
 def known_end(recipe: Recipe, plan: Plan, validations: Iterable[tuple[int, float]]) -> Plan:
     """The plan once validations, as (step, loss) in order, say where it ends; before they do, and without an open end,
-    the same plan.
+    the same plan. Of labelled rows only those after which something was learned are given.
 
-    The rate stays at its peak while each epoch lowers the validation loss by FALLS, and falls over the epoch after the
-    first that does not. A constant rate ends with that one.
+    The rate falls as in the longest run while the epochs lower the validation loss by FALLS. After the first that does
+    not, it falls from where it is to zero over one epoch more. A constant rate ends with that one.
     """
     if not plan.open_end:
         return plan
-    lowest = math.inf
+    lowest, falls = math.inf, 0 if recipe.train.schedule == "constant" else plan.steps_per_epoch
     for step, loss in validations:
         if not plan.ends_epoch(step):
             continue
+        if step + falls >= plan.steps:
+            break
         if step and loss > lowest * (1.0 - FALLS):
-            falls = 0 if recipe.train.schedule == "constant" else plan.steps_per_epoch
-            return replace(plan, steps=min(step + falls, plan.steps), falls_after=step)
+            return replace(plan, steps=step + falls, falls_after=step, falls_from=_rate(recipe, plan, step, 1.0))
         lowest = min(lowest, loss)
     return plan
 
@@ -84,11 +87,15 @@ def learning_rate(recipe: Recipe, plan: Plan, step: int) -> float:
     peak = recipe.train.learning_rate
     if isinstance(peak, str):
         raise ValueError("the race of rates comes before the first step")
+    return _rate(recipe, plan, step, peak)
+
+
+def _rate(recipe: Recipe, plan: Plan, step: int, peak: float) -> float:
     if step < plan.warmup:
         return peak * (step + 1) / plan.warmup
     progress = max(step - plan.falls_after, 0) / max(plan.steps - plan.falls_after, 1)  # [0, 1)
     if recipe.train.schedule == "linear":
-        return peak * (1.0 - progress)
+        return peak * plan.falls_from * (1.0 - progress)
     if recipe.train.schedule == "cosine":
-        return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return peak
+        return peak * plan.falls_from * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak * plan.falls_from

@@ -147,8 +147,8 @@ class Preferences(Section):
 
 class Train(Section):
     epochs: Positive | Literal["auto"] | None = None
-    """Passes over the data; 3 unless steps is given. auto: as many as lower the validation loss by 2 % each, then one
-    over which the rate falls to zero; 6 at most."""
+    """Passes over the data; 3 unless steps is given. auto: 6, or as many as lower the validation loss by 2 % each and
+    one more, over which the rate falls to zero; labels are first to be told better than by the most frequent one."""
     steps: Positive | None = None
     """Optimiser steps, instead of epochs."""
     batch_size: Positive = 16
@@ -158,7 +158,8 @@ class Train(Section):
     A matter of memory alone, never of the result."""
     # With the largest rate and decay their product still fits float32.
     learning_rate: Annotated[float, Field(gt=0.0, le=1e37)] | Literal["auto"] = "auto"
-    """The highest rate. auto: the best of four in a short race on the training rows, judged on validation rows."""
+    """The highest rate. auto: a rule's; or midway to the best of four in a short race on the training rows, where
+    that is clearly better on validation rows."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: Share = 0.05
     """The share of all steps over which the rate rises from zero."""

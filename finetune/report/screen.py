@@ -174,7 +174,7 @@ def sentence(event: Event) -> str | None:
     if isinstance(event, Note):
         return event.text
     if isinstance(event, EndKnown):
-        return f"step {event.step}: the end is known; from now on the rate falls, to zero at step {event.steps}"
+        return f"step {event.step}: the end is known: the rate falls to zero at step {event.steps}"
     if isinstance(event, CheckpointSaved):
         return f"checkpoint of step {event.step}: {event.path}"
     if isinstance(event, MemorySplit):

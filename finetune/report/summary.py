@@ -91,7 +91,7 @@ def _render(console: Console, report: Report) -> None:
     kind, loads = Path(report.adapter or "adapter").name, in_words(report.loads)
     facts = (
         f"base weights: {report.scheme}; {report.backend} on {report.device}",
-        f"{kind}: {report.adapter} ({'; '.join([_adapter_step(report.best_step), *loads])})",
+        f"{kind}: {report.adapter} ({'; '.join([_adapter_step(report), *loads])})",
         f"load it as it was measured: {report.adapter}/README.md",
         f"everything else: {report.run} (report.html, report.json, rows.jsonl, kinds.json, metrics.jsonl)",
     )
@@ -119,8 +119,13 @@ def render_analysis(console: Console, analysis: Analysis) -> None:
         console.print(lines(analysis.forgetting.message, style=style))
 
 
-def _adapter_step(best_step: int) -> str:
-    return f"of step {best_step}" if best_step else "untrained: no validation was better than the one before step 1"
+def _adapter_step(report: Report) -> str:
+    if not report.best_step:
+        return "untrained: no validation was better than the one before step 1"
+    lowest = min(report.validations, key=lambda validated: validated.loss)
+    if lowest.step < report.best_step:  # `epochs: auto` keeps its end
+        return f"of step {report.best_step}, the end: no less accurate than step {lowest.step}, within a standard error"
+    return f"of step {report.best_step}"
 
 
 def print_comparison(console: Console, base: Evaluation, tuned: Evaluation, comparison: Comparison, rows: str) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
 
 from backends.interface import Batch, FloatArray, Lost, NonFinite, OutOfMemory, Session
 from finetune.data.rows import Example, Prepared
 from finetune.disk.checkpoint import Checkpoint, Checkpoints, check_tensors
-from finetune.disk.run_files import check_values
 from finetune.errors import Diverged, Interrupted, MemoryExhausted
 from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.evaluation.pair_losses import pair_loss
@@ -31,6 +29,7 @@ from finetune.events import (
 )
 from finetune.recipe.schedule import Plan, known_end, learning_rate, make_plan
 from finetune.recipe.schema import Recipe
+from finetune.training.loop_state import REMEDY, LoopState, has_learned
 from finetune.training.objective import objective_of
 from finetune.training.shares import Cut, every_micro, own_micro
 
@@ -39,37 +38,6 @@ _LESS = {  # what needs less memory, by what trains
     "lora": "set quantize: 4bit, or adapt fewer layers (lora.layers)",
     "full": "or train an adapter (method: lora)",
 }
-_REMEDY = "remove that checkpoint's folder to resume from the one before it"
-
-
-@dataclass
-class LoopState:
-    """What the loop itself remembers from step to step; JSON-able, and part of every checkpoint."""
-
-    micro_tokens: int
-    best_step: int = 0
-    best_loss: float = math.inf
-    without_better: int = 0  # validations since the best one
-    loss_sum: float = 0.0  # since the last validation, weighted by tokens
-    loss_tokens: int = 0
-    stopped_early: bool = False
-    validations: list[Validated] = field(default_factory=list)
-
-    __pydantic_config__: ClassVar = {"allow_inf_nan": False}
-
-    @classmethod
-    def from_json(cls, values: Any, where: str = "loop.json") -> LoopState:
-        """What `to_json` gave. Raises Incompatible, naming `where`, for anything else."""
-        every = isinstance(values, dict) and values.keys() == {one.name for one in fields(cls)}
-        none = every and values["best_loss"] is None  # JSON has no infinity
-        state = check_values(values | {"best_loss": 0.0} if none else values if every else None, cls, where, _REMEDY)
-        return replace(state, best_loss=math.inf) if none else state
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"best_loss": None if math.isinf(self.best_loss) else self.best_loss}
-
-    def history(self) -> list[Validated]:
-        return [*self.validations]
 
 
 @dataclass
@@ -86,6 +54,7 @@ class Trainer:
         self.objective = objective_of(self.recipe)
         self.longest: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
         self.plan = self.longest  # as far as it is known: with `epochs: auto` the validations say where it ends
+        self.majority = self.prepared.majority
         self.state = LoopState(self.recipe.train.tokens_at_once)
         self.best: Mapping[str, FloatArray] | None = None  # the adapter of the best validation
         self.validated: Evaluation | None = None  # the last validation, with its rows
@@ -101,7 +70,7 @@ class Trainer:
         """
         folder = self.checkpoints.folder_of(saved.state.step)
         self.state = LoopState.from_json(saved.loop, str(folder / "loop.json"))
-        check_tensors(saved, folder, _REMEDY)
+        check_tensors(saved, folder, REMEDY)
         self.session.set_state(saved.state)
         self.best = saved.best
         self._look_for_end()
@@ -140,7 +109,7 @@ class Trainer:
                 raise
             patience = self.recipe.train.early_stopping
             self.state.stopped_early = patience is not None and self.state.without_better >= patience
-            if self.longest.open_end and self.plan.falls_after == step < self.plan.steps:
+            if self.plan != self.longest and self.plan.falls_after == step < self.plan.steps:
                 to_come = sum(map(self.plan.evaluates_after, range(step + 1, self.plan.steps + 1)))
                 yield EndKnown(step, self.plan.steps, to_come)
         if self.state.stopped_early:
@@ -202,7 +171,8 @@ class Trainer:
         evaluation = self.validated = known or (yield from self._evaluate(step))
         if not math.isfinite(evaluation.loss):
             raise Diverged(f"step {step}: the validation loss is {evaluation.loss}; lower train.learning_rate")
-        better = evaluation.loss < self.state.best_loss
+        ends = self.longest.open_end and step == self.plan.steps and self.recipe.train.schedule != "constant"
+        better = self.state.is_better(evaluation, ends)
         event = Validated(
             step=step,
             epoch=step / self.plan.steps_per_epoch,
@@ -215,7 +185,7 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
         self.state.loss_sum, self.state.loss_tokens = 0.0, 0
-        self.state.without_better = 0 if better else self.state.without_better + 1
+        self.state.without_better = 0 if better or not self._has_learned(event) else self.state.without_better + 1
         if better:
             self.state.best_step, self.state.best_loss = step, evaluation.loss
             self.best = self.session.get_state().adapter
@@ -224,7 +194,13 @@ class Trainer:
         yield event
 
     def _look_for_end(self) -> None:
-        self.plan = known_end(self.recipe, self.longest, ((one.step, one.loss) for one in self.state.validations))
+        told = ((one.step, one.loss) for one in self.state.validations if self._has_learned(one))
+        self.plan = known_end(self.recipe, self.longest, told)
+
+    def _has_learned(self, validated: Validated) -> bool:
+        """Before that an open end says nothing: a loss stays where answers are as good as blind, and then falls."""
+        rows = len(self.prepared.valid.examples)
+        return not self.longest.open_end or has_learned(validated, self.majority, rows)
 
     def _evaluate(self, step: int) -> Generator[Progress, None, Evaluation]:
         """All validation rows. Raises Interrupted between two batches when asked to stop."""

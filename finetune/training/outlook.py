@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from dataclasses import replace
 from statistics import median
 
@@ -45,7 +44,7 @@ def look_ahead(job: Job, session: Session, questions: Questions) -> Outlook:
         validations=validations(job.recipe, job.prepared),
         seconds=_foretold(job, session, questions),
         chance=1 / len(job.prepared.labels) if job.prepared.labels else None,
-        majority=_majority(job.prepared),
+        majority=job.prepared.majority,
         memory=None if free is None else free + session.peak_bytes(),
     )
 
@@ -162,11 +161,3 @@ def racing(recipe: Recipe, prepared: Prepared, seconds: Seconds) -> dict[str, fl
     judges = prepared.valid.examples
     judging = seconds.reading(judges) * course.rows / len(judges)
     return {RACE: len(LANES) * (course.steps * step + judging)}
-
-
-def _majority(prepared: Prepared) -> float | None:
-    """The share right of a model that always gives the most frequent label of the validation rows."""
-    answers = Counter(example.answer for example in prepared.valid.examples)
-    if not prepared.labels or not answers:
-        return None
-    return max(answers.values()) / sum(answers.values())

@@ -1,4 +1,4 @@
-"""`train.learning_rate: auto`: four rates race for a few steps before the run, and the best one trains it."""
+"""`train.learning_rate: auto`: four rates race for a few steps before the run; a clear winner moves the rule's rate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from backends import registry
 from backends.interface import Device, Session, TrainState
@@ -28,10 +31,12 @@ from finetune.training.job import Job
 from finetune.training.loop import Trainer
 from finetune.training.rate_rule import LANES, Start, starting_rate
 
+Losses = NDArray[np.float64]  # [rows]
 SHARE = 0.08  # of the run's foretold work: what a race may cost
 RACE = "race of learning rates"  # of the progress, and of the forecast
 JUDGED = 32  # validation rows at most
 SMALLER = 4  # times: the steps of a race have fewer rows than the run's, so that there are more of them
+CLEAR = 2.0  # standard errors by which a rate must be better than the rule's
 LEAST_STEPS = 4  # of each rate; a shorter race tells nothing
 OVERHEAD: Mapping[Device, int] = {"cpu": 100, "gpu": 2000}  # tokens computed in the time of a pass through the model
 
@@ -82,10 +87,16 @@ class Race:
         if self.course is None:
             return [f"learning rate {self.start.why}; the run is too short for a race"]
         laps = ", ".join(f"{lap.rate:.1e} {'diverged' if lap.loss is None else f'{lap.loss:.3f}'}" for lap in self.laps)
+        if self.chosen == min((lap.loss, lap.rate) for lap in self.laps if lap.loss is not None)[1]:
+            won = "has the lowest loss"
+        elif self.chosen == self.start.rate:
+            won = "stays, since no loss is clearly lower"
+        else:
+            won = "is midway between the rule's and that of the lowest loss"
         return [
             f"learning rate: {self.start.why}",
             f"race of {len(self.laps)} rates: {self.course.told}, {self.seconds:.1f} s",
-            f"rate {self.chosen:.1e} has the lowest loss: {laps}",
+            f"rate {self.chosen:.1e} {won}: {laps}",
         ]
 
 
@@ -163,21 +174,25 @@ def race(
     course = course_of(recipe, prepared, registry.device_kind(session.device))
     if course is None:
         return Race(start.rate, start, None, (), 0.0)
-    before, laps, total = session.get_state(), [], len(LANES) * course.steps
+    before, laps, rows, total = session.get_state(), [], [], len(LANES) * course.steps
     for i, rate in enumerate(start.lanes):
         session.set_state(TrainState(0, before.adapter, {}))
         lap = Work(_lap(session, recipe, prepared, course, rate, micro_tokens))
         for progress in lap:
             yield replace(progress, done=i * course.steps + progress.done, total=total)
-        laps.append(Lap(rate, lap.result))
+        loss, judged = lap.result
+        laps.append(Lap(rate, loss))
+        rows.append(judged)
     session.set_state(before)
-    return Race(_best(laps), start, course, tuple(laps), round(time.perf_counter() - began, 3))
+    return Race(chosen_of(start, laps, rows), start, course, tuple(laps), round(time.perf_counter() - began, 3))
 
 
 def _lap(
     session: Session, recipe: Recipe, prepared: Prepared, course: Course, rate: float, micro_tokens: int
-) -> Generator[Progress, None, float | None]:
-    """The loss on validation rows after a short run at this rate; None where it is not a finite number."""
+) -> Generator[Progress, None, tuple[float | None, Losses]]:
+    """The loss on validation rows after a short run at this rate, None where it is not a finite number; and each row's
+    sum of losses.
+    """
     short = recipe.with_train(learning_rate=rate, epochs=None, steps=course.steps, batch_size=course.batch)
     trainer = Trainer(session, prepared, short, Checkpoints(Path(), {}))  # which saves nothing
     trainer.limit_micro_batches(micro_tokens)
@@ -187,22 +202,35 @@ def _lap(
                 if isinstance(event, StepDone):
                     yield Progress(0, RACE, event.step, course.steps)
     except Diverged:
-        return None
+        return None, np.array([])
     judges = [
         prepared.valid.examples[i] for i in step_indices(len(prepared.valid.examples), course.rows, recipe.seed, 0)
     ]
     if pairs := pair_loss(recipe):
-        loss = result_of(evaluate_pairs(session, judges, micro_tokens, pairs, "race")).loss
+        measured = result_of(evaluate_pairs(session, judges, micro_tokens, pairs, "race"))
+        loss, rows = measured.loss, np.array([row.loss for row in measured.results])
     else:
         losses = result_of(row_losses(session, judges, micro_tokens))
-        loss = float(losses.loss.sum() / losses.tokens.sum())
-    return loss if math.isfinite(loss) else None
+        loss, rows = float(losses.loss.sum() / losses.tokens.sum()), losses.loss
+    return (loss if math.isfinite(loss) else None), rows
 
 
-def _best(laps: Sequence[Lap]) -> float:
-    """The rate of the lowest loss; of equals the lower rate."""
-    finished = [(lap.loss, lap.rate) for lap in laps if lap.loss is not None]
+def chosen_of(start: Start, laps: Sequence[Lap], rows: Sequence[Losses]) -> float:
+    """The rule's rate; or where another has a loss that is clearly lower, midway to it, as factors go.
+
+    rows: of each lap the rows' losses. Clearly: by CLEAR standard errors of the difference on the same rows. A race is
+    far shorter than the run, and so its winner errs: to high rates where a path must be walked first, to low ones where
+    what is there already is worth keeping (a head that learned first). Half of that error is left. Where the rule's own
+    rate has no finite loss, the best one is taken as it is. Raises Diverged where none has.
+    """
+    finished = [(lap.loss, lap.rate, judged) for lap, judged in zip(laps, rows, strict=True) if lap.loss is not None]
     if not finished:
         rates = ", ".join(f"{lap.rate:.1e}" for lap in laps)
         raise Diverged(f"no learning rate of the race ({rates}) has a finite loss; name one in train.learning_rate")
-    return min(finished)[1]
+    _, best, lowest = min(finished, key=lambda lap: lap[:2])  # of equals the lower rate
+    own = next((judged for _, rate, judged in finished if rate == start.rate), None)
+    if own is None:
+        return best
+    gain = own - lowest
+    clear = gain.sum() > CLEAR * gain.std() * math.sqrt(len(gain))
+    return float(f"{math.sqrt(start.rate * best):.1e}") if clear else start.rate

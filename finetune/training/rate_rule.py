@@ -11,7 +11,7 @@ from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import trainable_numbers
 
 HIGHEST = 1e-2  # no model was seen to learn at a higher one
-SHORT = 100  # steps: runs of fewer have a higher rate
+SHORT = 150  # steps: runs of fewer have a higher rate
 UNKNOWN = 2e-4  # where the model's config does not say how wide it is
 # Times LoRA's, where every weight trains: the best rates of LoRA were ten times those of the whole model, whatever the
 # task, the model and the rank (Schulman et al., "LoRA Without Regret", 2025).

@@ -84,6 +84,7 @@ def trained(job: Job, session: Session, start: TrainState, **train: Any) -> dict
     session.set_state(TrainState(0, trainer.best, {}))
     measured = result_of(evaluate_held_out(session, recipe, job.prepared, job.tokenizer, "tuned"))
     losses = [round(validated.loss, 4) for validated in trainer.state.validations]
+    told["kept_epoch"] = trainer.state.best_step / trainer.plan.steps_per_epoch
     return told | {"validation": losses, "test_loss": round(measured.loss, 4), "accuracy": measured.accuracy}
 
 
