@@ -1,4 +1,4 @@
-"""What differs between machines, and nothing else. `README.md` says how to write a backend."""
+"""The machine-dependent half: one folder per framework. `README.md` says how to write a backend."""
 
 import os
 

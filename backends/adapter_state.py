@@ -1,4 +1,4 @@
-"""What every backend starts from, and the shape of a training state."""
+"""Initial adapter weights, the same on every backend, and checks of a training state's shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formulas of a step in numpy: what every backend computes with its own framework."""
+"""The training step's formulas in numpy, used by the reference backend and by tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's config in the spellings of every library: what one of them writes, another may read under an older key."""
+"""A model's config with both the old and the new spelling of keys that libraries disagree on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's config says of its sizes."""
+"""Sizes read from a model's config."""
 
 from __future__ import annotations
 

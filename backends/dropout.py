@@ -1,4 +1,4 @@
-"""Dropout's masks: a function of seed, step, place, module and feature alone, to the bit the same on every backend.
+"""Counter-based dropout masks: a function of seed, step, row, position, module and feature, equal on every backend.
 
 How a step is cut, what is computed again and what once for many rows change no mask. Counters are hashed, as in
 Random123 (Salmon et al., 2011), in 32-bit integers, which numpy, torch and MLX multiply and shift alike:

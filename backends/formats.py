@@ -1,4 +1,4 @@
-"""How a model folder's weights are stored: as numbers, or quantised by one of the libraries that do that."""
+"""How a model folder's weights are stored: plain numbers, or quantised by a known library."""
 
 from __future__ import annotations
 

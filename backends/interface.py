@@ -282,7 +282,7 @@ class Session(Reader, Protocol):
         """Memory that the device can still give, where that is known."""
 
 
-class Here(Protocol):
+class ThisMachine(Protocol):
     """What a backend says of this machine. Importing the module loads the framework, and none of its models."""
 
     def probe(self) -> str | None:
@@ -300,7 +300,7 @@ class Here(Protocol):
         """Memory that the device can give, where that is known, before a model is loaded."""
 
 
-class Backend(Here, Protocol):
+class Backend(ThisMachine, Protocol):
     """What a backend's session module exports. Importing it loads the framework and its models."""
 
     def check(self, model: ModelSpec, lora: LoraSpec) -> None:

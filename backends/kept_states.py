@@ -1,4 +1,4 @@
-"""What frozen layers make of a row, kept for a whole run in a temporary file.
+"""Hidden states of frozen layers, computed once per row and cached in a temporary file for the whole run.
 
 Below the first adapted layer nothing is trained and dropout is off, so a row's hidden states there are a pure
 function of its tokens: computed once, they are read back each time the row is seen again, in training and in
@@ -120,8 +120,8 @@ class Activations:
         try:
             yield
         except OSError as error:
-            told = f"{error.strerror}; {NEEDED}"
-            raise OSError(error.errno, told, self._folder) from error
+            message = f"{error.strerror}; {NEEDED}"
+            raise OSError(error.errno, message, self._folder) from error
 
 
 class Passing:

@@ -1,4 +1,4 @@
-"""One layer, several names: in the checkpoint, and in the module trees of the libraries that load adapter folders.
+"""Maps a layer's name in the checkpoint to its name in transformers, PEFT and mlx-lm.
 
 A layer's own name is the checkpoint's: backends, checkpoints and dropout know it by that. For each library a module
 says the layer's name there (`Library`): read from the library's own tree, or by a rule where it is not installed.

@@ -1,4 +1,4 @@
-"""What losses are multiplied by before their gradients are computed, where the numbers are of 16 bits."""
+"""Loss scaling for 16-bit training."""
 
 from __future__ import annotations
 

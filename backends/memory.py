@@ -1,4 +1,4 @@
-"""Memory of the process and the machine, for backends that run on the CPU."""
+"""Memory of this process and this machine, for backends on the CPU."""
 
 from __future__ import annotations
 

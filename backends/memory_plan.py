@@ -1,4 +1,4 @@
-"""How much memory training will need, predicted from shapes and a backend's costs alone: before anything is loaded.
+"""Predicted training memory, from tensor shapes and a backend's costs, before anything is loaded.
 
 Sizes are in bytes. The working memory follows from the widest intermediate results of the arithmetic that all
 backends share; what a backend adds to that, and what it saves for the backward pass, is in its `Costs`.

@@ -1,4 +1,4 @@
-"""Micro-batches: tokens checked, rows numbered, cut into smaller parts, and with shared prefixes written out."""
+"""Micro-batches: validated, numbered by row, split in two, and with shared prefixes written out."""
 
 from __future__ import annotations
 

@@ -229,8 +229,8 @@ class ModelFolder:
         if bits not in _BITS:
             raise BackendError(f"{self.path}: config.json says quantization of {bits!r:.20} bits")
         # Layers that differ from the rest are not always named: then the scales tell, of which each group has one.
-        if isinstance(group, int) and (told := columns * 32 / max(scales[-1] * group, 1)) in _BITS:
-            bits = int(told)
+        if isinstance(group, int) and (stored := columns * 32 / max(scales[-1] * group, 1)) in _BITS:
+            bits = int(stored)
         return columns * 32 // int(bits)  # a word holds no whole number of 3, 5 or 6 bits
 
     def needs_code(self, why: object) -> BackendError:

@@ -1,4 +1,4 @@
-"""Whether an NVIDIA card is in this machine: asked of its driver, so that no framework is loaded."""
+"""Detects an NVIDIA card through its driver, without importing a framework."""
 
 from __future__ import annotations
 

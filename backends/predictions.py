@@ -1,4 +1,4 @@
-"""What memory and time are predicted from: a model's architecture, a backend's costs, well-known machines."""
+"""Inputs of the memory and time predictions: architectures, backend costs, well-known machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract, executable: a tiny numpy model that keeps every promise of `interface.Session` in the plainest way.
+"""The contract as code: a small numpy backend that implements `interface.Session` in the plainest way.
 
 The model is a bigram table in factors (`bigram`). It learns which token follows which, no more: a fast stand-in, never
 chosen unless it is named.
@@ -21,7 +21,6 @@ from backends.adapter_state import (
     magnitudes_of,
 )
 from backends.arithmetic import adamw, clipped, log_softmax
-from backends.bigram import Bigram, row_lengths
 from backends.interface import (
     BackendError,
     Batch,
@@ -40,11 +39,12 @@ from backends.interface import (
     TrainState,
     Wanted,
 )
+from backends.matmul_speed import numpy_rate
 from backends.memory import available_bytes, process_peak_bytes
 from backends.micro_batches import check_tokens, numbered, total_of
 from backends.model_folder import folder_of
 from backends.predictions import Architecture, Costs, Machine
-from backends.rate import numpy_rate
+from backends.reference_model import Bigram, row_lengths
 from backends.sampling import check_prompts
 from backends.team import Team
 from backends.whole_model import refuse_packed

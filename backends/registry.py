@@ -1,4 +1,4 @@
-"""Which backends there are, which of them work on this machine, and how to open one. Loads none before it is asked."""
+"""The available backends: which of them work here, and how to open one. Imports a framework only when asked."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from importlib.machinery import PathFinder
 from statistics import median
 from typing import Any, cast
 
-from backends.apart import ahead, answered_apart, asks_apart
-from backends.apart import ask_apart as ask_apart
 from backends.interface import (
     Backend,
     BackendError,
@@ -30,12 +28,14 @@ from backends.interface import (
     Wanted,
 )
 from backends.layer_names import Library
+from backends.machine_cache import folder_stamp
+from backends.matmul_speed import numpy_rate
 from backends.memory import available_bytes
 from backends.model_folder import folder_of
-from backends.plain import is_plain
 from backends.predictions import Costs, Machine, Predictions
-from backends.rate import numpy_rate
-from backends.remembered import folder_stamp
+from backends.registry_process import ahead, answered_apart, asks_apart
+from backends.registry_process import ask_apart as ask_apart
+from backends.usual_families import is_plain
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Row:
 
     session: str  # the module that is a `Backend`
     costs: str  # the module that is its `Predictions`
-    here: str = ""  # the module that is a `Here`, where what the session's loads is not needed for that
+    machine: str = ""  # the module that is a `ThisMachine`, where what the session's loads is not needed for that
     library: str = ""  # the module that is a `Library`, where another library loads adapters into the same models
     apple: bool = False  # made for Apple silicon: there `auto` tries it first, and elsewhere last
     automatic: bool = True  # False: used only where it is named
@@ -56,7 +56,7 @@ BACKENDS: dict[str, Row] = {
     "mlx": Row(
         "backends.mlx_backend.session",
         "backends.mlx_backend.costs",
-        "backends.mlx_backend.here",
+        "backends.mlx_backend.machine",
         "backends.mlx_backend.library",
         apple=True,
         launcher="backends.mlx_backend.launcher",
@@ -65,7 +65,7 @@ BACKENDS: dict[str, Row] = {
     "torch": Row(
         "backends.torch_backend.session",
         "backends.torch_backend.costs",
-        "backends.torch_backend.here",
+        "backends.torch_backend.machine",
         "backends.torch_backend.library",
         launcher="backends.torch_backend.launcher",
         group="backends.torch_backend.group",
@@ -178,7 +178,7 @@ def check_model(requested: str, model: ModelSpec, lora: LoraSpec) -> None:
     shapes tell.
     """
     folder = folder_of(model)
-    if row(choose(requested)).here and is_plain(folder):
+    if row(choose(requested)).machine and is_plain(folder):
         folder.lora_modules(lora)  # raises for targets that it does not have
     elif asks_apart():
         check_chosen(requested, replace(model, folder=None), lora, folder_stamp(model.path))

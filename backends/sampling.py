@@ -1,4 +1,4 @@
-"""What generation has in common on every backend: which prompts run together, and how the next token is chosen."""
+"""Shared parts of generation: which prompts run together, and how the next token is chosen."""
 
 from __future__ import annotations
 

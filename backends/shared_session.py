@@ -1,4 +1,4 @@
-"""A session that several processes share: the first process leads, and the others do what it tells them.
+"""A session shared by several processes: rank 0 leads, the others follow.
 
 A step is no exchange of messages: the others make the next step of themselves, until the sum of one says that it was
 the last. A batch that is scored, or prompts that are answered together, are the work of one process, so that every
@@ -28,7 +28,7 @@ from backends.interface import (
     StepResult,
     TrainState,
 )
-from backends.messages import batch_arrays, digest, pack, state_arrays, unpack
+from backends.process_messages import batch_arrays, digest, pack, state_arrays, unpack
 from backends.team import ABANDON, GO, LEAVE, Abandoned, Apart, Team, compare
 
 Prompts = Sequence[Sequence[int]]
@@ -172,7 +172,7 @@ class SharedSession:
 
     def _tell(self, header: Mapping[str, Any], arrays: Mapping[str, Any] | None = None) -> None:
         self._leave()
-        self.team.group.tell(pack(header, arrays))
+        self.team.group.broadcast(pack(header, arrays))
 
     def _leave(self) -> None:
         """The others stop making steps. The one that they have begun is called off."""

@@ -1,4 +1,4 @@
-"""A model larger than memory: its frozen blocks are read from the disk when they compute, for many rows at once."""
+"""Models larger than memory: frozen blocks are read from disk when they compute, for many rows at once."""
 
 from __future__ import annotations
 

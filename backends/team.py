@@ -1,4 +1,4 @@
-"""How processes share a step: one sum of their gradients, in which all else that they must know of each other travels.
+"""Data parallelism: gradients of all processes summed in one all-reduce, which also carries their status.
 
 Behind the gradients and the loss stand, as numbers that float32 holds exactly: supervised tokens, whether a process
 lacks memory, the signals that ask it to stop, what the first process orders, its learning rate, and now and then a hash
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.interface import BackendError, Lost, OutOfMemory, TrainState
-from backends.messages import digest
-from backends.waits import PATIENCE, waiting
+from backends.process_messages import digest
+from backends.timeouts import PATIENCE, waiting
 
 GO, LEAVE, ABANDON = 0, 1, 2  # the first process: one more step; this is the last one; this one does not count
 CHECK_EVERY = 25  # steps between two comparisons of the processes' bytes
@@ -65,7 +65,7 @@ class Group(Protocol):
     def zeros(self, numbers: int) -> Sequence[Any]:
         """Tensors of so many zeros together, for a process that has nothing to add."""
 
-    def tell(self, message: bytes | None) -> bytes:
+    def broadcast(self, message: bytes | None) -> bytes:
         """The first process's message, in every process; None from the others."""
 
     def gather(self, message: bytes) -> list[bytes]:

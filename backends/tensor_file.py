@@ -1,4 +1,4 @@
-"""Tensors out of a safetensors file, by numpy alone: each as float32, whatever type it has there."""
+"""Reads single tensors from a safetensors file as float32, with numpy alone."""
 
 from __future__ import annotations
 

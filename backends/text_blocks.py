@@ -1,4 +1,4 @@
-"""Which tensors of a model folder are the blocks of its language model, and which of those are layers to adapt.
+"""Finds a language model's blocks among the tensors of a folder, and the linear layers that can be adapted.
 
 A folder may hold more stacks of blocks: vision and audio towers, and heads that predict several tokens. None of
 these is adapted, nor counted as blocks.

@@ -1,4 +1,4 @@
-"""Files that came from elsewhere, looked at before any library opens them.
+"""Validates files from elsewhere before a library opens them.
 
 The rules for a model folder, the same for every backend:
 

@@ -1,4 +1,4 @@
-"""How much memory a model's frozen weights take, held whole or streamed."""
+"""Memory of the frozen weights, held whole or streamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole model as what trains: every weight of the language model, by its name in the checkpoint, in float32."""
+"""Full fine-tuning: every weight of the language model, by its name in the checkpoint, in float32."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
-from finetune.begin import ask_apart, begin
+from finetune.cli_examine import benchmark, compare, curve, duel, evaluate, next_rows, report, suspects
+from finetune.cli_use import chat, export, generate, predict, runs
 from finetune.errors import explain
-from finetune.examine import benchmark, compare, curve, duel, evaluate, next_rows, report, suspects
 from finetune.options import Alone, Backend, Devices, Overrides, RecipeFile, RunPath
+from finetune.startup import ask_apart, begin
 from finetune.streams import guard, outlive_readers
-from finetune.use import chat, export, generate, predict, runs
 
 START, TRAIN, USE, TOOLS = "Start", "Train", "Use", "Tools"  # panels of --help, in this order
 

@@ -1,4 +1,4 @@
-"""No connection that was not asked for: what this process wants of the network is watched, and refused.
+"""Refuses network connections that the user did not ask for.
 
 Nothing but a hub id in the recipe, and the data of `benchmark`'s tasks, needs the network. An audit hook of Python sees
 each name that is looked up and each address that a socket connects or sends to. What leads beyond this machine is

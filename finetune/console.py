@@ -1,4 +1,4 @@
-"""The console of all pages and tables: texts are shown as they are, never obeyed, and never read as markup."""
+"""The console for all tables and messages: text from data or models is never read as markup or control codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a process that native code or the system ended is explained: its exit code, a sentence, and what is left.
+"""Explains how a process ended in native code or was killed: exit code, a sentence, and what is left.
 
 Nothing heavy: the supervisor of a run asks it, and so does a command without one whose mapped model is cut short.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.disk.manifest import newest_good
-from finetune.disk.weights import cut_short
+from finetune.disk.weight_files import cut_short
 from finetune.errors import ExitCode, stopped_by
 from finetune.signals import STOPS
 from finetune.text import command_line, one_line

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: frozen events, in order. Nothing flows back through them."""
+"""Events of a run: frozen values, in order, one way from the run to the screen and the files."""
 
 from __future__ import annotations
 
@@ -117,14 +117,14 @@ class Outlook(Passing):
     title: str  # the model and what computes it
     steps: int
     validations: int  # in the whole run, the one before the first step included
-    seconds: Mapping[str, float]  # foretold, in order: "training", and the names of `Progress.what` in the whole run
+    seconds: Mapping[str, float]  # predicted, in order: "training", and the names of `Progress.what` in the whole run
     chance: float | None = None  # accuracy of a label drawn blindly; None where there are no labels
     majority: float | None = None  # of always the most frequent label, on the validation rows
     memory: float | None = None  # bytes that the device can give; None: not known
 
     @property
     def parts(self) -> dict[str, float]:
-        """Seconds of "base model", "training", "validation" and "tuned model", as far as they are foretold."""
+        """Seconds of "base model", "training", "validation" and "tuned model", as far as they are predicted."""
         return by_part(self.seconds)
 
 

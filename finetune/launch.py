@@ -1,4 +1,4 @@
-"""`--devices`: an engine's own launcher starts the processes of a run; this one hands signals on and tells the end.
+"""`--devices`: starts one process per device with the backend's launcher, passes signals on, and reports the end.
 
 It loads nothing heavy. The first process of the run has the screen, and alone is asked to stop: it ends the others.
 """
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from backends import registry, together
+from backends import process_group, registry
 from finetune import team_folder
 from finetune.errors import EnvironmentProblem, ExitCode, RecipeError
 from finetune.signals import handled, listened_to
@@ -32,7 +32,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 def processes(devices: str, backend: str) -> int:
     """How many `--devices` asks for. Raises RecipeError."""
     if devices == "all":
-        return max(together.launcher(backend).cards(), 1)
+        return max(process_group.launcher(backend).cards(), 1)
     if not devices.isdecimal() or not 0 < int(devices) <= MOST:
         raise RecipeError(f"--devices {devices}: write a number of processes from 1 to {MOST:,}, or all")
     return int(devices)
@@ -52,7 +52,7 @@ def launch(devices: str | None, requested: str, alone: bool) -> None:
     requested: the recipe's backend. alone: whether no supervisor is wanted. Raises RecipeError, EnvironmentProblem,
     BackendError.
     """
-    if devices is None or together.find_place() is not None:  # a launcher has started this one already
+    if devices is None or process_group.find_place() is not None:  # a launcher has started this one already
         return
     backend = backend_of(requested)
     count = processes(devices, backend)
@@ -62,7 +62,7 @@ def launch(devices: str | None, requested: str, alone: bool) -> None:
         raise RecipeError("--devices and --no-supervisor exclude each other; leave one away")
     if os.name != "posix":
         raise EnvironmentProblem("--devices needs Linux or macOS; on Windows it works within WSL2")
-    launcher = together.launcher(backend)
+    launcher = process_group.launcher(backend)
     with tempfile.TemporaryDirectory(prefix="finetune-") as name:
         folder = Path(name)
         team_folder.begin(folder)

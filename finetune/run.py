@@ -10,39 +10,39 @@ from typing import Any
 from backends.interface import FloatArray, Session, TrainState
 from backends.streaming import STREAMED
 from finetune import connections
-from finetune.check.analysis import analysing, questions_of
-from finetune.check.records import Records
-from finetune.check.told import leaked_into
+from finetune.check.check_file import leaked_into
+from finetune.check.run_analysis import analysing, questions_of
+from finetune.check.run_records import Records
 from finetune.check.verdict import headline
 from finetune.data.limit import limit_notes
 from finetune.disk.adapter import check_base, check_start
 from finetune.disk.adapter_check import loadings
 from finetune.disk.checkpoint import Checkpoints
-from finetune.disk.held_out import write_held_out
+from finetune.disk.held_out_rows import write_held_out
 from finetune.disk.lock import Lock
 from finetune.disk.metrics import MetricsFile, read
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.analysis import Questions
+from finetune.evaluation.baselines import Words, bag_of_words
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
 from finetune.evaluation.leaked import leaked_rows
 from finetune.evaluation.verdict import Watch, divergence, overfitting_verdict
-from finetune.evaluation.yardstick import Words, bag_of_words
 from finetune.events import Event, Note, Validated, checked, stoppable
 from finetune.recipe.specs import lora_spec
-from finetune.report.facts import facts_of
 from finetune.report.report import Report, compare, load_evaluation, save_evaluation
+from finetune.report.run_facts import facts_of
+from finetune.report.run_times import Times
 from finetune.report.summary import account_of, write_report
-from finetune.report.times import Times
 from finetune.training.head_first import HEAD_ALONE
 from finetune.training.job import Job, known_validation
-from finetune.training.keep import save_trained
 from finetune.training.loop import Trainer
-from finetune.training.outlook import look_ahead, sampler_of
-from finetune.training.race import Race
-from finetune.training.ready import first_of_all, ready_trainer
-from finetune.training.settle import settle_memory
-from finetune.training.suites import ask_suite
-from finetune.training.together import Others
+from finetune.training.memory_settings import settle_memory
+from finetune.training.predicted_time import look_ahead, sampler_of
+from finetune.training.rate_race import Race
+from finetune.training.ready_trainer import first_of_all, ready_trainer
+from finetune.training.save_result import save_trained
+from finetune.training.several_processes import Others
+from finetune.training.suite_prompts import ask_suite
 
 NOT_REPEATABLE = (
     "this model uses an operation that has no repeatable kernel on this device: the same run again, or a resumed one, "
@@ -57,7 +57,7 @@ class Begun:
     trainer: Trainer
     resumed_after: int | None  # the step of the checkpoint; None: the run has done nothing yet
     base: Evaluation | None  # None where the recipe asks for none
-    told: Mapping[str, Any]  # what `finetune check` found in the data
+    findings: Mapping[str, Any]  # what `finetune check` found in the data
     words: Words | None  # how good the words alone are
     times: Times
     questions: Questions  # what is asked beside the held-out rows themselves
@@ -116,7 +116,7 @@ class Run:
         self._records.write_environment()
         write_held_out(folder, job.prepared)
         folder.write_json("data.json", account_of(job.prepared))
-        told = yield from self._records.checked_data()
+        findings = yield from self._records.checked_data()
         asked = questions_of(job)
         job.prepared.forget_records()
         settled = yield from settle_memory(
@@ -135,7 +135,9 @@ class Run:
         checkpoints = Checkpoints(folder.checkpoints, identity)
         ready = ready_trainer(settled, session, folder, checkpoints, saved, self)
         trainer, race = yield from times.watching(ready)
-        return Begun(trainer, None if saved is None else saved.state.step, base, told, words, times, asked, race, head)
+        return Begun(
+            trainer, None if saved is None else saved.state.step, base, findings, words, times, asked, race, head
+        )
 
     def train(self, begun: Begun) -> Iterator[Event]:
         """All steps that are left; metrics.jsonl records them. Raises Interrupted, Diverged, MemoryExhausted."""
@@ -206,12 +208,12 @@ class Run:
             backend=job.backend,
             device=trainer.session.device,
             scheme=trainer.session.scheme,
-            check=headline(begun.told),
+            check=headline(begun.findings),
             held_out=f"{len(job.prepared.held_out.examples)} {kind} rows{HEAD_ALONE if begun.head else ''}",
             base=begun.base,
             tuned=tuned,
             comparison=compare(begun.base, tuned, begun.words) if begun.base else None,
-            leaked=leaked_rows(begun.base, tuned, leaked_into(begun.told, job.prepared.held_out.name)),
+            leaked=leaked_rows(begun.base, tuned, leaked_into(begun.findings, job.prepared.held_out.name)),
             overfitting=overfitting_verdict(validations, trainer.plan.steps < trainer.longest.steps),
             divergence=divergence(events, job.folder.vocabulary, trainer.plan.warmup),
             validations=validations,

@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop, and handlers that stand for a time."""
+"""Signals that stop a run, and temporary signal handlers."""
 
 from __future__ import annotations
 

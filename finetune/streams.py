@@ -1,4 +1,4 @@
-"""Standard output and standard error, which outlive their readers and pass no control character on.
+"""Standard output and error that survive a closed pipe and pass no control characters on.
 
 All that is printed goes through here: messages, tracebacks, warnings and the logs of libraries. A run does not end
 because `tee` or a terminal did, and a text from a stranger's file does not command the terminal.

@@ -1,4 +1,4 @@
-"""Training runs in the child of a small process, so that a crash in native code does not end without a message.
+"""Runs training in a child process, so that a crash in native code still ends with a message.
 
 A GPU kernel that aborts, or the system's out-of-memory killer, leaves the child no time to say anything. Then the
 supervisor says how the child ended, which checkpoint is intact and how to resume. It loads nothing heavy.

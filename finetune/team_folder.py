@@ -1,4 +1,4 @@
-"""What the processes of `--devices` leave for the one that started them: who they are, and how each has ended.
+"""Files by which the processes of `--devices` report their start and their end to the parent.
 
 Neither torchrun nor mlx.launch passes an exit code on. A temporary folder holds a small file for each process; its
 supervisor writes it. Nothing of a step goes through here. Light: the supervisor of a run imports it.

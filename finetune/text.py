@@ -1,4 +1,4 @@
-"""Texts for people: on one line, without control characters, and figures in the units that people use."""
+"""Formatting: single-line text without control characters, and numbers with readable units."""
 
 from __future__ import annotations
 

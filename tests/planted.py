@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.evaluation.claims import Known, invented
+from finetune.evaluation.answer_form import is_long, repeats, words
 from finetune.evaluation.consistency import inconsistent
+from finetune.evaluation.hallucination import Known, invented
 from finetune.evaluation.spelling import speller
-from finetune.evaluation.wording import is_long, repeats, words
 
 FILE = Path(__file__).parent / "assets" / "planted_answers.tsv"
 KINDS = ("long", "repetition", "misspelling", "inconsistency", "hallucination")

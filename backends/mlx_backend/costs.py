@@ -1,4 +1,4 @@
-"""What MLX needs of memory and time. Loads none of it: a MacBook is predicted where MLX is not installed.
+"""MLX's memory and time costs. Does not import MLX: a MacBook can be predicted anywhere.
 
 Measured with MLX 0.32 and Python 3.11 on a Linux CPU. On a GPU nothing was measured yet.
 """
@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 from backends.interface import Device, LoraSpec, Modules, NumberType, Wanted
+from backends.matmul_speed import SIZES, numpy_rate, operations_per_second
 from backends.predictions import (
     ATTENTION,
     DELTA_RULE,
@@ -23,7 +24,6 @@ from backends.predictions import (
     Size,
     cuda_libraries,
 )
-from backends.rate import SIZES, numpy_rate, operations_per_second
 from backends.streaming import STREAMED
 
 NUMPY_PRODUCTS = "numpy products (BLAS bridge)"

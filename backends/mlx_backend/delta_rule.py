@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta
 
-from backends.mlx_backend.chunks import (
+from backends.mlx_backend.delta_chunks import (
     Chunks,
     chunked,
     in_chunks,

@@ -1,4 +1,4 @@
-"""What MLX needs to know of its device: choice, name, memory and its bounds, and every way in which memory runs out."""
+"""The MLX device: choice, name, memory and its limits, and every out-of-memory error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model with adapters is run in MLX, to train and to score: no more of it than is asked for."""
+"""Forward passes of a model with adapters in MLX, for training and for scoring."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen blocks in MLX whose results are kept: below the first adapter, each row is computed once per run."""
+"""Frozen blocks below the first adapter in MLX, computed once per row and run."""
 
 from __future__ import annotations
 

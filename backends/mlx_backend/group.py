@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.interface import Wanted
-from backends.place import Place
+from backends.process_rank import ProcessRank
 from backends.team import exchange, not_met
-from backends.waits import FOREVER, PATIENCE
+from backends.timeouts import FOREVER, PATIENCE
 
 _ENGINES = {"ring": "ring", "jaccl": "JACCL", "mpi": "MPI", "nccl": "NCCL"}
 
@@ -22,7 +22,7 @@ def engines() -> list[str]:
     return [name for engine, name in _ENGINES.items() if mx.distributed.is_available(engine)]
 
 
-def join(here: Place, wanted: Wanted) -> MlxGroup:
+def join(here: ProcessRank, wanted: Wanted) -> MlxGroup:
     """Every process of the run must call it. Raises Lost."""
     named = {"MLX_IBV_DEVICES": "jaccl", "NCCL_HOST_IP": "nccl", "MLX_HOSTFILE": "ring"}
     engine = next((engine for variable, engine in named.items() if os.environ.get(variable)), "any")
@@ -52,7 +52,7 @@ class MlxGroup:
     def zeros(self, numbers: int) -> Sequence[mx.array]:
         return [mx.zeros(numbers)]
 
-    def tell(self, message: bytes | None) -> bytes:
+    def broadcast(self, message: bytes | None) -> bytes:
         """A sum to which only the first process adds: MLX has no broadcast."""
         patience = FOREVER if message is None else PATIENCE
         size = int(np.array(self._summed(mx.array([len(message or b"")], mx.int32), patience))[0])

@@ -15,7 +15,7 @@ import numpy as np
 
 from backends.interface import FloatArray, IntArray
 from backends.mlx_backend.patch import subclassed
-from backends.mlx_backend.whole import Place
+from backends.mlx_backend.trainable import Place
 
 
 class Head:

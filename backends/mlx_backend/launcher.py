@@ -1,4 +1,4 @@
-"""mlx.launch: how it starts processes on this machine, and what it tells each of them. Loads no framework."""
+"""Starting processes with mlx.launch. Imports no framework."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from backends.place import Place
+from backends.process_rank import ProcessRank
 
 NAME, RANK = "mlx.launch", "MLX_RANK"
 _MAIN = "from mlx._distributed_utils.launch import main; main()"  # what the script mlx.launch does
 _PORTS = range(20000, 60000, 64)  # the first that are tried
 
 
-def find_place(environment: Mapping[str, str]) -> Place | None:
+def find_place(environment: Mapping[str, str]) -> ProcessRank | None:
     """The number of processes stands in a file that lists them (ring, JACCL), or in a variable (NCCL)."""
     if RANK not in environment:
         return None
     rank = int(environment[RANK])
     if size := environment.get("MLX_WORLD_SIZE"):
-        return Place(rank, int(size), rank, int(size))
+        return ProcessRank(rank, int(size), rank, int(size))
     file = environment.get("MLX_HOSTFILE") or environment.get("MLX_IBV_DEVICES")
     text = Path(file).read_text(encoding="utf-8").strip() if file else ""
     hosts = json.loads(text) if text else [None]
     machines = [str(host[0]).rpartition(":")[0] if isinstance(host, list) and host else None for host in hosts]
     same = [number for number, machine in enumerate(machines) if machine and machine == machines[rank]] or [rank]
-    return Place(rank, len(hosts), same.index(rank), len(same))
+    return ProcessRank(rank, len(hosts), same.index(rank), len(same))
 
 
 def command(processes: int, arguments: Sequence[str]) -> list[str]:

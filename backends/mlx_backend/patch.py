@@ -1,4 +1,4 @@
-"""Changing how modules of one model compute, in that model only."""
+"""Replaces how modules of one model compute, in that model only."""
 
 from __future__ import annotations
 

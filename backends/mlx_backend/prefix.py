@@ -1,4 +1,4 @@
-"""Prefixes that several rows share, in MLX: each is computed once, with its gradient."""
+"""Shared prefixes in MLX: each computed once, with its gradient."""
 
 from __future__ import annotations
 

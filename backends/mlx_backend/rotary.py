@@ -1,4 +1,4 @@
-"""Rotary embeddings that mlx-lm computes otherwise than transformers, which models are made with."""
+"""Rotary embeddings where mlx-lm differs from transformers."""
 
 from __future__ import annotations
 

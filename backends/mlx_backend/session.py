@@ -44,17 +44,17 @@ from backends.mlx_backend.device import (
 )
 from backends.mlx_backend.forward import Forward
 from backends.mlx_backend.generate import generate
-from backends.mlx_backend.here import describe as describe
-from backends.mlx_backend.here import free_bytes as free_bytes
-from backends.mlx_backend.here import probe as probe
-from backends.mlx_backend.here import unused_accelerator as unused_accelerator
 from backends.mlx_backend.lora import Dropout, base_weight
+from backends.mlx_backend.machine import describe as describe
+from backends.mlx_backend.machine import free_bytes as free_bytes
+from backends.mlx_backend.machine import probe as probe
+from backends.mlx_backend.machine import unused_accelerator as unused_accelerator
 from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window
 from backends.mlx_backend.optim import AdamW, Tensors
 from backends.mlx_backend.state import State, to_mlx, to_numpy
 from backends.mlx_backend.streamed import opened
+from backends.mlx_backend.trainable import Adapters, Weights, check_whole, trained_weights
 from backends.mlx_backend.tree import check_format, check_taken, parts_of
-from backends.mlx_backend.whole import Adapters, Weights, check_whole, trained_weights
 from backends.model_folder import folder_of
 from backends.sampling import check_prompts, room_for_answers
 from backends.streaming import Advance, guarded

@@ -1,4 +1,4 @@
-"""What training changes, as MLX holds it: float32, and an adapter in mlx-lm's layout (every matrix transposed)."""
+"""Training state in MLX: float32, the adapter in mlx-lm's layout (every matrix transposed)."""
 
 from __future__ import annotations
 

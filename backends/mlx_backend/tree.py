@@ -1,4 +1,4 @@
-"""A model's layers in mlx-lm, from its config and the shapes of its tensors alone: nothing is loaded."""
+"""A model's layers in mlx-lm, from its config and tensor shapes alone; no weights are loaded."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 from backends.interface import Device, LoraSpec, Modules, NumberType, Wanted
+from backends.matmul_speed import SIZES, operations_per_second
 from backends.predictions import (
     A_NUMBER,
     ATTENTION,
@@ -24,7 +25,6 @@ from backends.predictions import (
     Size,
     cuda_libraries,
 )
-from backends.rate import SIZES, operations_per_second
 from backends.streaming import STREAMED
 
 NORMS = "own norms"
@@ -79,7 +79,7 @@ _CPU = Costs(
     saved=saved,
     scores={"softcap": Size(8.0), "sinks": A_NUMBER},  # eager attention: tanh and softmax; softmax
     recurrent=recurrent,
-    reached=0.6,  # steps 0.65, scores 0.78 without padding (tests/benchmarks/README.md, "Time, foretold")
+    reached=0.6,  # steps 0.65, scores 0.78 without padding (tests/benchmarks/README.md, "Predicted time")
     host=0.14e-3,
     unpacking=65.0,
     masking=240.0,  # the products with A that layers of one input do not share then counted in

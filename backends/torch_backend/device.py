@@ -1,4 +1,4 @@
-"""What torch needs to know of its device: choice, name, memory, random numbers, repeatable kernels."""
+"""The torch device: choice, name, memory, random numbers, deterministic kernels."""
 
 from __future__ import annotations
 

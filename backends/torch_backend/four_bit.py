@@ -1,4 +1,4 @@
-"""A frozen layer's weight as numbers, and its product; of 4-bit weights by bitsandbytes' kernels."""
+"""Frozen weights, dequantised or multiplied; 4-bit ones by bitsandbytes' kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen blocks below the adapter: computed once per row, and left out of a pass where their result is known."""
+"""Frozen blocks below the adapter, computed once per row and skipped when their result is cached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completions in torch: several prompts at once, and their common beginning once for all."""
+"""Generation in torch: several prompts at once, their common prefix computed once."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from backends.interface import BackendError, Wanted
-from backends.place import Place
+from backends.process_rank import ProcessRank
 from backends.team import exchange, not_met
+from backends.timeouts import FOREVER, PATIENCE
 from backends.torch_backend.device import pick_device
-from backends.waits import FOREVER, PATIENCE
 
 
 def engines() -> list[str]:
@@ -26,7 +26,7 @@ def engines() -> list[str]:
     return [*(["gloo"] if dist.is_gloo_available() else []), *(["NCCL"] if cards else [])]
 
 
-def join(here: Place, wanted: Wanted) -> TorchGroup:
+def join(here: ProcessRank, wanted: Wanted) -> TorchGroup:
     """Every process of the run must call it. Raises BackendError, Lost."""
     if not engines():
         raise BackendError("this build of torch has no torch.distributed; install one that has: pip install torch")
@@ -48,7 +48,7 @@ def join(here: Place, wanted: Wanted) -> TorchGroup:
 class TorchGroup:
     """`team.Group`."""
 
-    def __init__(self, here: Place, device: torch.device) -> None:
+    def __init__(self, here: ProcessRank, device: torch.device) -> None:
         self.rank, self.size = here.rank, here.size
         self._device = device if device.type == "cuda" else torch.device("cpu")
 
@@ -66,14 +66,14 @@ class TorchGroup:
     def zeros(self, numbers: int) -> Sequence[torch.Tensor]:
         return [torch.zeros(numbers, device=self._device)]
 
-    def tell(self, message: bytes | None) -> bytes:
+    def broadcast(self, message: bytes | None) -> bytes:
         size = torch.tensor([len(message or b"")])
         with exchange(FOREVER if message is None else PATIENCE):
             dist.broadcast(size, 0)
             data = _as_tensor(message) if message is not None else torch.empty(int(size), dtype=torch.uint8)
             dist.broadcast(data, 0)
-        told: bytes = data.numpy().tobytes()
-        return told
+        received: bytes = data.numpy().tobytes()
+        return received
 
     def gather(self, message: bytes) -> list[bytes]:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]

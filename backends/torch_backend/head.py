@@ -1,4 +1,4 @@
-"""From hidden states to losses, gradients and scores, so few positions at a time that [N, V] never exists whole."""
+"""From hidden states to losses, gradients and scores, in chunks, so that logits [N, vocab] never exist whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchrun: how it starts processes on this machine, and what it tells each of them. Loads no framework."""
+"""Starting processes with torchrun. Imports no framework."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from backends.nvidia import driver
-from backends.place import Place
+from backends.process_rank import ProcessRank
 
 NAME, RANK = "torchrun", "RANK"
 
 
-def find_place(environment: Mapping[str, str]) -> Place | None:
+def find_place(environment: Mapping[str, str]) -> ProcessRank | None:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys():
         return None
     rank, size = int(environment[RANK]), int(environment["WORLD_SIZE"])
-    return Place(rank, size, int(environment.get("LOCAL_RANK", rank)), int(environment.get("LOCAL_WORLD_SIZE", size)))
+    return ProcessRank(
+        rank, size, int(environment.get("LOCAL_RANK", rank)), int(environment.get("LOCAL_WORLD_SIZE", size))
+    )
 
 
 def command(processes: int, arguments: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""LoRA and DoRA for torch: frozen weights get no gradient, and what is scaled and saved is the low-rank product."""
+"""LoRA and DoRA in torch: no gradients for frozen weights, and only the low-rank product is saved and scaled."""
 
 from __future__ import annotations
 

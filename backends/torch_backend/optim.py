@@ -1,4 +1,4 @@
-"""AdamW on the tensors that train, all or nothing."""
+"""AdamW on the trainable tensors. An update is applied whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefixes that rows share: their keys and values are computed once, with their gradient."""
+"""Shared prefixes: keys and values computed once, with their gradient."""
 
 from __future__ import annotations
 

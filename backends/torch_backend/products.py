@@ -1,4 +1,4 @@
-"""A LoRA layer's products with hand-written gradients: what is cheap to make again is not kept for them."""
+"""LoRA's matrix products with hand-written gradients that recompute cheap intermediates instead of saving them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers without its progress bars and reports."""
+"""Silences transformers' progress bars and loading reports."""
 
 from __future__ import annotations
 

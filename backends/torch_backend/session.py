@@ -62,20 +62,20 @@ from backends.torch_backend.forward import Forward
 from backends.torch_backend.four_bit import join_scales
 from backends.torch_backend.generate import generate
 from backends.torch_backend.gradient import Gradient
-from backends.torch_backend.here import describe as describe
-from backends.torch_backend.here import free_bytes as free_bytes
-from backends.torch_backend.here import probe as probe
-from backends.torch_backend.here import unused_accelerator as unused_accelerator
 from backends.torch_backend.lora import Dropout, base_weight
+from backends.torch_backend.machine import describe as describe
+from backends.torch_backend.machine import free_bytes as free_bytes
+from backends.torch_backend.machine import probe as probe
+from backends.torch_backend.machine import unused_accelerator as unused_accelerator
 from backends.torch_backend.model import scheme_of
+from backends.torch_backend.offload import keep_embedding_on_host
 from backends.torch_backend.optim import AdamW
-from backends.torch_backend.parked import keep_embedding_on_host
 from backends.torch_backend.patch import blocks_of
-from backends.torch_backend.read import last_states, scores_of
 from backends.torch_backend.recompute import recompute_blocks
+from backends.torch_backend.score import last_states, scores_of
 from backends.torch_backend.streamed import opened, own_code
+from backends.torch_backend.trainable import check_whole, trained_weights
 from backends.torch_backend.tree import check_experts, check_format, tree_of
-from backends.torch_backend.whole import check_whole, trained_weights
 from backends.whole_model import refuse_half
 
 

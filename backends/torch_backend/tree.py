@@ -1,4 +1,4 @@
-"""A model's layers in transformers, from its config alone: nothing is loaded, and no weight takes memory."""
+"""A model's layers in transformers, from its config alone, on the meta device."""
 
 from __future__ import annotations
 

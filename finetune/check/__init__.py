@@ -1,1 +1,1 @@
-"""What a person should know of their data before a model is loaded: one module a question, and one that shows it."""
+"""Checks of the data before a model is loaded: one module per question, and one that shows the findings."""

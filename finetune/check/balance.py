@@ -1,4 +1,4 @@
-"""Labels and groups: how many of each, what gives a label away, and texts whose labels disagree."""
+"""Label and group counts, words that predict a label, and equal texts with different labels."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from finetune.check.texts import everything
+from finetune.check.record_texts import everything
 from finetune.data.label_names import look_alikes
+from finetune.data.row_words import content, words
 from finetune.data.rows import Record, Split
-from finetune.data.same import content, words
 from finetune.errors import RecipeError
 from finetune.recipe.schema import Groups
 

@@ -1,13 +1,13 @@
-"""Rows that say the same, or nearly, and rows that stand on both sides of a split."""
+"""Exact and near duplicates, and rows that are in more than one split."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
-from finetune.data.near import Signatures
+from finetune.data.near_duplicates import Signatures
+from finetune.data.row_words import content, digest, question
 from finetune.data.rows import Record, Split
-from finetune.data.same import content, digest, question
 from finetune.events import Progress
 
 

@@ -1,4 +1,4 @@
-"""Whether the data are enough: a plain judgement, with the figures that it rests on."""
+"""Is there enough data? A plain judgement, with its figures."""
 
 from __future__ import annotations
 

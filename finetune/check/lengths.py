@@ -1,4 +1,4 @@
-"""How long rows are, what is cut, and how much of a batch is padding."""
+"""Row lengths, truncation, and the share of padding."""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from backends.interface import Session
 from finetune.check.suspects import rows_judged
+from finetune.data.row_words import words
 from finetune.data.rows import Example, Prepared
-from finetune.data.same import words
-from finetune.evaluation.opinions import Floats, as_sure_as_right, log_shares
+from finetune.evaluation.diverse_rows import choose, margins
+from finetune.evaluation.label_confidence import Floats, as_sure_as_right, log_shares
+from finetune.evaluation.naive_bayes import WordCounts
 from finetune.evaluation.scoring import label_logprobs, row_losses, write_tokens
-from finetune.evaluation.variety import choose, margins
-from finetune.evaluation.words import WordCounts
 from finetune.events import Progress
 from finetune.recipe.schema import Recipe
 

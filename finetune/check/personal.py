@@ -1,4 +1,4 @@
-"""Personal data and secrets that people did not mean to train on; shown masked, never whole."""
+"""Personal data and secrets in the rows; shown masked."""
 
 from __future__ import annotations
 

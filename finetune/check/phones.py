@@ -106,7 +106,7 @@ def _is_number(text: str, spoken_of: bool, whole: bool) -> bool:
     )
 
 
-def _international(text: str, told: bool) -> bool:
+def _international(text: str, plausible: bool) -> bool:
     """Whether the number is one of the country that it names. told: one as long as that country's suffices, as those
     are that films and examples have (+44 7700 900123).
     """
@@ -117,7 +117,7 @@ def _international(text: str, told: bool) -> bool:
     except phonenumbers.NumberParseException:
         return False
     possible = phonenumbers.is_possible_number_with_reason(number) == phonenumbers.ValidationResult.IS_POSSIBLE
-    return (told and possible) or phonenumbers.is_valid_number(number)
+    return (plausible and possible) or phonenumbers.is_valid_number(number)
 
 
 def _national(regions: tuple[str, ...], digits: str) -> bool:

@@ -1,4 +1,4 @@
-"""Findings for people: tables, a histogram in text, and the first rows of every list."""
+"""Shows findings: tables, a text histogram, and the first rows of each list."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sections(findings: Findings, tokenizer: Tokenizer) -> Iterator[tuple[str, Se
     yield "duplicates and leaks", _duplicates(findings.duplicates)
     if findings.balance.labels or findings.balance.groups:
         yield "balance", _balance(findings.balance, findings.label_lengths)
-    yield "enough data?", [lines(*_told(findings.enough.level, findings.enough.reasons))]
+    yield "enough data?", [lines(*_judgement(findings.enough.level, findings.enough.reasons))]
     yield "personal data and secrets", _personal(findings.personal)
 
 
@@ -113,7 +113,7 @@ def _counted(rows: int) -> str:
     return f"{rows:,} row{'s' * (rows != 1)}"
 
 
-def _told(level: str, reasons: Sequence[str]) -> list[str]:
+def _judgement(level: str, reasons: Sequence[str]) -> list[str]:
     return [f"{level}: {reasons[0]}", *reasons[1:]]
 
 

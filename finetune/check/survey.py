@@ -1,4 +1,4 @@
-"""Everything that can be said of a recipe's data before its model is loaded; and as JSON."""
+"""All findings about a recipe's data, before its model is loaded; also as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.check.duplicates import Duplicates, Pair, find_duplicates
 from finetune.check.enough import Enough, judge
 from finetune.check.lengths import Lengths, measure
 from finetune.check.personal import Personal
-from finetune.check.texts import everything, written
+from finetune.check.record_texts import everything, written
 from finetune.check.tokens import Specials, TokenCheck, check_tokens, special_pattern
 from finetune.data.problems import faults, listed
 from finetune.data.rows import Example, Prepared, Problem
@@ -129,7 +129,7 @@ def _enough(recipe: Recipe, prepared: Prepared, trainable: int, balance: Balance
         held_out=len(prepared.held_out.examples) or len(prepared.valid.examples),
         supervised_tokens=prepared.train.account["supervised_tokens"],
         trainable=trainable,
-        epochs=plan.foretold / plan.steps_per_epoch,
+        epochs=plan.predicted / plan.steps_per_epoch,
     )
 
 

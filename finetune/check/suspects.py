@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from backends.interface import Session
-from finetune.check.clashes import Clash, clashes
+from finetune.check.contradictions import Clash, clashes
 from finetune.data.rows import Example, Prepared, Split
-from finetune.evaluation.opinions import as_sure_as_right, doubts, filled_in, log_shares
+from finetune.evaluation.label_confidence import as_sure_as_right, doubts, filled_in, log_shares
+from finetune.evaluation.naive_bayes import WordCounts
 from finetune.evaluation.scoring import label_logprobs, row_losses
-from finetune.evaluation.words import WordCounts
 from finetune.events import Progress
 
 FAR = 3.5  # robust standard deviations above the median loss, from which an open answer is suspect

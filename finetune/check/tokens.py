@@ -1,4 +1,4 @@
-"""What training sees of each row: every row checked, a few shown.
+"""Tokens and supervised positions of each row: all are checked, a few are shown.
 
 Special tokens that are written out in the rows' own words too: a tokenizer reads them as special there. What a
 template writes around the words is not looked at.
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.data.examples import TOGETHER
 from finetune.data.rows import Example, Prepared
 from finetune.data.tokenizer import Tokenizer, begin_tokens, encode_prompts, special_texts
-from finetune.data.writer import TOGETHER
 from finetune.events import Progress
 
 REMEDIES = {

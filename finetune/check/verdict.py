@@ -1,4 +1,4 @@
-"""What matters most of the findings: a verdict, a table of counts, and one line for the end of a run."""
+"""The most important findings: a verdict, a table of counts, and one line for the end of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from finetune.check.survey import Findings
 from finetune.console import lines
-from finetune.data.left_out import THINKING, TOOLS
+from finetune.data.unrendered import THINKING, TOOLS
 from finetune.report.tables import figures_table
 
 _SAID = {"enough": "green", "thin": "yellow", "too little": "red"}  # level -> style

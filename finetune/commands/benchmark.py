@@ -16,12 +16,12 @@ from backends import registry
 from finetune.connections import to_hub
 from finetune.console import Console
 from finetune.disk.run_folder import RunFolder
-from finetune.disk.trained import check_run_base, read_trained
+from finetune.disk.trained_model import check_run_base, read_trained
 from finetune.errors import DataError, FinetuneError, RecipeError
 from finetune.evaluation.benchmark import Figure, Share, figures
-from finetune.evaluation.changes import SIGNIFICANT
 from finetune.evaluation.evaluate import base_weights
-from finetune.evaluation.harness import LONGEST, local_data, model_of, task_manager
+from finetune.evaluation.lm_eval_model import LONGEST, local_data, model_of, task_manager
+from finetune.evaluation.paired_changes import SIGNIFICANT
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import open_screen
 from finetune.report.tables import figures_table
@@ -59,12 +59,12 @@ def run(
         with base_weights(session):
             base = _evaluated(model, settings, data)
         tuned = _evaluated(model, settings, data)
-    told = figures(tasks, base, tuned)
-    if not told:
+    compared = figures(tasks, base, tuned)
+    if not compared:
         raise DataError(f"no figure of {', '.join(tasks)} has a number for each row, so there is nothing to compare")
-    _show(Console(), told, tasks)
+    _show(Console(), compared, tasks)
     values = {"tasks": list(tasks), "limit": limit, "shots": shots, "data": data and str(data)}
-    values |= {"versions": base.get("versions"), "figures": [_finite(asdict(figure)) for figure in told]}
+    values |= {"versions": base.get("versions"), "figures": [_finite(asdict(figure)) for figure in compared]}
     opened.write_json("benchmark.json", values)
 
 
@@ -97,11 +97,11 @@ def _sources(data: Path | None) -> AbstractContextManager[None]:
     return local_data(data) if data else to_hub()
 
 
-def _show(console: Console, told: Sequence[Figure], tasks: Sequence[str]) -> None:
+def _show(console: Console, compared: Sequence[Figure], tasks: Sequence[str]) -> None:
     table = figures_table("task", "metric", "rows", "base", "tuned", "change", "p", texts=2)
     table.columns[0].no_wrap = True
-    others = [figure for figure in told if figure.task not in tasks]
-    for figure in [*(figure for figure in told if figure.task in tasks), *others[:_SHOWN]]:
+    others = [figure for figure in compared if figure.task not in tasks]
+    for figure in [*(figure for figure in compared if figure.task in tasks), *others[:_SHOWN]]:
         low, high = figure.change
         by_test = figure.corrected is not None and figure.corrected < SIGNIFICANT
         clear = by_test or (figure.p_value is None and (low > 0 or high < 0))

@@ -15,9 +15,9 @@ from rich.text import Text
 from backends import registry
 from backends.interface import Session
 from finetune.console import Console
-from finetune.data.beside import Beside, completed, parse_columns, with_both_names
 from finetune.data.calls import read_tools
 from finetune.data.problems import refuse_rows
+from finetune.data.prompt_parts import Beside, completed, parse_columns, with_both_names
 from finetune.data.read import read
 from finetune.data.renderers import needed, question_tokens
 from finetune.data.rows import Rows
@@ -25,14 +25,14 @@ from finetune.data.tokenizer import answer_text, stop_tokens
 from finetune.disk.digests import cache_folder
 from finetune.disk.identity import clock_of
 from finetune.disk.run_folder import RunFolder
-from finetune.disk.trained import check_run_base, read_trained
+from finetune.disk.trained_model import check_run_base, read_trained
 from finetune.errors import DataError, RecipeError
 from finetune.recipe.names import local
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.text import one_line
-from finetune.training.again import ready_to_answer
 from finetune.training.job import Setup, refuse_head, room_for_answer, set_up
+from finetune.training.reopen import ready_to_answer
 
 _MOST = 16 * 2**20  # bytes of a file of tools
 _REMEMBERED = 1000  # lines that were typed

@@ -9,8 +9,8 @@ from pathlib import Path
 from finetune.check.show import show
 from finetune.check.survey import Findings, as_json, survey
 from finetune.console import Console
-from finetune.data.clock import now
 from finetune.data.prepare import prepare
+from finetune.data.template_clock import now
 from finetune.disk.atomic import write_file
 from finetune.errors import DataError
 from finetune.events import Progress

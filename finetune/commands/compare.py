@@ -11,20 +11,20 @@ from finetune.commands.evaluate import job_of_files
 from finetune.console import Console
 from finetune.data.rows import Split
 from finetune.disk.atomic import write_file
-from finetune.disk.held_out import read_held_out
+from finetune.disk.held_out_rows import read_held_out
 from finetune.disk.identity import split_digest
 from finetune.disk.run_folder import RunFolder
-from finetune.disk.trained import check_run_base, read_trained
+from finetune.disk.trained_model import check_run_base, read_trained
 from finetune.errors import FinetuneError, Incompatible
 from finetune.evaluation.evaluate import Evaluation, evaluate_held_out
-from finetune.report.finished import FinishedRun, read_finished
+from finetune.report.finished_run import FinishedRun, read_finished
 from finetune.report.iteration_tables import print_iterations
 from finetune.report.iterations import compared
 from finetune.report.live_screen import with_progress
 from finetune.report.page.compare_page import compare_page
 from finetune.report.page.without_rows import numbered_for, without_rows
-from finetune.training.again import measured_again
 from finetune.training.job import Job, making_ready
+from finetune.training.reopen import measured_again
 
 # What decides how a row becomes tokens, beside the tokenizer.
 _PROMPT = ("task", "data.format", "prompt.template", "prompt.system", "prompt.completion", "prompt.end_token",

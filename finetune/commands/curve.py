@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune.check.more_rows import curve, parts_of
-from finetune.check.proof import foretold
+from finetune.check.curve_runs import curve, parts_of
+from finetune.check.retrain import predicted_seconds
 from finetune.console import Console, lines
 from finetune.disk.identity import check_rows
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder
-from finetune.disk.trained import check_run_base
+from finetune.disk.trained_model import check_run_base
 from finetune.errors import Incompatible
-from finetune.evaluation.curve import SHARES, Outlook, costs_of, look_ahead
 from finetune.evaluation.evaluate import Evaluation
+from finetune.evaluation.learning_curve import SHARES, Outlook, costs_of, look_ahead
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.report.report import load_evaluation
 from finetune.report.tables import figures_table
 from finetune.text import duration
 from finetune.training.job import making_ready
-from finetune.training.settle import settle_memory
+from finetune.training.memory_settings import settle_memory
 
 SAYS = {
     "yes": "More rows help",
@@ -40,7 +40,7 @@ def run(opened: RunFolder, recipe: Recipe, backend: str | None) -> None:
     check_run_base(opened, job.folder)
     rows = [len(part) for part in parts_of(job.prepared, job.recipe.seed)]
     job = with_progress(settle_memory(job, opened.recomputed()))
-    seconds = foretold(read(opened.metrics)) * (sum(SHARES) - 1)
+    seconds = predicted_seconds(read(opened.metrics)) * (sum(SHARES) - 1)
     Console(stderr=True).print(lines(f"training on {rows[0]:,} and on {rows[1]:,} rows: about {duration(seconds)}"))
     made = with_progress(curve(job, job.open(), whole))
     ahead = look_ahead([costs_of(one) for one in made])

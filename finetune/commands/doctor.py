@@ -6,7 +6,7 @@ from rich.table import Table
 
 from backends import registry
 from backends.interface import Wanted
-from backends.together import engines, launcher
+from backends.process_group import engines, launcher
 from finetune.console import Console, lines
 from finetune.errors import EnvironmentProblem
 

@@ -17,20 +17,20 @@ from rich.text import Text
 from finetune.console import Console, lines
 from finetune.data.read import read
 from finetune.disk.atomic import write_file
-from finetune.disk.head import read_head
 from finetune.disk.run_files import read_json_lines
 from finetune.disk.run_folder import RunFolder
-from finetune.disk.trained import check_run_base, read_trained
+from finetune.disk.trained_head import read_head
+from finetune.disk.trained_model import check_run_base, read_trained
 from finetune.errors import Incompatible
+from finetune.evaluation.bradley_terry import Choice, Standing, Vote, about_position, standings
 from finetune.evaluation.duel import Answered, Meeting, left_to_vote, meetings
 from finetune.evaluation.evaluate import base_weights
 from finetune.evaluation.predict import predict
-from finetune.evaluation.strengths import Choice, Standing, Vote, about_position, standings
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.report.report import load_evaluation
 from finetune.text import shorten
-from finetune.training.again import ready_to_answer
+from finetune.training.reopen import ready_to_answer
 
 BASE = "base"
 KEYS: dict[str, Choice] = {
@@ -178,15 +178,15 @@ def ask() -> Choice | None:
 def print_standings(console: Console, models: Sequence[str], votes: Sequence[Vote]) -> None:
     """Who is stronger, by how much, and whether the side decided."""
     between = [vote for vote in votes if vote.left in models and vote.right in models]
-    told = standings(models, between)
-    if told is None:
+    result = standings(models, between)
+    if result is None:
         console.print(f"{len(between)} votes: too few to compare all of {', '.join(models)}")
         return
     table = Table("model", "won", "lost", "tied", "strength", "Elo", box=box.SIMPLE_HEAD)
-    for stand in told.models:
+    for stand in result.models:
         table.add_row(*(Text(cell) for cell in _cells(stand)))
     console.print(table)
-    for pair in told.preferences:
+    for pair in result.preferences:
         low, high = pair.interval
         bounds = f"{100 * low:.1f} to {100 * high:.1f}" + ("" if low > 0.5 else ", no clear difference")
         console.print(f"{pair.first} is preferred to {pair.second} in {100 * pair.share:.1f} % ({bounds})")

@@ -8,25 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from backends.interface import FloatArray, Session
-from finetune.check.analysis import analysing, questions_of
+from finetune.check.run_analysis import analysing, questions_of
 from finetune.console import Console
 from finetune.disk.atomic import write_file
-from finetune.disk.head import read_head
 from finetune.disk.identity import check_held_out
 from finetune.disk.run_folder import RunFolder
-from finetune.disk.trained import check_run_base, read_trained
+from finetune.disk.trained_head import read_head
+from finetune.disk.trained_model import check_run_base, read_trained
+from finetune.evaluation.baselines import bag_of_words
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate_held_out
-from finetune.evaluation.yardstick import bag_of_words
 from finetune.events import Progress
 from finetune.recipe.names import local
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.report.report import compare
 from finetune.report.summary import print_comparison, render_analysis
-from finetune.training.again import measured_again
 from finetune.training.head_first import HEAD_ALONE
 from finetune.training.job import Job, making_ready
-from finetune.training.references import with_references
+from finetune.training.pair_references import with_references
+from finetune.training.reopen import measured_again
 
 
 def run(opened: RunFolder, recipe: Recipe, data: str | None, backend: str | None) -> None:

@@ -17,7 +17,7 @@ from finetune.disk.exports import Made, remember
 from finetune.disk.identity import check_held_out
 from finetune.disk.model_writer import KINDS, check_numbers
 from finetune.disk.run_folder import RunFolder
-from finetune.disk.trained import check_run_base, read_trained
+from finetune.disk.trained_model import check_run_base, read_trained
 from finetune.errors import EnvironmentProblem, ExportFailed, Incompatible, RecipeError
 from finetune.evaluation.evaluate import base_weights
 from finetune.export import gguf_file
@@ -83,8 +83,10 @@ def run(
         gc.collect()
         checks += verified(target, hidden, job, prompts, measures, some, nearest)
         wrong = sentence(checks, target.name, target.finer)
-        told = {"run": str(opened.path), "name": target.name, "type": target.kind, "holds": wrong is None}
-        _write_facts(hidden / FILE, told | {"checks": [asdict(check) for check in checks], "notes": notes}, measures)
+        verification = {"run": str(opened.path), "name": target.name, "type": target.kind, "holds": wrong is None}
+        _write_facts(
+            hidden / FILE, verification | {"checks": [asdict(check) for check in checks], "notes": notes}, measures
+        )
         Console().print(checks_table(checks, f"{path}, against the run's model"))
         if wrong:
             rename(hidden, failed)
@@ -207,9 +209,9 @@ def verified(
     return [*checks, *model_checks(*run, found, nearest)]
 
 
-def _write_facts(file: Path, told: dict[str, Any], measures: tuple[Measured, Measured]) -> None:
-    told |= {name: model.evaluation.summary() for name, model in zip(("base", "tuned"), measures, strict=True)}
-    file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_facts(file: Path, verification: dict[str, Any], measures: tuple[Measured, Measured]) -> None:
+    verification |= {name: model.evaluation.summary() for name, model in zip(("base", "tuned"), measures, strict=True)}
+    file.write_text(json.dumps(verification, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _finish(opened: RunFolder, job: Job, target: Target, path: Path, checks: list[Check], notes: list[str]) -> None:

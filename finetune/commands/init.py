@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune.data.column_guess import by_content, headerless
 from finetune.data.column_template import PLAIN
-from finetune.data.compared import compared
 from finetune.data.formats import REQUIRED, STANDARD, recognise
-from finetune.data.guess import by_content, headerless
 from finetune.data.label_names import Spellings, find_labels, labels_in, refuse_many, respelt
-from finetune.data.preferences import better_columns, refuse_preferences
+from finetune.data.preference_files import better_columns, refuse_preferences
+from finetune.data.preference_rows import compared
 from finetune.data.problems import BadSource, refuse_rows
 from finetune.data.read import read
 from finetune.data.records import read_records
@@ -94,7 +94,7 @@ def run(data: str, output: Path, model: str, columns: Mapping[str, str]) -> None
     if (recipe.data.train, recipe.data.columns) != (str(path or data), look.columns):
         raise RecipeError(f"{data}: a name cannot be written so that it is read back the same; rename it")
     write_file(output, text)
-    print(_told(source.rows, look, shlex.quote(shorten(str(output), 200))))
+    print(_summary(source.rows, look, shlex.quote(shorten(str(output), 200))))
 
 
 def _look(source: Rows, given: Mapping[str, str]) -> Look:
@@ -190,7 +190,7 @@ def _held_out(data: str, stratified: bool) -> str:
     return "".join(f"  # {line}\n" for line in lines.values())
 
 
-def _told(rows: Sequence[Row], look: Look, output: str) -> str:
+def _summary(rows: Sequence[Row], look: Look, output: str) -> str:
     if look.pairs:
         return f"{output}: a recipe for {len(rows)} pairs of answers; look at it, then: finetune plan {output}"
     if look.format == "auto":

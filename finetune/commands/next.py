@@ -15,9 +15,9 @@ from finetune.data.problems import listed
 from finetune.data.read import read
 from finetune.data.rows import Example
 from finetune.disk.atomic import write_file
-from finetune.disk.overview import overview
 from finetune.disk.run_folder import RunFolder, open_existing
-from finetune.disk.trained import check_run_base, read_trained
+from finetune.disk.run_list import overview
+from finetune.disk.trained_model import check_run_base, read_trained
 from finetune.errors import DataError, Incompatible, RecipeError
 from finetune.recipe.names import local
 from finetune.report.live_screen import with_progress
@@ -25,8 +25,8 @@ from finetune.report.prompts import distinct
 from finetune.report.report import load_evaluation
 from finetune.report.row_files import as_text, check_output
 from finetune.text import from_here, shorten
-from finetune.training.again import ready_to_answer
 from finetune.training.job import making_ready
+from finetune.training.reopen import ready_to_answer
 
 SHOWN, TEXT_SHOWN = 10, 100  # rows in the table, and characters of each
 TABLES = (".csv", ".tsv")

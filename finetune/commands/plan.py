@@ -14,14 +14,14 @@ from rich.text import Text
 from backends import registry
 from backends.interface import BackendError
 from backends.model_folder import ModelFolder
-from finetune.check.analysis import questions_of
+from finetune.check.run_analysis import questions_of
 from finetune.commands.doctor import described
 from finetune.console import Console, lines
-from finetune.data.clock import now
 from finetune.data.collate import collate
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
 from finetune.data.rows import Example, Prepared
+from finetune.data.template_clock import now
 from finetune.data.tokenizer import Tokenizer
 from finetune.launch import processes
 from finetune.recipe.load import dump_recipe
@@ -39,14 +39,14 @@ from finetune.report.plan_tables import (
 from finetune.report.row_tokens import highlighted
 from finetune.report.tables import account_notes, account_table, figures_table
 from finetune.text import amount, duration, from_here
-from finetune.training.ahead import kept_bytes
-from finetune.training.beside import Beside
 from finetune.training.budget import workload
+from finetune.training.extra_evaluations import Beside
 from finetune.training.forecast import Forecast, forecast_here, forecast_on
 from finetune.training.job import Job, beyond_context, recognised, refuse_unfit, set_up
-from finetune.training.outlook import seconds_of_parts
-from finetune.training.race import foretold_race
-from finetune.training.suites import cases_of, suite_of
+from finetune.training.predicted_time import seconds_of_parts
+from finetune.training.rate_race import race_lines
+from finetune.training.read_ahead import kept_bytes
+from finetune.training.suite_prompts import cases_of, suite_of
 
 TIMED = "from matrix products timed now; a run corrects it by a few of its rows once its model is loaded"
 ASSUMED = "TFLOPS: of matrix products, as the maker says; reached: the share of them that steps are assumed to reach"
@@ -84,7 +84,7 @@ def run(recipe: Recipe, compare: bool, largest: bool = False, devices: str | Non
     console.rule("steps", align="left")
     console.print(steps_table(recipe, folder, prepared.train.examples))
     if recipe.train.learning_rate == "auto":
-        for line in foretold_race(recipe, folder, prepared, backend):
+        for line in race_lines(recipe, folder, prepared, backend):
             console.print(line, soft_wrap=True)
     console.rule("backends on this machine", align="left")
     console.print(backends_table(recipe, backend))

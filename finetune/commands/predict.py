@@ -12,14 +12,14 @@ from finetune.data.read import read
 from finetune.data.rows import Row
 from finetune.disk.atomic import write_file
 from finetune.disk.run_folder import RunFolder
-from finetune.disk.trained import check_run_base, read_trained
+from finetune.disk.trained_model import check_run_base, read_trained
 from finetune.errors import DataError
 from finetune.evaluation.predict import Prediction, predict
 from finetune.recipe.names import local
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.report.row_files import as_text, check_output, is_table
-from finetune.training.again import ready_to_answer
+from finetune.training.reopen import ready_to_answer
 
 PREDICTED, PROBABILITY = "predicted", "probability"  # the columns that are added
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.console import Console
-from finetune.disk.overview import overview
+from finetune.disk.run_list import overview
 from finetune.errors import Incompatible
 from finetune.text import shorten
 

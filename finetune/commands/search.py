@@ -11,8 +11,8 @@ from finetune.commands.train import StopFlag, exit_stopped, show_run
 from finetune.console import Console, lines
 from finetune.disk.atomic import write_file
 from finetune.disk.lock import locked
-from finetune.disk.overview import BEST
 from finetune.disk.run_folder import RunFolder, create
+from finetune.disk.run_list import BEST
 from finetune.errors import Interrupted, RecipeError
 from finetune.events import stoppable
 from finetune.recipe.load import dump_recipe
@@ -24,10 +24,10 @@ from finetune.run import Run
 from finetune.supervisor import announce_run, process_id
 from finetune.text import duration, from_here
 from finetune.training.job import refuse_unused_accelerator
-from finetune.training.ledger import LEDGER
+from finetune.training.memory_settings import settle_memory
 from finetune.training.search import AS_GOOD, Search
-from finetune.training.settle import settle_memory
-from finetune.training.suites import ready_with_suite
+from finetune.training.search_ledger import LEDGER
+from finetune.training.suite_prompts import ready_with_suite
 
 RECIPE = "search.yaml"
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}

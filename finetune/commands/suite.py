@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from finetune.console import Console
-from finetune.disk.head import read_head
 from finetune.disk.run_folder import RunFolder
-from finetune.disk.trained import check_run_base, read_trained
+from finetune.disk.trained_head import read_head
+from finetune.disk.trained_model import check_run_base, read_trained
 from finetune.errors import CasesFailed
 from finetune.evaluation.suite import measure_suite
 from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.report.summary import print_suite
-from finetune.training.suites import suite_again
+from finetune.training.suite_prompts import suite_again
 
 
 def run(opened: RunFolder, recipe: Recipe, file: str, at_least: float | None, backend: str | None) -> None:

@@ -9,14 +9,14 @@ from rich import box
 from rich.table import Table
 
 from backends.interface import Session, TrainState
-from finetune.check.proof import foretold, verdict, without_rows
+from finetune.check.retrain import predicted_seconds, verdict, without_rows
 from finetune.check.suspects import Suspect, find_suspects, rows_judged
 from finetune.console import Console, lines
 from finetune.disk.atomic import write_file
 from finetune.disk.identity import check_rows
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder
-from finetune.disk.trained import check_run_base, read_trained
+from finetune.disk.trained_model import check_run_base, read_trained
 from finetune.errors import Incompatible, RecipeError
 from finetune.evaluation.evaluate import Evaluation
 from finetune.recipe.schema import Recipe
@@ -25,7 +25,7 @@ from finetune.report.report import load_evaluation
 from finetune.report.row_files import as_text
 from finetune.text import duration, from_here, shorten
 from finetune.training.job import Job, making_ready
-from finetune.training.settle import settle_memory
+from finetune.training.memory_settings import settle_memory
 
 SHOWN = 20  # rows in the table
 TEXT_SHOWN, TEXT_WRITTEN = 100, 500  # characters of a row's text, in the table and in the file
@@ -62,7 +62,7 @@ def run(opened: RunFolder, recipe: Recipe, minutes: float | None, backend: str |
 
 def _refuse_too_short(opened: RunFolder, minutes: float) -> None:
     """Raises RecipeError where the run's own training took longer than the proof may take."""
-    seconds = foretold(read(opened.metrics))
+    seconds = predicted_seconds(read(opened.metrics))
     if seconds > 60 * minutes:
         enough = max(round(SPARE * seconds / 60 + 0.5), 1)
         raise RecipeError(

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from backends.interface import Lost
-from backends.together import find_place, watch
+from backends.process_group import find_place, watch
 from finetune.disk.lock import locked
 from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import ExitCode, Interrupted, stopped_by
@@ -27,8 +27,8 @@ from finetune.supervisor import announce_lost, announce_run, process_id
 from finetune.team_folder import failure
 from finetune.text import command_line, one_line
 from finetune.training.job import refuse_unused_accelerator
-from finetune.training.suites import ready_with_suite
-from finetune.training.together import joined, leading, work_along
+from finetune.training.several_processes import joined, leading, work_along
+from finetune.training.suite_prompts import ready_with_suite
 
 
 class StopFlag:

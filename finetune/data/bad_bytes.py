@@ -1,4 +1,4 @@
-"""Rows with bytes that are not text in their file's encoding: which, and a remedy that was tried on the whole file."""
+"""Rows with bytes that are invalid in their file's encoding, and a remedy tried on the whole file."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def without_bad_bytes(rows: list[Row], text: str, file: str, encoding: str | Non
     whole: list[Row] = []
     bad: list[Problem] = []
     for row in rows:
-        byte = next((found for told in _texts(row.fields) if (found := _BAD.search(told))), None)
+        byte = next((found for piece in _texts(row.fields) if (found := _BAD.search(piece))), None)
         if byte is None:
             whole.append(row)
         else:
@@ -111,8 +111,8 @@ def _remedy(text: str, file: str, rows: int) -> str:
     if name is None:
         return "save the file as UTF-8, or name its encoding with data.encoding (such as cp1250)"
     word = re.search(r"\w*[^\x00-\x7f]+\w*", raw.decode(name))
-    told = f" ({shorten(word[0], 20)})" if word else ""
-    return f"all of the file reads as {name}{told}: set data.encoding: {name}, or {conversion(file, name.upper())}"
+    piece = f" ({shorten(word[0], 20)})" if word else ""
+    return f"all of the file reads as {name}{piece}: set data.encoding: {name}, or {conversion(file, name.upper())}"
 
 
 def _encoding_of(raw: bytes, encodings: Iterable[_Encoding]) -> str | None:

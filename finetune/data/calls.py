@@ -1,4 +1,4 @@
-"""Calls of tools, and the tools themselves, in the one form that chat templates read (OpenAI's)."""
+"""Tool calls and tool definitions in OpenAI's form, which chat templates read."""
 
 from __future__ import annotations
 

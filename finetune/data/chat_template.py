@@ -1,4 +1,4 @@
-"""Prompts written by a chat template, and the assistant's turns found in them."""
+"""Prompts rendered by a chat template, and the assistant's turns found in them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from finetune.data.assistant_turns import Rewritten, TurnFinder, with_thought
 from finetune.data.calls import with_short_ids
-from finetune.data.clock import clock_values, reads_clock
 from finetune.data.column_template import LossOn, Pieces, fill_answer
 from finetune.data.conversation import Conversation, batches
 from finetune.data.formats import OPTIONAL, QUESTION, REQUIRED, Format
 from finetune.data.messages import THOUGHTS
 from finetune.data.rows import Message, Record, Rendered, Span
+from finetune.data.template_clock import clock_values, reads_clock
 from finetune.data.template_sandbox import render_all
 from finetune.data.tokenizer import Tokenizer, end_of_turn, special_texts
 
@@ -192,14 +192,14 @@ class ChatRenderer:
         ]
         for rows in batches(sizes):
             conversations = [
-                Conversation(self.told(records[row].messages), prefixes[row], list(records[row].tools) or None)
+                Conversation(self.as_rendered(records[row].messages), prefixes[row], list(records[row].tools) or None)
                 for row in rows
             ]
             values = clock_values(self.clock)
             written += render_all(self.tokenizer, conversations, template=self.template, values=values)
         return [_refusal(texts) if isinstance(texts, ValueError) else texts for texts in written]
 
-    def told(self, messages: Sequence[Message]) -> Sequence[Message]:
+    def as_rendered(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages with their thoughts under the name that the template reads."""
         if self.thoughts == THOUGHTS[0] or not any(THOUGHTS[0] in message for message in messages):
             return messages

@@ -1,4 +1,4 @@
-"""Names of classes that stand beside the numbers in Parquet files and hub data sets: the names are the labels."""
+"""Class names stored beside integer labels in Parquet files and hub data sets, used as the labels."""
 
 from __future__ import annotations
 

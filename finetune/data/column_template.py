@@ -1,4 +1,4 @@
-"""Prompts written from a row's columns: plain, Alpaca's, and the recipe's own template."""
+"""Prompts rendered from a row's columns: plain, Alpaca, or the recipe's own template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a chat template is given to write, the texts that it wrote, and how long it may take."""
+"""Input, output and time limit of a chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of a text file to text, with what is unusual about them."""
+"""Decodes text files, and reports what is unusual about their bytes."""
 
 from __future__ import annotations
 

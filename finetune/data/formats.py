@@ -1,4 +1,4 @@
-"""What a row is: the format recognised from the columns of all rows."""
+"""Recognises the format of the rows from their columns."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.data.guess import headerless
-from finetune.data.preferences import refuse_preferences
+from finetune.data.column_guess import headerless
+from finetune.data.preference_files import refuse_preferences
 from finetune.data.problems import BadSource
 from finetune.data.rows import Problem, Row
 from finetune.errors import RecipeError

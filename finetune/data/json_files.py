@@ -1,4 +1,4 @@
-"""JSON files to rows, every row with the line it begins on."""
+"""JSON and JSON Lines to rows, each with its line number."""
 
 from __future__ import annotations
 

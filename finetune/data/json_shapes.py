@@ -1,4 +1,4 @@
-"""One JSON object that is a whole file: one row, rows under a key, or columns as data frames are written."""
+"""A whole file as one JSON object: one row, rows under a key, or data-frame columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels by name: which there are, and those that look the same.
+"""The set of labels, and labels that look alike.
 
 They are joined where only the encoding or white space differs, and told where more does.
 """

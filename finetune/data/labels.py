@@ -1,4 +1,4 @@
-"""Labels: what each looks like in tokens after a prompt."""
+"""Labels as tokens after a prompt."""
 
 from __future__ import annotations
 

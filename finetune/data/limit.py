@@ -1,4 +1,4 @@
-"""`data.limit`: some rows of each split, for a first try of a large file: a pure function of the rows and the seed."""
+"""`data.limit`: a seeded sample of each split, for a first try."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rendered text to tokens and weights: one function for every row of every format."""
+"""Rendered text to tokens and loss weights: one function for all formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One conversation of a row to messages as chat templates read them: roles, content, thoughts and flags checked."""
+"""A row's conversation as messages for chat templates: roles, content, reasoning and flags validated."""
 
 from __future__ import annotations
 

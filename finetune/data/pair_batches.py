@@ -1,4 +1,4 @@
-"""Batches of pairs: the two answers of a pair stand together, and their prompt is computed once for both."""
+"""Batches of preference pairs: both answers side by side, their shared prompt computed once."""
 
 from __future__ import annotations
 

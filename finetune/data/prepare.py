@@ -10,20 +10,20 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from finetune.data.compared import compared, others, pair_notes
+from finetune.data.examples import Writer
 from finetune.data.formats import Layout, recognise
+from finetune.data.grouped_split import WORDS, part
 from finetune.data.label_names import Labels, Spellings, find_labels, labels_in, refuse_many, respelt, unknown_labels
 from finetune.data.limit import limited
+from finetune.data.preference_rows import compared, others, pair_notes
 from finetune.data.problems import BadSource, named_by, refuse_rows
 from finetune.data.read import read
 from finetune.data.records import read_records
 from finetune.data.renderers import make_renderer
 from finetune.data.rows import Prepared, Problem, Rows, Split, Task
-from finetune.data.sides import WORDS, part
 from finetune.data.sources import SplitName, held_out_sources
 from finetune.data.split import set_apart
 from finetune.data.tokenizer import Tokenizer, stop_tokens
-from finetune.data.writer import Writer
 from finetune.errors import RecipeError
 from finetune.events import Progress
 from finetune.recipe.schema import Recipe

@@ -1,4 +1,4 @@
-"""Problems of rows and files: gathered on the way, and raised once."""
+"""Collects problems of rows and files, and raises them once."""
 
 from __future__ import annotations
 

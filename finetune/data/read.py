@@ -1,4 +1,4 @@
-"""A data source to rows: files on this disk (JSON, tables, Parquet), a package file, or a hub data set."""
+"""Reads a data source into rows: local files (JSON, tables, Parquet), package data, or a hub data set."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from finetune.data.bad_bytes import without_bad_bytes
 from finetune.data.class_names import class_notes, named, names_in_schema, names_of
 from finetune.data.encoding import decode, unusual, without_marks
 from finetune.data.json_files import parse_json
+from finetune.data.packed_files import HEAD, PARQUET, refuse_foreign, unpack
 from finetune.data.problems import BadSource
 from finetune.data.rows import Problem, Row, Rows
 from finetune.data.sources import ENDINGS, PACKINGS, TABLES, SplitName, ending_of, files_of, shown
 from finetune.data.tables import parse_table
-from finetune.data.unpack import HEAD, PARQUET, refuse_foreign, unpack
 from finetune.errors import EnvironmentProblem
 from finetune.recipe.names import BUILTIN, hub_id_in, is_address
 from finetune.text import shorten
@@ -91,11 +91,11 @@ def _parse(raw: bytes, source: str, encoding: str | None = None) -> Rows:
     text, marks = without_marks(decode(raw, source, encoding))
     del raw  # a large file is not held twice
     if ending in TABLES:
-        rows, bad, told = parse_table(text, source, "," if ending == ".csv" else "\t")
+        rows, bad, more_notes = parse_table(text, source, "," if ending == ".csv" else "\t")
     else:
-        rows, bad, told = parse_json(text, source)
+        rows, bad, more_notes = parse_json(text, source)
     rows, spoilt = without_bad_bytes(rows, text, source, encoding)
-    notes += [*marks, *told]
+    notes += [*marks, *more_notes]
     return _bounded(Rows(rows, [*spoilt, *bad], _noted(source, notes)), len(text))
 
 

@@ -1,4 +1,4 @@
-"""Rows to records: the same fields whatever the file called them, checked one by one."""
+"""Rows to records: uniform field names, each value validated."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def _record(row: Row, layout: Layout, labels: Sequence[str] | None, left_out: li
 def _conversation(row: Row, layout: Layout, left_out: list[str]) -> Record:
     part = "messages" if layout.name == "chat" else "conversations"
     if part in layout.columns:
-        told, column = row.fields[layout.columns[part]], layout.columns[part]
+        conversation, column = row.fields[layout.columns[part]], layout.columns[part]
     else:
         asked, answer = (row.fields[layout.columns[name]] for name in layout.required)
-        told, column = joined(asked, answer), "prompt and completion"
-    messages = read_messages(told, column, left_out)
+        conversation, column = joined(asked, answer), "prompt and completion"
+    messages = read_messages(conversation, column, left_out)
     before: list[Message] = []
     if (system := _text(row.fields.get(layout.columns.get("system", "")), "system", "system")).strip():
         if messages[0]["role"] == "system":  # of two the conversation's own counts

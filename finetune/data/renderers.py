@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from finetune.data.beside import NOTHING, Beside, asked_part, refuse_unknown, with_both_names
 from finetune.data.chat_template import PLAIN_CHAT, ChatRenderer
 from finetune.data.column_template import ALPACA, PLAIN, TemplateRenderer, answer_form, parse_template, placeholders
 from finetune.data.formats import OPTIONAL, QUESTION, REQUIRED, Format
+from finetune.data.prompt_parts import NOTHING, Beside, asked_part, refuse_unknown, with_both_names
 from finetune.data.rows import Record, Renderer
 from finetune.data.tokenizer import Tokenizer, encode_prompt, special_texts
 from finetune.errors import RecipeError

@@ -1,4 +1,4 @@
-"""The data's types: what a row is on its way from a file to a batch, and what became of all of them. Numpy only.
+"""Data types, from a row in a file to an example. Imports numpy only.
 
 A source is read into `Row`s; each becomes a `Record` (checked, with standard names), a `Rendered` text and an `Example`
 (tokens and weights). `Prepared` holds the examples of every split, with every problem that was met on the way.

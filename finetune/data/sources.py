@@ -1,4 +1,4 @@
-"""What a source's name means: the files of each split, in a folder, behind a pattern, or one by one."""
+"""Resolves a data source's name to the files of each split: a folder, a pattern, or single files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation rows set apart from the training rows: a pure function of the rows and the seed."""
+"""Random validation split: a pure function of the rows and the seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def set_apart(
 ) -> tuple[list[Record], list[Record]]:
     """(train, valid), both in the file's order and neither empty; rows of the same key stay on one side.
 
-    So runs were parted that say nothing of how; new ones are parted by `finetune.data.sides`.
+    So runs were parted that say nothing of how; new ones are parted by `finetune.data.grouped_split`.
     """
     chosen = choose(records, keys(records), fraction, seed, stratified)
     return (

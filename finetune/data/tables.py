@@ -1,4 +1,4 @@
-"""CSV and its kin to rows: the delimiter that fits, columns without a name, and files put together."""
+"""CSV and similar files to rows: delimiter detection, unnamed columns, and files joined together."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def parse_table(text: str, file: str, delimiter: str) -> tuple[list[Row], list[P
     """
     limit = csv.field_size_limit(_CELL_LIMIT)
     try:
-        told = _SEP.match(text)
-        if told:
-            table = _read(text[told.end() :], file, told[1], first=2)
-            table.notes.insert(0, f"cells separated by {_NAMES.get(told[1], told[1])}, as its first line says")
+        declared = _SEP.match(text)
+        if declared:
+            table = _read(text[declared.end() :], file, declared[1], first=2)
+            table.notes.insert(0, f"cells separated by {_NAMES.get(declared[1], declared[1])}, as its first line says")
         else:
             table = _best(text, file, delimiter)
     finally:

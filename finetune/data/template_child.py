@@ -1,4 +1,4 @@
-"""The child process of `finetune.data.template_sandbox`: it renders what it is sent, and can do nothing else."""
+"""Child process of `finetune.data.template_sandbox`: renders what it is sent, and can do nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
-from finetune.data.clock import clock_names
+from finetune.data.template_clock import clock_names
 
 GROWTH = 384 * 2**20  # bytes of address space it may add to what its libraries took
 EXTRA, FACTOR = 20_000, 20  # characters of output: so many, and so many for each byte of input

@@ -1,4 +1,4 @@
-"""Chat templates rendered where they can do no harm.
+"""Renders untrusted chat templates in a sandboxed child process.
 
 A template is a program that came with a model. It is rendered by transformers' own sandbox (no attribute that
 leads out of the template), and that sandbox runs in a child process, because what a template may still do, such as
@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from finetune.data.children import bare_python
+from finetune.data.child_process import bare_python
 from finetune.data.conversation import FOR_MESSAGE, LONGEST, REMEDY, Conversation, Request, Texts, template_text
 from finetune.data.template_child import most, receive, send
 from finetune.errors import EnvironmentProblem
@@ -199,8 +199,8 @@ class _Child:
         new["values"] = None if request.values == self._values else dict(request.values)
         self._template, self._values = request.template, request.values
         messages, prefixes, tools = request.conversation
-        told = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        return json.dumps(new | {"messages": told, "prefixes": prefixes, "tools": tools}, default=_plain).encode()
+        filled = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        return json.dumps(new | {"messages": filled, "prefixes": prefixes, "tools": tools}, default=_plain).encode()
 
     def _answer(self, waiting: deque[_Waiting]) -> dict[str, Any]:
         try:

@@ -1,4 +1,4 @@
-"""Text to tokens, the same in training, evaluation and chat."""
+"""The tokenizer, used in the same way by training, evaluation and chat."""
 
 from __future__ import annotations
 

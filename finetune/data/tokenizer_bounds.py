@@ -1,4 +1,4 @@
-"""What a tokenizer's files claim, looked at before any library reads them: sizes, numbers, and how a text may grow.
+"""Limits on a tokenizer's files (sizes, numbers, growth of text), checked before a library reads them.
 
 The tokenizers library is native code. A text that it makes too long for memory, or a number that it makes a table of,
 ends the whole process without a word. So each claim has a bound here that no published tokenizer comes near.

@@ -10,7 +10,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from finetune.data.children import bare_python
+from finetune.data.child_process import bare_python
 from finetune.errors import EnvironmentProblem
 
 MEMORY, TIMES = 2**30, 20  # bytes of address space: so many, and so many for each byte of the file

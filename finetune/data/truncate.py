@@ -1,4 +1,4 @@
-"""Rows longer than max_length: shortened, cut, or left out with the reason."""
+"""Rows longer than max_length: truncated, or left out with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that a run's model is to answer: read, written and shortened as its training rows were; no answer is read."""
+"""Rows to predict: read and rendered like training rows, without using an answer."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.beside import Always
 from finetune.data.calls import parsed
 from finetune.data.column_template import placeholders
+from finetune.data.examples import Writer
 from finetune.data.formats import ANSWER, Layout, question_layout
 from finetune.data.label_names import Labels
 from finetune.data.messages import is_answer
 from finetune.data.problems import BadSource, refuse_rows
+from finetune.data.prompt_parts import Always
 from finetune.data.records import read_records
 from finetune.data.renderers import CONVERSATIONS, make_renderer, needed
 from finetune.data.rows import Example, Prepared, Problem, Record, Renderer, Row, Rows, Split
 from finetune.data.tokenizer import Tokenizer, begin_tokens, encode_prompts, stop_tokens
-from finetune.data.writer import Writer
 from finetune.events import Progress
 from finetune.recipe.schema import Recipe
 from finetune.text import harmless

@@ -1,4 +1,4 @@
-"""Held-out rows with their questions changed: asked again in other words, or about somebody else."""
+"""Held-out questions rephrased, or with names and pronouns swapped."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from finetune.data.examples import Writer
 from finetune.data.rows import Example, Prepared, Record, Split
 from finetune.data.tokenizer import Tokenizer
-from finetune.data.writer import Writer
 from finetune.events import result_of
 from finetune.recipe.schema import Recipe
 

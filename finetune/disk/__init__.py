@@ -1,1 +1,1 @@
-"""What a run keeps on the disk: whole files, checkpoints, metrics and the adapter."""
+"""Files of a run: atomic writes, checkpoints, metrics, adapter."""

@@ -1,4 +1,4 @@
-"""An adapter folder read: ours, PEFT's or mlx-lm's, as the start of a run or as its result."""
+"""Reads an adapter folder: ours, PEFT's or mlx-lm's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapter folder of a run read back, and matched against what the libraries that load it would look for.
+"""Reads the written adapter back and matches its names with the modules of the libraries that will load it.
 
 No weights are loaded: both libraries build the base model from its config and shapes alone.
 """

@@ -1,4 +1,4 @@
-"""An adapter folder written: one folder that PEFT and mlx-lm both load as it is.
+"""Writes one adapter folder that both PEFT and mlx-lm load as it is.
 
 `adapter_model.safetensors` has PEFT's names and layout, `adapters.safetensors` mlx-lm's (transposed);
 the one `adapter_config.json` carries the keys of both, and each library ignores the other's.

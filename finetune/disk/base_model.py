@@ -1,4 +1,4 @@
-"""What a base model is to a run: digests of its weights and of the files beside them, and its config key by key."""
+"""Identity of the base model: digests of its files, and its config key by key."""
 
 from __future__ import annotations
 

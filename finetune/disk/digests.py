@@ -1,4 +1,4 @@
-"""What whole files hold, as digests, each remembered in the user's cache so that an unchanged file is read once."""
+"""SHA-256 of files, cached so that an unchanged file is read once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exports that a run remembers: with their verification in report.txt, and with the commands that serve them."""
+"""A run's list of exports: verification for the report, and the commands that serve them."""
 
 from __future__ import annotations
 

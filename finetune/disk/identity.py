@@ -1,4 +1,4 @@
-"""The identity of a run: what a resumed run must share with the run that wrote the checkpoint."""
+"""Identity of a run: what must be equal for a checkpoint to be resumed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from backends.model_folder import ModelFolder
-from finetune.data.clock import now
+from finetune.data.grouped_split import WORDS
 from finetune.data.rows import Example, Prepared, Split
-from finetune.data.sides import WORDS
+from finetune.data.template_clock import now
 from finetune.disk.adapter import adapter_digest
 from finetune.disk.base_model import base_differences, base_model, listed
 from finetune.disk.manifest import newest_first

@@ -1,4 +1,4 @@
-"""Whether a checkpoint folder is whole: its files against the sizes and SHA-256 in its manifest. Nothing heavy."""
+"""Checks a checkpoint folder against its manifest of sizes and SHA-256. Imports nothing heavy."""
 
 from __future__ import annotations
 

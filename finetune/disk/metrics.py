@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON line per event, written as it happens. A resumed run first removes what it will repeat."""
+"""metrics.jsonl: one JSON line per event. A resumed run first removes the lines that it will repeat."""
 
 from __future__ import annotations
 

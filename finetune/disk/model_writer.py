@@ -1,4 +1,4 @@
-"""A model folder written: weights in one type, config and tokenizer, as transformers and mlx-lm load it."""
+"""Writes a model folder (weights, config, tokenizer) that transformers and mlx-lm load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON files of a run, each read by the schema of its type: what no run writes is refused with the file's name."""
+"""Reads a run's JSON files by typed schemas, and refuses anything else with the file's name."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def read_json(file: Path, kind: type[T], remedy: str, extra: Literal["forbid", "
     if data is None:
         return None
     try:
-        told: T = _validated(kind, data, extra)
+        value: T = _validated(kind, data, extra)
     except ValidationError as error:
         raise _refusal(error, str(file), remedy) from None
-    return told
+    return value
 
 
 def read_json_lines(file: Path, kind: type[T], remedy: str) -> list[T] | None:
@@ -64,10 +64,10 @@ def check_values(
 ) -> T:
     """Values that came from JSON, as a `kind`. Raises Incompatible, with `where` they stand, for what no run writes."""
     try:
-        told: T = _validated(kind, json.dumps(values), extra)
+        value: T = _validated(kind, json.dumps(values), extra)
     except ValidationError as error:
         raise _refusal(error, where, remedy) from None
-    return told
+    return value
 
 
 def _validated(kind: Any, data: bytes | str, extra: Literal["forbid", "ignore"]) -> Any:

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and where: one folder a run."""
+"""The layout of a run's folder."""
 
 from __future__ import annotations
 

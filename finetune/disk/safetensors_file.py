@@ -1,4 +1,4 @@
-"""Tensors into a safetensors file, one after the other, so that never the bytes of all are in memory."""
+"""Writes a safetensors file tensor by tensor, so that they need not all be in memory."""
 
 from __future__ import annotations
 

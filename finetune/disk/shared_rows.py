@@ -1,4 +1,4 @@
-"""The training rows of a run of several processes, as the first one prepared them, for the others to read."""
+"""The prepared training rows in a file, from rank 0 to the other processes of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beside how often a model is right: which errors it makes, for whom, whether alike each time, and what it forgot.
+"""Error kinds, groups, consistency and forgetting: measurements beyond accuracy.
 
 What it costs is bounded by what the run itself computes, so that it is the same in every run of a recipe.
 """
@@ -12,14 +12,14 @@ from backends.interface import FloatArray, Session
 from finetune.data.rows import Example, Prepared
 from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.data.variants import Variants, held_out_with, variants
-from finetune.evaluation.claims import Known
 from finetune.evaluation.consistency import SAMPLED, TEMPERATURE, in_other_words
+from finetune.evaluation.error_kinds import Analysis, Asked, Data, Kind, confusions, kinds_of_answers
 from finetune.evaluation.evaluate import Evaluation, base_weights, evaluate
 from finetune.evaluation.forgetting import Forgetting, GeneralText, judge, measuring
 from finetune.evaluation.groups import By, Swaps, by_length, flips, pairs_of, slices, swapped, swaps_of
-from finetune.evaluation.kinds import Analysis, Asked, Data, Kind, confusions, kinds_of_answers
+from finetune.evaluation.hallucination import Known
+from finetune.evaluation.row_shares import Found
 from finetune.evaluation.scoring import write_answers
-from finetune.evaluation.shares import Found
 from finetune.evaluation.spelling import language_of, speller
 from finetune.events import Progress
 from finetune.recipe.schedule import make_plan

@@ -1,4 +1,4 @@
-"""Which part of an open answer is compared: all of it, its first line, its last number, or its JSON value."""
+"""The part of an open answer that is compared: all, first line, last number, or JSON value."""
 
 from __future__ import annotations
 

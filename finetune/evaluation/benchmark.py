@@ -1,4 +1,4 @@
-"""Figures of lm-eval's tasks for two models: each with its interval, and the change on the same rows."""
+"""lm-eval results of two models, with intervals and paired change."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def figures(requested: Sequence[str], base: Mapping[str, Any], tuned: Mapping[st
     """
     before, after = _by_metric(base["samples"]), _by_metric(tuned["samples"])
     subtasks: Mapping[str, Sequence[str]] = base.get("group_subtasks") or {}
-    told = []
+    compared = []
     for name in dict.fromkeys([*requested, *sorted(base["samples"])]):
         leaves = _leaves(name, subtasks)
         for metric, values in before.items():
             rows = {row: value for row, value in values.items() if row[0] in leaves}
             if rows:
-                told.append(_figure(name, metric, rows, after[metric]))
-    asked = [i for i, figure in enumerate(told) if figure.task in requested and figure.p_value is not None]
-    for i, p_value in zip(asked, holm([told[i].p_value or 0.0 for i in asked]), strict=True):
-        told[i] = replace(told[i], corrected=p_value)
-    return told
+                compared.append(_figure(name, metric, rows, after[metric]))
+    asked = [i for i, figure in enumerate(compared) if figure.task in requested and figure.p_value is not None]
+    for i, p_value in zip(asked, holm([compared[i].p_value or 0.0 for i in asked]), strict=True):
+        compared[i] = replace(compared[i], corrected=p_value)
+    return compared
 
 
 def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> set[str]:

@@ -1,12 +1,12 @@
-"""Does a model answer the same question alike? Asked again by chance, and in other words that ask the same."""
+"""Consistency: the same question sampled again, and asked in other words."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from finetune.evaluation.claims import differ, figures, in_figures
-from finetune.evaluation.wording import words
+from finetune.evaluation.answer_form import words
+from finetune.evaluation.hallucination import differ, figures, in_figures
 
 TEMPERATURE = 0.7
 SAMPLED = 2  # answers beside the greedy one, drawn at that temperature; and one to the question in other words

@@ -1,4 +1,4 @@
-"""Who meets whom in a duel: two models' answers to one row, in an order that is drawn once and stays."""
+"""Order of a duel: which answers meet on which row, drawn once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import combinations
 
-from finetune.evaluation.strengths import Choice, Vote
+from finetune.evaluation.bradley_terry import Choice, Vote
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How good is the model? One code for every backend, for the base model and for the tuned model.
+"""Evaluation: one function for every backend, for base and tuned model.
 
 The whole set, the same rows in the same order in every call, however little memory there is: batches are only a way
 to get through it.

@@ -1,4 +1,4 @@
-"""Did it forget? The loss on general text, and on the base's own answers, before and after, with an interval."""
+"""Forgetting: loss on general text and on the base's own answers, before and after, with an interval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is treated worse? Figures for each group and length, and answers that change where a pronoun or a name does."""
+"""Figures per group and length, and answers that change when a pronoun or name does."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from finetune.evaluation.changes import SIGNIFICANT
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import fisher_exact, holm, mcnemar_exact
 from finetune.evaluation.leaked import Figure, figure_of
-from finetune.evaluation.shares import Found
+from finetune.evaluation.paired_changes import SIGNIFICANT
+from finetune.evaluation.row_shares import Found
 from finetune.recipe.schema import Swaps as Swapped
 from finetune.text import shorten
 

@@ -1,4 +1,4 @@
-"""How sure are the figures? Intervals, the paired test, and what a confusion matrix says about each label."""
+"""Confidence intervals, paired tests, and per-label scores of a confusion matrix."""
 
 from __future__ import annotations
 

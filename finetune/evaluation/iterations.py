@@ -1,4 +1,4 @@
-"""Runs one after another on the same held-out rows: what each changed, which kinds of error are gone, what to add next.
+"""Successive runs on the same held-out rows: what changed, which error kinds are gone, what to add next.
 
 Every test is McNemar's exact one on the rows that changed; where `loss_decides`, a run is tested by its loss. Holm's
 correction covers all tests of one family: that of the whole figure, and that of the kinds.
@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from finetune.evaluation.changes import LEAST_CHANGED, SIGNIFICANT, loss_change, loss_decides
+from finetune.evaluation.error_kinds import Analysis
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import holm, mcnemar_exact, weighted_mean_interval, wilson_interval
-from finetune.evaluation.kinds import Analysis
+from finetune.evaluation.paired_changes import LEAST_CHANGED, SIGNIFICANT, loss_change, loss_decides
 
 MOST_ADVISED = 5  # kinds for which to add rows
 KindKey = tuple[str, tuple[str, str] | None]  # a kind's name and, of a confusion, (true, predicted)
@@ -176,13 +176,13 @@ def kinds_of(run: Evaluation, analysis: Analysis | None) -> dict[KindKey, tuple[
     """
     if analysis is not None and not run.labels:
         return {(kind.name, kind.labels): (kind.measured, frozenset(kind.tuned.rows)) for kind in analysis.kinds}
-    told: dict[KindKey, tuple[int, set[int]]] = {}
+    by_kind: dict[KindKey, tuple[int, set[int]]] = {}
     support = {label: sum(row.expected == label for row in run.results) for label in run.labels}
     for i, row in enumerate(run.results):
         if row.correct is False:
             for key, measured in _plain_kinds(row, support, run.rows).items():
-                told.setdefault(key, (measured, set()))[1].add(i)
-    return {key: (measured, frozenset(rows)) for key, (measured, rows) in told.items()}
+                by_kind.setdefault(key, (measured, set()))[1].add(i)
+    return {key: (measured, frozenset(rows)) for key, (measured, rows) in by_kind.items()}
 
 
 def _plain_kinds(row: RowResult, support: Mapping[str, int], rows: int) -> dict[KindKey, int]:

@@ -1,4 +1,4 @@
-"""The figures without the held-out rows that stand in the training rows too."""
+"""Figures without held-out rows that are also in the training rows."""
 
 from __future__ import annotations
 

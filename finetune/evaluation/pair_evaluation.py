@@ -1,4 +1,4 @@
-"""How good is the model at pairs of answers? And its loss alone, of whatever rows."""
+"""Evaluation of preference pairs, and the validation loss of any objective."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be learned from a pair of answers: direct preference optimisation, or the odds ratio."""
+"""Preference losses: DPO and ORPO."""
 
 from __future__ import annotations
 

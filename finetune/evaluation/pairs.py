@@ -1,4 +1,4 @@
-"""Pairs of answers: how probable each is, and which of them a model prefers."""
+"""Log-probabilities of the two answers of a pair, and which one a model prefers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backends.interface import Batch, OutOfMemory, Reader
 from finetune.data.pair_batches import pair_batches
 from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted
-from finetune.evaluation.ahead import ahead
+from finetune.evaluation.read_ahead import ahead
 from finetune.events import Progress
 
 Pairs = NDArray[np.float64]  # [n, 2]: of the better answer, of the worse one
@@ -54,8 +54,8 @@ def scored_pairs(
 
 def of_batch(session: Reader, batch: Batch) -> Pairs:
     """The same of one batch of `pair_batches`."""
-    told = session.score(batch).logprob.astype(np.float64) * (batch.weights > 0)
-    rows: Pairs = told.sum(axis=1).reshape(-1, 2)
+    scores = session.score(batch).logprob.astype(np.float64) * (batch.weights > 0)
+    rows: Pairs = scores.sum(axis=1).reshape(-1, 2)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""A model's answers to rows that have none: a label and how probable each is, or a text."""
+"""Predictions for rows without answers: label probabilities, or generated text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of one model on one set of rows."""
+"""Types of evaluation results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few validation rows with what the model answers now: for a person who watches a run."""
+"""Answers to a few validation rows, shown during a run."""
 
 from __future__ import annotations
 

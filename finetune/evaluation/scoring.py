@@ -1,4 +1,4 @@
-"""What evaluation asks of a session: losses, labels and answers of many rows, in batches that fit in memory.
+"""Losses, label scores and answers of many rows, in batches that fit in memory.
 
 Each function is a generator that yields its progress and returns its result.
 """
@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.interface import PROMPTS_TOGETHER, Batch, FloatArray, IntArray, OutOfMemory, Reader, Session
-from backends.together import generate_all, score_all, side_by_side
+from backends.process_group import generate_all, score_all, side_by_side
 from finetune.data.collate import evaluation_batches, halve, label_batches
 from finetune.data.rows import Example
 from finetune.errors import MemoryExhausted
-from finetune.evaluation.ahead import ahead
+from finetune.evaluation.read_ahead import ahead
 from finetune.events import Progress
 
 ScoredBatch = tuple[list[int], Batch, FloatArray, IntArray]  # row numbers, batch, logprob [B, T], greedy [B, T]
@@ -110,8 +110,8 @@ def row_losses(
         losses.loss[rows] = -(logprob.astype(np.float64) * supervised).sum(axis=1)
         losses.correct[rows] = ((greedy == batch.targets) & supervised).sum(axis=1)
         losses.tokens[rows] = supervised.sum(axis=1)
-        for i, at, *told in zip(rows, supervised, logprob, greedy, strict=True):
-            scores[i] = told[0][at], told[1][at]
+        for i, at, *per_row in zip(rows, supervised, logprob, greedy, strict=True):
+            scores[i] = per_row[0][at], per_row[1][at]
         before = len(batch.prefixes[0]) if batch.prefixes else 0
         begins = np.array([len(examples[i].prompt_tokens) - 1 - before for i in rows])  # predicts the answer's first
         row, column = np.arange(len(rows)), begins.clip(0, supervised.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""Words that are misspelt: not in their language's list, nor in the data, and close to a word that is.
+"""Misspelt words: absent from the language's word list and from the data, but close to a known word.
 
 The lists are pyspellchecker's (MIT). English, German, French, Portuguese, Italian and Dutch are looked at; of any other
 language nothing is said: the lists of Spanish and Russian lack too many of their forms.
@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from functools import cache, cached_property
 from typing import Any
 
-from finetune.evaluation.wording import without_code
+from finetune.evaluation.answer_form import without_code
 
 # Words that hardly any text of a language lacks, and few texts of the others have.
 _FUNCTION_WORDS = {

@@ -1,4 +1,4 @@
-"""A suite: cases with a prompt and checks, and how many of them a model passes."""
+"""Suites: cases of a prompt and checks, and how many a model passes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from finetune.data.problems import listed
 from finetune.data.rows import Prepared, Row, Rows
 from finetune.data.tokenizer import Tokenizer
 from finetune.errors import DataError
-from finetune.evaluation.checks import Checks
 from finetune.evaluation.evaluate import base_weights
 from finetune.evaluation.intervals import mcnemar_exact, wilson_interval
 from finetune.evaluation.predict import predict
+from finetune.evaluation.suite_checks import Checks
 from finetune.events import Progress
 from finetune.recipe.schema import Recipe
 from finetune.text import harmless, shorten

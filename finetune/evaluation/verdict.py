@@ -1,4 +1,4 @@
-"""Verdicts in plain sentences: did training diverge, did it overfit, is the tuned model better than the base?"""
+"""Verdicts in plain sentences: divergence, overfitting, and whether the tuned model is better than the base."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from finetune.evaluation.changes import SIGNIFICANT, loss_change, loss_decides
+from finetune.evaluation.baselines import Words, shortcomings, too_weak
 from finetune.evaluation.intervals import macro_f1_change
-from finetune.evaluation.yardstick import Words, shortcomings, too_weak
+from finetune.evaluation.paired_changes import SIGNIFICANT, loss_change, loss_decides
 from finetune.events import Event, StepDone, Validated
 from finetune.text import p_text
 

@@ -1,4 +1,4 @@
-"""llama.cpp as a reader: a GGUF file is measured by the code that measures base and tuned model."""
+"""llama.cpp behind the evaluation interface: a GGUF file is measured by the same code as the run's models."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class Engine:
 
     def distribution(self, tokens: Sequence[int]) -> dict[int, float]:
         """Every token of the vocabulary and its log-probability after these, the most probable first."""
-        told = self._tell(tokens, self._filler, 1 << 24)["top_logprobs"]
-        return {int(token["id"]): float(token["logprob"]) for token in told}
+        returned = self._tell(tokens, self._filler, 1 << 24)["top_logprobs"]
+        return {int(token["id"]): float(token["logprob"]) for token in returned}
 
     def tokenise(self, text: str, special: bool = True) -> list[int]:
         """A text's tokens as the file reads them. special: with what it puts before a text by itself."""
@@ -93,9 +93,9 @@ class Engine:
 
     def _next(self, tokens: Sequence[int], target: int) -> tuple[float, int]:
         """The log-probability of `target` after these tokens, and the most probable token."""
-        told = self._tell(tokens, target, 1)
-        if told is not None:
-            return float(told["logprob"]), int(told["top_logprobs"][0]["id"])
+        returned = self._tell(tokens, target, 1)
+        if returned is not None:
+            return float(returned["logprob"]), int(returned["top_logprobs"][0]["id"])
         whole = self.distribution(tokens)  # of a target that is half a character nothing is told
         return whole[target], next(iter(whole))
 
@@ -104,8 +104,8 @@ class Engine:
         body: dict[str, Any] = {"n_predict": 1, "n_probs": count, "temperature": 0.0, "cache_prompt": True}
         body |= {"prompt": [int(token) for token in tokens], "logit_bias": [[int(sampled), _BIAS]]}
         answer = self._ask("/v1/completions", body)
-        told = (answer["choices"][0].get("logprobs") or {}).get("content")
-        return told[0] if told else None
+        returned = (answer["choices"][0].get("logprobs") or {}).get("content")
+        return returned[0] if returned else None
 
     def _ask(self, path: str, body: Mapping[str, Any]) -> Any:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}

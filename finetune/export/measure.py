@@ -1,4 +1,4 @@
-"""One model measured on held-out rows, token by token too: what an export is compared by with the run's own model."""
+"""Measures a model on held-out rows, token by token, to compare an export with the run's model."""
 
 from __future__ import annotations
 

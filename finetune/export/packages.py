@@ -1,4 +1,4 @@
-"""The optional packages of exports, loaded when they are needed."""
+"""Optional packages for exports, imported when needed."""
 
 from __future__ import annotations
 

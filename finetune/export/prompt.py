@@ -1,4 +1,4 @@
-"""The run's prompt as one chat template, for programs that know nothing of the run; and what it cannot carry."""
+"""The run's prompt as one chat template, and the parts that a template cannot carry."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from finetune.data.beside import Always, asked_part
 from finetune.data.chat_template import ChatRenderer
-from finetune.data.clock import clock_names, clock_values
 from finetune.data.column_template import Pieces, TemplateRenderer, fill
 from finetune.data.conversation import Conversation, template_text
+from finetune.data.prompt_parts import Always, asked_part
 from finetune.data.rows import Message, Prepared, Record
+from finetune.data.template_clock import clock_names, clock_values
 from finetune.data.template_sandbox import render
 from finetune.data.tokenizer import Tokenizer, begin_tokens, encode, encode_prompt
 
@@ -75,7 +75,7 @@ class Prompts:
                     text = self.asked(whole[:last], record.tools)
                 except ValueError:  # the template refuses it: no such row was trained on
                     continue
-                yield record.location, self.renderer.told(whole[:last]), record.tools, text
+                yield record.location, self.renderer.as_rendered(whole[:last]), record.tools, text
             elif self.prepared.format != "text":
                 asked = replace(record, system=record.system or self._system or "")
                 yield record.location, self._as_conversation(record), (), self.renderer.question(asked)

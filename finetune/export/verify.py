@@ -1,4 +1,4 @@
-"""Does an export do what the run's own model does? The checks, each with its limit, and what they say."""
+"""Verification of an export against the run's model: checks, limits, and their messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from finetune.data.rows import Message
 from finetune.data.tokenizer import Tokenizer, encode, encode_prompt, special_texts
-from finetune.evaluation.changes import SIGNIFICANT
+from finetune.evaluation.paired_changes import SIGNIFICANT
 from finetune.export.measure import Exported, Measured, share_kept
 from finetune.export.prompt import PROBES, Prompts
 from finetune.report.report import compare
@@ -167,6 +167,6 @@ def checks_table(checks: Iterable[Check], title: str) -> Table:
     table = Table("compared", "on", "result", "holds", "where", title=title, title_justify="left")
     styles: Mapping[str, str | None] = {"yes": None, "warning": "yellow", "no": "bold red"}
     for check in checks:
-        told = (check.name, check.on, check.result, check.holds, from_here(check.where))
-        table.add_row(*told, style=styles[check.holds])
+        cells = (check.name, check.on, check.result, check.holds, from_here(check.where))
+        table.add_row(*cells, style=styles[check.holds])
     return table

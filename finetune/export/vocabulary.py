@@ -1,4 +1,4 @@
-"""The tokenizer as GGUF: its tokens, how texts are cut before they are merged, special tokens, scores.
+"""The tokenizer in GGUF: tokens, pre-tokeniser, special tokens, scores.
 
 Named from the tokenizer's structure; what llama.cpp would cut otherwise is refused.
 """

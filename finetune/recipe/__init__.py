@@ -1,1 +1,1 @@
-"""The recipe: its keys, how it is read and written, where its model is, and the steps that follow from it."""
+"""The recipe: keys, reading and writing, locating the model, schedule."""

@@ -1,4 +1,4 @@
-"""Where a recipe's model stands on this machine: built in, a folder, or a hub id."""
+"""Locates a recipe's model: built in, a folder, or a hub id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When things happen, and the learning rate: pure functions of the recipe, the number of rows and the validations."""
+"""Schedule: steps, evaluations, checkpoints and learning rate, as pure functions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Plan:
     open_end: bool = False
 
     @property
-    def foretold(self) -> int:
+    def predicted(self) -> int:
         """The steps that the run is taken to have where that is not known yet."""
         return USUAL_EPOCHS * self.steps_per_epoch if self.open_end else self.steps
 

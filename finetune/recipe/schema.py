@@ -1,4 +1,4 @@
-"""The recipe: everything a run is decided by, its defaults and its bounds, in one place."""
+"""The recipe's schema: every key, default and bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe in the terms of the backends: the model, the adapter and the optimiser that it asks for."""
+"""Recipe to backend specs: model, adapter and optimiser."""
 
 from __future__ import annotations
 

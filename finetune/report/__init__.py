@@ -1,1 +1,1 @@
-"""What a person sees of a run: the screen while it goes on, and the report, tables and pictures after it."""
+"""Output for people: the live screen, and the report, tables and pictures afterwards."""

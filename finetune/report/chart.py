@@ -1,4 +1,4 @@
-"""Curves in the terminal: dots of braille, two across and four down in each character, with axes and their figures."""
+"""Loss curves in the terminal, in braille characters, with axes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finished run's suite, read back: figures as report.json has them, single cases as suite.json has them."""
+"""A finished run's suite results, read from report.json and suite.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field
 
 
 @dataclass(frozen=True)
-class ToldPassed:
+class PassedCases:
     """Cases that a model passes, and the 95 % interval of their share."""
 
     passed: int
@@ -17,35 +17,35 @@ class ToldPassed:
 
 
 @dataclass(frozen=True)
-class ToldAnswer:
+class CaseAnswer:
     answer: str
     failures: list[str]  # none: it passes
 
 
 @dataclass(frozen=True)
-class ToldCase:
+class CaseFigures:
     location: Annotated[str, Field(validation_alias="place")]
     name: str
-    tuned: ToldAnswer
-    base: ToldAnswer | None = None
+    tuned: CaseAnswer
+    base: CaseAnswer | None = None
 
 
 @dataclass(frozen=True)
-class ToldSuite:
+class SuiteFigures:
     """As `SuiteResult`, of report.json and suite.json."""
 
     file: str
     cases: int
-    tuned: ToldPassed
-    base: ToldPassed | None = None
+    tuned: PassedCases
+    base: PassedCases | None = None
     fixed: int | None = None  # None without a base, and in runs of before
     broken: int | None = None
     p_value: float | None = None
-    results: list[ToldCase] = field(default_factory=list)  # none where only the figures are known
+    results: list[CaseFigures] = field(default_factory=list)  # none where only the figures are known
 
 
-def with_cases(told: ToldSuite | None, asked_last: ToldSuite | None) -> ToldSuite | None:
+def with_cases(figures: SuiteFigures | None, asked_last: SuiteFigures | None) -> SuiteFigures | None:
     """The run's own suite with its cases, unless `finetune eval --suite` has asked another one since."""
-    if told is None or asked_last is None or replace(asked_last, results=[]) != told:
-        return told
+    if figures is None or asked_last is None or replace(asked_last, results=[]) != figures:
+        return figures
     return asked_last

@@ -40,17 +40,17 @@ def _parts(compared: Compared) -> Iterator[RenderableType]:
 
 def _runs_table(names: Sequence[str], compared: Compared) -> Table:
     iterations, forgotten = compared.iterations, compared.forgotten
-    told = any(forgotten)
+    with_forgetting = any(forgotten)
     by_loss = iterations.measure == "loss"
-    more = [*([] if by_loss else ["loss"]), *(["forgot"] if told else [])]
+    more = [*([] if by_loss else ["loss"]), *(["forgot"] if with_forgetting else [])]
     table = _table("", "run", iterations.measure, "95 % interval", "wrong", *more, texts=2)
     for i, (name, figures) in enumerate(zip(names, iterations.runs, strict=True)):
         wrong = "-" if figures.right is None else f"{iterations.rows - figures.right:,}"
         change = forgotten[i]
-        forgot = [f"{change.change:+.3f}" if change else "-"] if told else []
+        forgot = [f"{change.change:+.3f}" if change else "-"] if with_forgetting else []
         loss = [] if by_loss else [f"{compared.losses[i]:.4f}"]
         table.add_row(str(i + 1), _cell(name), _value(figures), _interval(figures), wrong, *loss, *forgot)
-    table.caption = "forgot: change of the loss on general text, nats per token" if told else None
+    table.caption = "forgot: change of the loss on general text, nats per token" if with_forgetting else None
     return table
 
 

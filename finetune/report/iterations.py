@@ -1,4 +1,4 @@
-"""Finished runs set side by side on the same rows: their figures, and what changed in recipe and data between them."""
+"""Finished runs on the same rows side by side: figures, and changes in recipe and data."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from finetune.errors import Incompatible
+from finetune.evaluation.error_kinds import Analysis
 from finetune.evaluation.forgetting import Change
 from finetune.evaluation.iterations import Iterations, compare_runs
-from finetune.evaluation.kinds import Analysis
-from finetune.report.differences import Difference, differences, seed_alone
-from finetune.report.finished import FinishedRun
+from finetune.report.finished_run import FinishedRun
+from finetune.report.run_differences import Difference, differences, seed_alone
 from finetune.report.same_rows import in_order, kinds_in_order, same_rows, shared
 from finetune.text import p_text
 
@@ -66,8 +66,8 @@ class Compared:
     @property
     def forgotten(self) -> list[Change | None]:
         """Of each run the change of the loss on general text; None where it was not measured."""
-        told = [run.analysis and run.analysis.forgetting for run in self.runs]
-        return [next((one for one in each.changes if one.name == "all"), None) if each else None for each in told]
+        values = [run.analysis and run.analysis.forgetting for run in self.runs]
+        return [next((one for one in each.changes if one.name == "all"), None) if each else None for each in values]
 
     def to_json(self) -> dict[str, Any]:
         runs = [
@@ -82,8 +82,8 @@ class Compared:
             asdict(step) | {"changes": [asdict(change) for change in changes]}
             for step, changes in zip(self.iterations.steps, self.changes, strict=True)
         ]
-        told = self.iterations.to_json() | {"runs": runs, "steps": steps, "notes": list(self.notes)}
-        return {"verdict": self.sentence} | told
+        values = self.iterations.to_json() | {"runs": runs, "steps": steps, "notes": list(self.notes)}
+        return {"verdict": self.sentence} | values
 
 
 _SEED = " Nothing but the seed differs: so much a draw alone may change."

@@ -1,4 +1,4 @@
-"""The screen of a run: on a terminal a page of its own, redrawn in place; elsewhere the plain screen."""
+"""The screen of a run: full-screen on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from finetune.console import Console, lines
 from finetune.events import Event, Note, Outlook, Progress, Result, Samples, StepDone, Work
-from finetune.report.frame import Frame
+from finetune.report.live_frame import Frame
 from finetune.report.screen import PlainScreen, Status, sentence
 from finetune.streams import guard
 from finetune.supervisor import announce_page

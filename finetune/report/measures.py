@@ -1,4 +1,4 @@
-"""The measures of a model that tables and pages show, in their order."""
+"""Measures shown in tables and pages, in order."""
 
 from __future__ import annotations
 

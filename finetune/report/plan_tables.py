@@ -1,4 +1,4 @@
-"""The tables of `finetune plan`: time, memory, what is the largest that fits, other machines, steps."""
+"""Tables of `finetune plan`: time, memory, largest fitting model, other machines, steps."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from backends.streaming import frozen_file_bytes
 from finetune.console import lines
 from finetune.data.collate import step_indices
 from finetune.data.rows import Example, Prepared
-from finetune.evaluation.ahead import AHEAD
+from finetune.evaluation.read_ahead import AHEAD
 from finetune.events import by_part
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, scale_in_words, trainable_numbers
 from finetune.report.tables import figures_table
 from finetune.text import duration
-from finetune.training.beside import Beside
 from finetune.training.budget import Workload
+from finetune.training.extra_evaluations import Beside
 from finetune.training.forecast import Forecast
 from finetune.training.largest import largest_model, longest_row
 from finetune.training.objective import objective_of
-from finetune.training.outlook import validations
-from finetune.training.race import RACE
+from finetune.training.predicted_time import validations
+from finetune.training.rate_race import RACE
 from finetune.training.rate_rule import LANES
 
 POSITIONS = 2**20  # of a model that does not say how many it takes

@@ -1,4 +1,4 @@
-"""Pictures of a run: the loss curves, the confusions, and a sparkline for the terminal.
+"""Loss curve and confusion pictures, and a sparkline for the terminal.
 
 Colours are from Okabe and Ito (2008): people with any common colour blindness can tell them apart.
 """

@@ -1,4 +1,4 @@
-"""Prompts as people read them: without the template around them."""
+"""Prompts shown without their template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of a finished run: how good was the base model, how good is the tuned one, did it overfit."""
+"""The report's figures: base, tuned, overfitting."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from finetune.disk.adapter_check import Loading
 from finetune.disk.atomic import write_file
 from finetune.disk.run_files import read_json
 from finetune.errors import Incompatible
+from finetune.evaluation.baselines import Words
+from finetune.evaluation.error_kinds import Analysis
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import mcnemar_exact
-from finetune.evaluation.kinds import Analysis
 from finetune.evaluation.leaked import Leaked
 from finetune.evaluation.suite import SuiteResult
 from finetune.evaluation.verdict import Overfitting, comparison_verdict
-from finetune.evaluation.yardstick import Words
 from finetune.events import Validated
-from finetune.report.facts import Facts
-from finetune.report.times import Times
-from finetune.training.race import Race
+from finetune.report.run_facts import Facts
+from finetune.report.run_times import Times
+from finetune.training.rate_race import Race
 
 _REMEDY = "delete it, and the model is evaluated again"
 

@@ -1,4 +1,4 @@
-"""Rows with columns of any kind, as the text of a JSON Lines file or of a table."""
+"""Writes rows as JSON Lines or as a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A row's tokens, marked for people to read."""
+"""A row's tokens, marked for reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Are the held-out rows of two runs the same rows? And if so, which is which."""
+"""Matches the held-out rows of two runs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
+from finetune.evaluation.error_kinds import Analysis, Kind
 from finetune.evaluation.evaluate import Evaluation
-from finetune.evaluation.kinds import Analysis, Kind
-from finetune.evaluation.shares import Found
+from finetune.evaluation.row_shares import Found
 from finetune.report.prompts import distinct
 
 

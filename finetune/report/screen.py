@@ -1,4 +1,4 @@
-"""What both screens show; and the screen for a pipe, a log file or a simple terminal: plain lines with their time."""
+"""Common parts of both screens, and the plain screen for pipes, log files and simple terminals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from finetune.events import (
     Validated,
 )
 from finetune.recipe.schema import PREFERENCE
-from finetune.report.pace import Pace
+from finetune.report.eta import Pace
 from finetune.text import amount, duration
 
 PAUSE = 10.0  # seconds between two lines about the same work ...

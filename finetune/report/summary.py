@@ -1,4 +1,4 @@
-"""What the user reads before and after a run, in the terminal and in report.txt."""
+"""Text shown before and after a run, in the terminal and in report.txt."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from finetune.console import Console, lines, plain_page
-from finetune.data.beside import always_filled
+from finetune.data.prompt_parts import always_filled
 from finetune.data.rows import Prepared
 from finetune.disk import exports
 from finetune.disk.adapter_check import in_words
 from finetune.disk.atomic import write_file
-from finetune.disk.held_out import described
+from finetune.disk.held_out_rows import described
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder
+from finetune.evaluation.error_kinds import Analysis
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.groups import sentences
-from finetune.evaluation.kinds import Analysis
 from finetune.evaluation.suite import SuiteResult
 from finetune.events import StepDone
 from finetune.recipe.load import load_recipe
-from finetune.report.finished import at_the_end, read_finished
+from finetune.report.finished_run import at_the_end, read_finished
 from finetune.report.page.run_page import run_page
 from finetune.report.page.without_rows import without_rows
 from finetune.report.plot import confusion_plot, loss_plot

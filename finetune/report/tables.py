@@ -1,4 +1,4 @@
-"""Tables for the terminal, of figures computed elsewhere."""
+"""Terminal tables."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.text import Text
 
 from finetune.console import lines
 from finetune.data.rows import Prepared
+from finetune.evaluation.error_kinds import Kind
 from finetune.evaluation.intervals import worst_confusions
-from finetune.evaluation.kinds import Kind
 from finetune.events import Validated
 from finetune.report.measures import measures_of, value_of
 from finetune.report.prompts import distinct

@@ -1,4 +1,4 @@
-"""Figures of a run for TensorBoard or Trackio, where the recipe asks for one. Both keep their files on this machine."""
+"""Logs figures to TensorBoard or Trackio, local only."""
 
 from __future__ import annotations
 

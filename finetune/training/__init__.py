@@ -1,1 +1,1 @@
-"""Training: a recipe made ready, how much fits in memory, and the loop of optimiser steps."""
+"""Training: preparing a job, fitting it into memory, and the loop of optimiser steps."""

@@ -1,4 +1,4 @@
-"""What a run will need, predicted before anything is loaded: memory and time, here and on other machines."""
+"""Predicted memory and time of a run, here and on other machines, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -
         adapted=folder.lora_modules(lora_spec(recipe)),
         examples=[*map(as_one, examples)],
         batch_size=recipe.train.batch_size,
-        epochs=plan.foretold / plan.steps_per_epoch,
+        epochs=plan.predicted / plan.steps_per_epoch,
         seed=recipe.seed,
         unsettled=recipe.train.gradient_checkpointing == "auto",
         streamable=bool(folder.weights) and not folder.remote_code,

@@ -1,4 +1,4 @@
-"""What a run will need on a machine, this one or another: whether it fits, and how long its training takes."""
+"""Whether a run fits on a machine, and how long its training takes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _fitting_with_model(work: Workload, costs: Costs, memory: float) -> int:
     return fitting_tokens(work, costs, memory - (least.training - least.step))
 
 
-def foretold_peak(job: Job, device: str, streamed: bool = False) -> int | None:
+def predicted_peak(job: Job, device: str, streamed: bool = False) -> int | None:
     """Bytes at most, as `plan` says them before anything is loaded; None where what is free decides, or sizes do not
     say.
     """

@@ -1,4 +1,4 @@
-"""Head first: the classification head learns alone, on states that the frozen model gives once for each row."""
+"""Trains the classification head alone first, on hidden states computed once per row."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from backends.interface import HEAD_WEIGHT, FloatArray, Session, TrainState
 from finetune.data.rows import Example
-from finetune.disk.head import read_head, write_head
 from finetune.disk.run_folder import RunFolder
+from finetune.disk.trained_head import read_head, write_head
 from finetune.errors import Diverged, Incompatible
 from finetune.evaluation.scoring import row_states
 from finetune.events import Event, Note
@@ -63,11 +63,11 @@ def _trained(job: Job, session: Session, passes: int) -> Generator[Event, None, 
         raise Diverged("the model's states are not finite numbers, so no head can be trained; check its weights")
     computed = time.perf_counter()
     made = fit(read, classes_of((*train, *valid)), len(train), len(untrained), passes)
-    yield Note(0, _told(made, len(read), computed - began, time.perf_counter() - computed))
+    yield Note(0, _head_note(made, len(read), computed - began, time.perf_counter() - computed))
     return made.weight
 
 
-def _told(made: Fitted, rows: int, reading: float, fitting: float) -> str:
+def _head_note(made: Fitted, rows: int, reading: float, fitting: float) -> str:
     return (
         f"head first: {rows:,} rows through the frozen model once, {reading:.1f} s; {len(made.losses) - 1} passes over "
         f"their states, {fitting:.1f} s; loss {made.losses[0]:.4f} before, {made.losses[made.best]:.4f} after pass "

@@ -1,4 +1,4 @@
-"""A recipe made ready: the backend chosen, the model found, the data prepared. No model is loaded yet."""
+"""A prepared recipe: backend chosen, model located, data prepared. The model is not loaded yet."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from backends import registry
 from backends.interface import BackendError, Session, TrainState
 from backends.model_folder import ModelFolder
-from finetune.data.clock import now
+from finetune.data.grouped_split import WORDS
 from finetune.data.label_names import Labels
 from finetune.data.prepare import prepare
 from finetune.data.problems import refuse
 from finetune.data.rows import Prepared
-from finetune.data.sides import WORDS
+from finetune.data.template_clock import now
 from finetune.data.tokenizer import Tokenizer, load_tokenizer
 from finetune.disk.adapter import Adapter, check_there
 from finetune.disk.identity import check_model, clock_of, parting_of

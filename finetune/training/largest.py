@@ -1,4 +1,4 @@
-"""The longest row and the largest model that a machine's memory allows, with all else as the recipe says."""
+"""The longest max_length and the largest model that fit in a machine's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: a generator of events without callbacks. To stop it, set `Trainer.stopping` between two events."""
+"""The training loop: a generator of events. Set `Trainer.stopping` to stop it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from finetune.recipe.schedule import Plan, known_end, learning_rate, make_plan
 from finetune.recipe.schema import Recipe
 from finetune.training.loop_state import REMEDY, LoopState, has_learned
 from finetune.training.objective import objective_of
-from finetune.training.shares import Cut, every_micro, own_micro
+from finetune.training.step_shares import Cut, every_micro, own_micro
 
 _ROWS_NAMED = 4  # of a step that diverged
 _LESS = {  # what needs less memory, by what trains

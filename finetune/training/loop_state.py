@@ -1,4 +1,4 @@
-"""What the training loop remembers from step to step, and which validation's adapter it keeps."""
+"""State of the training loop, and the rule for which adapter is kept."""
 
 from __future__ import annotations
 

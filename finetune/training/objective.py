@@ -1,7 +1,7 @@
-"""What a step learns from its examples: answers to imitate (labels through a head among them), or pairs of answers.
+"""Objectives of a step: answers to imitate (or classes, through a head), or pairs of answers.
 
 An objective forms the micro-batches and the loss of a step. What a row supervises is settled where rows become
-examples (`finetune.data.writer`), and what is measured by the task (`finetune.evaluation`).
+examples (`finetune.data.examples`), and what is measured by the task (`finetune.evaluation`).
 """
 
 from __future__ import annotations

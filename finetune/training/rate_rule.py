@@ -1,4 +1,4 @@
-"""Which learning rate to begin with, from what is known before training: a rule fitted to measured runs."""
+"""A fitted rule for the starting learning rate, from width, batch and steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Start:
     rate: float
     hidden: int | None  # the model's width
     trainable: int  # numbers that train
-    steps: int  # foretold
+    steps: int  # predicted
     batch: int
 
     @property
@@ -48,14 +48,14 @@ def starting_rate(recipe: Recipe, folder: ModelFolder, rows: int) -> Start:
     plan, full = make_plan(recipe, rows), recipe.method == "full"
     hidden = folder.text_config.get("hidden_size")
     known = hidden if isinstance(hidden, int) and hidden > 0 else None
-    rate = UNKNOWN if known is None else fitted(known, recipe.train.batch_size, plan.foretold)
+    rate = UNKNOWN if known is None else fitted(known, recipe.train.batch_size, plan.predicted)
     rate *= FULL if full else 1.0
     trainable = trainable_numbers(recipe, folder) if folder.weights else 0  # a toy has none
-    return Start(float(f"{rate:.1e}"), known, trainable, plan.foretold, recipe.train.batch_size)
+    return Start(float(f"{rate:.1e}"), known, trainable, plan.predicted, recipe.train.batch_size)
 
 
 def fitted(hidden: int, batch: int, steps: int) -> float:
-    """The rate of the rule. hidden: the model's width. batch: rows of a step. steps: of the run, as foretold.
+    """The rate of the rule. hidden: the model's width. batch: rows of a step. steps: of the run, as predicted.
 
     Least squares of the logarithms through three best rates of LoRA on all linear layers, with AdamW, alpha twice the
     rank and steps of 16 rows, give 1.24 / hidden ** 1.15:

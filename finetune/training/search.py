@@ -18,8 +18,8 @@ from finetune.disk.atomic import remove, rename, write_file
 from finetune.disk.checkpoint import Checkpoints, load_newest
 from finetune.disk.identity import identity_of
 from finetune.disk.metrics import MetricsFile
-from finetune.disk.overview import BEST
 from finetune.disk.run_folder import RunFolder
+from finetune.disk.run_list import BEST
 from finetune.errors import Diverged, Interrupted, RecipeError
 from finetune.evaluation.analysis import Questions
 from finetune.evaluation.evaluate import Evaluation, evaluate
@@ -32,18 +32,18 @@ from finetune.recipe.specs import lora_spec
 from finetune.text import duration
 from finetune.training.head_first import head_first
 from finetune.training.job import Job
-from finetune.training.ledger import LEDGER, Lap, Ledger, read_ledger
 from finetune.training.loop import Trainer
-from finetune.training.outlook import look_ahead
+from finetune.training.pair_references import REFERENCES, with_references
+from finetune.training.predicted_time import look_ahead
 from finetune.training.rate_rule import starting_rate
-from finetune.training.ready import ready_trainer
-from finetune.training.references import REFERENCES, with_references
-from finetune.training.trials import Halving, Trial, halving, stops_of, trials_of
+from finetune.training.ready_trainer import ready_trainer
+from finetune.training.search_ledger import LEDGER, Lap, Ledger, read_ledger
+from finetune.training.search_trials import Halving, Trial, halving, stops_of, trials_of
 
 AS_GOOD = 0.01  # of the lowest validation loss: a recipe this near to it is as good
 SPARE = 1.1  # times the time that steps took: what the next ones may take
 MEASURING = 1.5  # times what both models' measurements take: the analysis, and a model that is loaded again
-AT_THE_END = (REFERENCES, "base model", "tuned model")  # of a run's foretold parts
+AT_THE_END = (REFERENCES, "base model", "tuned model")  # of a run's predicted parts
 
 
 class Search:
@@ -243,8 +243,8 @@ class Search:
             if self.ledger.base_seconds is None:
                 self.ledger.base_seconds = round(time.monotonic() - began, 3)
                 rows = len(self.job.prepared.held_out.examples) / len(prepared.valid.examples)
-                foretold = sum(look_ahead(self.job, session, Questions()).parts.get(part, 0.0) for part in AT_THE_END)
-                self.ledger.last_seconds = round(max(2 * rows * self.ledger.base_seconds, foretold) * MEASURING, 3)
+                predicted = sum(look_ahead(self.job, session, Questions()).parts.get(part, 0.0) for part in AT_THE_END)
+                self.ledger.last_seconds = round(max(2 * rows * self.ledger.base_seconds, predicted) * MEASURING, 3)
         return self._base
 
     def _shape(self, trial: int) -> Trial:

@@ -1,4 +1,4 @@
-"""How long a device takes for so many operations."""
+"""Predicted time of a number of operations on a device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Speed:
     beside: bool = True  # whether the host works beside the device
     unpacking: float = 0.0
     masking: float = 0.0
-    slower: float = 1.0  # times: what a loaded model was seen to need of the time foretold
+    slower: float = 1.0  # times: what a loaded model was seen to need of the time predicted
 
     @classmethod
     def of(cls, costs: Costs, rate: float, processes: int = 1) -> Speed:

@@ -28,7 +28,7 @@ from rich.text import Text
 
 from finetune.console import Console
 from finetune.events import Event, StepDone
-from finetune.report.frame import Frame
+from finetune.report.live_frame import Frame
 from finetune.report.screen import Status, sentence
 
 HERE = Path(__file__).resolve().parent
@@ -47,7 +47,7 @@ def recorded(screen, event):
 PlainScreen.show = recorded
 main()
 """
-Told = Sequence[tuple[float, Event]]  # (seconds, event)
+TimedEvents = Sequence[tuple[float, Event]]  # (seconds, event)
 LEFT_OUT = Text("... each label, the confusion matrix, more rows ...", style="dim italic")
 FORMAT = """\
 <svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" role="img">
@@ -118,11 +118,11 @@ def picture(output: str) -> str:
     return drawn(console, "demo", "The end of finetune demo: both models on the same 200 rows")
 
 
-def live_picture(told: Told) -> str:
+def live_picture(timed: TimedEvents) -> str:
     """The live screen where SHOWN of the steps are done."""
-    now = [told[0][0]]
+    now = [timed[0][0]]
     status, notes = Status(clock=lambda: now[0]), [""]
-    for now[0], event in told:
+    for now[0], event in timed:
         status.update(event)
         notes = [text] if (text := sentence(event)) else notes
         if isinstance(event, StepDone) and event.step >= SHOWN * status.steps:
@@ -143,13 +143,13 @@ def drawn(console: Console, name: str, title: str) -> str:
     return "\n".join(line.rstrip() for line in shown.splitlines()) + "\n"
 
 
-def read_events(file: Path) -> Told:
+def read_events(file: Path) -> TimedEvents:
     """A file that RECORDER wrote."""
-    told = []
+    timed = []
     with file.open("rb") as opened, suppress(EOFError):
         while True:
-            told.append(pickle.load(opened))
-    return told
+            timed.append(pickle.load(opened))
+    return timed
 
 
 def main() -> None:

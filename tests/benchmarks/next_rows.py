@@ -5,7 +5,7 @@
 
 Prints one JSON line for each seed: the accuracy on the test rows after each round of 50 rows, chosen; after as many
 that are drawn; and after 1.3 times as many that are drawn. Every model begins from the base. With --curve instead: the
-accuracies after a quarter, a half and all of `--first` rows, the interval foretold for twice as many, and what those
+accuracies after a quarter, a half and all of `--first` rows, the interval predicted for twice as many, and what those
 gave. Two models stand in for a tuned one where seconds must suffice for many seeds: with --words naive Bayes on the
 words; with --head a linear head on the states that the frozen model gives once for each row. FOLDER is that of
 tests/real/real_data.py.
@@ -28,12 +28,12 @@ from rates import SETS, job_of, trained
 from backends.interface import Session, TrainState
 from finetune.check.next_rows import new_rows, next_rows, words_say
 from finetune.data.rows import Example, Prepared, Split
-from finetune.evaluation.curve import look_ahead
+from finetune.evaluation.diverse_rows import choose, margins
 from finetune.evaluation.evaluate import evaluate_held_out
-from finetune.evaluation.opinions import Floats, as_sure_as_right
+from finetune.evaluation.label_confidence import Floats, as_sure_as_right
+from finetune.evaluation.learning_curve import look_ahead
+from finetune.evaluation.naive_bayes import WordCounts
 from finetune.evaluation.scoring import row_states
-from finetune.evaluation.variety import choose, margins
-from finetune.evaluation.words import WordCounts
 from finetune.events import result_of
 from finetune.training.head_first import classes_of
 from finetune.training.job import Job
@@ -157,7 +157,7 @@ def curve(learner: Learner, order: Rows, whole: int) -> dict[str, Any]:
     ahead = look_ahead(seen)
     told = {"measured": [round(1 - cost, 4) for cost in ahead.costs], "says": ahead.answer}
     real = float(twice.mean())
-    told["foretold"] = [round(1 - ahead.high, 4), round(1 - ahead.low, 4)]
+    told["predicted"] = [round(1 - ahead.high, 4), round(1 - ahead.low, 4)]
     return told | {"twice": round(1 - real, 4), "right": bool(ahead.low <= real <= ahead.high)}
 
 

@@ -30,7 +30,7 @@ from finetune.events import result_of
 from finetune.recipe.load import parse_recipe
 from finetune.training.job import Job, making_ready
 from finetune.training.loop import Trainer
-from finetune.training.race import race, with_rate
+from finetune.training.rate_race import race, with_rate
 from finetune.training.rate_rule import starting_rate
 
 SETS = ("reviews", "sst2", "imdb", "banking77", "instruct", "shawgpt")

@@ -97,7 +97,7 @@ def test_a_third_backend_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.costs("third", "cpu").runtime > 0
 
 
-def test_without_any_backend_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_backend_every_reason_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "probe", lambda name: None if name == "reference" else f"{name} is broken.")
     with pytest.raises(BackendError, match=r"torch is broken.*mlx is broken|mlx is broken.*torch is broken"):
         registry.choose("auto")

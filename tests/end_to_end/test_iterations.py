@@ -12,7 +12,7 @@ from backends import registry
 from finetune.disk.run_folder import create
 from finetune.recipe.load import check_recipe, load_recipe
 from finetune.recipe.locate import demo_recipe
-from finetune.report.finished import FinishedRun, read_finished
+from finetune.report.finished_run import FinishedRun, read_finished
 from finetune.report.iterations import compared
 from tests.unit.toy_run import load_job, run_to_report
 

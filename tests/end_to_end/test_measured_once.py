@@ -10,7 +10,7 @@ import pytest
 
 from backends.interface import Session
 from finetune import run as runs
-from finetune.check import records
+from finetune.check import run_records
 from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Interrupted
@@ -115,7 +115,7 @@ def test_stopped_before_the_first_step_it_goes_on_to_the_same_end(
     with pytest.raises(Interrupted):
         run_to_report(job, run, events=seen, stop=lambda event: isinstance(event, Validated))
     assert all(one.step == 0 for one in seen), "it was to be stopped before the first step"
-    monkeypatch.setattr(records, "survey", lambda *_: pytest.fail("the data are checked already"))
+    monkeypatch.setattr(run_records, "survey", lambda *_: pytest.fail("the data are checked already"))
     run_to_report(job, run, resume=True)
     same(run.path, whole.path)
     assert json.loads(run.report.read_text())["check"] == json.loads(whole.report.read_text())["check"]

@@ -29,7 +29,7 @@ from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import model_spec
 from finetune.report.tracker import tracking
 from finetune.training.job import Job, find_folder
-from finetune.training.suites import ready_with_suite
+from finetune.training.suite_prompts import ready_with_suite
 from tests.unit.test_recipe import keys
 from tests.unit.toy_run import load_job, result_of, run_to_report
 

@@ -22,7 +22,7 @@ from finetune.disk.atomic import new_folder, write_file
 from finetune.disk.lock import locked
 from finetune.disk.metrics import MetricsFile
 from finetune.disk.run_folder import RunFolder, create
-from finetune.disk.weights import cut_short
+from finetune.disk.weight_files import cut_short
 from finetune.errors import DiskError, FinetuneError, Incompatible
 from finetune.events import Event, Progress, StepDone, Validated
 from finetune.recipe.load import check_recipe

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from rates import trained
 
 from backends.interface import Session
-from finetune.check.proof import verdict, without_rows
+from finetune.check.retrain import verdict, without_rows
 from finetune.check.suspects import find_suspects, rows_judged
 from finetune.evaluation.evaluate import evaluate_held_out
 from finetune.events import result_of

@@ -22,9 +22,9 @@ LIBRARIES = re.compile("mlx.lm", re.IGNORECASE)  # mlx-lm's adapter format is no
 ALLOWED = {
     ("finetune/disk/adapter.py", "mlx"): "names of mlx-lm's adapter format, which every run reads",
     ("finetune/disk/adapter_writer.py", "mlx"): "names of mlx-lm's adapter format, which every run writes",
-    ("backends/apart.py", "torch"): "what transformers shall not find where only its tokenizers are needed",
+    ("backends/registry_process.py", "torch"): "what transformers shall not find where only its tokenizers are needed",
     ("backends/predictions.py", "torch"): "what transformers loads wherever it finds it, and takes memory",
-    ("backends/plain.py", "torch"): "a key of config.json that older libraries write",
+    ("backends/usual_families.py", "torch"): "a key of config.json that older libraries write",
     ("finetune/options.py", "mlx"): "the format of an export",
     ("finetune/commands/export.py", "mlx"): "the format of an export",
     ("finetune/export/folders.py", "mlx"): "the format of an export, which that backend reads",

@@ -8,26 +8,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune.evaluation.error_kinds import Analysis
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import confusion_matrix, macro_f1, wilson_interval
-from finetune.evaluation.kinds import Analysis
 from finetune.evaluation.verdict import overfitting_verdict
 from finetune.events import Event, Finished, StepDone, Validated
 from finetune.recipe.load import check_recipe
-from finetune.report.facts import Facts
-from finetune.report.finished import (  # its parts, as check.json gives them
+from finetune.report.finished_run import (  # its parts, as check.json gives them
     Checked,
+    ComparisonFigures,
     Environment,
     FinishedRun,
-    Told,
-    ToldComparison,
+    ReportFigures,
     _Balance,
     _Enough,
     _Pairs,
     _Split,
 )
-from finetune.report.finished_suite import ToldSuite
+from finetune.report.finished_suite import SuiteFigures
 from finetune.report.report import compare
+from finetune.report.run_facts import Facts
 
 LABELS = ("good", "bad")
 
@@ -79,12 +79,12 @@ def answers(right: Sequence[bool], labels: Sequence[str] = LABELS) -> Evaluation
 
 
 def events(steps: int = 40) -> list[Event]:
-    told: list[Event] = [Validated(0, 0.0, None, 2.5, 12.0, 0.1, 0.5, True, 0.1)]
+    figures: list[Event] = [Validated(0, 0.0, None, 2.5, 12.0, 0.1, 0.5, True, 0.1)]
     for i in range(1, steps + 1):
-        told.append(StepDone(i, i / 20, 2.5 / i + 0.1, 1.0, 1e-3, 8, 40, 0.02, 1_000_000 + i))
+        figures.append(StepDone(i, i / 20, 2.5 / i + 0.1, 1.0, 1e-3, 8, 40, 0.02, 1_000_000 + i))
         if i % 20 == 0:
-            told.append(Validated(i, i / 20, 2.5 / i + 0.1, 2.4 / i + 0.2, 1.3, 0.9, 0.8, True, 0.1))
-    return [*told, Finished(steps, steps, 0.26)]
+            figures.append(Validated(i, i / 20, 2.5 / i + 0.1, 2.4 / i + 0.2, 1.3, 0.9, 0.8, True, 0.1))
+    return [*figures, Finished(steps, steps, 0.26)]
 
 
 def finished(
@@ -93,7 +93,7 @@ def finished(
     name: str = "run",
     analysis: Analysis | None = None,
     identity: Mapping[str, Any] | None = None,
-    suite: ToldSuite | None = None,
+    suite: SuiteFigures | None = None,
     **sections: Any,
 ) -> FinishedRun:
     """A run of this recipe with these figures."""
@@ -101,13 +101,15 @@ def finished(
     curve = events()
     validations = [event for event in curve if isinstance(event, Validated)]
     comparison = compare(base, tuned) if base else None
-    told = Told(
+    figures = ReportFigures(
         backend="torch",
         device="cpu",
         scheme="float32",
         held_out=f"{tuned.rows} test rows",
         comparison=comparison
-        and ToldComparison(comparison.verdict, len(comparison.fixed), len(comparison.broken), comparison.p_value, None),
+        and ComparisonFigures(
+            comparison.verdict, len(comparison.fixed), len(comparison.broken), comparison.p_value, None
+        ),
         overfitting=overfitting_verdict(validations),
         divergence=None,
         best_step=40,
@@ -123,7 +125,7 @@ def finished(
     return FinishedRun(
         path=Path(name),
         recipe=check_recipe(values),
-        told=told,
+        figures=figures,
         base=base,
         tuned=tuned,
         events=curve,

@@ -16,7 +16,7 @@ from finetune.recipe.load import load_recipe
 from finetune.recipe.names import DATA_KEYS, ON_DISK
 from finetune.recipe.schema import Recipe
 from finetune.training.job import set_up
-from finetune.training.suites import ready_with_suite
+from finetune.training.suite_prompts import ready_with_suite
 
 KEYS = [".".join(key) for key in (*DATA_KEYS, *ON_DISK)]
 NO_INPUTS = {  # keys with a text that names nothing to read; a model folder has its own message and exit code

@@ -87,7 +87,7 @@ def session(backend: str, model: Path, tuned: bool = False) -> Session:
 @cache
 def tasks_of_lm_eval() -> Any:
     """Read once: there are thousands."""
-    from finetune.evaluation.harness import task_manager
+    from finetune.evaluation.lm_eval_model import task_manager
 
     return task_manager()
 
@@ -95,7 +95,7 @@ def tasks_of_lm_eval() -> Any:
 def asked(model: Any, data: Path) -> Any:
     from lm_eval import simple_evaluate
 
-    from finetune.evaluation.harness import local_data
+    from finetune.evaluation.lm_eval_model import local_data
 
     with local_data(data):
         return simple_evaluate(model, tasks=TASKS, task_manager=tasks_of_lm_eval(), bootstrap_iters=0)
@@ -104,7 +104,7 @@ def asked(model: Any, data: Path) -> Any:
 def ours(live: Session, folder: Path, longest: int) -> Any:
     from transformers import AutoTokenizer
 
-    from finetune.evaluation.harness import model_of
+    from finetune.evaluation.lm_eval_model import model_of
 
     return model_of(live, AutoTokenizer.from_pretrained(folder), longest, 2048, lambda progress: None)
 

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from mlx_lm.models.gated_delta import gated_delta_ops, gated_delta_update  # noqa: E402
 
-from backends.mlx_backend import chunks, delta_rule  # noqa: E402
+from backends.mlx_backend import delta_chunks, delta_rule  # noqa: E402
 from backends.predictions import DELTA_RULE  # noqa: E402
 from tests.conformance.toy import DROPPING, Case, close, random_adapter, toy_batch  # noqa: E402
 from tests.tiny_families import published  # noqa: E402
@@ -69,7 +69,7 @@ def results(rule: Rule, given: Arrays) -> list[np.ndarray]:
 def test_chunks_are_the_recurrence_with_every_gradient(
     shape: tuple[int, ...], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "_AT_ONCE", 128)  # several parts
+    monkeypatch.setattr(delta_chunks, "_AT_ONCE", 128)  # several parts
     given = inputs(*shape, kind)
     for name, ours, theirs in zip(
         ("output", "state", "q", "k", "v", "decay", "beta", "first state"),

@@ -129,7 +129,9 @@ def test_most_asks_for_so_many(work: Work, monkeypatch: pytest.MonkeyPatch) -> N
         (["absent"], "not a run"),
     ],
 )
-def test_what_cannot_meet_is_told(work: Work, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_meet_is_reported(
+    work: Work, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     typed(monkeypatch, "l\nl\n")
     made_run(work.folder, "other", [f"ONE {i}" for i in range(10)], "test.jsonl")
     made_run(work.folder, "plain", [None] * 10)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 
-from backends import rate, registry
+from backends import matmul_speed, registry
 from backends.interface import LoraSpec
 from backends.model_folder import ModelFolder
 from finetune.commands.plan import answer, compare_backends, verdict
@@ -28,7 +28,7 @@ from finetune.events import Work
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import MICRO_TOKENS
 from finetune.report.plan_tables import steps_table
-from finetune.training import outlook, settle
+from finetune.training import memory_settings, predicted_time
 from finetune.training.budget import (
     LEAST,
     Workload,
@@ -36,8 +36,8 @@ from finetune.training.budget import (
     largest_micro,
 )
 from finetune.training.forecast import forecast_here, forecast_on
-from finetune.training.outlook import seconds_of_parts
-from finetune.training.settle import starting_tokens
+from finetune.training.memory_settings import starting_tokens
+from finetune.training.predicted_time import seconds_of_parts
 from finetune.training.speed import Speed
 from tests.unit.test_memory_plan import FLOAT, HALF, architecture, model_folder
 
@@ -246,7 +246,7 @@ def job(micro_tokens: Any) -> Any:
 
 
 def started(monkeypatch: pytest.MonkeyPatch, micro_tokens: Any, free: int | None) -> tuple[int, list[str]]:
-    monkeypatch.setattr(settle, "workload", lambda *_: work([300] * 64, batch_size=64))
+    monkeypatch.setattr(memory_settings, "workload", lambda *_: work([300] * 64, batch_size=64))
     session: Any = SimpleNamespace(device="cuda: some card", free_bytes=lambda: free)
     choice = Work(starting_tokens(job(micro_tokens), session))
     notes = [note.text for note in choice]
@@ -255,20 +255,20 @@ def started(monkeypatch: pytest.MonkeyPatch, micro_tokens: Any, free: int | None
 
 @pytest.mark.parametrize("free", [None, 20_000_000, 10**9, 10**12])
 @pytest.mark.parametrize("asked", ["auto", 8192, 512])
-def test_the_foretold_time_is_that_of_the_tokens_that_fit(
+def test_the_predicted_time_is_that_of_the_tokens_that_fit(
     monkeypatch: pytest.MonkeyPatch, asked: Any, free: int | None
 ) -> None:
     """Where only the number of passes costs time, and none of it the products."""
     made = work([300] * 64, batch_size=64)
-    monkeypatch.setattr(outlook, "workload", lambda *_: made)
-    monkeypatch.setattr(outlook, "rate_here", lambda *_: 1e30)
-    monkeypatch.setattr(outlook, "timed", lambda *_: 1.0)
+    monkeypatch.setattr(predicted_time, "workload", lambda *_: made)
+    monkeypatch.setattr(predicted_time, "rate_here", lambda *_: 1e30)
+    monkeypatch.setattr(predicted_time, "timed", lambda *_: 1.0)
     split = replace(rows(20).train, examples=tuple(made.examples))
     prepared = replace(rows(20), train=split, valid=replace(split, name="valid"))
     session: Any = SimpleNamespace(device="cuda: some card", free_bytes=lambda: free, peak_bytes=lambda: 0)
     tokens, _ = started(monkeypatch, asked, free)
     planned: Any = SimpleNamespace(**vars(job(asked)) | {"prepared": prepared, "suite": None})
-    parts = outlook.look_ahead(planned, session, Questions()).seconds
+    parts = predicted_time.look_ahead(planned, session, Questions()).seconds
     host, layers = registry.costs("torch", "gpu").host, len(made.architecture.modules)
     assert parts["training"] == pytest.approx(3 * host * layers_run(made, tokens))
     read = sum(len(example) - 1 for example in made.examples)
@@ -280,7 +280,7 @@ def test_a_number_stands_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert started(monkeypatch, 3000, free) == (3000, [])
 
 
-def test_a_number_that_does_not_fit_is_lowered_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_that_does_not_fit_is_lowered_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, said = started(monkeypatch, 3000, 20_000_000)
     assert LEAST <= tokens < 3000
     assert f"{tokens:,} tokens" in said[0]
@@ -295,10 +295,10 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_rate_of_products_waits_once_and_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock on which a product takes 10 ms and a wait 30 ms: the longer the queue, the nearer to the true rate."""
     clock, queued = [0.0], [0]
-    monkeypatch.setattr(rate.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(matmul_speed.time, "perf_counter", lambda: clock[0])
 
     class Product:
-        T, shape = None, rate.SIZES["gpu"]
+        T, shape = None, matmul_speed.SIZES["gpu"]
 
         def __matmul__(self, other: object) -> Product:
             clock[0] += 0.01
@@ -309,8 +309,8 @@ def test_the_rate_of_products_waits_once_and_long_enough(monkeypatch: pytest.Mon
         clock[0] += 0.03
         queued.append(0)
 
-    rows, width = rate.SIZES["gpu"]
-    found = rate.operations_per_second(Product(), Product(), wait)
+    rows, width = matmul_speed.SIZES["gpu"]
+    found = matmul_speed.operations_per_second(Product(), Product(), wait)
     assert queued.pop() == 0  # nothing is computed after the last wait
     assert queued == [1, 1, 3, *[6] * 3]
     assert found == pytest.approx(6 * 2 * rows * width**2 / 0.09)

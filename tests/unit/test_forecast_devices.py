@@ -1,4 +1,4 @@
-"""What `plan --devices` foretells: memory of each process, and time by the largest share of a step."""
+"""What `plan --devices` predicts: memory of each process, and time by the largest share of a step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from backends import registry, together
+from backends import process_group, registry
 from backends.model_folder import ModelFolder
 from finetune.commands.doctor import run as doctor
 from finetune.commands.plan import answer
@@ -56,5 +56,5 @@ def test_doctor_names_the_engines_that_join_processes(capsys: pytest.CaptureFixt
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for name, row in registry.BACKENDS.items():
         if row.launcher and registry.probe(name) is None:
-            assert together.engines(name)
-            assert f"(--devices, {together.launcher(name).NAME}): {together.engines(name)[0]}" in told
+            assert process_group.engines(name)
+            assert f"(--devices, {process_group.launcher(name).NAME}): {process_group.engines(name)[0]}" in told

@@ -25,9 +25,9 @@ from finetune.evaluation.forgetting import (
 from finetune.evaluation.scoring import RowLosses
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import MICRO_TOKENS
-from finetune.training.general import affordable, computed_share
+from finetune.training.general_text import affordable, computed_share
 from finetune.training.job import find_folder
-from finetune.training.outlook import seconds_of_parts
+from finetune.training.predicted_time import seconds_of_parts
 from finetune.training.speed import Speed
 from tests.unit.test_forecast import work
 from tests.unit.test_groups import evaluation

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from backends import registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec
 from finetune.disk.run_folder import RunFolder, create
-from finetune.disk.trained import read_trained
+from finetune.disk.trained_model import read_trained
 from finetune.errors import ExitCode
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe

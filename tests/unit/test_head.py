@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from backends.interface import HEAD_WEIGHT
-from finetune.check.proof import without_rows
+from finetune.check.retrain import without_rows
 from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import ExitCode
 from finetune.events import Event, Note, StepDone

@@ -101,7 +101,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("kind", SCALED)
-def test_rows_beyond_the_context_are_told(tmp_path: Path, kind: str) -> None:
+def test_rows_beyond_the_context_are_reported(tmp_path: Path, kind: str) -> None:
     scaling, context = SCALED[kind]
     settings = {"max_position_embeddings": 16, "rope_scaling": scaling}
     folder = ModelFolder.open(model(tmp_path / "model", {**CONFIG, "rope_parameters": None, **settings}))

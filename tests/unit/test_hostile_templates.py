@@ -15,8 +15,8 @@ import pytest
 
 from finetune.data import template_sandbox as sandbox
 from finetune.data.chat_template import PLAIN_CHAT
-from finetune.data.clock import DATE
 from finetune.data.conversation import Conversation
+from finetune.data.template_clock import DATE
 from finetune.errors import EnvironmentProblem
 from tests.unit.data.toy_tokenizers import TEMPLATES, byte_level
 from tests.unit.hostile import SECONDS, harmless, refused

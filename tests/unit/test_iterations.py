@@ -11,16 +11,16 @@ import pytest
 
 from finetune.console import Console
 from finetune.errors import Incompatible
+from finetune.evaluation.error_kinds import Analysis, Kind
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.intervals import holm, mcnemar_exact
 from finetune.evaluation.iterations import compare_runs
-from finetune.evaluation.kinds import Analysis, Kind
-from finetune.evaluation.shares import Found
+from finetune.evaluation.row_shares import Found
 from finetune.evaluation.verdict import comparison_verdict
-from finetune.report.differences import beyond_defaults, differences, seed_alone
 from finetune.report.iteration_tables import print_iterations
 from finetune.report.iterations import compared
 from finetune.report.page.compare_page import compare_page
+from finetune.report.run_differences import beyond_defaults, differences, seed_alone
 from tests.unit.finished_runs import answers, evaluation, finished
 
 RNG = np.random.default_rng(5)

@@ -89,7 +89,7 @@ def test_what_torch_keeps_of_a_recurrence(key_heads: int, keys: int, values: int
             "linear_key_head_dim": keys, "linear_value_head_dim": values,
         }  # fmt: skip
 
-    def foretold(settings: Sizes) -> float:
+    def predicted(settings: Sizes) -> float:
         from backends.config_sizes import recurrence_of
 
         recurrence = recurrence_of(settings)
@@ -98,8 +98,8 @@ def test_what_torch_keeps_of_a_recurrence(key_heads: int, keys: int, values: int
 
     small, large = sizes(2, 16, 16), sizes(key_heads, keys, values)
     measured = [saved("qwen3_5_text", 256, dtype, **settings) / 3 / 256 for settings in (small, large)]
-    assert foretold(large) - foretold(small) == pytest.approx(measured[1] - measured[0], rel=0.1)
-    assert measured[0] > foretold(small)  # and the rest of the block
+    assert predicted(large) - predicted(small) == pytest.approx(measured[1] - measured[0], rel=0.1)
+    assert measured[0] > predicted(small)  # and the rest of the block
 
 
 def peak(folder: Path, tokens: int, dtype: Any) -> int:
@@ -117,7 +117,7 @@ def peak(folder: Path, tokens: int, dtype: Any) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_softcap_in_mlx_takes_what_was_foretold(
+def test_a_softcap_in_mlx_takes_what_was_predicted(
     dtype: Literal["float32", "bfloat16"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows so long that the weights of every pair are most of a step."""
@@ -132,7 +132,7 @@ def test_a_softcap_in_mlx_takes_what_was_foretold(
 
 
 @pytest.mark.parametrize("heads", [4, 8])
-def test_a_recurrence_in_mlx_takes_what_was_foretold(
+def test_a_recurrence_in_mlx_takes_what_was_predicted(
     heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blas_bridge, "ENABLED", False)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from backends import registry, together, waits
+from backends import process_group, registry, timeouts
 from backends.interface import BackendError
 from finetune import launch, team_folder
 from finetune.errors import ExitCode, RecipeError
@@ -70,7 +70,7 @@ def test_a_backend_of_one_process_says_so() -> None:
 
 @pytest.mark.parametrize("name", JOINED)
 def test_a_launcher_s_command_runs_this_very_program(name: str) -> None:
-    command = together.launcher(name).command(3, ["train", "r.yaml"])
+    command = process_group.launcher(name).command(3, ["train", "r.yaml"])
     assert command[0] == sys.executable and command[-2:] == ["train", "r.yaml"]
     assert any("3" in word for word in command)
 
@@ -83,7 +83,7 @@ def hostfile(folder: Path, *hosts: str) -> str:
 
 def test_a_process_knows_its_place(tmp_path: Path) -> None:
     def found(**environment: str) -> tuple[int, ...] | None:
-        here = together.find_place(environment)
+        here = process_group.find_place(environment)
         return here and (here.rank, here.size, here.local_rank, here.local_size)
 
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -182,20 +182,20 @@ def test_what_is_known_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def watched(monkeypatch: pytest.MonkeyPatch, failed: Mapping[str, str], patience: float, seconds: float) -> list[str]:
     """What is said while this thread waits for so long."""
     said: list[str] = []
-    monkeypatch.setattr(waits, "_TICK", 0.01)
-    monkeypatch.setattr(waits, "_GRACE", 0.05)
-    waits.watch(lambda: failed.get("why"), said.append)
-    with waits.waiting(patience):
+    monkeypatch.setattr(timeouts, "_TICK", 0.01)
+    monkeypatch.setattr(timeouts, "_GRACE", 0.05)
+    timeouts.watch(lambda: failed.get("why"), said.append)
+    with timeouts.waiting(patience):
         time.sleep(seconds)
     return said
 
 
-def test_a_wait_that_lasts_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_that_lasts_too_long_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "has not answered" in watched(monkeypatch, {}, 0.05, 0.5)[0]
     assert watched(monkeypatch, {}, 60.0, 0.2) == []
 
 
-def test_a_wait_for_who_has_failed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_for_who_has_failed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watched(monkeypatch, {"why": "process 1 has ended"}, 60.0, 0.5)[0] == "process 1 has ended"
 
 

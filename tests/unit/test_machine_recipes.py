@@ -21,12 +21,12 @@ from finetune.recipe.load import load_recipe
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec
-from finetune.training import settle
+from finetune.training import memory_settings
 from finetune.training.budget import LEAST, Workload
 from finetune.training.forecast import forecast_on
 from finetune.training.job import Job
 from finetune.training.largest import architecture_of
-from finetune.training.settle import settle_memory
+from finetune.training.memory_settings import settle_memory
 from tests.unit.test_memory_plan import HALF
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def settled(monkeypatch: pytest.MonkeyPatch, asked: object, free: int | None, ea
     recipe = load_recipe(ROOT / "configs/nvidia-8gb.yaml")
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"gradient_checkpointing": asked})})
     work = workload(recipe, 512)
-    monkeypatch.setattr(settle, "workload", lambda *_: work)
+    monkeypatch.setattr(memory_settings, "workload", lambda *_: work)
     monkeypatch.setattr(registry, "describe", lambda *_: {"device": "cuda: some card"})
     monkeypatch.setattr(registry, "free_bytes", lambda *_: free)
     folder: Any = SimpleNamespace(weights={"file": ()})

@@ -14,7 +14,7 @@ from finetune.data.problems import refuse
 from finetune.data.rows import Prepared
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import DataError
-from finetune.evaluation.yardstick import bag_of_words
+from finetune.evaluation.baselines import bag_of_words
 from finetune.recipe.schema import Recipe
 from finetune.report.summary import account_of
 from tests.unit.data.toy_tokenizers import CHATML, byte_level

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from finetune.data.prepare import prepare
-from finetune.disk.held_out import read_held_out, write_held_out
+from finetune.disk.held_out_rows import read_held_out, write_held_out
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import Incompatible
 from finetune.recipe.schema import Recipe

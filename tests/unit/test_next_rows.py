@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.check.more_rows import parts_of
+from finetune.check.curve_runs import parts_of
 from finetune.check.next_rows import new_rows, next_rows
 from finetune.data.rows import Split
 from finetune.errors import DataError
-from finetune.evaluation.curve import SHARES, look_ahead
-from finetune.evaluation.variety import choose, margins
+from finetune.evaluation.diverse_rows import choose, margins
+from finetune.evaluation.learning_curve import SHARES, look_ahead
 from tests.end_to_end.command import Work
 from tests.unit.test_suspects import labelled
 from tests.unit.test_wrong_resume import RECIPE, finetune

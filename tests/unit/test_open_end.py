@@ -74,7 +74,7 @@ def test_the_rate_falls_from_the_first_epoch_on_and_to_zero_over_the_last_one(sc
     plan, longest = plan_after([9.0, 5.0, 5.0], asked), make_plan(asked, 13)
     whole = [learning_rate(asked, longest, step) for step in range(longest.steps)]
     ended = [learning_rate(asked, plan, step) for step in range(plan.steps)]
-    assert plan.warmup == 3, "of the five epochs that a run is foretold to have"
+    assert plan.warmup == 3, "of the five epochs that a run is predicted to have"
     numbered = auto(schedule=schedule, warmup=3 / 24, epochs=MOST_EPOCHS)
     plan_of_number = make_plan(numbered, 13)
     assert whole == [learning_rate(numbered, plan_of_number, step) for step in range(24)], "those of 6 epochs"

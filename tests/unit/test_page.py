@@ -19,16 +19,16 @@ from finetune.disk.adapter_check import Loading
 from finetune.disk.exports import Made
 from finetune.disk.run_files import check_values
 from finetune.errors import Incompatible
-from finetune.evaluation.checks import Checks
+from finetune.evaluation.error_kinds import Analysis, Kind
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.forgetting import Change, Forgetting
 from finetune.evaluation.groups import Slice, Swaps
-from finetune.evaluation.kinds import Analysis, Kind
 from finetune.evaluation.leaked import Figure
-from finetune.evaluation.shares import Found
+from finetune.evaluation.row_shares import Found
 from finetune.evaluation.suite import Case, Outcome, Suite, SuiteResult
-from finetune.report.finished import FinishedRun, read_finished
-from finetune.report.finished_suite import ToldSuite, with_cases
+from finetune.evaluation.suite_checks import Checks
+from finetune.report.finished_run import FinishedRun, read_finished
+from finetune.report.finished_suite import SuiteFigures, with_cases
 from finetune.report.iterations import compared
 from finetune.report.page.compare_page import compare_page
 from finetune.report.page.run_page import run_page
@@ -108,14 +108,14 @@ def an_analysis(labels: tuple[str, str] | None = ("good", "bad"), group: str = "
     )
 
 
-def a_suite(text: str = "needs the price", cases: int = 6) -> ToldSuite:
+def a_suite(text: str = "needs the price", cases: int = 6) -> SuiteFigures:
     """Cases by turns passed by both, by the tuned model alone, and by neither."""
     asked = Suite(text, tuple(Case(Row({}, text, i + 1), Checks(), text) for i in range(cases)), prepared())
     fails, passes = Outcome(f"it costs {text}", (f'does not contain "{text}"',)), Outcome("it costs 3", ())
     base = [passes if i % 3 == 0 else fails for i in range(cases)]
     tuned = [fails if i % 3 == 2 else passes for i in range(cases)]
     made = SuiteResult(asked.file, asked.cases, tuple(base), tuple(tuned))
-    return check_values(made.to_json(), ToldSuite, "suite.json", "")
+    return check_values(made.to_json(), SuiteFigures, "suite.json", "")
 
 
 def a_run(**options: Any) -> FinishedRun:
@@ -125,17 +125,17 @@ def a_run(**options: Any) -> FinishedRun:
 
 def report_json(run: FinishedRun) -> dict[str, Any]:
     """As the run's report.json has the figures that a page shows."""
-    told = run.told
-    comparison = told.comparison
-    assert comparison is not None and told.facts is not None
+    figures = run.figures
+    comparison = figures.comparison
+    assert comparison is not None and figures.facts is not None
     return json.loads(
         json.dumps(
             {
                 "base": run.base and run.base.summary(),
                 "tuned": run.tuned.summary(),
                 "comparison": vars(comparison),
-                "facts": vars(told.facts),
-                "best_step": told.best_step,
+                "facts": vars(figures.facts),
+                "best_step": figures.best_step,
                 "validations": [vars(one) for one in run.validations],
                 "analysis": run.analysis and run.analysis.to_json(rows=False),
                 "suite": run.suite and asdict(run.suite),
@@ -187,9 +187,9 @@ def test_a_row_is_named_without_its_folder() -> None:
 def test_only_the_run_s_own_suite_is_shown_with_its_cases() -> None:
     """`finetune eval --suite` replaces suite.json; the figures stay those of report.json."""
     own, other = a_suite(), a_suite("another")
-    told = replace(own, results=[])
-    assert with_cases(told, own) == own
-    assert with_cases(told, other) == with_cases(told, None) == told
+    figures = replace(own, results=[])
+    assert with_cases(figures, own) == own
+    assert with_cases(figures, other) == with_cases(figures, None) == figures
     assert with_cases(None, own) is None
 
 
@@ -259,8 +259,8 @@ def test_hostile_texts_stay_texts(text: str) -> None:
     analysis = an_analysis((text, "b"), text)
     system, suite = text.replace("\ud800", ""), a_suite(text.replace("\ud800", ""))
     run = finished(replace(tuned, results=rows), base, "run", analysis, suite=suite, prompt={"system": system})
-    told = replace(run.told, device=text, scheme=text, limited=[text], loads=[Loading(text, True)])
-    run = replace(run, told=told, path=Path(text.replace("/", "|").replace("\x00", "")))
+    figures = replace(run.figures, device=text, scheme=text, limited=[text], loads=[Loading(text, True)])
+    run = replace(run, figures=figures, path=Path(text.replace("/", "|").replace("\x00", "")))
     plain = {tag for tag, _ in Page(run_page(a_run(analysis=an_analysis(), suite=a_suite()))).tags}
     for html in pages(run).values():
         page = Page(html)
@@ -331,19 +331,21 @@ def with_secrets() -> FinishedRun:
         output=f"/{next(s)}/runs",
         task="classification",
     )  # fmt: skip
-    told = run.told
-    assert told.comparison and told.facts and run.checked
+    figures = run.figures
+    assert figures.comparison and figures.facts and run.checked
     rest = [*s]
-    told = replace(
-        told,
-        comparison=replace(told.comparison, verdict=f'Better: always "{rest[0]}" would have 0.5.'),
-        facts=replace(told.facts, data={"train": rest[1]}, model=f"/x/{rest[2]}/model"),
+    figures = replace(
+        figures,
+        comparison=replace(figures.comparison, verdict=f'Better: always "{rest[0]}" would have 0.5.'),
+        facts=replace(figures.facts, data={"train": rest[1]}, model=f"/x/{rest[2]}/model"),
         check=rest[3],
         loads=[Loading("peft", False, rest[4])],
     )
     enough = replace(run.checked.enough, reasons=[f'rarest label "{rest[5]}" has 2 rows'])
     balance = replace(run.checked.balance, labels={"train": dict.fromkeys(rest[6:], 3)})
-    return replace(run, told=told, checked=replace(run.checked, enough=enough, balance=balance), path=Path("/r/run"))
+    return replace(
+        run, figures=figures, checked=replace(run.checked, enough=enough, balance=balance), path=Path("/r/run")
+    )
 
 
 def test_all_fifty_secrets_are_planted() -> None:
@@ -374,9 +376,9 @@ def test_without_rows_open_answers_are_gone_and_figures_stay() -> None:
 
 def test_without_rows_the_verdict_is_the_same_word() -> None:
     for run in (a_run(), with_secrets()):
-        assert run.told.comparison
-        bare = without_rows(run).told.comparison
-        assert bare and bare.verdict.partition(":")[0] == run.told.comparison.verdict.partition(":")[0]
+        assert run.figures.comparison
+        bare = without_rows(run).figures.comparison
+        assert bare and bare.verdict.partition(":")[0] == run.figures.comparison.verdict.partition(":")[0]
 
 
 # The commands

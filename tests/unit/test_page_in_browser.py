@@ -118,7 +118,7 @@ FAINT = """() => {
 
 
 @WHICH
-def test_a_page_asks_for_nothing_and_no_error_is_told(tab: Any, served: tuple[str, list[str]], which: str) -> None:
+def test_a_page_asks_for_nothing_and_no_error_is_reported(tab: Any, served: tuple[str, list[str]], which: str) -> None:
     address, asked = served
     told: list[str] = []
     tab.on("console", lambda message: told.append(message.text))

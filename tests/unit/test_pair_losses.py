@@ -15,7 +15,7 @@ from finetune.data.rows import Example
 from finetune.evaluation.pair_losses import DPO, ORPO, PairLoss
 from finetune.evaluation.pairs import referred, scored_pairs
 from finetune.training.objective import Preference
-from tests.unit.data.test_compared import pair
+from tests.unit.data.test_preference_rows import pair
 from tests.unit.toy_run import result_of
 
 LOSSES: dict[str, PairLoss] = {"dpo": DPO(0.3), "orpo": ORPO(0.3)}

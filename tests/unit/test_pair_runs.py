@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.check.proof import without_rows
+from finetune.check.retrain import without_rows
 from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import ExitCode
 from finetune.events import Event, StepDone

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune.check.analysis import questions_of
+from finetune.check.run_analysis import questions_of
 from finetune.evaluation.analysis import rows_again
 from finetune.recipe.load import check_recipe
 from finetune.training.job import Job

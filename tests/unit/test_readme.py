@@ -100,7 +100,7 @@ def test_every_command_that_the_readme_shows_is_one() -> None:
     assert used and used <= known
 
 
-def test_every_file_of_a_run_is_told() -> None:
+def test_every_file_of_a_run_is_reported() -> None:
     text = README.read_text(encoding="utf-8").split("## What a run leaves")[1].split("\n## ")[0]
     told = set(re.findall(r"[\w-]+\.(?:jsonl|json|txt|png|yaml|html|csv)|\w+(?=/)", text))
     later = {"eval.json", "suite.json", "benchmark.json", "votes.jsonl", "suspects.csv", "exports", "exports.txt"}

@@ -22,7 +22,7 @@ from finetune.recipe.load import check_recipe, dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.report.report import compare, load_evaluation, save_evaluation
 from finetune.training import job as jobs
-from finetune.training import ready
+from finetune.training import ready_trainer
 from finetune.training.job import Job
 from tests.unit.toy_run import Poisoned, Wrapped, curve, load_job, result_of, run_to_report
 
@@ -387,7 +387,7 @@ def test_a_resumed_run_computes_blocks_again_as_it_began(recipe: Recipe, monkeyp
     """Whatever memory is free by then: the sums would be others."""
     asked = recipe.model_copy(update={"train": recipe.train.model_copy(update={"gradient_checkpointing": "auto"})})
     seen: list[Any] = []
-    opened, begin_with = Job.open, ready.starting_tokens
+    opened, begin_with = Job.open, ready_trainer.starting_tokens
 
     def opening(job: Job) -> Session:
         seen.append(job.recipe.train.gradient_checkpointing)
@@ -395,7 +395,7 @@ def test_a_resumed_run_computes_blocks_again_as_it_began(recipe: Recipe, monkeyp
 
     monkeypatch.setattr(Job, "open", opening)
     monkeypatch.setattr(
-        ready,
+        ready_trainer,
         "starting_tokens",
         lambda job, session: (seen.append(job.recipe.train.gradient_checkpointing), begin_with(job, session))[1],
     )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from finetune.disk.lock import locked
-from finetune.disk.overview import RunLine, overview
+from finetune.disk.run_list import RunLine, overview
 from finetune.recipe.load import check_recipe, dump_recipe
 from tests.unit.test_startup import FRAMEWORKS, SCIENCE, loaded, packages
 

@@ -10,17 +10,17 @@ import pytest
 
 from finetune.commands.search import seconds_of
 from finetune.crashes import what_is_left
-from finetune.disk.overview import overview
 from finetune.disk.run_folder import RunFolder, create, open_existing
+from finetune.disk.run_list import overview
 from finetune.errors import ExitCode, Interrupted, RecipeError
 from finetune.events import Work as Events
 from finetune.recipe.load import load_recipe
 from finetune.training import search
 from finetune.training.job import Job
-from finetune.training.ledger import Lap, Ledger, read_ledger
 from finetune.training.rate_rule import Start
 from finetune.training.search import Search
-from finetune.training.trials import Halving, Trial, halving, stops_of, trials_of
+from finetune.training.search_ledger import Lap, Ledger, read_ledger
+from finetune.training.search_trials import Halving, Trial, halving, stops_of, trials_of
 from tests.end_to_end.command import Work
 from tests.unit.test_suspects import labelled
 from tests.unit.test_wrong_resume import finetune

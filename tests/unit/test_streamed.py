@@ -18,9 +18,9 @@ from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import ExitCode, explain
 from finetune.events import Event, Note, StepDone
 from finetune.recipe.load import load_recipe
-from finetune.training.ahead import kept_bytes
 from finetune.training.budget import workload
 from finetune.training.job import Job
+from finetune.training.read_ahead import kept_bytes
 from tests.conformance.toy import random_adapter, toy_batch
 from tests.unit.toy_run import load_job, run_to_report
 

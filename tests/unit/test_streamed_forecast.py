@@ -1,4 +1,4 @@
-"""When a model is streamed, and what is foretold of it: memory, disk and time, from sizes alone."""
+"""When a model is streamed, and what is predicted of it: memory, disk and time, from sizes alone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from backends.memory_plan import weight_bytes
 from backends.weight_plan import frozen_file_bytes, streamed_bytes
 from finetune.events import Work
 from finetune.recipe.load import check_recipe
-from finetune.training import ahead, settle
+from finetune.training import memory_settings, read_ahead
 from finetune.training.budget import LEAST, Workload, has_to_stream
 from finetune.training.forecast import forecast_here, forecast_on
 from finetune.training.job import Job
-from finetune.training.settle import settle_memory
+from finetune.training.memory_settings import settle_memory
 from finetune.training.speed import Speed
 from tests.unit.test_forecast import planned, rows, work
 from tests.unit.test_memory_plan import HALF, architecture
@@ -69,7 +69,7 @@ def test_streamed_weights_are_what_is_held_and_the_largest_part_beside_it(
     assert frozen_file_bytes(replace(shape, stored=1000), frozen) < 1000 * frozen / 4
 
 
-def test_memory_that_is_foretold_is_below_that_of_a_model_held_whole() -> None:
+def test_memory_that_is_predicted_is_below_that_of_a_model_held_whole() -> None:
     for costs in COSTS.values():
         whole = top().memory(LEAST, costs)
         streamed = replace(top(), model=replace(top().model, streamed=True)).memory(LEAST, costs)
@@ -95,7 +95,7 @@ def test_a_run_says_what_streaming_costs(recomputed: bool | None, monkeypatch: p
     values = {"model": {"path": "m"}, "data": {"train": "t"}, "lora": {"layers": 1}}
     recipe = check_recipe(values | {"train": {"gradient_checkpointing": "auto"}})
     shape = replace(top(unsettled=True), architecture=replace(architecture(4), stored=4 * 10**9))
-    monkeypatch.setattr(settle, "workload", lambda *_: shape)
+    monkeypatch.setattr(memory_settings, "workload", lambda *_: shape)
     monkeypatch.setattr(registry, "describe", lambda *_: {"device": "cpu", "half": "bfloat16"})
     folder: Any = SimpleNamespace(weights={"file": ()})
 
@@ -127,7 +127,7 @@ def test_answers_wait_for_the_disk() -> None:
 
 
 def outlook_of(recipe: Any, one: Workload) -> dict[str, float]:
-    from finetune.training.outlook import seconds_of_parts
+    from finetune.training.predicted_time import seconds_of_parts
 
     return seconds_of_parts(recipe, rows(20, task="generation"), one, Speed(1e12), 256)
 
@@ -135,13 +135,13 @@ def outlook_of(recipe: Any, one: Workload) -> dict[str, float]:
 def test_rows_that_are_known_ahead_are_counted_once() -> None:
     recipe = check_recipe({"model": {"path": "m"}, "data": {"train": "t"}})
     prepared = rows(20)
-    found = ahead.kept_bytes(recipe, prepared, work(last=1, model=HALF), "cpu")
+    found = read_ahead.kept_bytes(recipe, prepared, work(last=1, model=HALF), "cpu")
     # 39 tokens of each training row; the others are such rows again, and a label of one token has the same before it
     row = 39 * architecture().hidden * 2
     assert found == 20 * row
     other = replace(prepared.train.examples[0], tokens=np.arange(40, dtype=np.int32))
     more = replace(prepared, train=replace(prepared.train, examples=(*prepared.train.examples, other)))
-    assert ahead.kept_bytes(recipe, more, work(last=1, model=HALF), "cpu") == found + row
+    assert read_ahead.kept_bytes(recipe, more, work(last=1, model=HALF), "cpu") == found + row
 
 
 def test_the_plan_tells_of_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

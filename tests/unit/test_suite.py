@@ -67,7 +67,7 @@ def test_a_run_asks_its_suite_at_the_end(work: Work, run: str) -> None:
     shown = (work.folder / run / "report.html").read_text()
     assert f"Suite: {run}-cases.jsonl" in shown and f"{run}-cases.jsonl:{total}" in shown
     time = values(work, run, "report.json")["time"]
-    assert "suite" in time["foretold"] and time["measured"]["suite"] > 0 and time["measured"]["errors"] > 0
+    assert "suite" in time["predicted"] and time["measured"]["suite"] > 0 and time["measured"]["errors"] > 0
 
 
 @pytest.mark.parametrize("run", ["answered", "talks"])
@@ -126,7 +126,7 @@ def test_eval_of_other_rows_tells_of_their_groups(work: Work) -> None:
         (["--suite", "other.jsonl"], 3, "there is no such column (question)"),
     ],
 )
-def test_what_cannot_be_asked_is_told(work: Work, arguments: list[str], code: int, said: str) -> None:
+def test_what_cannot_be_asked_is_reported(work: Work, arguments: list[str], code: int, said: str) -> None:
     good = {"prompt": "a", "checks": {"equals": "b"}}
     work.lines("broken.jsonl", [good, {"prompt": "a", "checks": {"equal": "b"}}])
     work.lines("empty-prompt.jsonl", [good | {"prompt": ""}, good])

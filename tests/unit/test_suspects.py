@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 from backends.interface import Batch, Scores
-from finetune.check.clashes import clashes
-from finetune.check.proof import foretold, verdict, without_rows
+from finetune.check.contradictions import clashes
+from finetune.check.retrain import predicted_seconds, verdict, without_rows
 from finetune.check.suspects import find_suspects
 from finetune.data.rows import Example, Prepared, Record, Split
 from finetune.errors import DataError
-from finetune.evaluation.opinions import as_sure_as_right, doubts, filled_in, log_shares
-from finetune.evaluation.words import WordCounts
+from finetune.evaluation.label_confidence import as_sure_as_right, doubts, filled_in, log_shares
+from finetune.evaluation.naive_bayes import WordCounts
 from finetune.events import StepDone
 from tests.end_to_end.command import Work
+from tests.unit.test_baselines import evaluation
 from tests.unit.test_wrong_resume import RECIPE, finetune
-from tests.unit.test_yardstick import evaluation
 from tests.unit.toy_run import LABEL_TOKENS, Wrapped, prepared, result_of, session
 
 WORDS = {"good": ["fine", "warm", "bright"], "bad": ["dull", "cold", "grey"]}
@@ -262,7 +262,7 @@ def test_the_proof_says_whether_something_was_gained() -> None:
 
 def test_a_run_s_own_time_tells_what_a_proof_takes() -> None:
     step = StepDone(1, 0.5, 1.0, 1.0, 0.1, 5, 5, 2.5, 100)
-    assert foretold([step, replace(step, step=2)]) == 5.0
+    assert predicted_seconds([step, replace(step, step=2)]) == 5.0
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_one_that_fails_is_told_once_and_costs_no_run(
     assert capsys.readouterr().err.count("trackio gets no more figures (no room)") == 1
 
 
-def test_one_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_is_not_installed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tensorboard", "tensorboard.summary", "trackio"):
         monkeypatch.setitem(sys.modules, name, None)
     for name in ("tensorboard", "trackio"):

@@ -40,7 +40,7 @@ def sharded(folder: Path, name: str, scale: float) -> dict[str, str]:
     return {key: file for file, part in parts.items() for key in part}
 
 
-def test_shards_beside_a_whole_model_are_not_read_and_are_told(tmp_path: Path) -> None:
+def test_shards_beside_a_whole_model_are_not_read_and_are_reported(tmp_path: Path) -> None:
     expected = logprobs(tiny_llama(tmp_path / "clean"))[0]
     folder = tiny_llama(tmp_path / "stale")
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": sharded(folder, "model", 3.0)}))
@@ -63,7 +63,7 @@ def test_of_two_sets_of_shards_the_one_that_the_index_names_is_read(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
-def test_parts_beside_the_language_model_are_told(name: str, tmp_path: Path) -> None:
+def test_parts_beside_the_language_model_are_reported(name: str, tmp_path: Path) -> None:
     parts = {"gemma3": "multi_modal_projector, vision_tower", "qwen3_5": "mtp, visual"}[name]
     assert ModelFolder.open(published(name, tmp_path)).notes == (
         f"the model's {parts}: not part of its language model, and not trained",

@@ -13,9 +13,9 @@ import numpy as np
 
 from backends import registry
 from backends.interface import LoraSpec, Lost, ModelSpec, OptimSpec, Session
-from backends.together import SharedSession, lead, led
+from backends.process_group import SharedSession, lead, led
 from finetune.data.rows import Prepared
-from finetune.training.shares import share_of
+from finetune.training.step_shares import share_of
 from tests.unit.toy_run import model_folder
 
 PATIENCE = 30.0  # seconds
@@ -59,7 +59,7 @@ class ThreadGroup:
     def zeros(self, numbers: int) -> Sequence[Any]:
         return [np.zeros(numbers, np.float32)]
 
-    def tell(self, message: bytes | None) -> bytes:
+    def broadcast(self, message: bytes | None) -> bytes:
         told: bytes = self._meet("tell", message)[0]
         return told
 

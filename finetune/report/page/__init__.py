@@ -1,1 +1,1 @@
-"""One HTML page of a run, or of runs compared: a single file that asks nobody for anything."""
+"""The HTML report of one run or of several compared: a single file without network access."""

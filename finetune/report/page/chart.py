@@ -1,4 +1,4 @@
-"""The loss curves as geometry: what the template draws as lines, dots and bands that show their figures."""
+"""Geometry of the page's loss chart."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _bands(
     }
     numbers = sorted(wanted)
     edges = [LEFT, *((x(a) + x(b)) / 2 for a, b in itertools.pairwise(numbers)), width - RIGHT]
-    told = []
+    made = []
     for i, number in enumerate(numbers):
         step, valid = step_at.get(number), valid_at.get(number)
         event = step or valid
@@ -126,8 +126,8 @@ def _bands(
             dots.append((y(valid.loss), "valid"))
             figures.append(f"validation {valid.loss:.4f}")
         words.append(" \u00b7 ".join(figures))
-        told.append(Band(edges[i], round(edges[i + 1] - edges[i], 1), x(number), tuple(dots), tuple(words)))
-    return told
+        made.append(Band(edges[i], round(edges[i + 1] - edges[i], 1), x(number), tuple(dots), tuple(words)))
+    return made
 
 
 def _spread(count: int, most: int) -> list[int]:

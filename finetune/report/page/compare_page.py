@@ -1,4 +1,4 @@
-"""The page of runs compared: what each of its sections shows."""
+"""Sections of the comparison page."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def _advice(compared: Compared, advice: Advice) -> dict[str, Any]:
 
 def _changed(compared: Compared) -> list[dict[str, Any]]:
     """Of each run against the one before: rows that it fixed and broke, with the words that changed."""
-    told = []
+    sections = []
     for step in compared.iterations.steps:
         if step.after == step.before + 1:
             before, after = (compared.runs[i].tuned.results for i in (step.before, step.after))
             lists = [_rows(before, after, rows) for rows in (step.errors.fixed, step.errors.new)]
-            told.append({"step": step, "fixed": lists[0], "broken": lists[1]})
-    return told
+            sections.append({"step": step, "fixed": lists[0], "broken": lists[1]})
+    return sections
 
 
 def _rows(before: Sequence[Any], after: Sequence[Any], numbers: Sequence[int]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Templates to a page. Every text that is not ours is escaped, and what would command a reader is written out."""
+"""Renders templates to HTML. All foreign text is escaped."""
 
 from __future__ import annotations
 

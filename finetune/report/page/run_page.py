@@ -1,4 +1,4 @@
-"""The page of one run: what each of its sections shows."""
+"""Sections of a run's page."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from finetune.evaluation.evaluate import Evaluation, RowResult
 from finetune.evaluation.intervals import worst_confusions
-from finetune.report.differences import beyond_defaults, flat, in_words
-from finetune.report.finished import FinishedRun
+from finetune.report.eta import PHASES, TRAINING
+from finetune.report.finished_run import FinishedRun
 from finetune.report.measures import measures_of, value_of
-from finetune.report.pace import PHASES, TRAINING
 from finetune.report.page.chart import loss_chart
 from finetune.report.page.render import marked, render
 from finetune.report.page.suite_section import suite_section
 from finetune.report.page.words import changed_words, cut
 from finetune.report.prompts import distinct
+from finetune.report.run_differences import beyond_defaults, flat, in_words
 from finetune.report.tables import MOST_LABELS, which_confusions
 from finetune.text import amount, duration, shorten
 
@@ -42,7 +42,7 @@ def view(run: FinishedRun, rows: bool = True) -> dict[str, Any]:
     measure = run.tuned.measure
     return {
         "run": run,
-        "told": run.told,
+        "figures": run.figures,
         "rows_shown": rows,
         "model": model_name(run),
         "data": Path(run.recipe.data.train).name if rows else "",
@@ -66,10 +66,10 @@ def view(run: FinishedRun, rows: bool = True) -> dict[str, Any]:
 def verdict(run: FinishedRun) -> dict[str, Any]:
     """The first word, how to colour it, and the sentences after it."""
     judged = run.tuned.accuracy is not None
-    if run.told.comparison is None:
+    if run.figures.comparison is None:
         only = ["The base model was not measured."]
         return {"word": "Measured", "style": "fair", "sentences": only, "by": "accuracy" if judged else "loss"}
-    word, _, rest = run.told.comparison.verdict.partition(": ")
+    word, _, rest = run.figures.comparison.verdict.partition(": ")
     by = "accuracy" if judged and not rest.startswith("loss") else "loss"
     return {"word": word, "style": _VERDICTS.get(word, "fair"), "sentences": [sentence(rest)], "by": by}
 
@@ -87,7 +87,7 @@ def model_name(run: FinishedRun) -> str:
 
 def bars(run: FinishedRun, measure: str) -> list[dict[str, Any]]:
     """Shares with their intervals, base and tuned, on a scale from 0 to 1."""
-    told = []
+    sections = []
     for key, bounds, name in (("accuracy", "interval", measure), ("macro_f1", "macro_f1_interval", "macro F1")):
         lines = [
             {"model": model, "value": getattr(one, key), "interval": getattr(one, bounds), "of": f"{model}.{key}",
@@ -96,8 +96,8 @@ def bars(run: FinishedRun, measure: str) -> list[dict[str, Any]]:
             if one is not None and getattr(one, key) is not None
         ]  # fmt: skip
         if lines:
-            told.append({"name": name, "lines": lines})
-    return told
+            sections.append({"name": name, "lines": lines})
+    return sections
 
 
 def table(run: FinishedRun) -> list[dict[str, Any]]:
@@ -195,26 +195,26 @@ def checked(run: FinishedRun) -> dict[str, Any] | None:
 
 def balance(labels_of: Mapping[str, Mapping[str, int]]) -> list[tuple[str, list[tuple[str, int, float]]]]:
     """(split, [(label, rows, share of the largest)]) of each split, the most frequent labels first."""
-    told = []
+    sections = []
     for split, counts in labels_of.items():
         if not counts:
             continue
         most = max(counts.values(), default=1)
         frequent = sorted(counts.items(), key=lambda count: -count[1])[:MOST_LABELS]
-        told.append((split, [(shorten(label, 60), count, count / max(most, 1)) for label, count in frequent]))
-    return told
+        sections.append((split, [(shorten(label, 60), count, count / max(most, 1)) for label, count in frequent]))
+    return sections
 
 
 def cost(run: FinishedRun) -> list[dict[str, Any]]:
-    """What the run took, beside what was foretold where the run has recorded that."""
-    facts, time = run.told.facts, run.told.time
+    """What the run took, beside what was predicted where the run has recorded that."""
+    facts, time = run.figures.facts, run.figures.time
     lines: list[dict[str, Any]] = []
     if facts is not None and facts.steps:
         lines = [
             _cost(
-                "training", "facts.seconds", facts.seconds, duration, time.foretold.get("training") if time else None
+                "training", "facts.seconds", facts.seconds, duration, time.predicted.get("training") if time else None
             ),
-            _cost("memory at most", "facts.peak_bytes", facts.peak_bytes, amount, facts.foretold_bytes),
+            _cost("memory at most", "facts.peak_bytes", facts.peak_bytes, amount, facts.predicted_bytes),
             _cost("speed", "facts.tokens_per_second", facts.tokens_per_second, lambda rate: f"{rate:,.0f} tokens/s"),
             _cost("steps", "facts.steps", facts.steps, lambda steps: f"{steps:,}"),
         ]
@@ -222,20 +222,20 @@ def cost(run: FinishedRun) -> list[dict[str, Any]]:
         parts = [part for part in (*PHASES, *time.measured) if part in time.measured]
         parts = [part for part in dict.fromkeys(parts) if part != TRAINING or not lines]
         of = "time.measured."
-        lines += [_cost(part, of + part, time.measured[part], duration, time.foretold.get(part)) for part in parts]
+        lines += [_cost(part, of + part, time.measured[part], duration, time.predicted.get(part)) for part in parts]
     return lines
 
 
 def _cost(
-    name: str, of: str, value: float, shown: Callable[[float], str], foretold: float | None = None
+    name: str, of: str, value: float, shown: Callable[[float], str], predicted: float | None = None
 ) -> dict[str, Any]:
     return {
         "name": name,
         "of": of,
         "value": value,
         "shown": shown(value),
-        "foretold": None if foretold is None else shown(foretold),
-        "ratio": value / foretold if foretold else None,
+        "predicted": None if predicted is None else shown(predicted),
+        "ratio": value / predicted if predicted else None,
     }
 
 

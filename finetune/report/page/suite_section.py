@@ -1,23 +1,23 @@
-"""The page of one run: what its section about the suite shows."""
+"""The suite section of a run's page."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from finetune.report.finished_suite import ToldSuite
+from finetune.report.finished_suite import SuiteFigures
 from finetune.report.page.words import cut
 
 MOST_CASES = 20  # that are shown, of those that the tuned model fails
 
 
-def suite_section(told: ToldSuite) -> dict[str, Any]:
+def suite_section(figures: SuiteFigures) -> dict[str, Any]:
     """How many cases each model passes, and those that the tuned model fails."""
-    failed = [case for case in told.results if case.tuned.failures]
-    models = [("base", told.base), ("tuned", told.tuned)]
+    failed = [case for case in figures.results if case.tuned.failures]
+    models = [("base", figures.base), ("tuned", figures.tuned)]
     return {
-        "told": told,
-        "lines": [(model, found, found.passed / max(told.cases, 1)) for model, found in models if found],
+        "figures": figures,
+        "lines": [(model, found, found.passed / max(figures.cases, 1)) for model, found in models if found],
         "failed": [
             {
                 "title": f"{Path(case.location).name}{f' ({case.name})' if case.name else ''}",
@@ -27,5 +27,5 @@ def suite_section(told: ToldSuite) -> dict[str, Any]:
             }
             for case in failed[:MOST_CASES]
         ],
-        "fails": told.cases - told.tuned.passed,
+        "fails": figures.cases - figures.tuned.passed,
     }

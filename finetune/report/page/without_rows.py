@@ -1,4 +1,4 @@
-"""A run without any text of its data: labels become numbers, answers and prompts go, and so do names of files."""
+"""Removes all data text from a finished run: labels become numbers; answers, prompts and file names go."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune.evaluation.baselines import Words
+from finetune.evaluation.error_kinds import Analysis
 from finetune.evaluation.evaluate import Evaluation, RowResult
-from finetune.evaluation.kinds import Analysis
-from finetune.evaluation.yardstick import Words
 from finetune.recipe.schema import Recipe
-from finetune.report.finished import Checked, FinishedRun, Told
+from finetune.report.finished_run import Checked, FinishedRun, ReportFigures
 from finetune.report.report import compare
 
 LEFT_OUT = "(left out)"
@@ -43,7 +43,7 @@ def without_rows(run: FinishedRun, numbered: Numbered | None = None) -> Finished
         run,
         path=Path(run.name),
         recipe=_recipe(run.recipe),
-        told=_told(run.told, base, tuned),
+        figures=_without_text(run.figures, base, tuned),
         base=base,
         tuned=tuned,
         checked=run.checked and _checked(run.checked),
@@ -74,18 +74,18 @@ def _row(number: int, row: RowResult, numbered: Numbered) -> RowResult:
     )
 
 
-def _told(told: Told, base: Evaluation | None, tuned: Evaluation) -> Told:
+def _without_text(figures: ReportFigures, base: Evaluation | None, tuned: Evaluation) -> ReportFigures:
     """The verdict is drawn anew from figures and numbered labels, so that no text has a way into it."""
-    comparison = told.comparison
+    comparison = figures.comparison
     if comparison is not None and base is not None:
         share = comparison.bag_of_words
         words = None if share is None else Words(share, tuned.rows, 0.0, "")
         comparison = replace(comparison, verdict=compare(base, tuned, words).verdict)
-    facts = told.facts
+    facts = figures.facts
     if facts is not None:
         facts = replace(facts, model=Path(facts.model).name, data=dict.fromkeys(facts.rows, LEFT_OUT))
-    loads = [replace(one, reason="") for one in told.loads]
-    return replace(told, comparison=comparison, facts=facts, check="", loads=loads, suite=None)
+    loads = [replace(one, reason="") for one in figures.loads]
+    return replace(figures, comparison=comparison, facts=facts, check="", loads=loads, suite=None)
 
 
 def _recipe(recipe: Recipe) -> Recipe:

@@ -1,4 +1,4 @@
-"""Which words of an answer changed, and texts cut to what a page can hold."""
+"""Word-level differences between answers, and texts shortened for a page."""
 
 from __future__ import annotations
 

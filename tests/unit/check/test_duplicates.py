@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from finetune.check.duplicates import Duplicates, Pair, find_duplicates
-from finetune.data import near
-from finetune.data.near import minhash, shingles
+from finetune.data import near_duplicates
+from finetune.data.near_duplicates import minhash, shingles
 from finetune.data.rows import Record, Split
 from tests.unit.toy_run import result_of
 
@@ -62,7 +62,7 @@ def test_leaks_name_both_rows_and_are_found_through_every_split():
     shared, near = sentence(draw), sentence(draw)
     train = split("train", " ".join(shared), " ".join(near))
     valid = split("valid", " ".join(shared).upper())
-    test = split("test", " ".join([*near[1:], "x"]), "fresh words that stand nowhere else at all")
+    test = split("test", " ".join([*near_duplicates[1:], "x"]), "fresh words that stand nowhere else at all")
     found = duplicates_of(train, valid, test)
     assert [(a, b, one.location, one.other) for a, b, one in found.leaks] == [
         ("valid", "train", "valid:1", "train:1"),
@@ -92,7 +92,7 @@ def test_rows_of_one_template_cost_no_more(monkeypatch):
     frame = " ".join(sentence(draw, 60))
     rows = [f"{frame} {' '.join(sentence(draw, 6))}" for _ in range(3000)]
     compared = []
-    monkeypatch.setattr(near, "similarity", lambda *texts: compared.append(texts) or 0.0)
+    monkeypatch.setattr(near_duplicates, "similarity", lambda *texts: compared.append(texts) or 0.0)
     duplicates_of(split("train", *rows))
     assert 2900 < len(compared) < 3000
 

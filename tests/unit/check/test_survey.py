@@ -43,7 +43,7 @@ def test_clean_data_have_no_faults_and_every_section(tmp_path, tokenizer):
     assert json.loads(json.dumps(as_json(found, tokenizer)))["splits"]["train"]["rows"] == 36
 
 
-def test_rows_beyond_the_models_own_context_are_told(tmp_path, tokenizer):
+def test_rows_beyond_the_models_own_context_are_reported(tmp_path, tokenizer):
     data = rows(40)
     data[3]["prompt"] = " ".join(WORDS * 200)
     path = write(tmp_path / "a.jsonl", data)

@@ -68,7 +68,7 @@ def test_labels_that_look_the_same_are_joined_in_every_split(tmp_path, common, r
         ("👍", "👎", False),
     ],
 )
-def test_other_labels_stay_and_those_that_look_alike_are_told(tmp_path, first, second, told):
+def test_other_labels_stay_and_those_that_look_alike_are_reported(tmp_path, first, second, told):
     found = prepared(tmp_path, [first, second] * 4)
     assert set(found.labels) == {first, second}
     assert not any("look the same" in note for note in found.train.notes)

@@ -334,7 +334,7 @@ def test_a_conversation_goes_on_as_in_training(tmp_path):
     assert question_tokens(recipe, tokenizer, CHAT[0]["messages"][:-1]) == example.prompt_tokens.tolist()
 
 
-def test_progress_is_told(tmp_path):
+def test_progress_is_reported(tmp_path):
     recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": write(tmp_path, REVIEWS)}})
     reported = [(one.what, one.done, one.total) for one in Work(prepare(recipe, byte_level(), base=tmp_path))]
     assert reported == [

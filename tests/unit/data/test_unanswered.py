@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from finetune.data.beside import always_filled
 from finetune.data.prepare import prepare
 from finetune.data.problems import BadSource
+from finetune.data.prompt_parts import always_filled
 from finetune.data.read import read
 from finetune.data.rows import Prepared, Row, Rows
 from finetune.data.unanswered import unanswered

@@ -11,7 +11,7 @@ from finetune.commands import export
 from finetune.data.collate import micro_batches
 from finetune.disk.run_folder import RunFolder, create, open_existing
 from finetune.recipe.schema import Recipe
-from finetune.training.keep import save_trained
+from finetune.training.save_result import save_trained
 from tests.end_to_end.command import Work, reviews
 from tests.unit.toy_run import load_job
 

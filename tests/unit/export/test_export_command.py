@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from finetune import cli, use
+from finetune import cli, cli_use
 from finetune.commands import export
 from finetune.commands.export import check_options, target_of
 from finetune.errors import EnvironmentProblem, RecipeError
@@ -30,7 +30,7 @@ from finetune.recipe.schema import Recipe
 def test_every_option_arrives(options: list[str], wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipe.yaml").write_text("model: {path: m}\ndata: {train: a.jsonl}\n")
     handed: list[Any] = []
-    monkeypatch.setattr(use, "begin", lambda alone=True: None)
+    monkeypatch.setattr(cli_use, "begin", lambda alone=True: None)
     monkeypatch.setattr(export, "run", lambda *given: handed.append(given[2:]))
     answer = CliRunner().invoke(cli.app, ["export", str(tmp_path), *options])
     assert answer.exit_code == 0, answer.output

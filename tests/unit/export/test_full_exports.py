@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from backends.interface import FloatArray
 from finetune.data.collate import evaluation_batches
 from finetune.disk.run_folder import RunFolder
-from finetune.disk.trained import read_trained
+from finetune.disk.trained_model import read_trained
 from finetune.errors import RecipeError
 from finetune.recipe.load import load_recipe
 from tests.unit.export.exported_run import Runs, made

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from finetune.data.beside import always_filled
 from finetune.data.conversation import Conversation
 from finetune.data.prepare import prepare
+from finetune.data.prompt_parts import always_filled
 from finetune.data.rows import Prepared
 from finetune.data.template_sandbox import render
 from finetune.data.tokenizer import Tokenizer, encode, encode_prompt, end_of_turn

@@ -68,7 +68,7 @@ def test_the_share_of_the_tuning_that_is_kept_decides(share: float, holds: str) 
     assert known[0] == pytest.approx(share, abs=0.02) and f"{known[0]:.1%} (" in found.result
 
 
-def test_where_training_changed_nothing_no_share_is_told() -> None:
+def test_where_training_changed_nothing_no_share_is_reported() -> None:
     assert share_kept(TUNED.evaluation, TUNED.evaluation, TUNED.evaluation) is None
     noise = evaluation(LOSSES + np.where(np.arange(ROWS) % 2, 0.1, -0.1), RIGHT)
     assert share_kept(noise, TUNED.evaluation, noise) is None

@@ -1,0 +1,123 @@
+"""Evaluations besides accuracy, and their predicted time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from backends.interface import PROMPTS_TOGETHER
+from finetune.data.pair_batches import as_one
+from finetune.data.rows import Example, Prepared
+from finetune.evaluation.analysis import AGAIN, SWAPPED, Questions
+from finetune.evaluation.consistency import SAMPLED
+from finetune.evaluation.forgetting import ANSWERED, ANSWERS, READING, WRITING, GeneralText
+from finetune.evaluation.suite import ASKED, Suite
+from finetune.recipe.schema import Recipe
+from finetune.training.budget import Workload
+from finetune.training.speed import Speed
+
+
+@dataclass(frozen=True)
+class Beside:
+    questions: Questions = field(default_factory=Questions)
+    suite: Suite | None = None
+
+    def counts(self) -> dict[str, str]:
+        """Of each part of a run how much there is to do, in words."""
+        again, pieces = self.questions.rows, len(self.questions.general.examples)
+        shown = [*([f"{again:,} rows again"] if again else []), *([f"{pieces:,} pieces of text"] if pieces else [])]
+        cases = {"suite": f"{len(self.suite.cases):,} cases"} if self.suite else {}
+        return {"errors": ", ".join(shown), **cases}
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """How long a model takes for rows."""
+
+    recipe: Recipe
+    prepared: Prepared
+    work: Workload
+    speed: Speed
+    micro_tokens: int  # computed together
+
+    def reading(self, examples: Sequence[Example]) -> float:
+        """Their losses."""
+        examples = [*map(as_one, examples)]
+        supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in examples)
+        return self.passes([len(example) - 1 for example in examples], supervised)
+
+    def choosing(self, prompts: Sequence[int]) -> float:
+        """A label for each prompt of so many tokens."""
+        tokens = sum(map(len, self.prepared.label_tokens))
+        return self.passes([n + tokens for n in prompts], tokens * len(prompts))
+
+    def writing(self, prompts: Sequence[int], most: int) -> float:
+        """An answer to each, of `most` tokens."""
+        steps = -(-len(prompts) // PROMPTS_TOGETHER) * most
+        unpacking = self.speed.unpacking * self.work.packed
+        step = self.work.scoring([1], 1) * min(PROMPTS_TOGETHER, len(prompts)) + unpacking
+        layers = len(self.work.architecture.modules)
+        each = self.speed.seconds(step, layers) + self.work.read_seconds()
+        return self.passes(prompts, len(prompts)) + steps * each
+
+    def passes(self, lengths: Sequence[int], supervised: int) -> float:
+        """Of forward passes of rows of so many tokens."""
+        batches = -(-sum(lengths) // self.micro_tokens)
+        layers = batches * len(self.work.architecture.modules)
+        unpacking = self.speed.unpacking * self.work.packed * batches
+        return self.speed.seconds(self.work.scoring(lengths, supervised) + unpacking, layers)
+
+    def evaluation(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Of each kind of evaluation of these rows, as `evaluate` names them."""
+        parts, prompts = {"loss": self.reading(examples)}, lengths(examples)
+        if self.prepared.task == "classification" and not self.recipe.head:
+            parts["labels"] = self.choosing(prompts)
+        elif self.prepared.task == "generation" and self.recipe.evaluate.generate:
+            parts["answers"] = self.writing(prompts, self.recipe.evaluate.max_tokens)
+        return parts
+
+    def beside(self, asked: Beside, models: Sequence[str]) -> dict[str, float]:
+        """By the names of `Progress.what`, in the order of the run. models: those that are measured."""
+        return (
+            self._again(asked.questions, models)
+            | self._general(asked.questions.general)
+            | self._suite(asked.suite, models)
+        )
+
+    def _again(self, questions: Questions, models: Sequence[str]) -> dict[str, float]:
+        worded, swapped = questions.in_other_words.examples, questions.swapped.examples
+        parts: dict[str, float] = {}
+        if worded:
+            each = self.writing(lengths(worded), self.recipe.evaluate.max_tokens)
+            parts |= {AGAIN.format(model, time): each for model in models for time in range(1, SAMPLED + 2)}
+        if swapped:
+            kinds = self.evaluation(swapped)
+            parts |= {f"{SWAPPED.format(model)}: {kind}": taken for model in models for kind, taken in kinds.items()}
+        return parts
+
+    def _general(self, general: GeneralText) -> dict[str, float]:
+        """The base's own answers are about as long as what they follow."""
+        if not general.examples:
+            return {}
+        base, tuned = "base model", "tuned model"
+        read = self.reading(general.examples)
+        parts = {READING.format(base): read, READING.format(tuned): read}
+        if general.halves:
+            answers, written = self.reading(general.halves), self.writing(lengths(general.halves), ANSWERED)
+            parts |= {WRITING: written, ANSWERS.format(base): answers, ANSWERS.format(tuned): answers}
+        return parts
+
+    def _suite(self, suite: Suite | None, models: Sequence[str]) -> dict[str, float]:
+        if suite is None:
+            return {}
+        prompts = lengths(suite.prepared.held_out.examples)
+        labels = suite.prepared.task == "classification"
+        each = self.choosing(prompts) if labels else self.writing(prompts, self.recipe.evaluate.max_tokens)
+        return {ASKED.format(model): each for model in models}
+
+
+def lengths(examples: Sequence[Example]) -> list[int]:
+    """Of their prompts, in tokens."""
+    return [len(example.prompt_tokens) for example in examples]

@@ -1,0 +1,120 @@
+"""Predicted and measured time of small runs: `python -m tests.benchmarks.predicted_time [backend ...] [case ...]`.
+
+Each case is a run of its own process, on the embedded base and its reviews. What `plan` would predict is what the run
+predicts before its loaded model was seen to take so many times as long; both stand in the table. `--processor` counts
+seconds of the processor of one thread in the place of the clock's, for a machine that others use too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from finetune.disk.metrics import read
+from finetune.report.run_times import Times
+
+ROOT = Path(__file__).parents[2]
+BACKENDS = ("torch", "mlx")
+PROCESSOR = "--processor"
+RUN = """
+import sys, time
+if {processor}:
+    time.perf_counter = time.monotonic = time.process_time
+from finetune.training import outlook
+before = outlook.timed
+def timed(*arguments):
+    print("slower", factor := before(*arguments), flush=True)
+    return factor
+outlook.timed = timed
+from finetune.cli import main
+main()
+"""
+LORA: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0}
+CASES: dict[str, dict[str, Any]] = {
+    "labels, rate by a race": {"train": {"learning_rate": "auto", "epochs": 6}},
+    "labels, 4 bits, dropout": {"quantize": "4bit", "lora": LORA | {"dropout": 0.05}},
+    "labels, long rows": {"rows": "long"},
+    "labels, a part of the layers": {"lora": LORA | {"layers": 2, "targets": ["q_proj", "v_proj"]}},
+    "text": {"rows": "text"},
+    "text, 4 bits, small steps": {"rows": "text", "quantize": "4bit", "train": {"batch_size": 2, "epochs": 0.5}},
+}
+
+
+def rows(kind: str) -> list[dict[str, str]]:
+    """Reviews with their labels; six joined, with the last one's; or halves of reviews to go on with."""
+    file = ROOT / "finetune" / "assets" / "reviews" / "train.jsonl"
+    reviews = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if kind == "long":
+        joined = [" ".join(one["text"] for one in reviews[i : i + 6]) for i in range(0, 240, 2)]
+        return [{"text": text, "label": reviews[i]["label"]} for i, text in zip(range(5, 245, 2), joined, strict=True)]
+    if kind == "text":
+        parted = [one["text"].split() for one in reviews[:200]]
+        halves = [(words[: len(words) // 2], words[len(words) // 2 :]) for words in parted]
+        return [{"prompt": " ".join(first), "completion": " ".join(second)} for first, second in halves]
+    return reviews[:300]
+
+
+def recipe(case: str, folder: Path) -> Path:
+    asked = dict(CASES[case])
+    kind = asked.pop("rows", "labels")
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows(kind)), encoding="utf-8")
+    train = {"epochs": 3, "batch_size": 16, "learning_rate": 1e-3, "max_length": 512} | asked.pop("train", {})
+    whole = {
+        "model": {"path": "builtin:reviews-base"}, "data": {"train": "rows.jsonl", "valid_fraction": 0.2},
+        "lora": LORA, "train": train, "evaluate": {"max_tokens": 16}, **asked,
+    }  # fmt: skip
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps(whole), encoding="utf-8")
+    return file
+
+
+def measured(case: str, backend: str, processor: bool) -> tuple[dict[str, Any], float]:
+    """Seconds of each part, and how many times as long as predicted its loaded model took for rows."""
+    with tempfile.TemporaryDirectory() as name:
+        file = recipe(case, Path(name))
+        command = [sys.executable, "-c", RUN.format(processor=processor)]
+        command += ["train", str(file), "--no-supervisor", "--backend", backend]
+        threads = {"OMP_NUM_THREADS": "1"} if processor else {}
+        here = os.environ | threads | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=name, env=here, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stderr[-2000:])
+        slower = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("slower ")]
+        (run,) = Path(name).glob("runs/*")
+        times = Times(**json.loads((run / "time.json").read_text(encoding="utf-8")))
+        return asdict(times.of_events(read(run / "metrics.jsonl"))), slower[0]
+
+
+def lines(case: str, backend: str, processor: bool) -> list[str]:
+    times, slower = measured(case, backend, processor)
+    both = [part for part in times["predicted"] if part in times["measured"]]
+    predicted, taken = (sum(times[key][part] for part in both) for key in ("predicted", "measured"))
+    parts = [f"{times['measured'][part]:.1f} / {times['predicted'][part] / slower:.1f}" for part in both]
+    named = ", ".join(f"{part} {pair}" for part, pair in zip(both, parts, strict=True))
+    figures = (taken, predicted / slower, predicted)
+    return [backend, case, *(f"{value:.1f}" for value in figures), f"{predicted / taken - 1:+.0%}", named]
+
+
+def main(arguments: Sequence[str]) -> None:
+    chosen = [name for name in arguments if name != PROCESSOR]
+    backends = [name for name in BACKENDS if name in chosen] or list(BACKENDS)
+    cases = [name for name in CASES if name in chosen] or list(CASES)
+    made = []
+    for case in cases:
+        for backend in backends:
+            made.append(lines(case, backend, PROCESSOR in arguments))
+            print(*made[-1], sep="; ", file=sys.stderr, flush=True)
+    heads = ["backend", "case", "measured, s", "by plan", "by the run", "difference", "parts: measured / by plan"]
+    for row in (heads, ["---"] * len(heads), *made):
+        print("|", " | ".join(row), "|")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,58 @@
+"""What waits in the machine's memory while a card computes: only where it can, and it comes back as it was."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from backends.torch_backend.offload import Parking, keep_embedding_on_host  # noqa: E402
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+CPU = torch.device("cpu")
+
+
+def model_of(embedding: torch.nn.Module, head: torch.nn.Module) -> SimpleNamespace:
+    return SimpleNamespace(get_input_embeddings=lambda: embedding, get_output_embeddings=lambda: head)
+
+
+def test_without_a_card_nothing_moves() -> None:
+    tensor = torch.ones(2, 3, requires_grad=True)
+    assert Parking(CPU).put(tensor)() is tensor
+    embedding = torch.nn.Embedding(5, 3)
+    keep_embedding_on_host(model_of(embedding, torch.nn.Linear(3, 5)), CPU)
+    assert "forward" not in vars(embedding)
+
+
+@needs_cuda
+def test_a_tensor_comes_back_as_it_was_while_its_memory_was_used_again() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    parking, expected = Parking(device), []
+    waiting = []
+    for number in range(20):
+        tensor = torch.full((1024, 1024), float(number), device=device, dtype=torch.bfloat16).requires_grad_()
+        expected.append(number)
+        waiting.append(parking.put(tensor))
+        del tensor
+        torch.zeros(1024, 1024, device=device, dtype=torch.bfloat16)  # takes the memory that became free
+    before = torch.cuda.memory_allocated(device)
+    for number, back in reversed(list(zip(expected, waiting, strict=True))):
+        tensor = back()
+        assert tensor.requires_grad and (tensor == number).all()
+        del tensor
+    assert torch.cuda.memory_allocated(device) <= before + 2**21
+
+
+@needs_cuda
+def test_rows_of_an_embedding_come_from_the_host() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    embedding, head = torch.nn.Embedding(50, 8).to(device), torch.nn.Linear(8, 50, device=device)
+    ids = torch.randint(0, 50, (3, 7), device=device)
+    expected = embedding(ids)
+    keep_embedding_on_host(model_of(embedding, head), device)
+    assert embedding.weight.device == CPU and torch.equal(embedding(ids), expected)
+
+    tied = torch.nn.Embedding(50, 8).to(device)
+    keep_embedding_on_host(model_of(tied, SimpleNamespace(weight=tied.weight)), device)
+    assert tied.weight.device != CPU
