@@ -64,6 +64,11 @@ def test_a_large_difference_is_no_percentage(seconds: float, said: str) -> None:
     assert f"({said})" in Times({"training": 1.0}, {"training": seconds}).lines()[0]
 
 
+def test_times_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    (tmp_path / "time.json").write_text('{"foretold": {"training": 7.0}, "measured": {}}')
+    assert Times.of(RunFolder(tmp_path), outlook()).predicted == {"training": 7.0}
+
+
 @pytest.mark.parametrize("text", ["[]", '{"predicted": 1}', '{"predicted": {"a": "x"}}', "{"])
 def test_a_strange_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "time.json").write_text(text)
