@@ -72,7 +72,7 @@ def timed(session: Session, seconds: Seconds) -> float:
     """
     recipe, work = seconds.recipe, seconds.work
     rows, tokens = [], 0
-    for example in seconds.prepared.held_out.examples:
+    for example in seconds.prepared.train.examples:
         if (tokens := tokens + len(example)) > seconds.micro_tokens:
             break
         rows.append(example)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from backends import registry
-from backends.interface import Backend, BackendError, Here, Session
+from backends.interface import Backend, BackendError, Session, ThisMachine
 from tests.conformance.checks import CHECKS
 from tests.conformance.toy import BACKENDS, REAL_BACKENDS, Case
 
@@ -61,7 +61,7 @@ def test_the_original_in_place_of_the_dequantised_weight_is_found(
 def test_has_the_signatures_of_the_protocols(name: str, tiny_folder: Path, usable: Usable) -> None:
     usable(name)
     module, session = registry.load(name), Case(name, tiny_folder).open()
-    for method in (*_methods(Here), *_methods(Backend)):
+    for method in (*_methods(ThisMachine), *_methods(Backend)):
         assert _parameters(getattr(module, method)) == _parameters(getattr(Backend, method))[1:], method
     for method in _methods(Session):
         assert _parameters(getattr(type(session), method)) == _parameters(getattr(Session, method)), method

@@ -18,7 +18,9 @@ FRAMEWORKS = {"torch", "mlx", "mlx_lm", "transformers", "peft", "bitsandbytes", 
 SCIENCE = {"numpy", "scipy", "matplotlib", "datasets", "pandas", "pyarrow", "safetensors", "psutil"}
 HUB = {"huggingface_hub", "httpx", "requests"}
 HEAVY = FRAMEWORKS | SCIENCE | HUB
-LIGHT = {f"finetune.{name}" for name in ("cli", "examine", "use", "begin", "errors", "options", "streams", "text")}
+LIGHT = {
+    f"finetune.{name}" for name in ("cli", "cli_examine", "cli_use", "startup", "errors", "options", "streams", "text")
+}
 RECIPE = "model: {path: somewhere}\ndata: {train: rows.jsonl}\nlora: {rnk: 3}\n"
 
 

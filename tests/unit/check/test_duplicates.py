@@ -62,7 +62,7 @@ def test_leaks_name_both_rows_and_are_found_through_every_split():
     shared, near = sentence(draw), sentence(draw)
     train = split("train", " ".join(shared), " ".join(near))
     valid = split("valid", " ".join(shared).upper())
-    test = split("test", " ".join([*near_duplicates[1:], "x"]), "fresh words that stand nowhere else at all")
+    test = split("test", " ".join([*near[1:], "x"]), "fresh words that stand nowhere else at all")
     found = duplicates_of(train, valid, test)
     assert [(a, b, one.location, one.other) for a, b, one in found.leaks] == [
         ("valid", "train", "valid:1", "train:1"),
