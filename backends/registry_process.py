@@ -24,7 +24,9 @@ from backends.machine_cache import Remembered
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_CODE = "import sys; sys.path[:] = {path!r}; from backends import registry, registry_process as own; own.serve(registry)"
+_CODE = (
+    "import sys; sys.path[:] = {path!r}; from backends import registry, registry_process as own; own.serve(registry)"
+)
 
 
 class Apart:

@@ -27,12 +27,12 @@ RUN = """
 import sys, time
 if {processor}:
     time.perf_counter = time.monotonic = time.process_time
-from finetune.training import outlook
-before = outlook.timed
+from finetune.training import predicted_time
+before = predicted_time.timed
 def timed(*arguments):
     print("slower", factor := before(*arguments), flush=True)
     return factor
-outlook.timed = timed
+predicted_time.timed = timed
 from finetune.cli import main
 main()
 """
