@@ -29,16 +29,16 @@ class Remembered:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._stamp = stamp()
-        self._told: dict[str, list[Any]] = {}  # question -> [answer, when it was given]
+        self._answers: dict[str, list[Any]] = {}  # question -> [answer, when it was given]
         with suppress(OSError, ValueError, RecursionError):
             found = json.loads(file.read_text(encoding="utf-8"))
             if isinstance(found, dict) and self._stamp and found.get("machine") == self._stamp:
-                told = found.get("told")
-                self._told = told if isinstance(told, dict) else {}
+                answers = found.get("answers")
+                self._answers = answers if isinstance(answers, dict) else {}
 
     def get(self, name: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
         """Whether it is known, and the answer."""
-        entry = self._told.get(_key(name, arguments)) if name in KEPT else None
+        entry = self._answers.get(_key(name, arguments)) if name in KEPT else None
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], int | float)):
             return False, None
         return 0 <= time.time() - entry[1] < DAY, entry[0]
@@ -46,11 +46,11 @@ class Remembered:
     def put(self, name: str, arguments: tuple[Any, ...], answer: Any) -> None:
         if not self._stamp or name not in KEPT or (name == "probe" and answer is not None):
             return
-        self._told[_key(name, arguments)] = [answer, time.time()]
+        self._answers[_key(name, arguments)] = [answer, time.time()]
         temporary = self._file.with_name(f".{self._file.name}.{secrets.token_hex(4)}.new")
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"machine": self._stamp, "told": self._told}), encoding="utf-8")
+            temporary.write_text(json.dumps({"machine": self._stamp, "answers": self._answers}), encoding="utf-8")
             temporary.replace(self._file)
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
-
-from pydantic import AliasChoices, Field
+from typing import Any, ClassVar
 
 from finetune.disk.adapter_check import Loading
 from finetune.disk.exports import Made, exports_of
@@ -25,6 +23,7 @@ from finetune.recipe.schema import Recipe
 from finetune.report.finished_suite import SuiteFigures, with_cases
 from finetune.report.report import Report, load_evaluation
 from finetune.report.run_facts import Facts
+from finetune.report.run_times import PredictedSeconds
 
 _REMEDY = "delete it and resume the run, which writes it anew"
 
@@ -61,8 +60,7 @@ class LeakFigures:
 class PartSeconds:
     """Seconds of each part of a run."""
 
-    # Runs of before say foretold.
-    predicted: Annotated[dict[str, float], Field(validation_alias=AliasChoices("predicted", "foretold"))]
+    predicted: PredictedSeconds
     measured: dict[str, float]
 
 

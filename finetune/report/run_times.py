@@ -16,6 +16,9 @@ from finetune.events import Event, Outlook, Progress, Result, StepDone, Validate
 from finetune.report.eta import TRAINING, VALIDATION
 from finetune.text import duration
 
+# By part of a run. Files of earlier versions say foretold.
+PredictedSeconds = Annotated[dict[str, float], Field(validation_alias=AliasChoices("predicted", "foretold"))]
+
 
 @dataclass
 class Times:
@@ -23,8 +26,7 @@ class Times:
 
     __pydantic_config__: ClassVar = {"allow_inf_nan": False}
 
-    # Runs of before say foretold.
-    predicted: Annotated[dict[str, float], Field(validation_alias=AliasChoices("predicted", "foretold"))]
+    predicted: PredictedSeconds
     measured: dict[str, float] = field(default_factory=dict)
 
     @classmethod

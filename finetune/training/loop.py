@@ -194,8 +194,8 @@ class Trainer:
         yield event
 
     def _look_for_end(self) -> None:
-        told = ((one.step, one.loss) for one in self.state.validations if self._has_learned(one))
-        self.plan = known_end(self.recipe, self.longest, told)
+        learned = ((one.step, one.loss) for one in self.state.validations if self._has_learned(one))
+        self.plan = known_end(self.recipe, self.longest, learned)
 
     def _has_learned(self, validated: Validated) -> bool:
         """Before that an open end says nothing: a loss stays where answers are as good as blind, and then falls."""

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "real"))
 from cases import lines_of
-from rates import LENGTHS, RECIPE, trained
+from rates import LENGTHS, RECIPE, print_grid
 
 from finetune.disk.run_folder import RunFolder
 from finetune.events import result_of
@@ -129,14 +129,7 @@ def main() -> None:
             job = job_of(name, asked.data.absolute(), Path(out), seed, asked.rows, settings)
             session = job.open()
             result_of(head_first(job, session, RunFolder(Path(out))))
-            start = session.get_state()
-            rows = {split.name: len(split.examples) for split in job.prepared.splits}
-            for rate in asked.rates:
-                for epochs in ["auto"] if rate == "auto" else asked.epochs:
-                    values = {"learning_rate": rate if rate == "auto" else float(rate)}
-                    values |= {"epochs": epochs if epochs == "auto" else int(epochs)}
-                    line = {"set": name, "seed": seed, "rows": rows, "rate": rate, "epochs": epochs}
-                    print(json.dumps(line | trained(job, session, start, **values), default=str), flush=True)
+            print_grid({"set": name, "seed": seed}, job, session, asked.rates, asked.epochs)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,20 @@ def trained(job: Job, session: Session, start: TrainState, **train: Any) -> dict
     return told | {"validation": losses, "test_loss": round(measured.loss, 4), "accuracy": measured.accuracy}
 
 
+def print_grid(
+    about: Mapping[str, Any], job: Job, session: Session, rates: Sequence[str], epochs: Sequence[str]
+) -> None:
+    """A line for each run of the grid, all from the session's state. about: what each line begins with."""
+    start = session.get_state()
+    rows = {split.name: len(split.examples) for split in job.prepared.splits}
+    for rate in rates:
+        for count in ["auto"] if rate == "auto" else epochs:
+            values = {"learning_rate": rate if rate == "auto" else float(rate)}
+            values |= {"epochs": count if count == "auto" else int(count)}
+            line = {**about, "rows": rows, "rate": rate, "epochs": count}
+            print(json.dumps(line | trained(job, session, start, **values), default=str), flush=True)
+
+
 class NeverSaves(Trainer):
     """Without checkpoints: their time is no part of what is compared."""
 
@@ -110,14 +124,7 @@ def main() -> None:
             settings = [f"model.path={asked.model}", f"data.limit={asked.rows}", *asked.set]
             job = job_of(name, asked.data.absolute(), Path(out), settings)
             session = job.open()
-            start = session.get_state()
-            rows = {split.name: len(split.examples) for split in job.prepared.splits}
-            for rate in asked.rates:
-                for epochs in ["auto"] if rate == "auto" else asked.epochs:
-                    values = {"learning_rate": rate if rate == "auto" else float(rate)}
-                    values |= {"epochs": epochs if epochs == "auto" else int(epochs)}
-                    line = {"set": name, "rows": rows, "rate": rate, "epochs": epochs}
-                    print(json.dumps(line | trained(job, session, start, **values), default=str), flush=True)
+            print_grid({"set": name}, job, session, asked.rates, asked.epochs)
 
 
 if __name__ == "__main__":

@@ -80,11 +80,8 @@ def main() -> None:
         kept.seek(0)
         grid = [line for line in map(json.loads, kept) if line["run"] != "search"]
         settings = list(product(RATES, EPOCHS))
-        for made in (
-            (trained(folder, *settings[i]) for i in asked.settings)
-            if asked.what == "grid"
-            else (searched(folder, asked.share, grid) for _ in range(1))
-        ):
+        of_grid = (trained(folder, *settings[i]) for i in asked.settings)
+        for made in of_grid if asked.what == "grid" else [searched(folder, asked.share, grid)]:
             print(line := json.dumps(made), flush=True)
             kept.write(line + "\n")
             kept.flush()

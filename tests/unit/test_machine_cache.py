@@ -113,7 +113,7 @@ def test_a_file_of_nonsense_is_as_none(file: Path, text: str) -> None:
 def test_an_entry_of_nonsense_is_as_none(file: Path, entry: object) -> None:
     Remembered(file).put("choose", ("auto",), "torch")
     whole = json.loads(file.read_text())
-    whole["told"] = dict.fromkeys(whole["told"], entry)
+    whole["answers"] = dict.fromkeys(whole["answers"], entry)
     file.write_text(json.dumps(whole))
     assert Remembered(file).get("choose", ("auto",)) == (False, None)
 
