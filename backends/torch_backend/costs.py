@@ -114,6 +114,7 @@ NVIDIA = replace(
     whole_held=None,
     gated_working=2.0,  # the other two in place, by tests/benchmarks/kept.py
     tokens_at_once=None,
+    logits_at_once=2**25,  # a fourth of the chunks, each of which costs the host a dozen operations
     recomputed_blocks=1.0,  # measured on an H200: 0.94 to 1.09 of what was reserved, with all else here
     parked_inputs=3,  # one that is used, one that comes, and one that goes
     four_bit_runtime=0.0,

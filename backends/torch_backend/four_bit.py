@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch.nn.functional import linear as product_with
+
+from backends.torch_backend.fused import kernels_on
 
 # With so few rows bitsandbytes may multiply by packed weights, which is faster then (its own bound, of 0.50).
 _FEW = 1536
@@ -17,14 +18,23 @@ _SCALES = 256  # that share a scale of their own
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int32
 
 
-def base_product(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """W x + b. [N, in] -> [N, out]"""
-    state = getattr(layer.weight, "quant_state", None)
-    if not x.is_cuda or len(x) <= _FEW or state is None or state.dtype != x.dtype:
-        out: torch.Tensor = layer(x)
-        return out
-    bias = layer.bias
-    return product_with(x, dense(layer, x.dtype), None if bias is None else bias.to(x.dtype))
+def base_products(layers: Sequence[torch.nn.Linear], x: torch.Tensor) -> list[torch.Tensor]:
+    """W x + b of each layer. [N, in] -> [N, out]"""
+    states = [getattr(layer.weight, "quant_state", None) for layer in layers]
+    if not x.is_cuda or len(x) <= _FEW or any(state is None or state.dtype != x.dtype for state in states):
+        return [layer(x) for layer in layers]
+    biases = [None if layer.bias is None else layer.bias.to(x.dtype) for layer in layers]
+    return [product_with(x, *pair) for pair in zip(dense_weights(layers, x.dtype), biases, strict=True)]
+
+
+def dense_weights(layers: Sequence[torch.nn.Linear], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The frozen weights [out, in] of layers of one input as numbers; 4-bit ones in this type."""
+    together: Together | None = getattr(getattr(layers[0].weight, "quant_state", None), "together", None)
+    if together is not None and together.is_of(layers):
+        kernels = kernels_on(layers[0].weight.device, dtype)
+        if kernels is not None:
+            return together.weights(dtype, kernels)
+    return [dense(layer, dtype) for layer in layers]
 
 
 def dense(layer: torch.nn.Linear, dtype: torch.dtype) -> torch.Tensor:
@@ -49,52 +59,63 @@ Unpack = Callable[[torch.Tensor, Any], torch.Tensor]
 Kernel = Callable[..., None]  # code, packed, scales, out, numbers in a block, numbers in all, stream
 
 
-class BlockScales:
-    """The scales of a block's 4-bit weights, unpacked by one kernel for all of them.
+class Together:
+    """4-bit weights of layers of one input, one below the other, unpacked by one kernel.
 
-    A kernel costs a GPU's host as much as a product does, whatever its size. Those of one block at a time are kept.
+    The layers' own weights become parts of it, so that bitsandbytes reads them as before.
     """
 
-    _kept: tuple[BlockScales, torch.Tensor] | None = None  # of the block that was asked last, of whichever model
+    def __init__(self, layers: Sequence[Any]) -> None:
+        states = [layer.weight.quant_state for layer in layers]
+        self._code, self._levels, self._sharing = states[0].state2.code, states[0].code, states[0].blocksize
+        self._shapes = [tuple(state.shape) for state in states]
+        self._packed = torch.cat([layer.weight.data.flatten() for layer in layers])
+        self._scales = torch.cat([state.absmax.flatten() for state in states])
+        counts = [state.absmax.numel() // _SCALES for state in states]
+        offsets = [state.offset.reshape(1).expand(count) for state, count in zip(states, counts, strict=True)]
+        self._groups = torch.cat([state.state2.absmax.flatten() for state in states]), torch.cat(offsets)
+        packed = self._packed.split([layer.weight.data.numel() for layer in layers])
+        scales = self._scales.split([state.absmax.numel() for state in states])
+        for layer, state, part, own in zip(layers, states, packed, scales, strict=True):
+            layer.weight.data, state.absmax, state.together = part.view(layer.weight.data.shape), own, self
 
-    def __init__(self, states: Sequence[Any]) -> None:
-        """Their packed scales become parts of one tensor."""
-        counts = [state.absmax.numel() for state in states]
-        self._starts = dict(zip(map(id, states), accumulate(counts, initial=0), strict=False))
-        self._code = states[0].state2.code
-        self._packed = torch.cat([state.absmax.flatten() for state in states])
-        self._scales = torch.cat([state.state2.absmax.flatten() for state in states])
-        offsets = [
-            state.offset.reshape(1).expand(count // _SCALES) for state, count in zip(states, counts, strict=True)
-        ]
-        self._offsets = torch.cat(offsets)[:, None]
-        for state, packed in zip(states, self._packed.split(counts), strict=True):
-            state.absmax = packed
-            state.block = self
+    def weights(self, dtype: torch.dtype, kernels: Any) -> list[torch.Tensor]:
+        """[out, in] of each layer, parts of one tensor."""
+        heights, width = [out for out, _ in self._shapes], self._shapes[0][1]
+        whole = torch.empty(sum(heights), width, dtype=dtype, device=self._packed.device)
+        kernels.unpack(whole, self._packed, self._scales, self._code, self._groups, self._levels, self._sharing)
+        return list(whole.split(heights))
 
-    def of(self, state: Any, kernel: Kernel, stream: int) -> torch.Tensor:
-        """Those of one weight, float32."""
-        if BlockScales._kept is None or BlockScales._kept[0] is not self:
-            BlockScales._kept = None
-            numbers = _unpacked_scales(kernel, self._code, self._packed, self._scales, stream)
-            numbers.view(-1, _SCALES).add_(self._offsets)
-            BlockScales._kept = self, numbers
-        start = self._starts[id(state)]
-        return BlockScales._kept[1][start : start + state.absmax.numel()]
+    def is_of(self, layers: Sequence[Any]) -> bool:
+        return [tuple(layer.weight.quant_state.shape) for layer in layers] == self._shapes
 
 
-def join_scales(block: torch.nn.Module) -> None:
-    """From here on the scales of this block's 4-bit weights on a CUDA card are unpacked together, where they can be."""
-    states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in block.modules()]
-    joined = list({id(state): state for state in states if state is not None and can_join(state)}.values())
-    if len(joined) > 1 and all(torch.equal(state.state2.code, joined[0].state2.code) for state in joined):
-        BlockScales(joined)
+def unpack_together(layers: Sequence[Any]) -> bool:
+    """From here on these layers' weights are unpacked by one kernel of our own, where it can be. Returns whether."""
+    states: list[Any] = [getattr(layer.weight, "quant_state", None) for layer in layers]
+    if None in states or not all(map(_usual, states)) or not all(_alike(states[0], state) for state in states):
+        return False
+    kernels = kernels_on(layers[0].weight.device, states[0].dtype)
+    if kernels is None:
+        return False
+    expected = [_by_bitsandbytes(layer.weight.data, state) for layer, state in zip(layers, states, strict=True)]
+    together = Together(layers)
+    if all(torch.equal(*pair) for pair in zip(together.weights(states[0].dtype, kernels), expected, strict=True)):
+        return True
+    for state in states:
+        del state.together
+    return False
 
 
-def can_join(state: Any) -> bool:
-    """Whether no scale of scales is shared by two weights."""
-    usual = bool(state.nested) and state.state2.blocksize == _SCALES
-    return usual and state.absmax.is_cuda and state.absmax.numel() % _SCALES == 0
+def _usual(state: Any) -> bool:
+    """Whether scales have scales of their own, and none of those is shared by two weights."""
+    return bool(state.nested) and state.state2.blocksize == _SCALES and state.absmax.numel() % _SCALES == 0
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether both weights have the same input and their numbers mean the same."""
+    codes = torch.equal(one.code, other.code) and torch.equal(one.state2.code, other.state2.code)
+    return codes and (one.shape[1], one.blocksize, one.dtype) == (other.shape[1], other.blocksize, other.dtype)
 
 
 @cache
@@ -112,38 +133,18 @@ def _unpacker(device: torch.device, kind: str, dtype: torch.dtype) -> Unpack | N
 
     def unpack(packed: torch.Tensor, state: Any) -> torch.Tensor:
         stream = torch.cuda.current_stream(device).cuda_stream
-        absmax = scales_of(state, scales, stream)
+        absmax = torch.empty(state.absmax.shape, dtype=torch.float32, device=device)
+        nested = state.state2.code.data_ptr(), state.absmax.data_ptr(), state.state2.absmax.data_ptr()
+        scales(*nested, absmax.data_ptr(), _SCALES, absmax.numel(), stream)
+        absmax.add_(state.offset)
         out = torch.empty(state.shape, dtype=dtype, device=device)
         pointers = None, packed.data_ptr(), absmax.data_ptr(), out.data_ptr()
         weights(*pointers, state.blocksize, out.numel(), stream)
         return out
 
     numbers = torch.linspace(-1, 1, 256 * 1024, device=device, dtype=dtype).reshape(256, 1024)
-    layers = [
-        quantize_4bit(part, blocksize=64, compress_statistics=True, quant_type=kind) for part in (numbers, -numbers)
-    ]
-    expected = [_by_bitsandbytes(*layer) for layer in layers]
-    alone = all(torch.equal(unpack(*layer), weight) for layer, weight in zip(layers, expected, strict=True))
-    BlockScales([state for _, state in layers])
-    together = all(torch.equal(unpack(*layer), weight) for layer, weight in zip(layers, expected, strict=True))
-    return unpack if alone and together else None
-
-
-def scales_of(state: Any, kernel: Kernel, stream: int) -> torch.Tensor:
-    """A 4-bit weight's scales, float32."""
-    block: BlockScales | None = getattr(state, "block", None)
-    if block is not None:
-        return block.of(state, kernel, stream)
-    return _unpacked_scales(kernel, state.state2.code, state.absmax, state.state2.absmax, stream).add_(state.offset)
-
-
-def _unpacked_scales(
-    kernel: Kernel, code: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, stream: int
-) -> torch.Tensor:
-    out = torch.empty(packed.shape, dtype=torch.float32, device=packed.device)
-    pointers = code.data_ptr(), packed.data_ptr(), scales.data_ptr(), out.data_ptr()
-    kernel(*pointers, _SCALES, out.numel(), stream)
-    return out
+    layer = quantize_4bit(numbers, blocksize=64, compress_statistics=True, quant_type=kind)
+    return unpack if torch.equal(unpack(*layer), _by_bitsandbytes(*layer)) else None
 
 
 def _kernel(name: str) -> Kernel | None:

@@ -14,7 +14,7 @@ from backends import dropout
 from backends.interface import MAGNITUDE, BackendError, FloatArray, LoraSpec, Modules
 from backends.text_blocks import ending
 from backends.torch_backend.device import uploaded
-from backends.torch_backend.four_bit import dense
+from backends.torch_backend.four_bit import dense, unpack_together
 from backends.torch_backend.products import Adapted, Call, Draw, Gated, Shared, source_of
 
 Parameters = dict[str, torch.nn.Parameter]
@@ -163,6 +163,10 @@ class Siblings:
         self._waiting: dict[LoraLinear, torch.Tensor] = {}
         self._cast: Any = None  # the factors in another type, and the type and the versions that they are of
 
+    @property
+    def bases(self) -> list[torch.nn.Linear]:
+        return [layer.base for layer in self._layers]
+
     def output(self, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
         if self._x is not x or layer not in self._waiting:
             outs = Adapted.apply(x, self.called(x), source_of(x), *self._parameters)
@@ -182,8 +186,9 @@ class Siblings:
         now = (dtype, *(factor._version for factor in self._parameters))
         if self._cast is None or self._cast[0] != now:
             with torch.inference_mode(False), torch.no_grad():  # a later step may need them for its gradient
-                a, b = ([factor.detach().to(dtype) for factor in self._parameters[start::2]] for start in (0, 1))
-                self._cast = now, (torch.cat(a) if len(a) > 1 else a[0], b)
+                a, b = ([factor.detach() for factor in self._parameters[start::2]] for start in (0, 1))
+                whole = torch.cat(a) if len(a) > 1 else a[0]
+                self._cast = now, (whole.to(dtype), [factor.to(dtype) for factor in b])
         factors: tuple[torch.Tensor, list[torch.Tensor]] = self._cast[1]
         return factors
 
@@ -199,6 +204,13 @@ def join_siblings(model: Any) -> None:
                 siblings = Siblings(known)
                 for layer in known:
                     layer.siblings = siblings
+
+
+def join_weights(model: Any) -> None:
+    """4-bit weights of adapted layers of one input are unpacked together from here on, where they can be."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for siblings in {id(layer.siblings): layer.siblings for layer in layers}.values():
+        unpack_together(siblings.bases)
 
 
 def base_weight(model: Any, module: str) -> FloatArray:

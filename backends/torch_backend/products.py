@@ -10,7 +10,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from backends.torch_backend.four_bit import base_product, dense
+from backends.torch_backend.four_bit import base_products, dense_weights
+from backends.torch_backend.fused import kernels_for
 
 Draw = Callable[[], torch.Tensor]  # of dropout's mask [N, in]
 
@@ -86,7 +87,7 @@ class Adapted(torch.autograd.Function):  # type: ignore[misc]
         rows = x.flatten(0, -2)
         low_rank = _low_rank(shared, rows)
         parts = low_rank.chunk(len(shared.calls), -1)
-        outs = [_output(call, rows, part) for call, part in zip(shared.calls, parts, strict=True)]
+        outs = _outputs(shared.calls, rows, parts)
         ctx.shared, ctx.again = shared, source and source.again
         if source:
             source.again.users += 1
@@ -98,7 +99,7 @@ class Adapted(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         low_rank, *inputs = ctx.saved_tensors
         x = ctx.again(*inputs) if ctx.again else inputs[0]
-        grads = [grad.flatten(0, -2) for grad in grad_outputs]
+        grads = [_close(grad.flatten(0, -2)) for grad in grad_outputs]
         masks = [call.mask() for call in ctx.shared.calls]
         grad_low_rank, of_factors = _adapter_gradients(ctx.shared, grads, x.flatten(0, -2), low_rank, masks)
         if not ctx.needs_input_grad[0]:
@@ -114,27 +115,24 @@ class Gated(torch.autograd.Function):  # type: ignore[misc]
     def forward(
         ctx: Any, gate: torch.Tensor, up: torch.Tensor, shared: Shared, *parameters: torch.Tensor
     ) -> torch.Tensor:
-        rows = silu(gate).mul_(up).flatten(0, -2)
+        rows = _gated(gate.flatten(0, -2), up.flatten(0, -2))
         low_rank = _low_rank(shared, rows)
         ctx.shared = shared
         ctx.save_for_backward(gate, up, low_rank)
-        return _output(shared.calls[0], rows, low_rank).view(*gate.shape[:-1], -1)
+        return _outputs(shared.calls, rows, [low_rank])[0].view(*gate.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         gate, up, low_rank = ctx.saved_tensors
-        active, masks, grads = silu(gate), [ctx.shared.calls[0].mask()], [grad_output.flatten(0, -2)]
-        product = (active * up).flatten(0, -2)
+        shape, (gate, up, grad_output) = gate.shape, (x.flatten(0, -2) for x in (gate, up, grad_output))
+        masks, grads, product = [ctx.shared.calls[0].mask()], [_close(grad_output)], _gated(gate, up)
         grad_low_rank, of_factors = _adapter_gradients(ctx.shared, grads, product, low_rank, masks)
         if not any(ctx.needs_input_grad[:2]):
             return None, None, None, *of_factors
-        del product
-        grad = _input_gradient(ctx.shared, grads, grad_low_rank, masks).view(gate.shape)
-        grad_up = active.mul_(grad)  # in place where it can be: these are the widest tensors of a block
-        grad.mul_(up)
-        grad_gate = torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad)
-        return grad_gate, grad_up, None, *of_factors
+        grad = _input_gradient(ctx.shared, grads, grad_low_rank, masks)
+        grad_gate, grad_up = _gated_gradients(gate, up, grad, product)
+        return grad_gate.view(shape), grad_up.view(shape), None, *of_factors
 
 
 Masks = Sequence[torch.Tensor | None]
@@ -150,11 +148,30 @@ def _low_rank(shared: Shared, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _output(call: Call, x: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
-    """W x + B low_rank [N, out]"""
-    if call.unused:
-        return x.new_empty(len(x), len(call.b))
-    return base_product(call.base, x).addmm_(low_rank, call.b.T)
+def _outputs(calls: Sequence[Call], x: torch.Tensor, low_rank: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """W x + B low_rank of each layer [N, out]"""
+    if calls[0].unused:
+        return [x.new_empty(len(x), len(call.b)) for call in calls]
+    bases = base_products([call.base for call in calls], x)
+    return [_add(out, low, call.b.T) for out, low, call in zip(bases, low_rank, calls, strict=True)]
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up [N, in]"""
+    kernels = kernels_for(gate, len(gate))
+    return silu(gate).mul_(up) if kernels is None else kernels.swiglu(gate, up)
+
+
+def _gated_gradients(
+    gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor, product: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of gate and up [N, in]; `grad` and `product` are written over, since these are a block's widest tensors."""
+    if (kernels := kernels_for(gate, len(gate))) is not None:
+        kernels.swiglu_back(gate, up, grad, product)
+        return grad, product
+    grad_up = torch.ops.aten.silu.out(gate, out=product).mul_(grad)
+    grad.mul_(up)
+    return torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad), grad_up
 
 
 def _adapter_gradients(
@@ -167,10 +184,10 @@ def _adapter_gradients(
     for part, grad, call in zip(parts, grads, shared.calls, strict=True):
         _put(part, grad, call.b, shared.scale)
     if shared.dropped:
-        of_a = [float32_product(part.T, _dropped(x, mask)) for part, mask in zip(parts, masks, strict=True)]
+        of_a = [_of_a(part, _dropped(x, mask)) for part, mask in zip(parts, masks, strict=True)]
     else:
-        of_a = list(float32_product(grad_low_rank.T, x).chunk(count))
-    of_b = [float32_product(grad.T, part) for grad, part in zip(grads, low_rank.chunk(count, -1), strict=True)]
+        of_a = list(_of_a(grad_low_rank, x).chunk(count))
+    of_b = [_of_b(grad, part) for grad, part in zip(grads, low_rank.chunk(count, -1), strict=True)]
     return grad_low_rank, [factor for pair in zip(of_a, of_b, strict=True) for factor in pair]
 
 
@@ -178,20 +195,43 @@ def _input_gradient(
     shared: Shared, grads: Sequence[torch.Tensor], grad_low_rank: torch.Tensor, masks: Masks
 ) -> torch.Tensor:
     """[N, in]"""
-    first, *others = shared.calls
-    total = grads[0] @ dense(first.base, grads[0].dtype)
-    for grad, call in zip(grads[1:], others, strict=True):
-        total.addmm_(grad, dense(call.base, grad.dtype))
+    first, *others = dense_weights([call.base for call in shared.calls], grads[0].dtype)
+    total = grads[0] @ first
+    for grad, weight in zip(grads[1:], others, strict=True):
+        total.addmm_(grad, weight)
     if not shared.dropped:
-        return total.addmm_(grad_low_rank, shared.a)
+        return _add(total, grad_low_rank, shared.a)
     for part, call, mask in zip(grad_low_rank.chunk(len(masks), -1), shared.calls, masks, strict=True):
         total.add_((part @ call.a).mul_(mask))
     return total
 
 
 def _put(out: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * x y, written to `out` by one operation."""
-    return out.addmm_(x, y, beta=0, alpha=scale)
+    """scale * x y, y of a low rank, written to `out` by one operation. [N, M], [M, R] -> [N, R]"""
+    kernels = kernels_for(x, len(x))
+    return out.addmm_(x, y, beta=0, alpha=scale) if kernels is None else kernels.down(out, x, y, scale)
+
+
+def _add(out: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x y of a low rank added to `out`. [N, R], [R, M] -> [N, M]"""
+    kernels = kernels_for(out, len(out))
+    return out.addmm_(x, y) if kernels is None else kernels.add_up(out, x, y)
+
+
+def _of_a(low_rank: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """low_rank^T x in float32. [N, R], [N, M] -> [R, M]"""
+    if (kernels := kernels_for(x, len(x))) is None:
+        return float32_product(low_rank.T, x)
+    return kernels.gradient(x.new_empty(low_rank.shape[1], x.shape[1], dtype=torch.float32), low_rank, x)
+
+
+def _of_b(x: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
+    """x^T low_rank in float32. [N, M], [N, R] -> [M, R]"""
+    if (kernels := kernels_for(x, len(x))) is None:
+        return float32_product(x.T, low_rank)
+    out = x.new_empty(x.shape[1], low_rank.shape[1], dtype=torch.float32)
+    kernels.gradient(out.T, low_rank, x)
+    return out
 
 
 def float32_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -213,3 +253,8 @@ def _sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x if mask is None else x * mask
+
+
+def _close(x: torch.Tensor) -> torch.Tensor:
+    """The numbers of a row lie beside each other, as kernels and products want them."""
+    return x if x.stride(-1) == 1 else x.contiguous()

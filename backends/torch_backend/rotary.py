@@ -10,6 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from backends.torch_backend.fused import kernels_for
 from backends.torch_backend.patch import same_code
 
 _NAME = "apply_rotary_pos_emb"
@@ -49,6 +50,8 @@ class _Rotated(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
+        if (kernels := _kernels_for(x, cos)) is not None:
+            return kernels.rotate(x, cos, sin, back=False)
         half = x.shape[-1] // 2
         out = x * cos
         out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
@@ -59,8 +62,16 @@ class _Rotated(torch.autograd.Function):  # type: ignore[misc]
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
+        if (kernels := _kernels_for(grad, cos)) is not None:
+            return kernels.rotate(grad, cos, sin, back=True), None, None
         half = grad.shape[-1] // 2
         out = grad * cos
         out[..., :half].addcmul_(grad[..., half:], sin[..., half:])
         out[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
         return out, None, None
+
+
+def _kernels_for(x: torch.Tensor, cos: torch.Tensor) -> Any | None:
+    """Own kernels for heads [B, H, T, d] that lie so and turn as a whole; None: torch's operations it is."""
+    usual = cos.dim() == 4 and cos.shape[1] == 1 and cos.shape[-1] == x.shape[-1] and cos.stride(-1) == 1
+    return kernels_for(x, len(x) * x.shape[2]) if usual and x.stride(-1) == 1 else None

@@ -59,10 +59,9 @@ from backends.torch_backend.device import (
     repeatable_kernels,
 )
 from backends.torch_backend.forward import Forward
-from backends.torch_backend.four_bit import join_scales
 from backends.torch_backend.generate import generate
 from backends.torch_backend.gradient import Gradient
-from backends.torch_backend.lora import Dropout, base_weight
+from backends.torch_backend.lora import Dropout, base_weight, join_weights
 from backends.torch_backend.machine import describe as describe
 from backends.torch_backend.machine import free_bytes as free_bytes
 from backends.torch_backend.machine import probe as probe
@@ -70,7 +69,6 @@ from backends.torch_backend.machine import unused_accelerator as unused_accelera
 from backends.torch_backend.model import scheme_of
 from backends.torch_backend.offload import keep_embedding_on_host
 from backends.torch_backend.optim import AdamW
-from backends.torch_backend.patch import blocks_of
 from backends.torch_backend.recompute import recompute_blocks
 from backends.torch_backend.score import last_states, scores_of
 from backends.torch_backend.streamed import opened, own_code
@@ -113,8 +111,7 @@ class TorchSession(Keeping):
             self._model, self._streamed = opened(model, self._device, self.lora_shapes)
             self._adapter = trained_weights(self._model, model, lora, self._dropout)
             self._block_shortcuts = own_code(self._model)
-            for block in blocks_of(self._model)[0]:
-                join_scales(block)
+            join_weights(self._model)
             if model.checkpointing:
                 recompute_blocks(self._model, self._dropout, self._device)
                 if self._streamed is None:

@@ -47,12 +47,12 @@ def test_a_tensor_comes_back_as_it_was_while_its_memory_was_used_again() -> None
 @needs_cuda
 def test_rows_of_an_embedding_come_from_the_host() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    embedding, head = torch.nn.Embedding(50, 8).to(device), torch.nn.Linear(8, 50, device=device)
+    embedding, head = torch.nn.Embedding(50, 8).to(device).requires_grad_(False), torch.nn.Linear(8, 50, device=device)
     ids = torch.randint(0, 50, (3, 7), device=device)
     expected = embedding(ids)
     keep_embedding_on_host(model_of(embedding, head), device)
     assert embedding.weight.device == CPU and torch.equal(embedding(ids), expected)
 
-    tied = torch.nn.Embedding(50, 8).to(device)
+    tied = torch.nn.Embedding(50, 8).to(device).requires_grad_(False)
     keep_embedding_on_host(model_of(tied, SimpleNamespace(weight=tied.weight)), device)
     assert tied.weight.device != CPU
