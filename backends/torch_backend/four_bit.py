@@ -112,10 +112,10 @@ def _usual(state: Any) -> bool:
     return bool(state.nested) and state.state2.blocksize == _SCALES and state.absmax.numel() % _SCALES == 0
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _alike(first: Any, second: Any) -> bool:
     """Whether both weights have the same input and their numbers mean the same."""
-    codes = torch.equal(one.code, other.code) and torch.equal(one.state2.code, other.state2.code)
-    return codes and (one.shape[1], one.blocksize, one.dtype) == (other.shape[1], other.blocksize, other.dtype)
+    codes = torch.equal(first.code, second.code) and torch.equal(first.state2.code, second.state2.code)
+    return codes and (first.shape[1], first.blocksize, first.dtype) == (second.shape[1], second.blocksize, second.dtype)
 
 
 @cache

@@ -47,7 +47,7 @@ def agrees(kernels: Any, device: torch.device, dtype: torch.dtype) -> bool:
         *_gated_pairs(kernels, gate, out),
         *_rotary_pairs(kernels, x.view(2, 35, 3, 32).transpose(1, 2)),
     ]
-    return all(_close(found, expected) for found, expected in pairs)
+    return all(_close(*pair) for pair in pairs)
 
 
 def _gated_pairs(kernels: Any, gate: torch.Tensor, up: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -71,6 +71,6 @@ def _rotary_pairs(kernels: Any, x: torch.Tensor) -> list[tuple[torch.Tensor, tor
     ]
 
 
-def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def _close(result: torch.Tensor, expected: torch.Tensor) -> bool:
     tolerance = 0.02 * float(expected.abs().mean())
-    return bool(torch.allclose(found.float(), expected, rtol=0.02, atol=tolerance))
+    return bool(torch.allclose(result.float(), expected, rtol=0.02, atol=tolerance))

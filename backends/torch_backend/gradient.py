@@ -12,7 +12,7 @@ from backends.interface import Batch
 from backends.micro_batches import by_prefixes, few_prefixes, joined, numbered, parts, places_of, prefix_places
 from backends.torch_backend.device import uploaded
 from backends.torch_backend.forward import Forward
-from backends.torch_backend.lora import Dropout
+from backends.torch_backend.masks import Dropout
 from backends.torch_backend.prefix import SharedPrefixes
 
 

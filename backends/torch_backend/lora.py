@@ -2,91 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from backends import dropout
 from backends.interface import MAGNITUDE, BackendError, FloatArray, LoraSpec, Modules
 from backends.text_blocks import ending
-from backends.torch_backend.device import uploaded
 from backends.torch_backend.four_bit import dense, unpack_together
-from backends.torch_backend.products import Adapted, Call, Draw, Gated, Shared, source_of
+from backends.torch_backend.masks import Dropout
+from backends.torch_backend.products import Adapted, Call, Gated, Shared, source_of
 
 Parameters = dict[str, torch.nn.Parameter]
-
-
-class Dropout:
-    """The masks of `backends.dropout` for the adapters' inputs; off outside a step. Words are int32, which wraps."""
-
-    def __init__(self, probability: float, seed: int, modules: Modules, device: torch.device) -> None:
-        self.keep = dropout.kept_share(probability)
-        self._limit, self._seed, self._names = dropout.limit(probability), seed, list(modules)
-        words = {width: dropout.feature_words(width) for _, width in modules.values()} if probability else {}
-        self._features = {width: _int32(word, device) for width, word in words.items()}
-        self._modules = _int32(dropout.module_words(modules), device)[:, None]  # [M, 1]
-        self._keys: torch.Tensor | None = None  # [M, N] of the tokens that are run now; None: not training
-
-    def at(self, step: int, where: dropout.Places) -> None:
-        """From here on the tokens at these places are run, in a step that comes after `step` others."""
-        if self._features:
-            words = dropout.token_words(self._seed, step, where).view(np.int32)
-            self._keys = _mixed(self._modules ^ uploaded([words], self._modules.device)[0])
-
-    def off(self) -> None:
-        self._keys = None
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """Those of the tokens that are run now, for `as_of`."""
-        return self._keys
-
-    @contextmanager
-    def as_of(self, keys: torch.Tensor | None) -> Iterator[None]:
-        """In here the tokens are run again that `keys` was taken for."""
-        before, self._keys = self._keys, keys
-        try:
-            yield
-        finally:
-            self._keys = before
-
-    def mask(self, module: int, x: torch.Tensor) -> Draw | None:
-        """What draws a mask [N, in], True where an input of x [..., in] is kept, as often as needed; None: all are.
-
-        Raises BackendError where N is another.
-        """
-        if self._keys is None:
-            return None
-        tokens, width = x.shape[:-1].numel(), x.shape[-1]
-        keys = self._keys[module]
-        if tokens != len(keys):
-            raise BackendError(
-                f"{self._names[module]} is run on {tokens} inputs for {len(keys)} tokens, so dropout does not know "
-                "which is whose; set lora.dropout: 0, or leave the layer out of lora.targets"
-            )
-        return partial(self._drawn, keys, width)
-
-    def _drawn(self, keys: torch.Tensor, width: int) -> torch.Tensor:
-        words = _mixed(keys[:, None] ^ self._features[width])  # [N, ceil(in / 2)]
-        return words.view(torch.int16)[:, :width] < self._limit
-
-
-def _int32(words: dropout.Words, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(words.view(np.int32).copy()).to(device)
-
-
-def _mixed(x: torch.Tensor) -> torch.Tensor:
-    """`dropout.mixed`, in place: x ^ (x >> 16) is the lower halves ^ the upper ones, in one pass."""
-    halves = x.view(torch.int16)
-    lower, upper = halves[..., 0::2], halves[..., 1::2]
-    for _ in range(2):
-        x.mul_(dropout.FACTOR)
-        lower.bitwise_xor_(upper)
-    return x
 
 
 class LoraLinear(torch.nn.Module):  # type: ignore[misc]
@@ -177,19 +104,19 @@ class Siblings:
         return out
 
     def called(self, x: torch.Tensor) -> Shared:
-        a, b = self.factors(x.dtype)
-        parts = zip(self._layers, a.chunk(len(self._layers)), b, strict=True)
-        return Shared(tuple(layer.call(x, *factors) for layer, *factors in parts), a)
+        whole, a, b = self.factors(x.dtype)
+        parts = zip(self._layers, a, b, strict=True)
+        return Shared(tuple(layer.call(x, *factors) for layer, *factors in parts), whole)
 
-    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """A of all layers, one below the other, and each one's B: made once after each change, and not in each pass."""
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, Sequence[torch.Tensor], list[torch.Tensor]]:
+        """A of all layers, one below the other, and each one's A and B: made once after each change of them."""
         now = (dtype, *(factor._version for factor in self._parameters))
         if self._cast is None or self._cast[0] != now:
             with torch.inference_mode(False), torch.no_grad():  # a later step may need them for its gradient
                 a, b = ([factor.detach() for factor in self._parameters[start::2]] for start in (0, 1))
-                whole = torch.cat(a) if len(a) > 1 else a[0]
-                self._cast = now, (whole.to(dtype), [factor.to(dtype) for factor in b])
-        factors: tuple[torch.Tensor, list[torch.Tensor]] = self._cast[1]
+                whole = (torch.cat(a) if len(a) > 1 else a[0]).to(dtype)
+                self._cast = now, (whole, whole.chunk(len(a)), [factor.to(dtype) for factor in b])
+        factors: tuple[torch.Tensor, Sequence[torch.Tensor], list[torch.Tensor]] = self._cast[1]
         return factors
 
 

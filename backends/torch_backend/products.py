@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn.functional import silu
 
 from backends.torch_backend.four_bit import base_products, dense_weights
 from backends.torch_backend.fused import kernels_for
+from backends.torch_backend.low_rank import add, close, gradient_of_a, gradient_of_b, parts_of, put
 
 Draw = Callable[[], torch.Tensor]  # of dropout's mask [N, in]
 
@@ -86,8 +86,7 @@ class Adapted(torch.autograd.Function):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, ...]:
         rows = x.flatten(0, -2)
         low_rank = _low_rank(shared, rows)
-        parts = low_rank.chunk(len(shared.calls), -1)
-        outs = _outputs(shared.calls, rows, parts)
+        outs = _outputs(shared.calls, rows, parts_of(low_rank, len(shared.calls)))
         ctx.shared, ctx.again = shared, source and source.again
         if source:
             source.again.users += 1
@@ -99,7 +98,7 @@ class Adapted(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         low_rank, *inputs = ctx.saved_tensors
         x = ctx.again(*inputs) if ctx.again else inputs[0]
-        grads = [_close(grad.flatten(0, -2)) for grad in grad_outputs]
+        grads = [close(grad.flatten(0, -2)) for grad in grad_outputs]
         masks = [call.mask() for call in ctx.shared.calls]
         grad_low_rank, of_factors = _adapter_gradients(ctx.shared, grads, x.flatten(0, -2), low_rank, masks)
         if not ctx.needs_input_grad[0]:
@@ -126,7 +125,7 @@ class Gated(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         gate, up, low_rank = ctx.saved_tensors
         shape, (gate, up, grad_output) = gate.shape, (x.flatten(0, -2) for x in (gate, up, grad_output))
-        masks, grads, product = [ctx.shared.calls[0].mask()], [_close(grad_output)], _gated(gate, up)
+        masks, grads, product = [ctx.shared.calls[0].mask()], [close(grad_output)], _gated(gate, up)
         grad_low_rank, of_factors = _adapter_gradients(ctx.shared, grads, product, low_rank, masks)
         if not any(ctx.needs_input_grad[:2]):
             return None, None, None, *of_factors
@@ -142,9 +141,9 @@ def _low_rank(shared: Shared, x: torch.Tensor) -> torch.Tensor:
     """scale * A x of all layers, beside each other [N, K r]."""
     out = x.new_empty(len(x), len(shared.a))
     if not shared.dropped:
-        return _put(out, x, shared.a.T, shared.scale)
-    for part, call in zip(out.chunk(len(shared.calls), -1), shared.calls, strict=True):
-        _put(part, _dropped(x, call.mask()), call.a.T, shared.scale)
+        return put(out, x, shared.a.T, shared.scale)
+    for part, call in zip(parts_of(out, len(shared.calls)), shared.calls, strict=True):
+        put(part, _dropped(x, call.mask()), call.a.T, shared.scale)
     return out
 
 
@@ -153,7 +152,7 @@ def _outputs(calls: Sequence[Call], x: torch.Tensor, low_rank: Sequence[torch.Te
     if calls[0].unused:
         return [x.new_empty(len(x), len(call.b)) for call in calls]
     bases = base_products([call.base for call in calls], x)
-    return [_add(out, low, call.b.T) for out, low, call in zip(bases, low_rank, calls, strict=True)]
+    return [add(out, low, call.b.T) for out, low, call in zip(bases, low_rank, calls, strict=True)]
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -180,14 +179,15 @@ def _adapter_gradients(
     """That of A x of all layers [N, K r], and those of each layer's A and B; the frozen weights have none."""
     count = len(shared.calls)
     grad_low_rank = torch.empty_like(low_rank)
-    parts = grad_low_rank.chunk(count, -1)
+    parts = parts_of(grad_low_rank, count)
     for part, grad, call in zip(parts, grads, shared.calls, strict=True):
-        _put(part, grad, call.b, shared.scale)
+        put(part, grad, call.b, shared.scale)
     if shared.dropped:
-        of_a = [_of_a(part, _dropped(x, mask)) for part, mask in zip(parts, masks, strict=True)]
+        of_a = [gradient_of_a(part, _dropped(x, mask)) for part, mask in zip(parts, masks, strict=True)]
     else:
-        of_a = list(_of_a(grad_low_rank, x).chunk(count))
-    of_b = [_of_b(grad, part) for grad, part in zip(grads, low_rank.chunk(count, -1), strict=True)]
+        whole = gradient_of_a(grad_low_rank, x)
+        of_a = [whole] if count == 1 else list(whole.chunk(count))
+    of_b = [gradient_of_b(grad, part) for grad, part in zip(grads, parts_of(low_rank, count), strict=True)]
     return grad_low_rank, [factor for pair in zip(of_a, of_b, strict=True) for factor in pair]
 
 
@@ -200,61 +200,11 @@ def _input_gradient(
     for grad, weight in zip(grads[1:], others, strict=True):
         total.addmm_(grad, weight)
     if not shared.dropped:
-        return _add(total, grad_low_rank, shared.a)
-    for part, call, mask in zip(grad_low_rank.chunk(len(masks), -1), shared.calls, masks, strict=True):
+        return add(total, grad_low_rank, shared.a)
+    for part, call, mask in zip(parts_of(grad_low_rank, len(masks)), shared.calls, masks, strict=True):
         total.add_((part @ call.a).mul_(mask))
     return total
 
 
-def _put(out: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * x y, y of a low rank, written to `out` by one operation. [N, M], [M, R] -> [N, R]"""
-    kernels = kernels_for(x, len(x))
-    return out.addmm_(x, y, beta=0, alpha=scale) if kernels is None else kernels.down(out, x, y, scale)
-
-
-def _add(out: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x y of a low rank added to `out`. [N, R], [R, M] -> [N, M]"""
-    kernels = kernels_for(out, len(out))
-    return out.addmm_(x, y) if kernels is None else kernels.add_up(out, x, y)
-
-
-def _of_a(low_rank: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """low_rank^T x in float32. [N, R], [N, M] -> [R, M]"""
-    if (kernels := kernels_for(x, len(x))) is None:
-        return float32_product(low_rank.T, x)
-    return kernels.gradient(x.new_empty(low_rank.shape[1], x.shape[1], dtype=torch.float32), low_rank, x)
-
-
-def _of_b(x: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
-    """x^T low_rank in float32. [N, M], [N, R] -> [M, R]"""
-    if (kernels := kernels_for(x, len(x))) is None:
-        return float32_product(x.T, low_rank)
-    out = x.new_empty(x.shape[1], low_rank.shape[1], dtype=torch.float32)
-    kernels.gradient(out.T, low_rank, x)
-    return out
-
-
-def float32_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x y in float32."""
-    if x.dtype != torch.float32 and _sums_in_float32(x.device, x.dtype):
-        return torch.mm(x, y, out_dtype=torch.float32)
-    return (x @ y).float()
-
-
-@cache
-def _sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has a product of such numbers whose result was never rounded to them; on a GPU it does."""
-    x = torch.full((16, 16), 0.1, device=device, dtype=dtype)
-    try:
-        return bool(torch.allclose(torch.mm(x, x, out_dtype=torch.float32), x.float() @ x.float(), rtol=1e-2))
-    except RuntimeError:
-        return False
-
-
 def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x if mask is None else x * mask
-
-
-def _close(x: torch.Tensor) -> torch.Tensor:
-    """The numbers of a row lie beside each other, as kernels and products want them."""
-    return x if x.stride(-1) == 1 else x.contiguous()

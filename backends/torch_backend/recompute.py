@@ -14,7 +14,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from backends.torch_backend.lora import Dropout, LoraLinear
+from backends.torch_backend.lora import LoraLinear
+from backends.torch_backend.masks import Dropout
 from backends.torch_backend.offload import Parking
 from backends.torch_backend.patch import blocks_of, is_coded_as
 

@@ -61,11 +61,12 @@ from backends.torch_backend.device import (
 from backends.torch_backend.forward import Forward
 from backends.torch_backend.generate import generate
 from backends.torch_backend.gradient import Gradient
-from backends.torch_backend.lora import Dropout, base_weight, join_weights
+from backends.torch_backend.lora import base_weight, join_weights
 from backends.torch_backend.machine import describe as describe
 from backends.torch_backend.machine import free_bytes as free_bytes
 from backends.torch_backend.machine import probe as probe
 from backends.torch_backend.machine import unused_accelerator as unused_accelerator
+from backends.torch_backend.masks import Dropout
 from backends.torch_backend.model import scheme_of
 from backends.torch_backend.offload import keep_embedding_on_host
 from backends.torch_backend.optim import AdamW

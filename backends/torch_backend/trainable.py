@@ -9,7 +9,8 @@ import torch
 from backends.adapter_state import adapted_modules
 from backends.interface import LoraSpec, ModelSpec
 from backends.model_folder import folder_of
-from backends.torch_backend.lora import Dropout, Parameters, add_adapter
+from backends.torch_backend.lora import Parameters, add_adapter
+from backends.torch_backend.masks import Dropout
 from backends.torch_backend.tree import model_of
 from backends.whole_model import check_equal, places, read_whole, whole_shapes
 

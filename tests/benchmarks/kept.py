@@ -25,7 +25,8 @@ from transformers.models.auto import AutoModelForCausalLM
 from backends.dropout import places
 from backends.interface import LoraSpec
 from backends.torch_backend.layers import use_own_layers
-from backends.torch_backend.lora import Dropout, LoraLinear, add_adapter
+from backends.torch_backend.lora import LoraLinear, add_adapter
+from backends.torch_backend.masks import Dropout
 from backends.torch_backend.recompute import recompute_blocks
 
 META = torch.device("meta")

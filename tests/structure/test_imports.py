@@ -58,6 +58,7 @@ LATE = {
         "backends/torch_backend/costs.py",
         "backends.torch_backend.device",
     ): "a framework is loaded when its backend is asked for",
+    ("backends/torch_backend/fused.py", "backends.torch_backend.triton_kernels"): "Triton is not on every machine",
     ("backends/torch_backend/library.py", "backends.torch_backend.tree"): "names are had without a framework, too",
     ("backends/mlx_backend/library.py", "backends.mlx_backend.tree"): "names are had without a framework, too",
 }

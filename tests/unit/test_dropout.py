@@ -31,7 +31,7 @@ def masks(seed: int = 0, step: int = 0, row: int = 0, p: float = 0.5, width: int
 
 def by_torch(p: float, width: int, where: Any) -> np.ndarray:
     torch = pytest.importorskip("torch")
-    from backends.torch_backend.lora import Dropout
+    from backends.torch_backend.masks import Dropout
 
     made = Dropout(p, 5, {"a": (1, width), "b": (1, width)}, torch.device("cpu"))
     made.at(3, where)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ pytest.importorskip("triton")
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: E402
 from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: E402
 
-from backends.torch_backend import four_bit, fused, products  # noqa: E402
+from backends.torch_backend import four_bit, fused, low_rank, products  # noqa: E402
 from backends.torch_backend.rotary import rotated  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -122,7 +126,8 @@ def test_adapted_layers_compute_the_same_with_kernels(kernels: Any, monkeypatch:
         expected = results(make, inputs)
         with monkeypatch.context() as patch:
             used = []
-            patch.setattr(products, "kernels_for", lambda x, rows, used=used: used.append(rows) or kernels)
+            for module in (products, low_rank):
+                patch.setattr(module, "kernels_for", lambda x, rows, used=used: used.append(rows) or kernels)
             patch.setattr(four_bit, "kernels_on", lambda device, dtype: kernels)
             patch.setattr(four_bit, "_FEW", -1)
             found = results(make, inputs)
@@ -144,6 +149,13 @@ def test_a_card_s_kernels_are_tried_before_they_are_used(kernels: Any, monkeypat
 
             patch.setattr(kernels, name, wrong)
             assert not fused.agrees(kernels, DEVICE, HALF), name
+
+
+def test_the_kernels_compile_for_cards_old_and_new() -> None:
+    """Turing's, Ada's and Blackwell's compute capabilities; Triton needs no card for it, and no interpreter."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(Path(__file__).parents[1] / "compile_kernels.py"), "75", "89", "120"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
 
 
 def test_without_a_card_torch_computes() -> None:

@@ -15,7 +15,8 @@ from backends.interface import BackendError, LoraSpec
 from backends.torch_backend import attention as torch_attention
 from backends.torch_backend import layers as torch_layers
 from backends.torch_backend.layers import use_own_layers
-from backends.torch_backend.lora import Dropout, LoraLinear
+from backends.torch_backend.lora import LoraLinear
+from backends.torch_backend.masks import Dropout
 from backends.torch_backend.rotary import rotated, use_own_rotary
 from tests.tiny_models import family
 

@@ -17,7 +17,8 @@ from backends.predictions import Architecture
 from backends.torch_backend import device as torch_device
 from backends.torch_backend import optim as torch_optim
 from backends.torch_backend.costs import saved
-from backends.torch_backend.lora import Dropout, LoraLinear
+from backends.torch_backend.lora import LoraLinear
+from backends.torch_backend.masks import Dropout
 from tests.benchmarks.kept import SHAPES, per_block
 from tests.conformance.toy import identical, prefixed, random_adapter, toy_batch
 from tests.tiny_models import family, tiny_llama
@@ -107,14 +108,14 @@ def test_the_adapter_is_cast_after_each_change_and_not_in_between(llama: Path) -
     session = opened(llama, dtype="bfloat16")
     layer = next(layer for layer in session._model.modules() if isinstance(layer, LoraLinear))
     session.score(BATCH)
-    a, b = layer.siblings.factors(torch.bfloat16)
+    whole, _, b = layer.siblings.factors(torch.bfloat16)
     session.generate([[5, 6]], 2, ())
-    assert layer.siblings.factors(torch.bfloat16)[0] is a
+    assert layer.siblings.factors(torch.bfloat16)[0] is whole
     session.step([BATCH], 1e-2)
     after = layer.siblings.factors(torch.bfloat16)
-    assert torch.equal(after[0][: len(layer.lora_A)], layer.lora_A.bfloat16()) and not torch.equal(after[1][0], b[0])
+    assert torch.equal(after[0][: len(layer.lora_A)], layer.lora_A.bfloat16()) and not torch.equal(after[2][0], b[0])
     session.set_state(random_adapter(session))
-    assert torch.equal(layer.siblings.factors(torch.bfloat16)[1][0], layer.lora_B.bfloat16())
+    assert torch.equal(layer.siblings.factors(torch.bfloat16)[2][0], layer.lora_B.bfloat16())
 
 
 # --- the update ---------------------------------------------------------------------------------

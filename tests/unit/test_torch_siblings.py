@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from backends.interface import LoraSpec  # noqa: E402
-from backends.torch_backend import products  # noqa: E402
+from backends.torch_backend import low_rank  # noqa: E402
 from backends.torch_backend.lora import LoraLinear  # noqa: E402
 from tests.conformance.toy import random_adapter, toy_batch  # noqa: E402
 from tests.tiny_models import tiny_llama  # noqa: E402
@@ -44,11 +44,11 @@ def test_memory_that_is_written_to_is_not_read_before(dtype: torch.dtype) -> Non
     """A low-rank product goes into memory that holds anything, numbers that are none among it."""
     x, a = torch.ones(3, 8, dtype=dtype), torch.full((4, 8), 0.5, dtype=dtype)
     left = torch.full((3, 8), float("nan"), dtype=dtype)[:, 2:6]
-    assert torch.equal(products._put(left, x, a.T, 2.0), torch.full((3, 4), 8.0, dtype=dtype))
+    assert torch.equal(low_rank.put(left, x, a.T, 2.0), torch.full((3, 4), 8.0, dtype=dtype))
 
 
 def test_a_gradient_is_summed_in_float32() -> None:
     half = torch.randn(32, 16).to(torch.bfloat16)
-    found = products.float32_product(half, half.T)
+    found = low_rank.float32_product(half, half.T)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, half.float() @ half.float().T, rtol=1e-2, atol=0.1)
