@@ -31,10 +31,11 @@ NORMS = "own norms"
 GATED_LAYERS = "own gated layers"
 ROTARY = "own rotary positions"
 RECOMPUTED = "blocks computed again"
+KERNELS = "own kernels by Triton"
 DELTA_KERNEL = "gated delta rule by flash-linear-attention"
 SHORTCUTS = (
     SHARED_PREFIXES, FROZEN_BLOCKS, HEAD, LORA, NORMS, GATED_LAYERS, ROTARY, ATTENTION, DELTA_RULE, DELTA_KERNEL,
-    RECOMPUTED, STREAMED,
+    RECOMPUTED, STREAMED, KERNELS,
 )  # fmt: skip
 
 MACHINES = (

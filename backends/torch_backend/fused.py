@@ -45,7 +45,7 @@ def agrees(kernels: Any, device: torch.device, dtype: torch.dtype) -> bool:
         (kernels.gradient(gradient, low, x), low.float().T @ x.float()),
         (kernels.swiglu(gate, out), torch.nn.functional.silu(gate).mul_(out).float()),
         *_gated_pairs(kernels, gate, out),
-        *_rotary_pairs(kernels, x.view(2, 35, 3, 32).transpose(1, 2)),
+        *_rotary_pairs(kernels, x[:10].view(2, 5, 3, 32).transpose(1, 2)),
     ]
     return all(_close(*pair) for pair in pairs)
 

@@ -44,7 +44,7 @@ from backends.predictions import FROZEN_BLOCKS, HEAD, LORA, SHARED_PREFIXES
 from backends.sampling import check_prompts, room_for_answers
 from backends.streaming import STREAMED, Advance, guarded
 from backends.team import Team
-from backends.torch_backend.costs import COSTS, RECOMPUTED
+from backends.torch_backend.costs import COSTS, KERNELS, RECOMPUTED
 from backends.torch_backend.device import (
     bound_memory,
     device_kind,
@@ -59,6 +59,7 @@ from backends.torch_backend.device import (
     repeatable_kernels,
 )
 from backends.torch_backend.forward import Forward
+from backends.torch_backend.fused import kernels_on
 from backends.torch_backend.generate import generate
 from backends.torch_backend.gradient import Gradient
 from backends.torch_backend.lora import base_weight, join_weights
@@ -147,6 +148,7 @@ class TorchSession(Keeping):
         head = [HEAD] if self._forward.head.linear is not None else []
         again = [RECOMPUTED] if self._spec.checkpointing else []
         own = [] if self._lora.whole else [LORA]
+        own += [KERNELS] if kernels_on(self._device, getattr(torch, self._number_type)) else []
         frozen += [STREAMED] if self._streamed else []
         return (*shared, *frozen, *head, *own, *self._block_shortcuts, *again)
 

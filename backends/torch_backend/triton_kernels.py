@@ -126,7 +126,7 @@ def down(out: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, scale: float)
     """scale * x factor, written to `out`. [N, M], [M, R] -> [N, R]; the rows of x and of out lie close."""
     (rows, width), rank = x.shape, factor.shape[1]
     side = _side(rank)
-    grid = (triton.cdiv(rows, 32), triton.cdiv(rank, side))
+    grid = (_tiles(rows, 32), _tiles(rank, side))
     strides = (x.stride(0), factor.stride(0), factor.stride(1), out.stride(0))
     _down[grid](x, factor, out, rows, width, rank, scale, *strides, BN=32, BM=256, BR=side, num_stages=3)
     return out
@@ -136,7 +136,7 @@ def add_up(out: torch.Tensor, low: torch.Tensor, factor: torch.Tensor) -> torch.
     """low factor added to `out`. [N, R], [R, M] -> [N, M]"""
     (rows, width), rank = out.shape, factor.shape[0]
     strides = (out.stride(0), low.stride(0), factor.stride(0), factor.stride(1))
-    grid = (triton.cdiv(rows, 64), triton.cdiv(width, 128))
+    grid = (_tiles(rows, 64), _tiles(width, 128))
     _add_up[grid](out, low, factor, rows, width, rank, *strides, BN=64, BM=128, BR=_side(rank))
     return out
 
@@ -147,7 +147,7 @@ def gradient(out: torch.Tensor, low: torch.Tensor, x: torch.Tensor) -> torch.Ten
     side = _side(rank)
     strides = (low.stride(0), x.stride(0), out.stride(0), out.stride(1))
     tile = {"BN": 128, "BM": 64} if width > 8192 else {"BN": 256, "BM": 32}  # enough programs for a card
-    grid = (triton.cdiv(width, tile["BM"]), triton.cdiv(rank, side))
+    grid = (_tiles(width, tile["BM"]), _tiles(rank, side))
     _gradient[grid](low, x, out, rows, width, rank, *strides, **tile, BR=side, num_stages=3)
     return out
 
@@ -167,7 +167,7 @@ def unpack(
     what is added (`groups`). levels: what the 16 values stand for.
     """
     count = packed.numel()
-    grid = (triton.cdiv(count, 1024),)
+    grid = (_tiles(count, 1024),)
     arguments = (packed, scales, code, *groups, levels, out, count)
     _unpack[grid](*arguments, BLOCK=1024, SHARING=sharing // 2, enable_fp_fusion=False)
     return out
@@ -176,13 +176,13 @@ def unpack(
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up"""
     out = torch.empty_like(gate)
-    _swiglu[(triton.cdiv(out.numel(), 1024),)](gate, up, out, out.numel(), BLOCK=1024)
+    _swiglu[(_tiles(out.numel(), 1024),)](gate, up, out, out.numel(), BLOCK=1024)
     return out
 
 
 def swiglu_back(gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor, grad_up: torch.Tensor) -> None:
     """From the gradient of silu(gate) * up those of gate, written over it, and of up, written to `grad_up`."""
-    _swiglu_back[(triton.cdiv(grad.numel(), 1024),)](gate, up, grad, grad_up, grad.numel(), BLOCK=1024)
+    _swiglu_back[(_tiles(grad.numel(), 1024),)](gate, up, grad, grad_up, grad.numel(), BLOCK=1024)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
@@ -190,13 +190,23 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) ->
     out = torch.empty_like(x)
     batch, heads, tokens, width = x.shape
     angles = (cos.stride(0) if len(cos) > 1 else 0, cos.stride(2))
-    sizes = {"HALF": width // 2, "HEADS": triton.next_power_of_2(heads), "WIDTH": triton.next_power_of_2(width // 2)}
+    sizes = {"HALF": width // 2, "HEADS": _power(heads), "WIDTH": _power(width // 2)}
     _rotate[(batch * tokens,)](
         x, cos, sin, out, tokens, heads, *x.stride()[:3], *out.stride()[:3], *angles, **sizes, BACK=back
     )
     return out
 
 
+def _tiles(length: int, side: int) -> int:
+    """How many tiles cover so much. Triton's own function for it costs as much as a launch."""
+    return -(-length // side)
+
+
+def _power(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
+
+
 def _side(rank: int) -> int:
     """Of a tile: a product takes 16 at least."""
-    return min(max(int(triton.next_power_of_2(rank)), 16), 64)
+    return min(max(_power(rank), 16), 64)
