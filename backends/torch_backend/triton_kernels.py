@@ -6,6 +6,9 @@ ones. Sums are in float32, each in one order, so that equal steps give equal bit
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -58,7 +61,7 @@ def _gradient(low, x, out, N, M, R, sl, sx, gr, gm, BN: tl.constexpr, BM: tl.con
 
 @triton.jit
 def _unpack(
-    packed, scales, code, group_scales, group_offsets, levels, out, N, BLOCK: tl.constexpr, SHARING: tl.constexpr
+    out, packed, scales, code, group_scales, group_offsets, levels, N, BLOCK: tl.constexpr, SHARING: tl.constexpr
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < N
@@ -122,33 +125,66 @@ def _rotate(
         tl.store(out + end + HALF, two + first * sin2, mask=there)
 
 
+_COMPILED: dict[Hashable, Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[torch.Tensor, ...],
+    numbers: tuple[float, ...],
+    constants: dict[str, int],
+    relied_on: tuple[int, ...],
+    **tuning: Any,
+) -> None:
+    """Runs the kernel, whose arguments are tensors, numbers and constants, in this order.
+
+    Triton looks at every argument of each launch for what the code may rely on (types, multiples of 16, ones), which
+    takes the host several times as long as to launch what it chose. So that is kept, by the numbers that the code may
+    `rely on`, where all addresses are multiples of 16.
+    """
+    addresses = 0
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+    first = tensors[0]
+    key = (kernel, first.dtype, first.get_device(), relied_on, *constants.values()) if addresses % 16 == 0 else None
+    compiled = _COMPILED.get(key)
+    if compiled is not None:
+        compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants.values())
+        return
+    chosen = kernel[grid](*tensors, *numbers, **constants, **tuning)
+    if key is not None and chosen is not None:  # Triton's interpreter chooses none
+        _COMPILED[key] = chosen
+
+
 def down(out: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * x factor, written to `out`. [N, M], [M, R] -> [N, R]; the rows of x and of out lie close."""
     (rows, width), rank = x.shape, factor.shape[1]
-    side = _side(rank)
-    grid = (_tiles(rows, 32), _tiles(rank, side))
-    strides = (x.stride(0), factor.stride(0), factor.stride(1), out.stride(0))
-    _down[grid](x, factor, out, rows, width, rank, scale, *strides, BN=32, BM=256, BR=side, num_stages=3)
+    sizes = (width, rank, x.stride(0), factor.stride(0), factor.stride(1), out.stride(0))
+    constants = {"BN": 32, "BM": 256, "BR": _side(rank)}
+    grid = (_tiles(rows, 32), _tiles(rank, constants["BR"]))
+    numbers = (rows, width, rank, scale, *sizes[2:])
+    _launch(_down, grid, (x, factor, out), numbers, constants, sizes, num_stages=3)
     return out
 
 
 def add_up(out: torch.Tensor, low: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """low factor added to `out`. [N, R], [R, M] -> [N, M]"""
     (rows, width), rank = out.shape, factor.shape[0]
-    strides = (out.stride(0), low.stride(0), factor.stride(0), factor.stride(1))
-    grid = (_tiles(rows, 64), _tiles(width, 128))
-    _add_up[grid](out, low, factor, rows, width, rank, *strides, BN=64, BM=128, BR=_side(rank))
+    sizes = (width, rank, out.stride(0), low.stride(0), factor.stride(0), factor.stride(1))
+    constants = {"BN": 64, "BM": 128, "BR": _side(rank)}
+    _launch(_add_up, (_tiles(rows, 64), _tiles(width, 128)), (out, low, factor), (rows, *sizes), constants, sizes)
     return out
 
 
 def gradient(out: torch.Tensor, low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """low^T x, written to `out` [R, M] of float32 and any strides. [N, R], [N, M]"""
     (rows, rank), width = low.shape, x.shape[1]
-    side = _side(rank)
-    strides = (low.stride(0), x.stride(0), out.stride(0), out.stride(1))
-    tile = {"BN": 128, "BM": 64} if width > 8192 else {"BN": 256, "BM": 32}  # enough programs for a card
-    grid = (_tiles(width, tile["BM"]), _tiles(rank, side))
-    _gradient[grid](low, x, out, rows, width, rank, *strides, **tile, BR=side, num_stages=3)
+    sizes = (width, rank, low.stride(0), x.stride(0), out.stride(0), out.stride(1))
+    tile = (128, 64) if width > 8192 else (256, 32)  # enough programs for a card
+    constants = {"BN": tile[0], "BM": tile[1], "BR": _side(rank)}
+    grid = (_tiles(width, tile[1]), _tiles(rank, constants["BR"]))
+    _launch(_gradient, grid, (low, x, out), (rows, *sizes), constants, sizes, num_stages=3)
     return out
 
 
@@ -167,22 +203,23 @@ def unpack(
     what is added (`groups`). levels: what the 16 values stand for.
     """
     count = packed.numel()
-    grid = (_tiles(count, 1024),)
-    arguments = (packed, scales, code, *groups, levels, out, count)
-    _unpack[grid](*arguments, BLOCK=1024, SHARING=sharing // 2, enable_fp_fusion=False)
+    constants = {"BLOCK": 1024, "SHARING": sharing // 2}
+    tensors = (out, packed, scales, code, *groups, levels)
+    _launch(_unpack, (_tiles(count, 1024),), tensors, (count,), constants, _of_length(count), enable_fp_fusion=False)
     return out
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up"""
-    out = torch.empty_like(gate)
-    _swiglu[(_tiles(out.numel(), 1024),)](gate, up, out, out.numel(), BLOCK=1024)
+    out, count = torch.empty_like(gate), gate.numel()
+    _launch(_swiglu, (_tiles(count, 1024),), (gate, up, out), (count,), {"BLOCK": 1024}, _of_length(count))
     return out
 
 
 def swiglu_back(gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor, grad_up: torch.Tensor) -> None:
     """From the gradient of silu(gate) * up those of gate, written over it, and of up, written to `grad_up`."""
-    _swiglu_back[(_tiles(grad.numel(), 1024),)](gate, up, grad, grad_up, grad.numel(), BLOCK=1024)
+    count, tensors = grad.numel(), (gate, up, grad, grad_up)
+    _launch(_swiglu_back, (_tiles(count, 1024),), tensors, (count,), {"BLOCK": 1024}, _of_length(count))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
@@ -190,11 +227,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) ->
     out = torch.empty_like(x)
     batch, heads, tokens, width = x.shape
     angles = (cos.stride(0) if len(cos) > 1 else 0, cos.stride(2))
-    sizes = {"HALF": width // 2, "HEADS": _power(heads), "WIDTH": _power(width // 2)}
-    _rotate[(batch * tokens,)](
-        x, cos, sin, out, tokens, heads, *x.stride()[:3], *out.stride()[:3], *angles, **sizes, BACK=back
-    )
+    sizes = (heads, *x.stride()[:3], *out.stride()[:3], *angles)
+    constants = {"HALF": width // 2, "HEADS": _power(heads), "WIDTH": _power(width // 2), "BACK": back}
+    _launch(_rotate, (batch * tokens,), (x, cos, sin, out), (tokens, *sizes), constants, sizes)
     return out
+
+
+def _of_length(count: int) -> tuple[int, ...]:
+    """What code may rely on of a number of elements: divided by 16, and its type."""
+    return (count % 16 == 0, count == 1, count >= 2**31)
 
 
 def _tiles(length: int, side: int) -> int:

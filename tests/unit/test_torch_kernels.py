@@ -153,9 +153,19 @@ def test_a_card_s_kernels_are_tried_before_they_are_used(kernels: Any, monkeypat
 
 def test_the_kernels_compile_for_cards_old_and_new() -> None:
     """Turing's, Ada's and Blackwell's compute capabilities; Triton needs no card for it, and no interpreter."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, str(Path(__file__).parents[1] / "compile_kernels.py"), "75", "89", "120"]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    without_interpreter("compile_kernels.py", "75", "89", "120")
+
+
+@pytest.mark.parametrize("cases", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_kernel_that_was_kept_is_the_one_that_triton_chooses(cases: int) -> None:
+    """Sizes, strides and addresses of many kinds: no two of Triton's choices are kept under one key."""
+    without_interpreter("kept_kernels.py", str(cases))
+
+
+def without_interpreter(script: str, *arguments: str) -> None:
+    command = [sys.executable, str(Path(__file__).parents[1] / script), *arguments]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_without_a_card_torch_computes() -> None:
