@@ -30,11 +30,10 @@ class Remembered:
         self._file = file
         self._stamp = stamp()
         self._answers: dict[str, list[Any]] = {}  # question -> [answer, when it was given]
-        with suppress(OSError, ValueError, RecursionError):
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(found, dict) and self._stamp and found.get("machine") == self._stamp:
-                answers = found.get("answers")
-                self._answers = answers if isinstance(answers, dict) else {}
+        found = read_json(file)
+        if self._stamp and found.get("machine") == self._stamp:
+            answers = found.get("answers")
+            self._answers = answers if isinstance(answers, dict) else {}
 
     def get(self, name: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
         """Whether it is known, and the answer."""
@@ -47,13 +46,31 @@ class Remembered:
         if not self._stamp or name not in KEPT or (name == "probe" and answer is not None):
             return
         self._answers[_key(name, arguments)] = [answer, time.time()]
-        temporary = self._file.with_name(f".{self._file.name}.{secrets.token_hex(4)}.new")
-        with suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"machine": self._stamp, "answers": self._answers}), encoding="utf-8")
-            temporary.replace(self._file)
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        write_json(self._file, {"machine": self._stamp, "answers": self._answers})
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What `write_json` wrote; empty where it cannot be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all; not where the disk refuses it, as all of it can be asked again."""
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.new")
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.replace(file)
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
+
+
+def digest(content: object) -> str:
+    """Of what `content` is written as."""
+    return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
 
 def stamp() -> str:
@@ -68,7 +85,7 @@ def stamp() -> str:
         import psutil
 
         parts.append(round(psutil.boot_time()))
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+    return digest(parts)
 
 
 def _key(name: str, arguments: tuple[Any, ...]) -> str:
@@ -82,7 +99,7 @@ def folder_stamp(folder: Path) -> str:
         with suppress(OSError):  # a link to nowhere
             status = file.stat()
             said.append((file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
-    return hashlib.blake2b(repr(said).encode(), digest_size=16).hexdigest()
+    return digest(said)
 
 
 def _installed() -> list[tuple[str, int]]:

@@ -19,8 +19,11 @@ def begin(alone: bool = True) -> None:
         from finetune.crashes import explain_cut_files
 
         explain_cut_files()
+    from backends.transformers_names import keep
     from finetune.connections import watch
+    from finetune.disk.digests import cache_folder
 
+    keep(cache_folder() / "transformers.json")
     watch()
 
 

@@ -1,4 +1,4 @@
-"""Child process of `finetune.data.template_sandbox`: renders what it is sent, and can do nothing else."""
+"""Child process of `finetune.data.template_process`: renders what it is sent, and can do nothing else."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
+from backends.transformers_names import keep
 from finetune.data.template_clock import clock_names
 
 GROWTH = 384 * 2**20  # bytes of address space it may add to what its libraries took
@@ -25,11 +27,14 @@ _WARM_UP = (
 )
 
 
-def serve(parent: int, killed_with_it: bool) -> None:
+def serve(parent: int, killed_with_it: bool, library_names: str | None) -> None:
     """The child: answers requests on its standard input until that ends.
 
     parent: its process id. killed_with_it: whether the system may end the child with the thread that started it.
+    library_names: the file of `backends.transformers_names`.
     """
+    if library_names is not None:
+        keep(Path(library_names))
     pipe_in, pipe_out = sys.stdin.buffer, sys.stdout.buffer
     _end_with(parent, killed_with_it)
     try:

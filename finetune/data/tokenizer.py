@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from backends.model_folder import ModelFolder, read_object
 from finetune.data.conversation import Conversation
 from finetune.data.rows import Span
-from finetune.data.template_sandbox import render
+from finetune.data.template_sandbox import render, start_ahead
 from finetune.data.tokenizer_bounds import check_tokenizer
 from finetune.data.tokenizer_trial import try_tokenizer
 from finetune.errors import EnvironmentProblem
@@ -27,6 +27,8 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
 
     Raises EnvironmentProblem, or BackendError for code that may not run.
     """
+    if _has_template(folder.path):
+        start_ahead()
     if not folder.remote_code and not check_tokenizer(folder.path):
         try_tokenizer(folder.path / "tokenizer.json")
     from transformers import AutoTokenizer
@@ -58,6 +60,14 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
     if not tokenizer.chat_template:
         tokenizer.chat_template = _template_beside(folder.path)
     return tokenizer
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether a file says so, before the tokenizer is loaded."""
+    with suppress(OSError):
+        if b'"chat_template"' in (folder / "tokenizer_config.json").read_bytes():
+            return True
+    return any((folder / f"chat_template.{end}").is_file() for end in ("jinja", "json"))
 
 
 def _template_beside(folder: Path) -> str | dict[str, str] | None:

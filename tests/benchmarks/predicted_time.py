@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "labels, long rows": {"rows": "long"},
     "labels, a part of the layers": {"lora": LORA | {"layers": 2, "targets": ["q_proj", "v_proj"]}},
     "text": {"rows": "text"},
-    "text, 4 bits, small steps": {"rows": "text", "quantize": "4bit", "train": {"batch_size": 2, "epochs": 0.5}},
+    "text, 4 bits, small steps": {"rows": "text", "quantize": "4bit", "train": {"batch_size": 2, "epochs": 1}},
 }
 
 

@@ -140,10 +140,10 @@ from finetune.data import conversation, template_sandbox as sandbox
 conversation.SECONDS = 600.0
 tokenizer = SimpleNamespace(name_or_path="toy", special_tokens_map={}, get_chat_template=lambda *_: sys.argv[1])
 def start():
-    real = sandbox._Child.__init__
+    real = sandbox.TemplateProcess.__init__
     def init(self):
         real(self); print(self._process.pid, flush=True)
-    sandbox._Child.__init__ = init
+    sandbox.TemplateProcess.__init__ = init
     sandbox.render(tokenizer, sandbox.Conversation([{"role": "user", "content": "x"}], [(1, False)]))
 start() if sys.argv[2] == "main" else threading.Thread(target=start).run()
 """

@@ -12,10 +12,10 @@ from tests.structure import draw
 from tests.structure.imports import FLOORS, ROOT, House, circles, read_house
 
 # What `finetune` may know of `backends`: the boundary, which backends there are, how processes share a run, a model's
-# folder, its memory, and models larger than that.
+# folder, its memory, models larger than that, and how transformers is imported.
 ALLOWED = {
     "backends", "backends.interface", "backends.registry", "backends.process_group", "backends.model_folder",
-    "backends.memory_plan", "backends.streaming",
+    "backends.memory_plan", "backends.streaming", "backends.transformers_names",
 }  # fmt: skip
 _LIGHT = "`--help` and a mistake in a recipe load nothing of the rest (tests/unit/test_startup.py)"
 # Imports inside functions, each with its reason. All others stand at the top.
@@ -30,6 +30,7 @@ LATE = {
     ("finetune/startup.py", "finetune.supervisor"): f"{_LIGHT}; the parent of a run loads nothing more",
     ("finetune/startup.py", "finetune.crashes"): _LIGHT,
     ("finetune/startup.py", "backends.registry"): _LIGHT,
+    ("finetune/startup.py", "backends.transformers_names"): _LIGHT,
     ("finetune/startup.py", "finetune.disk.digests"): _LIGHT,
     ("finetune/cli.py", "finetune.connections"): _LIGHT,
     ("finetune/cli.py", "finetune.console"): f"{_LIGHT}; a console on a terminal",

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from finetune.data import template_process
 from finetune.data import template_sandbox as sandbox
 from finetune.data.chat_template import PLAIN_CHAT
 from finetune.data.conversation import Conversation
@@ -162,20 +163,20 @@ for use in (lambda: open("/etc/passwd"), lambda: open("canary", "w"), socket.soc
         pass
 child.send(sys.stdout.buffer, child.json.dumps({"error": f"done: {''.join(done)}."}).encode())
 """
-    monkeypatch.setattr(sandbox, "_START", f"exec({start!r})")
+    monkeypatch.setattr(template_process, "_START", f"exec({start!r})")
     monkeypatch.setattr(sandbox, "_child", None)
     with pytest.raises(EnvironmentProblem, match=r"\(done: \.\)"):
         rendered("a")
 
 
 def test_an_interrupt_leaves_no_answer_for_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = sandbox.receive
+    real = template_process.receive
 
     def interrupted(*arguments: Any) -> Any:
-        monkeypatch.setattr(sandbox, "receive", real)
+        monkeypatch.setattr(template_process, "receive", real)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sandbox, "receive", interrupted)
+    monkeypatch.setattr(template_process, "receive", interrupted)
     with pytest.raises(KeyboardInterrupt):
         rendered("first")
     assert rendered("second") == ["second", "second"]
@@ -191,7 +192,7 @@ def test_a_killed_child_is_a_refusal_and_the_next_has_a_new_one() -> None:
 def test_an_idle_child_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     child = sandbox._child
     assert child is not None
-    monkeypatch.setattr(sandbox, "IDLE", 0.0)
+    monkeypatch.setattr(template_process, "IDLE", 0.0)
     child._over.wait(SECONDS)
     for _ in range(50):
         if child.ended:
