@@ -13,13 +13,15 @@ from backends.config_sizes import number_of, recurrence_of
 from backends.interface import LoraSpec, ModelSpec, Modules
 from backends.memory import available_bytes
 from backends.model_folder import ModelFolder
-from backends.predictions import Architecture, Costs, Machine, Size
+from backends.predictions import NOTHING, Architecture, Costs, Elementwise, Machine, Size
 from backends.text_blocks import expert_numbers
 from backends.weight_plan import streamed_bytes, weight_bytes
 
 __all__ = [
+    "NOTHING",
     "Architecture",
     "Costs",
+    "Elementwise",
     "Footprint",
     "Machine",
     "Micro",

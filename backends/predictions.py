@@ -53,6 +53,11 @@ class Architecture:
     embedding: int = 0  # weights of one that is not the output layer too; counted in `other`
 
     @property
+    def widths(self) -> int:
+        """Numbers of one token that go into the linear layers of all blocks, and that come out of them."""
+        return sum(out + inputs for out, inputs in self.modules.values())
+
+    @property
     def linear(self) -> int:
         return sum(out * inputs for out, inputs in self.modules.values())
 
@@ -67,7 +72,16 @@ class Size(NamedTuple):
         return self.fixed + self.numbers * number
 
 
+class Elementwise(NamedTuple):
+    """Seconds of what is not a product, in one forward pass: norms, activations, rotations, softmax."""
+
+    number: float = 0.0  # for each number that goes into a linear layer or comes out of one
+    score: float = 0.0  # for each query and key of a head
+    logit: float = 0.0  # for each logit
+
+
 A_NUMBER = Size(numbers=1.0)
+NOTHING = Elementwise()
 MXFP4 = 0.5 + 1 / 32  # bytes of a weight: 4 bits, and a scale of 8 bits for 32 weights
 
 
@@ -84,6 +98,7 @@ class Costs:
     host: float = 0.0
     unpacking: float = 0.0  # operations of products that take as long as to unpack one 4-bit weight
     masking: float = 0.0  # and as to make one number of dropout's mask, and to apply it
+    elementwise: Elementwise = NOTHING
     held: float = 1.1  # bytes that the allocator holds per byte in use
     update: float = 20.0  # per number of the adapter: an update makes weights, moments and their quotient anew
     # the same where the whole model trains, beside the weights, both moments, the gradient and the best weights

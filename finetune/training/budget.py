@@ -103,13 +103,12 @@ class Workload:
         lengths, scale = [len(example.tokens) - 1 for example in self.examples], 1.0
         if cut is not None:
             lengths, scale = cut.lengths, cut.scale
-        supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in self.examples)
         frozen = first_adapted(self.adapted)
         adapted = shape.blocks - frozen
         lora = 0.0 if self.lora.whole else 6.0 * self.lora.trainable(self.adapted) * sum(lengths) * scale
         passes = 2.0 + self.lora.whole + self.model.checkpointing
         of_output = (4.0 + 2.0 * self.lora.whole) * shape.vocabulary
-        head = (6.0 * self.lora.classes or of_output) * shape.hidden * supervised
+        head = (6.0 * self.lora.classes or of_output) * shape.hidden * self.supervised
         return self._block(lengths) * scale * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head
 
     def read_seconds(self) -> float:
@@ -119,21 +118,42 @@ class Workload:
 
     def seconds(self, speed: Speed, micro_tokens: int) -> float:
         """Of one epoch of training: products, and what is done beside them for each micro-batch and token."""
-        cut, passes = self.cut(micro_tokens), 2 + self.model.checkpointing
+        cut, passes = self.cut(micro_tokens, speed.at_once), 2 + self.model.checkpointing
         beside = speed.unpacking * self.packed * cut.batches
         if self.lora.dropout:
             masked = sum(inputs for _, inputs in self.adapted.values()) * sum(cut.lengths) * cut.scale
             beside += speed.masking * masked
         layers = cut.batches * len(self.architecture.modules) * (passes + 1)  # a backward pass counts twice
-        return speed.seconds(self.operations(cut) + passes * beside, layers)
+        frozen = first_adapted(self.adapted) / self.architecture.blocks  # as in `operations`
+        through = (1 - frozen) * passes + frozen / max(self.epochs, 1.0)
+        elementwise = self.elementwise(speed, cut.lengths) * cut.scale * through
+        elementwise += self.elementwise(speed, [], self.supervised) * passes
+        return speed.seconds(self.operations(cut) + passes * beside, layers, elementwise)
+
+    def elementwise(self, speed: Speed, lengths: Sequence[int], logits_of: int = 0) -> float:
+        """Seconds of all that is not a product in one forward pass of rows of so many tokens, and at so many positions
+        of the output layer.
+        """
+        shape, each, tokens = self.architecture, speed.elementwise, np.array(lengths, np.float64)
+        of_scores = each.score * shape.heads * shape.blocks * (tokens**2).sum()
+        of_logits = each.logit * (self.lora.classes or shape.vocabulary) * logits_of
+        return float(each.number * shape.widths * tokens.sum() + of_scores + of_logits)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens of all rows that the loss is taken of."""
+        return sum(int(np.count_nonzero(example.weights[1:])) for example in self.examples)
 
     @property
     def packed(self) -> int:
         """How many weights each pass unpacks."""
         return self.architecture.linear if self.model.quantize == "4bit" else 0
 
-    def cut(self, micro_tokens: int) -> Cut:
-        """How the steps of the first epoch are computed; of many, only a sample is looked at."""
+    def cut(self, micro_tokens: int, at_once: int | None = None) -> Cut:
+        """How the steps of the first epoch are computed; of many, only a sample is looked at.
+
+        at_once: tokens of a micro-batch that are computed together; None: all.
+        """
         n, lengths, batches = len(self.examples), list[int](), 0
         steps = -(-n // self.batch_size)
         looked = range(min(steps, SAMPLED))
@@ -143,7 +163,7 @@ class Workload:
             for group in groups([len(row.tokens) - prefix for row in rows], micro_tokens, prefix):
                 wide = width(max(len(rows[i].tokens) for i in group) - prefix - 1)
                 lengths += [wide] * len(group) + [prefix] * bool(prefix)
-                batches += 1
+                batches += -(-len(group) // max(1, (at_once or micro_tokens) // max(1, wide)))
         return Cut(lengths, batches * steps / len(looked), steps / len(looked))
 
     def scoring(self, lengths: Sequence[int], supervised: int) -> float:
@@ -235,12 +255,5 @@ class Cut(NamedTuple):
     """The micro-batches of an epoch's steps."""
 
     lengths: list[int]  # of the rows of those that were looked at, as they are computed: padded; shared prefixes once
-    batches: float  # of the whole epoch
+    batches: float  # of the whole epoch, or pieces of them that are computed together
     scale: float  # how many times as many steps the epoch has as were looked at
-
-
-def rate_here(backend: str, work: Workload) -> float:
-    """Floating-point operations per second of matrix products, timed once by this process."""
-    facts = registry.describe(backend, work.model.device)
-    kind = registry.device_kind(facts["device"])
-    return registry.measured_rate(backend, work.model.number_type(kind, facts["half"]), work.model.device)

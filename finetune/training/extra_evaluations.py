@@ -57,17 +57,19 @@ class Seconds:
         """An answer to each, of `most` tokens."""
         steps = -(-len(prompts) // PROMPTS_TOGETHER) * most
         unpacking = self.speed.unpacking * self.work.packed
-        step = self.work.scoring([1], 1) * min(PROMPTS_TOGETHER, len(prompts)) + unpacking
-        layers = len(self.work.architecture.modules)
-        each = self.speed.seconds(step, layers) + self.work.read_seconds()
+        together = min(PROMPTS_TOGETHER, len(prompts))
+        step = self.work.scoring([1], 1) * together + unpacking
+        layers, elementwise = len(self.work.architecture.modules), self.work.elementwise(self.speed, [1], 1) * together
+        each = self.speed.seconds(step, layers, elementwise) + self.work.read_seconds()
         return self.passes(prompts, len(prompts)) + steps * each
 
     def passes(self, lengths: Sequence[int], supervised: int) -> float:
         """Of forward passes of rows of so many tokens."""
-        batches = -(-sum(lengths) // self.micro_tokens)
+        batches = self.speed.pieces(sum(lengths), self.micro_tokens)
         layers = batches * len(self.work.architecture.modules)
         unpacking = self.speed.unpacking * self.work.packed * batches
-        return self.speed.seconds(self.work.scoring(lengths, supervised) + unpacking, layers)
+        elementwise = self.work.elementwise(self.speed, lengths, supervised)
+        return self.speed.seconds(self.work.scoring(lengths, supervised) + unpacking, layers, elementwise)
 
     def evaluation(self, examples: Sequence[Example]) -> dict[str, float]:
         """Of each kind of evaluation of these rows, as `evaluate` names them."""

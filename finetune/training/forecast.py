@@ -8,9 +8,9 @@ from backends import registry
 from backends.interface import BackendError, Device
 from backends.memory_plan import Costs, Footprint, Machine
 from finetune.recipe.schema import MICRO_TOKENS
-from finetune.training.budget import LEAST, Workload, fitting_tokens, imbalance, rate_here, workload
+from finetune.training.budget import LEAST, Workload, fitting_tokens, imbalance, workload
 from finetune.training.job import Job
-from finetune.training.speed import Speed
+from finetune.training.speed import Speed, rate_here
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def forecast_here(work: Workload, backend: str, micro_tokens: int | None, proces
     work = replace(work, streamable=work.streamable and processes == 1)
     work = work.settled(costs, free, micro_tokens)
     tokens = micro_tokens or (MICRO_TOKENS if free is None else _fitting_with_model(work, costs, free))
-    rate = rate_here(backend, work) * apart / imbalance(work, processes)
+    rate = rate_here(backend, work.model) * apart / imbalance(work, processes)
     return _forecast(work, backend, costs, free, tokens, rate)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from statistics import median
@@ -20,7 +19,7 @@ from finetune.evaluation.scoring import row_losses
 from finetune.events import Outlook, result_of
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
-from finetune.training.budget import Workload, imbalance, rate_here, workload
+from finetune.training.budget import Workload, imbalance, workload
 from finetune.training.extra_evaluations import Beside, Seconds
 from finetune.training.head_first import WHAT
 from finetune.training.job import Job
@@ -28,7 +27,7 @@ from finetune.training.memory_settings import tokens_that_fit
 from finetune.training.pair_references import REFERENCES
 from finetune.training.rate_race import RACE, course_of
 from finetune.training.rate_rule import LANES
-from finetune.training.speed import Speed
+from finetune.training.speed import Speed, rate_here
 
 LONGEST = 1.0  # seconds that the rows may take which are timed before a run
 
@@ -58,7 +57,7 @@ def _predicted(job: Job, session: Session, questions: Questions) -> dict[str, fl
     work = replace(work, model=replace(work.model, streamed=bool(job.streamed)))
     costs = registry.costs(job.backend, registry.device_kind(session.device))
     count = side_by_side(session)  # each process computes as fast as this one
-    speed = Speed.of(costs, rate_here(job.backend, work) * count / imbalance(work, count), count)
+    speed = Speed.of(costs, rate_here(job.backend, work.model) * count / imbalance(work, count), count)
     tokens = tokens_that_fit(job, session)
     if count == 1:
         speed = replace(speed, slower=timed(session, Seconds(job.recipe, job.prepared, work, speed, tokens)))
@@ -76,8 +75,9 @@ def timed(session: Session, seconds: Seconds) -> float:
         if (tokens := tokens + len(example)) > seconds.micro_tokens:
             break
         rows.append(example)
-    expected = seconds.reading(rows) if rows else math.inf
-    if recipe.preferences or recipe.head or first_adapted(work.adapted) or expected > LONGEST:
+    while rows and (expected := seconds.reading(rows)) > LONGEST:
+        del rows[len(rows) // 2 :]
+    if not rows or recipe.preferences or recipe.head or first_adapted(work.adapted):
         return 1.0
     taken = []
     try:

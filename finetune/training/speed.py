@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from backends.memory_plan import Costs
+from backends import registry
+from backends.interface import ModelSpec
+from backends.memory_plan import NOTHING, Costs, Elementwise
 
 
 @dataclass(frozen=True)
@@ -16,15 +18,29 @@ class Speed:
     beside: bool = True  # whether the host works beside the device
     unpacking: float = 0.0
     masking: float = 0.0
+    elementwise: Elementwise = NOTHING
+    at_once: int | None = None  # tokens of a micro-batch that are computed together; None: all
     slower: float = 1.0  # times: what a loaded model was seen to need of the time predicted
 
     @classmethod
     def of(cls, costs: Costs, rate: float, processes: int = 1) -> Speed:
         """rate: of matrix products, of all `processes` together."""
         gpu, host = costs.device == "gpu", costs.host / processes
-        return cls(rate * costs.reached, host, gpu, costs.unpacking, costs.masking)
+        beside = (costs.unpacking, costs.masking, costs.elementwise)
+        return cls(rate * costs.reached, host, gpu, *beside, costs.tokens_at_once)
 
-    def seconds(self, operations: float, layers: float) -> float:
-        """Of so many operations, in forward passes through so many layers in all."""
-        computing, starting = operations / self.rate, self.host * layers
+    def pieces(self, tokens: int, micro_tokens: int) -> int:
+        """In how many passes through the layers so many tokens are computed."""
+        return -(-tokens // min(micro_tokens, self.at_once or micro_tokens))
+
+    def seconds(self, operations: float, layers: float, elementwise: float = 0.0) -> float:
+        """Of so many operations, in forward passes through so many layers in all, and seconds beside the products."""
+        computing, starting = operations / self.rate + elementwise, self.host * layers
         return self.slower * (max(computing, starting) if self.beside else computing + starting)
+
+
+def rate_here(backend: str, model: ModelSpec) -> float:
+    """Floating-point operations per second of matrix products, timed once by this process."""
+    facts = registry.describe(backend, model.device)
+    kind = registry.device_kind(facts["device"])
+    return registry.measured_rate(backend, model.number_type(kind, facts["half"]), model.device)
