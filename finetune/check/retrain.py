@@ -13,6 +13,8 @@ from finetune.disk.checkpoint import Checkpoints
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import DataError, Interrupted
 from finetune.evaluation.evaluate import Evaluation, evaluate_held_out
+from finetune.evaluation.intervals import standard_error
+from finetune.evaluation.paired_changes import accuracy_change, loss_change, loss_decides
 from finetune.events import Event, Progress, StepDone, Validated
 from finetune.report.report import compare
 from finetune.training.job import Job
@@ -85,7 +87,22 @@ def _trained(trainer: Trainer, deadline: _Deadline) -> Generator[Event, None, No
 def verdict(rows: int, removed: int, whole: Evaluation, without: Evaluation) -> str:
     """What the proof says, in sentences. whole: the run's own model, trained on all rows."""
     said = compare(whole, without).verdict
-    gained = said.startswith(("Better", "Mixed"))
-    lost = said.startswith("Worse")
-    result = "the model is better" if gained else "the model is worse" if lost else "nothing was gained"
+    if said.startswith(("Better", "Mixed", "Not good yet")):
+        result = "the model is better"
+    else:
+        result = "the model is worse" if said.startswith("Worse") else _no_clear_gain(whole, without)
     return f"Proof: trained without {removed:,} of {rows:,} training rows, {result}. {said}"
+
+
+def _no_clear_gain(whole: Evaluation, without: Evaluation) -> str:
+    """A gain of more than its standard error may be one, though these rows do not show it; less is none."""
+    if loss_decides(whole, without):
+        mean, interval, _ = loss_change(whole.results, without.results)
+        gain, written = -mean, "loss {:+.4f}, {:+.4f} to {:+.4f}"
+    else:
+        mean, interval = accuracy_change(whole, without, of=100)
+        gain, written = mean, "{:+.1f} points, {:+.1f} to {:+.1f}"
+    if interval is None or interval[0] == interval[1]:
+        return "nothing was gained"
+    result = "a gain is not clear" if gain > standard_error(interval) else "nothing was gained"
+    return f"{result} ({written.format(mean, *interval)})"

@@ -29,6 +29,14 @@ def loss_decides(before: Evaluation, after: Evaluation) -> bool:
     return not after.labels and changed < LEAST_CHANGED
 
 
+def accuracy_change(before: Evaluation, after: Evaluation, of: float = 1.0) -> tuple[float, tuple[float, float] | None]:
+    """Of the share of right answers on the same rows, times `of`, and its 95 % interval; None of a single row."""
+    both = zip(before.results, after.results, strict=True)
+    changes = [of * (bool(y.correct) - bool(x.correct)) for x, y in both]
+    interval = weighted_mean_interval(changes, [1.0] * len(changes)) if len(changes) > 1 else None
+    return sum(changes) / len(changes), interval
+
+
 def loss_change(before: Sequence[RowResult], after: Sequence[RowResult]) -> LossChange:
     """before, after: the same rows. Raises ValueError where they are not as many."""
     differences = [y.loss - x.loss for x, y in zip(before, after, strict=True)]

@@ -21,6 +21,7 @@ from finetune.evaluation.label_confidence import as_sure_as_right, doubts, fille
 from finetune.evaluation.naive_bayes import WordCounts
 from finetune.events import StepDone
 from tests.end_to_end.command import Work
+from tests.unit.finished_runs import evaluation as read_only
 from tests.unit.test_baselines import evaluation
 from tests.unit.test_wrong_resume import RECIPE, finetune
 from tests.unit.toy_run import LABEL_TOKENS, Wrapped, prepared, result_of, session
@@ -257,7 +258,40 @@ def test_the_proof_says_whether_something_was_gained() -> None:
     )
     assert "without 7 of 100 training rows, the model is better. Better: " in verdict(100, 7, before, after)
     assert "the model is worse" in verdict(100, 7, after, before)
-    assert "nothing was gained" in verdict(100, 7, before, before)
+    assert "7 of 100 training rows, nothing was gained. No clear" in verdict(100, 7, before, before)
+    truth = "a" * 70 + "b" * 30
+    weak, still_weak = evaluation(truth, "b" * 100), evaluation(truth, "a" * 30 + "b" * 70)
+    assert "the model is better. Not good yet: " in verdict(100, 7, weak, still_weak)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "broken", "said"),
+    [
+        (21, 12, "a gain is not clear (+4.5 points, -1.1 to +10.1)"),
+        (12, 21, "nothing was gained (-4.5 points, -10.1 to +1.1)"),
+        (4, 2, "nothing was gained (+1.0 points, -1.4 to +3.4)"),  # within its standard error
+        (7, 2, "a gain is not clear (+2.5 points, -0.4 to +5.4)"),
+        (3, 3, "nothing was gained (+0.0 points, -2.4 to +2.4)"),
+        (24, 8, "the model is better"),
+    ],
+)
+def test_a_gain_that_is_not_clear_is_not_called_none(fixed: int, broken: int, said: str) -> None:
+    truth, same = "ab" * 100, 200 - fixed - broken
+    first = truth[:same] + "".join("ba"[i % 2] if i < fixed else "ab"[i % 2] for i in range(fixed + broken))
+    then = truth[:same] + "".join("ab"[i % 2] if i < fixed else "ba"[i % 2] for i in range(fixed + broken))
+    shifted = truth[:same] + "".join("ab"[i % 2] for i in range(fixed + broken))
+    assert f"training rows, {said}. " in verdict(600, 152, evaluation(shifted, first), evaluation(shifted, then))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(-0.1, "a gain is not clear (loss -0."), (0.1, "nothing was gained (loss +0.")]
+)
+def test_so_it_is_where_the_loss_decides(change: float, said: str) -> None:
+    texts, noise = ["x"] * 40, [0.4 * (-1) ** i for i in range(40)]
+    before, after = (
+        read_only(texts, [None] * 40, (), losses=[1.0 + by * (change + one) for one in noise]) for by in (0, 1)
+    )
+    assert said in verdict(40, 2, before, after)
 
 
 def test_a_run_s_own_time_tells_what_a_proof_takes() -> None:
