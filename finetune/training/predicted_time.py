@@ -67,7 +67,7 @@ def _predicted(job: Job, session: Session, questions: Questions) -> dict[str, fl
 def timed(session: Session, seconds: Seconds) -> float:
     """How many times as long as predicted the loaded model takes for a few rows: the median of three times.
 
-    1.0 where they would take too long, or where the rows are not simply scored.
+    As many rows as take LONGEST. 1.0 where one alone would take longer, or where the rows are not simply scored.
     """
     recipe, work = seconds.recipe, seconds.work
     rows, tokens = [], 0

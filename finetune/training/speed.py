@@ -11,7 +11,7 @@ from backends.memory_plan import NOTHING, Costs, Elementwise
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a device computes, and how slowly its host starts that. The rest as of `Costs`."""
+    """How fast a device computes, and how slowly its host starts that. The rest as in `Costs`."""
 
     rate: float  # floating-point operations per second that a run reaches
     host: float = 0.0  # seconds for a layer in a forward pass
@@ -24,9 +24,10 @@ class Speed:
 
     @classmethod
     def of(cls, costs: Costs, rate: float, processes: int = 1) -> Speed:
-        """rate: of matrix products, of all `processes` together."""
+        """rate: of matrix products, of all `processes` together, which share what is beside the products."""
         gpu, host = costs.device == "gpu", costs.host / processes
-        beside = (costs.unpacking, costs.masking, costs.elementwise)
+        elementwise = Elementwise(*(each / processes for each in costs.elementwise))
+        beside = (costs.unpacking, costs.masking, elementwise)
         return cls(rate * costs.reached, host, gpu, *beside, costs.tokens_at_once)
 
     def pieces(self, tokens: int, micro_tokens: int) -> int:

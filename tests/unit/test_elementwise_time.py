@@ -90,6 +90,12 @@ def test_rows_that_would_be_timed_too_long_are_fewer(monkeypatch: pytest.MonkeyP
     assert 0 < counts[0] < len(ROWS.train.examples) and slow.reading(ROWS.train.examples[: counts[0]]) <= LONGEST
 
 
+def test_processes_share_it() -> None:
+    costs = registry.costs("mlx", "cpu")
+    one, two = (Speed.of(costs, 1e12, processes).elementwise for processes in (1, 2))
+    assert one == costs.elementwise and [*two] == [each / 2 for each in one]
+
+
 def test_a_gpu_is_taken_to_do_it_within_the_products() -> None:
     assert all(registry.costs(name, "gpu").elementwise == NOTHING for name in ("torch", "mlx"))
     assert registry.costs("mlx", "cpu").elementwise != NOTHING
