@@ -1,4 +1,4 @@
-"""transformers without its search: on import it reads its own 3,000 files for the names of models, twice.
+"""transformers without its search: on import it reads its own 2,500 files for the names of models, twice.
 
 What the search found is kept in a file, and holds for the same version with the same files. Elsewhere, and where
 transformers is built otherwise, it searches as ever.
