@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from io import StringIO
@@ -29,6 +30,9 @@ class Console(RichConsole):
 
     def __init__(self, *, markup: bool = False, emoji: bool = False, **options: Any) -> None:
         super().__init__(markup=markup, emoji=emoji, **options)
+        asked = {"force_terminal", "force_interactive"} & options.keys() or "TTY_INTERACTIVE" in os.environ
+        if not asked and not self.file.isatty():
+            self.is_interactive = False  # FORCE_COLOR asks a log for colours, and not for moves of the cursor
         self._written = harmless if markup else one_line  # markup: texts of ours and of typer's
 
     @property

@@ -81,7 +81,7 @@ FORMAT = """\
 
 def recorded_demo(loss_picture: Path, events: Path) -> str:
     """The standard output of a run of the demo, with escape codes; keeps its events and the picture of its losses."""
-    colours = {"FORCE_COLOR": "1", "TTY_INTERACTIVE": "0", "COLUMNS": str(WIDTH), "COLORTERM": "truecolor"}
+    colours = {"FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "COLORTERM": "truecolor"}
     colours["TERM"] = "xterm-256color"
     surroundings = os.environ | colours | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parents[1])}
     surroundings.pop("NO_COLOR", None)

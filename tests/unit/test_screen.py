@@ -234,12 +234,13 @@ with open_screen() as screen:
 """
 
 
-def child(*arguments: str, **options) -> subprocess.Popen[bytes]:
+def child(*arguments: str, extra: dict[str, str] | None = None, **options) -> subprocess.Popen[bytes]:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24", "PYTHONIOENCODING": "utf-8"}
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         environment.pop(name, None)
-    return subprocess.Popen([sys.executable, "-c", CHILD, *arguments], cwd=root, env=environment, **options)
+    command = [sys.executable, "-c", CHILD, *arguments]
+    return subprocess.Popen(command, cwd=root, env={**environment, **(extra or {})}, **options)
 
 
 def test_standard_error_only():
@@ -249,6 +250,14 @@ def test_standard_error_only():
     assert out.split() == b"to standard output".split()
     assert b"step 40/40" in err
     assert b"\x1b" not in err
+
+
+def test_a_log_that_wants_colours_gets_lines_all_the_same():
+    """FORCE_COLOR, as services that build software set it: colours, and no page that is drawn over and over."""
+    process = child(extra={"FORCE_COLOR": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and b"step 40/40" in err
+    assert set(re.findall(rb"\x1b\[[0-9;?]*([A-Za-z])", err)) <= {b"m"}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are a POSIX thing")
