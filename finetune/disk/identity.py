@@ -63,9 +63,7 @@ def identity_of(
     if prepared.parting is not None:
         written[PARTING] = prepared.parting
     if recipe.train.epochs == "auto":
-        written[OPEN_END] = (
-            "falls from the first epoch on"  # the first such runs kept it at its peak until the last one
-        )
+        written[OPEN_END] = "falls from the first epoch on, while loss or errors fall"  # earlier runs ended otherwise
     base = yield from base_model(folder)
     return {
         "kind": KIND,

@@ -61,24 +61,26 @@ def make_plan(recipe: Recipe, rows: int) -> Plan:
     )
 
 
-def known_end(recipe: Recipe, plan: Plan, validations: Iterable[tuple[int, float]]) -> Plan:
-    """The plan once validations, as (step, loss) in order, say where it ends; before they do, and without an open end,
-    the same plan. Of labelled rows only those after which something was learned are given.
+def known_end(recipe: Recipe, plan: Plan, validations: Iterable[tuple[int, float, float | None]]) -> Plan:
+    """The plan once validations, in order, say where it ends; before they do, and without an open end, the same plan.
 
-    The rate falls as in the longest run while the epochs lower the validation loss by FALLS. After the first that does
-    not, it falls from where it is to zero over one epoch more. A constant rate ends with that one.
+    validations: as (step, loss, accuracy); of labelled rows only those after which something was learned.
+
+    The rate falls as in the longest run while each epoch lowers the loss by FALLS or has the highest accuracy so far,
+    where there is one. After the first that does neither, it falls from where it is to zero over one epoch more. A
+    constant rate ends with that one.
     """
     if not plan.open_end:
         return plan
-    lowest, falls = math.inf, 0 if recipe.train.schedule == "constant" else plan.steps_per_epoch
-    for step, loss in validations:
+    lowest, highest, falls = math.inf, 0.0, 0 if recipe.train.schedule == "constant" else plan.steps_per_epoch
+    for step, loss, accuracy in validations:
         if not plan.ends_epoch(step):
             continue
         if step + falls >= plan.steps:
             break
-        if step and loss > lowest * (1.0 - FALLS):
+        if step and loss > lowest * (1.0 - FALLS) and (accuracy or 0.0) <= highest:
             return replace(plan, steps=step + falls, falls_after=step, falls_from=_rate(recipe, plan, step, 1.0))
-        lowest = min(lowest, loss)
+        lowest, highest = min(lowest, loss), max(highest, accuracy or 0.0)
     return plan
 
 

@@ -147,8 +147,9 @@ class Preferences(Section):
 
 class Train(Section):
     epochs: Positive | Literal["auto"] | None = None
-    """Passes over the data; 3 unless steps is given. auto: 6, or as many as lower the validation loss by 2 % each and
-    one more, over which the rate falls to zero; labels are first to be told better than by the most frequent one."""
+    """Passes over the data; 3 unless steps is given. auto: 6, or as many as lower the validation loss by 2 % each, or
+    have the highest accuracy so far, and one more, over which the rate falls to zero; labels are first to be told
+    better than by the most frequent one."""
     steps: Positive | None = None
     """Optimiser steps, instead of epochs."""
     batch_size: Positive = 16
@@ -159,7 +160,7 @@ class Train(Section):
     # With the largest rate and decay their product still fits float32.
     learning_rate: Annotated[float, Field(gt=0.0, le=1e37)] | Literal["auto"] = "auto"
     """The highest rate. auto: a rule's; or midway to the best of four in a short race on the training rows, where
-    that is clearly better on validation rows."""
+    that is neither the lowest nor the highest of them, and clearly better on validation rows."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: Share = 0.05
     """The share of all steps over which the rate rises from zero."""

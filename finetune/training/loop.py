@@ -185,7 +185,8 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
         self.state.loss_sum, self.state.loss_tokens = 0.0, 0
-        self.state.without_better = 0 if better or not self._has_learned(event) else self.state.without_better + 1
+        waits = better or not self._has_learned(event) or self._is_most_accurate(event)
+        self.state.without_better = 0 if waits else self.state.without_better + 1
         if better:
             self.state.best_step, self.state.best_loss = step, evaluation.loss
             self.best = self.session.get_state().adapter
@@ -194,13 +195,18 @@ class Trainer:
         yield event
 
     def _look_for_end(self) -> None:
-        learned = ((one.step, one.loss) for one in self.state.validations if self._has_learned(one))
+        learned = ((one.step, one.loss, one.accuracy) for one in self.state.validations if self._has_learned(one))
         self.plan = known_end(self.recipe, self.longest, learned)
 
     def _has_learned(self, validated: Validated) -> bool:
         """Before that an open end says nothing: a loss stays where answers are as good as blind, and then falls."""
         rows = len(self.prepared.valid.examples)
         return not self.longest.open_end or has_learned(validated, self.majority, rows)
+
+    def _is_most_accurate(self, validated: Validated) -> bool:
+        """Of a run with an open end, which goes on while there are fewer errors, though the loss rises."""
+        highest = max((one.accuracy or 0.0 for one in self.state.validations), default=0.0)
+        return self.longest.open_end and (validated.accuracy or 0.0) > highest
 
     def _evaluate(self, step: int) -> Generator[Progress, None, Evaluation]:
         """All validation rows. Raises Interrupted between two batches when asked to stop."""

@@ -90,7 +90,7 @@ class Race:
         if self.chosen == min((lap.loss, lap.rate) for lap in self.laps if lap.loss is not None)[1]:
             won = "has the lowest loss"
         elif self.chosen == self.start.rate:
-            won = "stays, since no loss is clearly lower"
+            won = "stays, since no rate between the ends of the race is clearly better"
         else:
             won = "is midway between the rule's and that of the lowest loss"
         return [
@@ -216,12 +216,14 @@ def _lap(
 
 
 def chosen_of(start: Start, laps: Sequence[Lap], rows: Sequence[Losses]) -> float:
-    """The rule's rate; or where another has a loss that is clearly lower, midway to it, as factors go.
+    """The rule's rate; or where another between the lowest and the highest has a clearly lower loss, midway to it, as
+    factors go.
 
     rows: of each lap the rows' losses. Clearly: by CLEAR standard errors of the difference on the same rows. A race is
     far shorter than the run, and so its winner errs: to high rates where a path must be walked first, to low ones where
-    what is there already is worth keeping (a head that learned first). Half of that error is left. Where the rule's own
-    rate has no finite loss, the best one is taken as it is. Raises Diverged where none has.
+    what is there already is worth keeping (a head that learned first). A winner at either end shows that error alone;
+    of one between, which is better than the rates on both sides, half of it is left. Where the rule's own rate has no
+    finite loss, the best one is taken as it is. Raises Diverged where none has.
     """
     finished = [(lap.loss, lap.rate, judged) for lap, judged in zip(laps, rows, strict=True) if lap.loss is not None]
     if not finished:
@@ -231,6 +233,8 @@ def chosen_of(start: Start, laps: Sequence[Lap], rows: Sequence[Losses]) -> floa
     own = next((judged for _, rate, judged in finished if rate == start.rate), None)
     if own is None:
         return best
+    if best in (laps[0].rate, laps[-1].rate):
+        return start.rate
     gain = own - lowest
     clear = gain.sum() > CLEAR * gain.std() * math.sqrt(len(gain))
     return float(f"{math.sqrt(start.rate * best):.1e}") if clear else start.rate

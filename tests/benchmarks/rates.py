@@ -3,9 +3,10 @@
     python tests/benchmarks/rates.py --data FOLDER [--sets reviews instruct ...] [--rows 500] [--rates 2e-4 1e-3 3e-3]
         [--epochs 3 6] [--model builtin:reviews-base] [--set lora.rank=4 ...]
 
-Prints one JSON line for each run: its rate and epochs, the validation losses, the loss and accuracy on the test rows,
-and the CPU seconds of training, validations and, for `auto`, the race. All runs of a data set share one session, set
-back to its beginning. FOLDER is that of tests/real/real_data.py. `--rows` bounds every split. Answers are not written.
+Prints one JSON line for each run: its rate and epochs, the losses and accuracies of its validations and the training
+losses before them, the loss and accuracy on the test rows, and the CPU seconds of training, validations and, for
+`auto`, the race. All runs of a data set share one session, set back to its beginning. FOLDER is that of
+tests/real/real_data.py. `--rows` bounds every split. Answers are not written.
 """
 
 from __future__ import annotations
@@ -83,9 +84,11 @@ def trained(job: Job, session: Session, start: TrainState, **train: Any) -> dict
     assert trainer.best is not None
     session.set_state(TrainState(0, trainer.best, {}))
     measured = result_of(evaluate_held_out(session, recipe, job.prepared, job.tokenizer, "tuned"))
-    losses = [round(validated.loss, 4) for validated in trainer.state.validations]
+    validations = trainer.state.validations
     told["kept_epoch"] = trainer.state.best_step / trainer.plan.steps_per_epoch
-    return told | {"validation": losses, "test_loss": round(measured.loss, 4), "accuracy": measured.accuracy}
+    told |= {"validation": [round(one.loss, 4) for one in validations], "right": [one.accuracy for one in validations]}
+    told["training"] = [one.train_loss and round(one.train_loss, 4) for one in validations]
+    return told | {"test_loss": round(measured.loss, 4), "accuracy": measured.accuracy}
 
 
 def print_grid(

@@ -27,10 +27,13 @@ def auto(**train: Any) -> Recipe:
     return recipe(train=changes | train, evaluate={})
 
 
-def plan_after(losses: list[float], asked: Recipe | None = None, every: int = EPOCH) -> Plan:
+def plan_after(
+    losses: list[float], asked: Recipe | None = None, every: int = EPOCH, accuracies: list[float] | None = None
+) -> Plan:
     asked = asked or auto()
-    plan = make_plan(asked, 13)
-    return known_end(asked, plan, [(every * i, loss) for i, loss in enumerate(losses)])
+    judged = accuracies or [None] * len(losses)
+    told = [(every * i, loss, judged[i]) for i, loss in enumerate(losses)]
+    return known_end(asked, make_plan(asked, 13), told)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,23 @@ def test_the_run_ends_an_epoch_after_one_that_hardly_lowers_the_loss(
     plan = plan_after(losses)
     assert (plan.steps, plan.falls_after) == (epochs * EPOCH, falls_after * EPOCH)
     assert plan.evaluates_after(plan.steps) and plan.checkpoints_after(plan.steps)
+
+
+@pytest.mark.parametrize(
+    ("losses", "accuracies", "epochs"),
+    [
+        ([9.0, 5.0, 5.5], [0.5, 0.6, 0.61], MOST_EPOCHS),  # the loss rises, and more answers are right
+        ([9.0, 5.0, 5.5, 5.6], [0.5, 0.6, 0.7, 0.7], 4),  # no more than before
+        ([9.0, 5.0, 5.5, 5.6], [0.5, 0.7, 0.6, 0.65], 3),  # the second epoch did neither
+        ([9.0, 5.0, 4.0, 3.0], [0.5, 0.7, 0.6, 0.5], MOST_EPOCHS),  # fewer are right, and the loss falls
+        ([9.0, 5.0, 5.0], [0.5, 0.0, 0.0], 3),  # never one that is right
+        ([0.1, 0.01, 0.01], [0.5, 1.0, 1.0], 3),  # no more can be right than all
+    ],
+)
+def test_an_epoch_that_raises_the_accuracy_is_worth_another(
+    losses: list[float], accuracies: list[float], epochs: int
+) -> None:
+    assert plan_after(losses, accuracies=accuracies).steps == epochs * EPOCH
 
 
 def test_a_constant_rate_ends_with_the_epoch_that_brings_nothing() -> None:
@@ -90,7 +110,7 @@ def test_a_number_of_epochs_is_obeyed(epochs: int | None) -> None:
     asked = auto(epochs=epochs)
     plan = make_plan(asked, 13)
     assert plan.steps == (epochs or 3) * EPOCH
-    assert known_end(asked, plan, [(0, 9.0), (4, 9.0), (8, 9.0)]) == plan
+    assert known_end(asked, plan, [(0, 9.0, None), (4, 9.0, None), (8, 9.0, None)]) == plan
 
 
 def state(*validations: tuple[int, float, float | None]) -> LoopState:
