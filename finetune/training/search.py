@@ -37,11 +37,10 @@ from finetune.training.pair_references import REFERENCES, with_references
 from finetune.training.predicted_time import look_ahead
 from finetune.training.rate_rule import starting_rate
 from finetune.training.ready_trainer import ready_trainer
-from finetune.training.search_ledger import LEDGER, Lap, Ledger, read_ledger
+from finetune.training.search_ledger import LEDGER, SPARE, Lap, Ledger, read_ledger
 from finetune.training.search_trials import Halving, Trial, halving, stops_of, trials_of
 
 AS_GOOD = 0.01  # of the lowest validation loss: a recipe this near to it is as good
-SPARE = 1.1  # times the time that steps took: what the next ones may take
 MEASURING = 1.5  # times what both models' measurements take: the analysis, and a model that is loaded again
 AT_THE_END = (REFERENCES, "base model", "tuned model")  # of a run's predicted parts
 
@@ -86,10 +85,12 @@ class Search:
         """The winner, whose run then stands in `best` with all its steps. Raises Interrupted, RecipeError, Diverged."""
         if self.ledger.winner is None:
             first, second = self._stops
-            yield from self._lap(0, first)
+            if not self.ledger.laps:  # one that goes on has made steps of which no lap tells
+                yield from self._lap(0, first)
+                self._refuse_short_budget()
+            yield from self._lap(0, self.steps_of(0))
             plan = self._planned()
             others = list(range(1, plan.others + 1))
-            yield from self._lap(0, self.steps_of(0))
             for stop, left in zip((first, second), plan.left, strict=True):
                 for trial in self._by_shape(others):
                     yield from self._within_budget(trial, stop)
@@ -106,20 +107,23 @@ class Search:
             remove(rest)
         return winner
 
+    def _refuse_short_budget(self) -> None:
+        """After the first lap. Raises RecipeError where the budget does not suffice for the recipe itself."""
+        (lap,) = self.ledger.laps
+        whole = self.ledger.predicted(0 if lap.finished else self.steps_of(0) - lap.steps)
+        if whole > self.ledger.budget:
+            takes, enough = duration(whole), math.ceil(whole * 2 / 60)
+            raise RecipeError(
+                f"--budget: one run takes about {takes} here, and the budget is {duration(self.ledger.budget)}; allow "
+                f"--budget {enough}m"
+            )
+
     def _planned(self) -> Halving:
-        """Raises RecipeError where the budget does not suffice for the recipe itself."""
+        """Once the recipe is done: its first steps, which are slower, tell too little of the others' time."""
         if self.ledger.plan is None:
-            lap, per_step = self.ledger.laps[0], self.ledger.per_step
-            whole = SPARE * per_step * (self.steps_of(0) - lap.steps) + (self.ledger.last_seconds or 0.0)
-            left = self.ledger.budget - self.ledger.spent - whole
-            if left < 0:
-                enough = math.ceil((self.ledger.spent + whole) * 2 / 60)
-                raise RecipeError(
-                    f"--budget: one run takes about {duration(self.ledger.spent + whole)} here, and the budget is "
-                    f"{duration(self.ledger.budget)}; allow --budget {enough}m"
-                )
+            left = self.ledger.budget - self.ledger.predicted(0)
             longest = [self.steps_of(trial) for trial in range(1, len(self.trials))]
-            self.ledger.plan = halving(self._stops, longest, left / SPARE / per_step)
+            self.ledger.plan = halving(self._stops, longest, left / SPARE / self.ledger.per_step)
             self._write()
         return self.ledger.plan
 
@@ -128,8 +132,7 @@ class Search:
         last = self.ledger.last(trial)
         if trial in self.ledger.skipped or self.ledger.lap(trial, steps):
             return
-        ahead = SPARE * self.ledger.per_step * (steps - (last.steps if last else 0))
-        if self.ledger.spent + ahead + (self.ledger.last_seconds or 0.0) > self.ledger.budget:
+        if self.ledger.predicted(steps - (last.steps if last else 0)) > self.ledger.budget:
             self.ledger.skipped.append(trial)
             self._write()
             return
@@ -241,10 +244,11 @@ class Search:
             work = evaluate(session, prepared, prepared.valid, name="base model", micro_tokens=limit, pairs=pairs)
             self._base = yield from stoppable(work, self._by, "measuring the base model")
             if self.ledger.base_seconds is None:
-                self.ledger.base_seconds = round(time.monotonic() - began, 3)
+                measuring = time.monotonic() - began
                 rows = len(self.job.prepared.held_out.examples) / len(prepared.valid.examples)
                 predicted = sum(look_ahead(self.job, session, Questions()).parts.get(part, 0.0) for part in AT_THE_END)
-                self.ledger.last_seconds = round(max(2 * rows * self.ledger.base_seconds, predicted) * MEASURING, 3)
+                self.ledger.last_seconds = round(max(2 * rows * measuring, predicted) * MEASURING, 3)
+                self.ledger.base_seconds = round(time.monotonic() - began, 3)  # no trial but the first takes it
         return self._base
 
     def _shape(self, trial: int) -> Trial:

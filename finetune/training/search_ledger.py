@@ -10,6 +10,7 @@ from finetune.disk.run_files import read_json
 from finetune.training.search_trials import Halving
 
 LEDGER = "search.json"
+SPARE = 1.1  # times the time that steps took: what the next ones may take
 _AGAIN = "remove it, and the search begins anew"
 
 
@@ -34,7 +35,7 @@ class Ledger:
 
     budget: float  # seconds
     spent: float = 0.0
-    base_seconds: float | None = None  # of the base's measurement
+    base_seconds: float | None = None  # of the base's measurement, and of predicting the winner's
     last_seconds: float | None = None  # that are kept for the winner's own measurement
     plan: Halving | None = None
     laps: list[Lap] = field(default_factory=list)
@@ -55,6 +56,10 @@ class Ledger:
         taken = sum(lap.seconds for lap in self.laps) - (self.base_seconds or 0.0)
         done = {lap.trial: lap.steps for lap in sorted(self.laps, key=lambda lap: lap.steps)}
         return max(taken, 1e-6) / max(sum(done.values()), 1)
+
+    def predicted(self, steps: int) -> float:
+        """Seconds of the whole search, were it to end with so many more optimiser steps."""
+        return self.spent + SPARE * self.per_step * steps + (self.last_seconds or 0.0)
 
 
 def read_ledger(folder: Path) -> Ledger | None:

@@ -184,17 +184,25 @@ def test_a_short_budget_leaves_trials_out_and_a_shorter_one_is_refused(
     monkeypatch.setattr(Ledger, "per_step", 1e3)  # seconds: its own time is nothing beside that
     with pytest.raises(RecipeError, match="allow --budget"):
         searched(job, tmp_path / "none", budget=7e3)
-    few = searched(job, tmp_path / "few", budget=1.1e3 * (8 + 13) + 100)
+    few = searched(job, tmp_path / "few", budget=1.1e3 * 13 + 100)
     assert few.ledger.plan == Halving(3, (1, 3)) and not few.ledger.skipped, "3 x 1, 1 x 2 and 1 x 6 steps fit in 13"
     assert few.ledger.lap(0, 9) is not None, "the recipe as it is always has its whole run"
+
+
+def test_slow_first_steps_of_the_recipe_leave_no_trial_out(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = load_job(load_recipe(work.folder / "few.yaml"))
+    monkeypatch.setattr(Ledger, "per_step", property(lambda self: 10.0 if len(self.laps) == 1 else 0.01))
+    made = searched(job, tmp_path / "slow", budget=150.0)  # of which the recipe's other steps would take 88 s
+    assert made.ledger.plan is not None and made.ledger.plan.others == len(made.trials) - 1
 
 
 def test_trials_for_which_no_time_is_left_are_left_out(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = load_job(load_recipe(work.folder / "few.yaml"))
-    slower = iter([1.0, *[1e3] * 100])
-    monkeypatch.setattr(Ledger, "per_step", property(lambda self: next(slower)))
+    monkeypatch.setattr(Ledger, "per_step", property(lambda self: 1.0 if self.plan is None else 1e3))
     late = searched(job, tmp_path / "late", budget=600.0)
     assert late.ledger.plan is not None and sorted(late.ledger.skipped) == list(range(1, 7))
     assert late.ledger.winner == 0 and late.best.recipe.exists()
