@@ -217,6 +217,28 @@ def test_early_stopping_holds_too(tmp_path: Path) -> None:
     assert [type(event) for event in again.events()] == [RunStarted, Finished]
 
 
+@pytest.mark.parametrize(
+    ("epochs", "accuracies", "made"),
+    [
+        ("auto", [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9], MOST_EPOCHS),  # more are right, though the loss rises
+        ("auto", [0.5, 0.6, 0.7, 0.7, 0.9, 0.9, 0.9], 4),  # the third epoch brings nothing, and one follows it
+        (MOST_EPOCHS, [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9], 3),  # of a number of epochs the loss alone stops it early
+    ],
+)
+def test_while_the_accuracy_rises_a_run_with_an_open_end_is_not_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: Any, accuracies: list[float], made: int
+) -> None:
+    losses = [1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+
+    def measured(self: Trainer, step: int) -> Any:
+        yield from ()
+        return evaluation(losses[step // EPOCH], accuracies[step // EPOCH])
+
+    monkeypatch.setattr(Trainer, "_evaluate", measured)
+    events = whole(tmp_path, auto(epochs=epochs, learning_rate=0.1, early_stopping=2), "classification")
+    assert of(StepDone, events)[-1].step == made * EPOCH
+
+
 def test_labels_that_are_not_learned_yet_do_not_end_a_run(tmp_path: Path) -> None:
     made = toy(tmp_path, auto(learning_rate=0.1, early_stopping=1), "classification")
     made.majority = 1.0  # nothing beats it
