@@ -12,7 +12,7 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, replace
 
-from backends.interface import Session, TrainState
+from backends.interface import Session
 from finetune.data.rows import Prepared
 from finetune.disk.atomic import remove, rename, write_file
 from finetune.disk.checkpoint import Checkpoints, load_newest
@@ -38,6 +38,7 @@ from finetune.training.predicted_time import look_ahead
 from finetune.training.rate_rule import starting_rate
 from finetune.training.ready_trainer import ready_trainer
 from finetune.training.search_ledger import LEDGER, SPARE, Lap, Ledger, read_ledger
+from finetune.training.search_sessions import TrialSessions
 from finetune.training.search_trials import Halving, Trial, halving, stops_of, trials_of
 
 AS_GOOD = 0.01  # of the lowest validation loss: a recipe this near to it is as good
@@ -59,9 +60,8 @@ class Search:
         start = starting_rate(job.recipe, job.folder, rows)
         modules = job.folder.lora_modules(lora_spec(job.recipe)) if job.folder.weights else {}
         self.trials = trials_of(job.recipe, start, modules)
-        self._stops = stops_of(job.recipe, rows)
         self._began = (time.monotonic() if began is None else began) - self.ledger.spent
-        self._sessions: tuple[Trial, Session, TrainState] | None = None
+        self._sessions = TrialSessions(self.trials, lambda trial: self.job_of(trial).open())
         self._rows: dict[Trial, Prepared] = {}  # by the adapter's shape: those of training and validation, as learned
         self._base: Evaluation | None = None
 
@@ -81,24 +81,27 @@ class Search:
         """The longest that it may be."""
         return make_plan(self.job_of(trial).recipe, len(self.job.prepared.train.examples)).steps
 
+    def stops(self, trial: int) -> tuple[int, int]:
+        """Its steps after which it is compared."""
+        return stops_of(self.job_of(trial).recipe, len(self.job.prepared.train.examples))
+
     def events(self) -> Generator[Event, None, int]:
         """The winner, whose run then stands in `best` with all its steps. Raises Interrupted, RecipeError, Diverged."""
         if self.ledger.winner is None:
-            first, second = self._stops
             if not self.ledger.laps:  # one that goes on has made steps of which no lap tells
-                yield from self._lap(0, first)
+                yield from self._lap(0, self.stops(0)[0])
                 self._refuse_short_budget()
             yield from self._lap(0, self.steps_of(0))
             plan = self._planned()
             others = list(range(1, plan.others + 1))
-            for stop, left in zip((first, second), plan.left, strict=True):
+            for number, left in enumerate(plan.left):
                 for trial in self._by_shape(others):
-                    yield from self._within_budget(trial, stop)
+                    yield from self._within_budget(trial, self.stops(trial)[number])
                 others = self._kept(others, left)
             for trial in self._by_shape(others):
                 yield from self._within_budget(trial, self.steps_of(trial))
             self._decide()
-        self._sessions = None  # its run opens a model of its own
+        self._sessions.close()  # its run opens a model of its own
         winner = self.ledger.winner
         assert winner is not None
         if not self.best.path.exists():
@@ -122,8 +125,9 @@ class Search:
         """Once the recipe is done: its first steps, which are slower, tell too little of the others' time."""
         if self.ledger.plan is None:
             left = self.ledger.budget - self.ledger.predicted(0)
-            longest = [self.steps_of(trial) for trial in range(1, len(self.trials))]
-            self.ledger.plan = halving(self._stops, longest, left / SPARE / self.ledger.per_step)
+            others = range(1, len(self.trials))
+            stops, longest = [*map(self.stops, others)], [*map(self.steps_of, others)]
+            self.ledger.plan = halving(self.stops(0), stops, longest, left / SPARE / self.ledger.per_step)
             self._write()
         return self.ledger.plan
 
@@ -184,7 +188,7 @@ class Search:
     def _trained(self, trial: int, steps: int) -> Generator[Event, None, tuple[int, float | None, bool]]:
         """(steps done, lowest validation loss, whether it is at its end)."""
         job, run = self.job_of(trial), self.run_of(trial)
-        session = self._session(trial)
+        session = self._sessions.of(trial)
         if not run.recipe.exists():
             run.path.mkdir(parents=True, exist_ok=True)
             write_file(run.recipe, dump_recipe(job.recipe))
@@ -209,7 +213,7 @@ class Search:
 
     def _referred(self, trial: int, session: Session) -> Generator[Event, None, Prepared]:
         """The rows, pairs with their references; of the test rows none, which the winner's own run reads first."""
-        if (shape := self._shape(trial)) not in self._rows:
+        if (shape := self._sessions.shape(trial)) not in self._rows:
             untested = replace(self.job, prepared=replace(self.job.prepared, test=None))
             self._rows[shape] = yield from stoppable(with_references(untested, session), self._by, "scoring the pairs")
         return self._rows[shape]
@@ -250,20 +254,3 @@ class Search:
                 self.ledger.last_seconds = round(max(2 * rows * measuring, predicted) * MEASURING, 3)
                 self.ledger.base_seconds = round(time.monotonic() - began, 3)  # no trial but the first takes it
         return self._base
-
-    def _shape(self, trial: int) -> Trial:
-        """What its adapter's shapes follow from."""
-        return Trial(rank=self.trials[trial].rank, targets=self.trials[trial].targets)
-
-    def _session(self, trial: int) -> Session:
-        """At its beginning: as it was opened."""
-        shape = self._shape(trial)
-        if self._sessions is None or self._sessions[0] != shape:
-            kept = self._sessions[1].kept_states if self._sessions else None
-            self._sessions = None  # two models at once may not fit
-            session = self.job_of(trial).open()
-            session.take_kept_states(kept)
-            self._sessions = (shape, session, session.get_state())
-        _, session, start = self._sessions
-        session.set_state(start)
-        return session

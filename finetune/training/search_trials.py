@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product, zip_longest
 from math import ceil
@@ -98,35 +98,38 @@ class Halving:
     __pydantic_config__: ClassVar = {"allow_inf_nan": False}
 
     others: int  # trials beside the recipe as it is
-    stops: tuple[int, int]  # optimiser steps after which trials are compared
+    stops: tuple[int, int]  # optimiser steps after which the recipe itself would be compared
 
     @property
     def left(self) -> tuple[int, int]:
         """How many others go on after each stop."""
         return ceil(self.others / KEPT), ceil(self.others / KEPT**2)
 
-    def steps(self, longest: int) -> int:
-        """Of all others together. longest: of one of them."""
-        first, second = self.stops
-        middle, last = self.left
-        return self.others * first + middle * (second - first) + last * max(longest - second, 0)
-
 
 def stops_of(recipe: Recipe, rows: int) -> tuple[int, int]:
+    """Where a trial with this recipe is compared: at a share of its own steps, so that all rates have fallen as far."""
     whole = make_plan(recipe, rows).predicted
     first, second = (max(ceil(share * whole), 1) for share in SHARES)
     return first, max(second, first)
 
 
-def halving(stops: tuple[int, int], longest: Sequence[int], steps: float) -> Halving:
-    """The largest that fits in so many optimiser steps beside the recipe as it is. longest: steps of each other."""
-    made = Halving(0, stops)
-    for wider in _wider(stops, len(longest)):
-        if wider.steps(max(longest[: wider.others])) > steps:
+def halving(own: tuple[int, int], stops: Sequence[tuple[int, int]], longest: Sequence[int], steps: float) -> Halving:
+    """The largest that fits in so many optimiser steps beside the recipe as it is.
+
+    own: its stops. stops and longest: of each other, where it is compared and its steps.
+    """
+    made = Halving(0, own)
+    for others in range(1, len(longest) + 1):
+        wider = Halving(others, own)
+        if _steps(wider, stops[:others], longest[:others]) > steps:
             break
         made = wider
     return made
 
 
-def _wider(stops: tuple[int, int], most: int) -> Iterator[Halving]:
-    return (Halving(others, stops) for others in range(1, most + 1))
+def _steps(halving: Halving, stops: Sequence[tuple[int, int]], longest: Sequence[int]) -> int:
+    """Of all others together, where those with the most steps go on."""
+    middle, last = halving.left
+    between = sorted((second - first for first, second in stops), reverse=True)
+    rest = sorted((max(end - second, 0) for (_, second), end in zip(stops, longest, strict=True)), reverse=True)
+    return sum(first for first, _ in stops) + sum(between[:middle]) + sum(rest[:last])

@@ -73,14 +73,26 @@ def test_a_trial_changes_what_it_says_and_keeps_the_adapters_weight() -> None:
 
 
 def test_the_halving_is_the_largest_that_fits() -> None:
-    longest = [90] * 20
+    def needed(others: int) -> int:
+        """Of trials as long as the recipe."""
+        return others * 10 + -(-others // 3) * 20 + -(-others // 9) * 60
+
     for steps in (0, 9, 100, 199, 200, 500, 10_000):
-        made = halving((10, 30), longest, steps)
-        assert made.steps(90) <= steps or made.others == 0
-        assert made.others == 20 or Halving(made.others + 1, (10, 30)).steps(90) > steps
-    assert Halving(9, (10, 30)).steps(90) == 9 * 10 + 3 * 20 + 1 * 60
+        made = halving((10, 30), [(10, 30)] * 20, [90] * 20, steps)
+        assert needed(made.others) <= steps or made.others == 0
+        assert made.others == 20 or needed(made.others + 1) > steps
+    # of four trials two go on and one ends: the longest, which has to fit
+    assert halving((10, 30), [(10, 30), (20, 60), (10, 30), (5, 15)], [90, 180, 90, 45], 45 + 60 + 120).others == 4
+    assert halving((10, 30), [(10, 30), (20, 60), (10, 30), (5, 15)], [90, 180, 90, 45], 45 + 60 + 119).others == 3
     assert stops_of(recipe(train={"steps": 90, "epochs": None}), 13) == (10, 30)
     assert stops_of(recipe(train={"steps": 1, "epochs": None}), 13) == (1, 1)
+
+
+def test_trials_are_compared_where_their_rates_have_fallen_as_far() -> None:
+    """One with half of the epochs is stopped after half of the steps, so that its lower rate is no advantage."""
+    asked = recipe(train={"epochs": 6, "batch_size": 1})
+    stops = [stops_of(Trial(epochs=epochs).recipe(asked), 15) for epochs in (6, 3, 12)]
+    assert stops == [(10, 30), (5, 15), (20, 60)]
 
 
 @pytest.mark.parametrize(("said", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400)])
