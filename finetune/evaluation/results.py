@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -76,10 +76,14 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """Everything but the rows, for JSON."""
         absent = {"results"} if self.pairs else {"results", "pairs"}
-        return {key: value for key, value in asdict(self).items() if key not in absent} | {"classes": self.classes}
+        return {key: value for key, value in self._values().items() if key not in absent} | {"classes": self.classes}
 
     def to_json(self) -> dict[str, Any]:
         """Everything, rows included; pydantic reads it back."""
         results = [{"place": row.pop("location")} | row for row in map(asdict, self.results)]
-        values = asdict(self) | {"results": results}
+        values = self._values() | {"results": results}
         return values if self.pairs else {key: value for key, value in values.items() if key != "pairs"}
+
+    def _values(self) -> dict[str, Any]:
+        """Without the rows. The confusions are not copied: of 1,500 labels there are 2 million."""
+        return asdict(replace(self, results=(), confusion=None)) | {"confusion": self.confusion}

@@ -28,7 +28,7 @@ def test_every_backend_has_a_row_with_its_shortcuts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = {"mlx": "it is not installed"}
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "500")
     monkeypatch.setattr(registry, "probe", broken.get)
     monkeypatch.setattr(registry, "describe", lambda name, device: registry.load("reference").describe())
     monkeypatch.setattr(registry, "unused_accelerator", lambda name, device: None)
