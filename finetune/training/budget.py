@@ -118,6 +118,7 @@ class Workload:
 
     def seconds(self, speed: Speed, micro_tokens: int) -> float:
         """Of one epoch of training: products, and what is done beside them for each micro-batch and token."""
+        speed = speed.of_training
         cut, passes = self.cut(micro_tokens, speed.at_once), 2 + self.model.checkpointing
         beside = speed.unpacking * self.packed * cut.batches
         if self.lora.dropout:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 from backends import registry
 from backends.interface import BackendError, Device, OutOfMemory, Session
 from backends.memory_plan import first_adapted
 from backends.process_group import side_by_side
+from finetune.data.collate import step_indices
 from finetune.data.rows import Prepared
 from finetune.data.tokenizer import answer_text
+from finetune.disk.checkpoint import Checkpoints
+from finetune.errors import Diverged
 from finetune.evaluation.analysis import Questions
 from finetune.evaluation.read_ahead import AHEAD
 from finetune.evaluation.samples import Sampler
@@ -23,13 +27,16 @@ from finetune.training.budget import Workload, imbalance, workload
 from finetune.training.extra_evaluations import Beside, Seconds
 from finetune.training.head_first import WHAT
 from finetune.training.job import Job
+from finetune.training.loop import Trainer
 from finetune.training.memory_settings import tokens_that_fit
 from finetune.training.pair_references import REFERENCES
 from finetune.training.rate_race import RACE, course_of
 from finetune.training.rate_rule import LANES
 from finetune.training.speed import Speed, rate_here
 
-LONGEST = 1.0  # seconds that the rows may take which are timed before a run
+LONGEST = 1.0  # seconds that the rows may take which are timed before a run, or a step of its training
+ENOUGH_STEPS = 60  # of a run, beside which three are little
+TIMED_RATE = 1e-6  # nothing is kept of what such steps learn
 
 
 def look_ahead(job: Job, session: Session, questions: Questions) -> Outlook:
@@ -60,16 +67,23 @@ def _predicted(job: Job, session: Session, questions: Questions) -> dict[str, fl
     speed = Speed.of(costs, rate_here(job.backend, work.model) * count / imbalance(work, count), count)
     tokens = tokens_that_fit(job, session)
     if count == 1:
-        speed = replace(speed, slower=timed(session, Seconds(job.recipe, job.prepared, work, speed, tokens)))
+        seconds = Seconds(job.recipe, job.prepared, work, speed, tokens)
+        if can_be_timed(seconds):
+            speed = replace(speed, slower=timed(session, seconds), training_slower=timed_steps(session, seconds))
     return seconds_of_parts(job.recipe, job.prepared, work, speed, tokens, Beside(questions, job.suite))
 
 
-def timed(session: Session, seconds: Seconds) -> float:
-    """How many times as long as predicted the loaded model takes for a few rows: the median of three times.
+def can_be_timed(seconds: Seconds) -> bool:
+    """Whether rows are simply scored and trained on."""
+    recipe = seconds.recipe
+    return not (recipe.preferences or recipe.head or first_adapted(seconds.work.adapted))
 
-    As many rows as take LONGEST. 1.0 where one alone would take longer, or where the rows are not simply scored.
+
+def timed(session: Session, seconds: Seconds) -> float:
+    """How many times as long as predicted the loaded model takes to read a few rows: the median of three times.
+
+    As many rows as take LONGEST. 1.0 where one alone would take longer.
     """
-    recipe, work = seconds.recipe, seconds.work
     rows, tokens = [], 0
     for example in seconds.prepared.train.examples:
         if (tokens := tokens + len(example)) > seconds.micro_tokens:
@@ -77,7 +91,7 @@ def timed(session: Session, seconds: Seconds) -> float:
         rows.append(example)
     while rows and (expected := seconds.reading(rows)) > LONGEST:
         del rows[len(rows) // 2 :]
-    if not rows or recipe.preferences or recipe.head or first_adapted(work.adapted):
+    if not rows:
         return 1.0
     taken = []
     try:
@@ -88,6 +102,37 @@ def timed(session: Session, seconds: Seconds) -> float:
     except OutOfMemory:
         return 1.0
     return median(taken[1:]) / expected  # the first chooses kernels
+
+
+def timed_steps(session: Session, seconds: Seconds) -> float | None:
+    """The same of the run's second and third step, after which the session is as it was.
+
+    None where a step would take longer than LONGEST, where three are more than a small part of the run, and where the
+    whole model trains.
+    """
+    work, recipe, expected = seconds.work, seconds.recipe, []
+    if make_plan(recipe, len(work.examples)).predicted < ENOUGH_STEPS or work.lora.whole:
+        return None
+    for step in range(3):
+        rows = [work.examples[i] for i in step_indices(len(work.examples), work.batch_size, work.seed, step)]
+        expected.append(replace(work, examples=rows, batch_size=len(rows)).seconds(seconds.speed, seconds.micro_tokens))
+    if max(expected) > LONGEST:
+        return None
+    short = recipe.with_train(learning_rate=TIMED_RATE, epochs=None, steps=len(expected))
+    trainer = Trainer(session, seconds.prepared, short, Checkpoints(Path(), {}))  # which saves nothing
+    trainer.limit_micro_batches(seconds.micro_tokens)
+    before, taken = session.get_state(), []
+    try:
+        for step in range(len(expected)):
+            began = time.perf_counter()
+            for _ in trainer.step(step):
+                pass
+            taken.append(time.perf_counter() - began)
+    except (Diverged, OutOfMemory):
+        return None
+    finally:
+        session.set_state(before)
+    return sum(taken[1:]) / sum(expected[1:])  # the first chooses kernels
 
 
 def sampler_of(job: Job) -> Sampler:

@@ -113,14 +113,16 @@ def stops_of(recipe: Recipe, rows: int) -> tuple[int, int]:
     return first, max(second, first)
 
 
-def halving(own: tuple[int, int], stops: Sequence[tuple[int, int]], longest: Sequence[int], steps: float) -> Halving:
+def halving(
+    recipe_stops: tuple[int, int], stops: Sequence[tuple[int, int]], longest: Sequence[int], steps: float
+) -> Halving:
     """The largest that fits in so many optimiser steps beside the recipe as it is.
 
-    own: its stops. stops and longest: of each other, where it is compared and its steps.
+    recipe_stops: its stops. stops and longest: of each other, where it is compared and its steps.
     """
-    made = Halving(0, own)
+    made = Halving(0, recipe_stops)
     for others in range(1, len(longest) + 1):
-        wider = Halving(others, own)
+        wider = Halving(others, recipe_stops)
         if _steps(wider, stops[:others], longest[:others]) > steps:
             break
         made = wider

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backends import registry
 from backends.interface import ModelSpec
@@ -21,6 +21,7 @@ class Speed:
     elementwise: Elementwise = NOTHING
     at_once: int | None = None  # tokens of a micro-batch that are computed together; None: all
     slower: float = 1.0  # times: what a loaded model was seen to need of the time predicted
+    training_slower: float | None = None  # the same of steps of training; None: as of all else
 
     @classmethod
     def of(cls, costs: Costs, rate: float, processes: int = 1) -> Speed:
@@ -29,6 +30,10 @@ class Speed:
         elementwise = Elementwise(*(each / processes for each in costs.elementwise))
         beside = (costs.unpacking, costs.masking, elementwise)
         return cls(rate * costs.reached, host, gpu, *beside, costs.tokens_at_once)
+
+    @property
+    def of_training(self) -> Speed:
+        return self if self.training_slower is None else replace(self, slower=self.training_slower)
 
     def pieces(self, tokens: int, micro_tokens: int) -> int:
         """In how many passes through the layers so many tokens are computed."""

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from backends.interface import LoraSpec, OutOfMemory
+from finetune.data.collate import step_indices
 from finetune.events import Progress
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import MICRO_TOKENS
 from finetune.training import predicted_time
 from finetune.training.extra_evaluations import Seconds
-from finetune.training.predicted_time import racing, timed
+from finetune.training.predicted_time import can_be_timed, racing, timed, timed_steps
 from finetune.training.rate_race import RACE, course_of
 from finetune.training.rate_rule import LANES
 from finetune.training.speed import Speed
@@ -73,15 +74,66 @@ def test_the_loaded_model_s_own_rows_correct_all_parts(monkeypatch: pytest.Monke
     "asked",
     [
         seconds(speed=Speed(1.0)),  # too slow for it
-        seconds(adapted=work(last=1).adapted),  # what frozen blocks make of the rows is kept after the first time
-        seconds(recipe(head={})),
         Seconds(recipe(), ROWS, seconds().work, SPEED, 1),  # no row is as short
     ],
-    ids=["slow", "frozen blocks", "head", "no row"],
+    ids=["slow", "no row"],
 )
 def test_where_rows_are_not_simply_scored_none_is(monkeypatch: pytest.MonkeyPatch, asked: Seconds) -> None:
     monkeypatch.setattr(predicted_time, "row_losses", lambda *_: pytest.fail("rows are scored"))
     assert timed(None, asked) == 1.0  # type: ignore[arg-type]
+
+
+def test_of_rows_that_are_not_simply_scored_none_is_timed() -> None:
+    assert can_be_timed(seconds()) and not can_be_timed(seconds(recipe(head={})))
+    # what frozen blocks make of the rows is kept after the first time
+    assert not can_be_timed(seconds(adapted=work(last=1).adapted))
+
+
+@pytest.mark.parametrize("slower", [0.5, 3.0])
+def test_steps_of_training_correct_training_alone(monkeypatch: pytest.MonkeyPatch, slower: float) -> None:
+    now, steps, states = [0.0], list[int](), list[str]()
+    monkeypatch.setattr(predicted_time.time, "perf_counter", lambda: now[0])
+
+    class Timed:
+        def __init__(self, _: Any, rows: Any, short: Any, __: Any) -> None:
+            assert rows is ROWS and short.train.steps == 3
+
+        def limit_micro_batches(self, tokens: int) -> None:
+            assert tokens == MICRO_TOKENS
+
+        def step(self, number: int) -> Any:
+            rows = [ROWS.train.examples[i] for i in step_indices(200, 16, 0, number)]
+            alone = replace(seconds().work, examples=rows, batch_size=16).seconds(SPEED, MICRO_TOKENS)
+            steps.append(number)
+            now[0] += slower * alone * (50 if number == 0 else 1)  # the first chooses kernels
+            yield Progress(0, "step", 1, 1)
+
+    class Held:
+        def get_state(self) -> str:
+            return "before"
+
+        def set_state(self, state: str) -> None:
+            states.append(state)
+
+    monkeypatch.setattr(predicted_time, "Trainer", Timed)
+    factor = timed_steps(Held(), seconds())  # type: ignore[arg-type]
+    assert factor == pytest.approx(slower) and steps == [0, 1, 2] and states == ["before"]
+    corrected = seconds(speed=replace(SPEED, training_slower=factor))
+    assert corrected.work.seconds(corrected.speed, 64) == pytest.approx(slower * seconds().work.seconds(SPEED, 64))
+    assert corrected.evaluation(ROWS.valid.examples) == seconds().evaluation(ROWS.valid.examples)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        seconds(speed=Speed(1.0)),  # too slow for it
+        seconds(check_recipe({"model": {"path": "m"}, "data": {"train": "t"}, "train": {"steps": 59, "epochs": None}})),
+        seconds(lora=LoraSpec(4, 8.0, whole=True)),
+    ],
+    ids=["slow", "short", "whole"],
+)
+def test_where_steps_would_take_long_none_is_timed(asked: Seconds) -> None:
+    assert timed_steps(None, asked) is None  # type: ignore[arg-type]
 
 
 def test_too_little_memory_corrects_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
