@@ -28,11 +28,15 @@ import sys, time
 if {processor}:
     time.perf_counter = time.monotonic = time.process_time
 from finetune.training import predicted_time
-before = predicted_time.timed
-def timed(*arguments):
-    print("slower", factor := before(*arguments), flush=True)
-    return factor
-predicted_time.timed = timed
+def said(name):
+    before = getattr(predicted_time, name)
+    def timed(*arguments):
+        factor = before(*arguments)
+        print(name, factor or 0.0, flush=True)
+        return factor
+    setattr(predicted_time, name, timed)
+said("timed")
+said("timed_steps")
 from finetune.cli import main
 main()
 """
@@ -75,8 +79,8 @@ def recipe(case: str, folder: Path) -> Path:
     return file
 
 
-def measured(case: str, backend: str, processor: bool) -> tuple[dict[str, Any], float]:
-    """Seconds of each part, and how many times as long as predicted its loaded model took for rows."""
+def measured(case: str, backend: str, processor: bool) -> tuple[dict[str, Any], dict[str, float]]:
+    """Seconds of each part, and how many times as long as predicted its loaded model took to read rows and to train."""
     with tempfile.TemporaryDirectory() as name:
         file = recipe(case, Path(name))
         command = [sys.executable, "-c", RUN.format(processor=processor)]
@@ -86,19 +90,25 @@ def measured(case: str, backend: str, processor: bool) -> tuple[dict[str, Any], 
         done = subprocess.run(command, cwd=name, env=here, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stderr[-2000:])
-        slower = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("slower ")]
+        slower = {
+            words[0]: float(words[1])
+            for line in done.stdout.splitlines()
+            if (words := line.split())[:1] and words[0].startswith("timed")
+        }
         (run,) = Path(name).glob("runs/*")
         times = Times(**json.loads((run / "time.json").read_text(encoding="utf-8")))
-        return asdict(times.of_events(read(run / "metrics.jsonl"))), slower[0]
+        return asdict(times.of_events(read(run / "metrics.jsonl"))), slower
 
 
 def lines(case: str, backend: str, processor: bool) -> list[str]:
     times, slower = measured(case, backend, processor)
     both = [part for part in times["predicted"] if part in times["measured"]]
     predicted, taken = (sum(times[key][part] for part in both) for key in ("predicted", "measured"))
-    parts = [f"{times['measured'][part]:.1f} / {times['predicted'][part] / slower:.1f}" for part in both]
-    named = ", ".join(f"{part} {pair}" for part, pair in zip(both, parts, strict=True))
-    figures = (taken, predicted / slower, predicted)
+    reading = slower.get("timed", 1.0)
+    training = slower.get("timed_steps") or reading
+    plan = {part: times["predicted"][part] / (training if part == "training" else reading) for part in both}
+    named = ", ".join(f"{part} {times['measured'][part]:.1f} / {plan[part]:.1f}" for part in both)
+    figures = (taken, sum(plan.values()), predicted)
     return [backend, case, *(f"{value:.1f}" for value in figures), f"{predicted / taken - 1:+.0%}", named]
 
 
