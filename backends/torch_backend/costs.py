@@ -119,7 +119,7 @@ NVIDIA = replace(
     recomputed_blocks=1.0,  # measured on an H200: 0.94 to 1.09 of what was reserved, with all else here
     parked_inputs=3,  # one that is used, one that comes, and one that goes
     four_bit_runtime=0.0,
-    unpacked_weight=Size(fixed=0.25, numbers=1.0),  # the kernel writes it at once; beside it the scales of a block
+    unpacked_weight=Size(fixed=0.25, numbers=1.0),  # a kernel writes it at once; beside it scales
     bfloat16_products=0.0,
     expands_keys=True,
     maps_files=False,

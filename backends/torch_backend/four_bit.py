@@ -43,7 +43,7 @@ def dense(layer: torch.nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     if state is None:
         return layer.weight
     packed = layer.weight.data
-    usual = packed.is_cuda and state.dtype == dtype and state.nested and state.state2.blocksize == _SCALES
+    usual = packed.is_cuda and state.dtype == dtype and _has_scales_of_scales(state)
     unpack = _unpacker(packed.device, state.quant_type, dtype) if usual else None
     return _by_bitsandbytes(packed, state).to(dtype) if unpack is None else unpack(packed, state)
 
@@ -109,7 +109,11 @@ def unpack_together(layers: Sequence[Any]) -> bool:
 
 def _usual(state: Any) -> bool:
     """Whether scales have scales of their own, and none of those is shared by two weights."""
-    return bool(state.nested) and state.state2.blocksize == _SCALES and state.absmax.numel() % _SCALES == 0
+    return _has_scales_of_scales(state) and state.absmax.numel() % _SCALES == 0
+
+
+def _has_scales_of_scales(state: Any) -> bool:
+    return bool(state.nested) and state.state2.blocksize == _SCALES
 
 
 def _alike(first: Any, second: Any) -> bool:

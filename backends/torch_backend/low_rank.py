@@ -18,7 +18,7 @@ def parts_of(low_rank: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
 def put(out: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * x y, y of a low rank, written to `out` by one operation. [N, M], [M, R] -> [N, R]"""
     kernels = kernels_for(x, len(x))
-    return out.addmm_(x, y, beta=0, alpha=scale) if kernels is None else kernels.down(out, x, y, scale)
+    return out.addmm_(x, y, beta=0, alpha=scale) if kernels is None else kernels.down(out, _close(x), y, scale)
 
 
 def add(out: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ def gradient_of_a(low_rank: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """low_rank^T x in float32. [N, R], [N, M] -> [R, M]"""
     if (kernels := kernels_for(x, len(x))) is None:
         return float32_product(low_rank.T, x)
-    return kernels.gradient(x.new_empty(low_rank.shape[1], x.shape[1], dtype=torch.float32), low_rank, x)
+    return kernels.gradient(x.new_empty(low_rank.shape[1], x.shape[1], dtype=torch.float32), low_rank, _close(x))
 
 
 def gradient_of_b(x: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def gradient_of_b(x: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
     if (kernels := kernels_for(x, len(x))) is None:
         return float32_product(x.T, low_rank)
     out = x.new_empty(x.shape[1], low_rank.shape[1], dtype=torch.float32)
-    kernels.gradient(out.T, low_rank, x)
+    kernels.gradient(out.T, low_rank, _close(x))
     return out
 
 
@@ -60,6 +60,6 @@ def _sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
-def close(x: torch.Tensor) -> torch.Tensor:
-    """The numbers of a row lie beside each other, as kernels and products want them."""
+def _close(x: torch.Tensor) -> torch.Tensor:
+    """The numbers of a row beside each other, as our kernels read them."""
     return x if x.stride(-1) == 1 else x.contiguous()

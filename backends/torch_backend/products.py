@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 from backends.torch_backend.four_bit import base_products, dense_weights
 from backends.torch_backend.fused import kernels_for
-from backends.torch_backend.low_rank import add, close, gradient_of_a, gradient_of_b, parts_of, put
+from backends.torch_backend.low_rank import add, gradient_of_a, gradient_of_b, parts_of, put
 
 Draw = Callable[[], torch.Tensor]  # of dropout's mask [N, in]
 
@@ -98,7 +98,7 @@ class Adapted(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         low_rank, *inputs = ctx.saved_tensors
         x = ctx.again(*inputs) if ctx.again else inputs[0]
-        grads = [close(grad.flatten(0, -2)) for grad in grad_outputs]
+        grads = [grad.flatten(0, -2) for grad in grad_outputs]
         masks = [call.mask() for call in ctx.shared.calls]
         grad_low_rank, of_factors = _adapter_gradients(ctx.shared, grads, x.flatten(0, -2), low_rank, masks)
         if not ctx.needs_input_grad[0]:
@@ -125,7 +125,7 @@ class Gated(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         gate, up, low_rank = ctx.saved_tensors
         shape, (gate, up, grad_output) = gate.shape, (x.flatten(0, -2) for x in (gate, up, grad_output))
-        masks, grads, product = [ctx.shared.calls[0].mask()], [close(grad_output)], _gated(gate, up)
+        masks, grads, product = [ctx.shared.calls[0].mask()], [grad_output], _gated(gate, up)
         grad_low_rank, of_factors = _adapter_gradients(ctx.shared, grads, product, low_rank, masks)
         if not any(ctx.needs_input_grad[:2]):
             return None, None, None, *of_factors
@@ -157,15 +157,20 @@ def _outputs(calls: Sequence[Call], x: torch.Tensor, low_rank: Sequence[torch.Te
 
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up [N, in]"""
-    kernels = kernels_for(gate, len(gate))
+    kernels = _kernels_of(gate, up)
     return silu(gate).mul_(up) if kernels is None else kernels.swiglu(gate, up)
+
+
+def _kernels_of(gate: torch.Tensor, up: torch.Tensor) -> Any | None:
+    """Ours, which read both from end to end; None: torch's own operations it is."""
+    return kernels_for(gate, len(gate)) if gate.is_contiguous() and up.is_contiguous() else None
 
 
 def _gated_gradients(
     gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor, product: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Those of gate and up [N, in]; `grad` and `product` are written over, since these are a block's widest tensors."""
-    if (kernels := kernels_for(gate, len(gate))) is not None:
+    if (kernels := _kernels_of(gate, up)) is not None:
         kernels.swiglu_back(gate, up, grad, product)
         return grad, product
     grad_up = torch.ops.aten.silu.out(gate, out=product).mul_(grad)

@@ -50,7 +50,7 @@ class _Rotated(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        if (kernels := _kernels_for(x, cos)) is not None:
+        if (kernels := _kernels_for(x, cos, sin)) is not None:
             return kernels.rotate(x, cos, sin, back=False)
         half = x.shape[-1] // 2
         out = x * cos
@@ -62,7 +62,7 @@ class _Rotated(torch.autograd.Function):  # type: ignore[misc]
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
-        if (kernels := _kernels_for(grad, cos)) is not None:
+        if (kernels := _kernels_for(grad, cos, sin)) is not None:
             return kernels.rotate(grad, cos, sin, back=True), None, None
         half = grad.shape[-1] // 2
         out = grad * cos
@@ -71,7 +71,8 @@ class _Rotated(torch.autograd.Function):  # type: ignore[misc]
         return out, None, None
 
 
-def _kernels_for(x: torch.Tensor, cos: torch.Tensor) -> Any | None:
+def _kernels_for(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any | None:
     """Own kernels for heads [B, H, T, d] that lie so and turn as a whole; None: torch's operations it is."""
     usual = cos.dim() == 4 and cos.shape[1] == 1 and cos.shape[-1] == x.shape[-1] and cos.stride(-1) == 1
+    usual = usual and sin.stride() == cos.stride()  # the kernel reads both from the same places
     return kernels_for(x, len(x) * x.shape[2]) if usual and x.stride(-1) == 1 else None

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from backends.interface import Batch, FloatArray, Lost, NonFinite, OutOfMemory, Session
 from finetune.data.rows import Example, Prepared
@@ -242,3 +243,10 @@ def _diverged(step: int, error: NonFinite, examples: list[Example], rate: float)
         f"step {step}: {error}. The step was not applied, and the last checkpoint is good. Rows of this step: "
         f"{locations}{more}. Lower train.learning_rate (now {rate:g}), or check those rows"
     )
+
+
+def unsaved(session: Session, prepared: Prepared, recipe: Recipe, micro_tokens: int) -> Trainer:
+    """For a few steps of which nothing is kept: it has no place for checkpoints."""
+    trainer = Trainer(session, prepared, recipe, Checkpoints(Path(), {}))
+    trainer.limit_micro_batches(micro_tokens)
+    return trainer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 
 from backends import registry
@@ -14,7 +13,6 @@ from backends.process_group import side_by_side
 from finetune.data.collate import step_indices
 from finetune.data.rows import Prepared
 from finetune.data.tokenizer import answer_text
-from finetune.disk.checkpoint import Checkpoints
 from finetune.errors import Diverged
 from finetune.evaluation.analysis import Questions
 from finetune.evaluation.read_ahead import AHEAD
@@ -27,7 +25,7 @@ from finetune.training.budget import Workload, imbalance, workload
 from finetune.training.extra_evaluations import Beside, Seconds
 from finetune.training.head_first import WHAT
 from finetune.training.job import Job
-from finetune.training.loop import Trainer
+from finetune.training.loop import unsaved
 from finetune.training.memory_settings import tokens_that_fit
 from finetune.training.pair_references import REFERENCES
 from finetune.training.rate_race import RACE, course_of
@@ -119,8 +117,7 @@ def timed_steps(session: Session, seconds: Seconds) -> float | None:
     if max(expected) > LONGEST:
         return None
     short = recipe.with_train(learning_rate=TIMED_RATE, epochs=None, steps=len(expected))
-    trainer = Trainer(session, seconds.prepared, short, Checkpoints(Path(), {}))  # which saves nothing
-    trainer.limit_micro_batches(seconds.micro_tokens)
+    trainer = unsaved(session, seconds.prepared, short, seconds.micro_tokens)
     before, taken = session.get_state(), []
     try:
         for step in range(len(expected)):

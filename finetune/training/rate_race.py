@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -17,7 +16,6 @@ from backends.interface import Device, Session, TrainState
 from backends.model_folder import ModelFolder
 from finetune.data.collate import step_indices
 from finetune.data.rows import Example, Prepared
-from finetune.disk.checkpoint import Checkpoints
 from finetune.disk.run_files import read_json
 from finetune.disk.run_folder import RunFolder
 from finetune.errors import Diverged
@@ -28,7 +26,7 @@ from finetune.events import Event, Note, Progress, StepDone, Work, result_of
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.training.job import Job
-from finetune.training.loop import Trainer
+from finetune.training.loop import unsaved
 from finetune.training.rate_rule import LANES, Start, starting_rate
 
 Losses = NDArray[np.float64]  # [rows]
@@ -194,8 +192,7 @@ def _lap(
     sum of losses.
     """
     short = recipe.with_train(learning_rate=rate, epochs=None, steps=course.steps, batch_size=course.batch)
-    trainer = Trainer(session, prepared, short, Checkpoints(Path(), {}))  # which saves nothing
-    trainer.limit_micro_batches(micro_tokens)
+    trainer = unsaved(session, prepared, short, micro_tokens)
     try:
         for step in range(course.steps):
             for event in trainer.step(step):

@@ -95,11 +95,8 @@ def test_steps_of_training_correct_training_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(predicted_time.time, "perf_counter", lambda: now[0])
 
     class Timed:
-        def __init__(self, _: Any, rows: Any, short: Any, __: Any) -> None:
-            assert rows is ROWS and short.train.steps == 3
-
-        def limit_micro_batches(self, tokens: int) -> None:
-            assert tokens == MICRO_TOKENS
+        def __init__(self, _: Any, rows: Any, short: Any, tokens: int) -> None:
+            assert rows is ROWS and short.train.steps == 3 and tokens == MICRO_TOKENS
 
         def step(self, number: int) -> Any:
             rows = [ROWS.train.examples[i] for i in step_indices(200, 16, 0, number)]
@@ -115,7 +112,7 @@ def test_steps_of_training_correct_training_alone(monkeypatch: pytest.MonkeyPatc
         def set_state(self, state: str) -> None:
             states.append(state)
 
-    monkeypatch.setattr(predicted_time, "Trainer", Timed)
+    monkeypatch.setattr(predicted_time, "unsaved", Timed)
     factor = timed_steps(Held(), seconds())  # type: ignore[arg-type]
     assert factor == pytest.approx(slower) and steps == [0, 1, 2] and states == ["before"]
     corrected = seconds(speed=replace(SPEED, training_slower=factor))

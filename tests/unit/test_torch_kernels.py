@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: E402
 from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: E402
 
-from backends.torch_backend import four_bit, fused, low_rank, products  # noqa: E402
+from backends.torch_backend import four_bit, fused, low_rank, products, rotary  # noqa: E402
 from backends.torch_backend.rotary import rotated  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -134,6 +134,33 @@ def test_adapted_layers_compute_the_same_with_kernels(kernels: Any, monkeypatch:
         assert set(used) == {40}
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().mean()))
+
+
+def test_numbers_that_lie_apart_are_read_as_they_are(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose numbers are columns of another tensor; a gate, an up or a sine that does not lie as kernels read."""
+    x, a, low = numbers(96, 40).T, numbers(8, 96), numbers(40, 8)
+    expected = (
+        low_rank.put(x.new_empty(40, 8), x, a.T, 0.5),
+        low_rank.gradient_of_a(low, x),
+        low_rank.gradient_of_b(x, low),
+    )
+    monkeypatch.setattr(low_rank, "kernels_for", lambda x, rows: kernels)
+    found = (
+        low_rank.put(x.new_empty(40, 8), x, a.T, 0.5),
+        low_rank.gradient_of_a(low, x),
+        low_rank.gradient_of_b(x, low),
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-1)
+
+    monkeypatch.setattr(products, "kernels_for", lambda x, rows: kernels)
+    gate = numbers(40, 96)
+    assert products._kernels_of(gate, gate) is kernels
+    assert products._kernels_of(gate, x) is None and products._kernels_of(x, gate) is None
+    monkeypatch.setattr(rotary, "kernels_for", lambda x, rows: kernels)
+    heads, angles = numbers(2, 3, 5, 16), numbers(2, 1, 5, 16)
+    assert rotary._kernels_for(heads, angles, angles) is kernels
+    assert rotary._kernels_for(heads, angles, numbers(2, 1, 5, 32)[..., :16]) is None
 
 
 def test_a_card_s_kernels_are_tried_before_they_are_used(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
