@@ -18,7 +18,7 @@ from typing import Any
 
 DAY = 24 * 3600  # seconds
 KEPT = {"choose", "probe", "describe", "describe_chosen", "unused_accelerator", "relative_rate", "check_chosen"}
-_SETTINGS = ("CUDA_", "HIP_", "ROCR_", "NVIDIA_", "OMP_", "MKL_", "OPENBLAS_", "PYTORCH_", "LD_", "DYLD_")
+_SETTINGS = ("CUDA_", "HIP_", "ROCR_", "NVIDIA_", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "PYTORCH_", "LD_", "DYLD_")
 _DEVICES = ("nvidia*", "kfd", "dri/*", "dxg")  # in /dev: of NVIDIA, AMD, any screen, WSL2
 _FILES = ("/proc/sys/kernel/random/boot_id", "/proc/driver/nvidia/version", "/sys/fs/cgroup/cpu.max")
 

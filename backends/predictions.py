@@ -73,11 +73,12 @@ class Size(NamedTuple):
 
 
 class Elementwise(NamedTuple):
-    """Seconds of what is not a product, in one forward pass: norms, activations, rotations, softmax."""
+    """Of what is not a product, in one forward pass: norms, activations, rotations, softmax."""
 
     number: float = 0.0  # for each number that goes into a linear layer or comes out of one
     score: float = 0.0  # for each query and key of a head
     logit: float = 0.0  # for each logit
+    weight: float = 0.0  # for each weight of a linear layer, whose rows are laid out anew for the product
 
 
 A_NUMBER = Size(numbers=1.0)
@@ -96,9 +97,11 @@ class Costs:
     reached: float  # the share of the rate of matrix products that a step reaches
     # seconds that starting one layer's forward pass takes: a GPU's host does it beside the products, a CPU before
     host: float = 0.0
+    four_bit_host: float = 1.0  # times `host`: the start of a layer in 4 bits
     unpacking: float = 0.0  # operations of products that take as long as to unpack one 4-bit weight
     masking: float = 0.0  # and as to make one number of dropout's mask, and to apply it
-    elementwise: Elementwise = NOTHING
+    elementwise: Elementwise = NOTHING  # seconds that one thread takes, whatever the others do
+    spread: Elementwise = NOTHING  # operations of products that take as long: what all threads share
     held: float = 1.1  # bytes that the allocator holds per byte in use
     update: float = 20.0  # per number of the adapter: an update makes weights, moments and their quotient anew
     # the same where the whole model trains, beside the weights, both moments, the gradient and the best weights

@@ -17,9 +17,11 @@ from backends.predictions import (
     FROZEN_BLOCKS,
     HEAD,
     LORA,
+    NOTHING,
     SHARED_PREFIXES,
     Architecture,
     Costs,
+    Elementwise,
     Machine,
     Recurrence,
     Size,
@@ -80,10 +82,12 @@ _CPU = Costs(
     saved=saved,
     scores={"softcap": Size(8.0), "sinks": A_NUMBER},  # eager attention: tanh and softmax; softmax
     recurrent=recurrent,
-    reached=0.6,  # steps 0.65, scores 0.78 without padding (tests/benchmarks/README.md, "Predicted time")
-    host=0.14e-3,
-    unpacking=65.0,
-    masking=240.0,  # the products with A that layers of one input do not share then counted in
+    reached=0.95,
+    host=0.45e-3,  # two threads that wait for each other at each product (tests/benchmarks/README.md, "Predicted time")
+    four_bit_host=1.6,
+    unpacking=80.0,
+    masking=480.0,  # the products with A that layers of one input do not share then counted in
+    spread=Elementwise(number=190.0, score=360.0, logit=120.0, weight=75.0),
     update=13.0,  # a checkpoint copies weights and moments, 12; an update makes the weights anew, in groups: 6
     whole_update=8.0,  # a checkpoint's copy, 12, when the gradient, 4, is gone
     held=1.5,  # glibc keeps what lies freed between the tensors that stay: 1.4 to 1.6
@@ -110,6 +114,8 @@ NVIDIA = replace(
     reached=0.35,  # assumed
     unpacking=0.0,
     masking=0.0,
+    spread=NOTHING,
+    four_bit_host=1.0,
     host=0.6e-3,  # an H200's host: 0.5 to 0.7 a layer of an answer's token, 1.7 to 2.2 of a step; desktops are faster
     held=1.1,
     whole_held=None,

@@ -120,16 +120,31 @@ class Workload:
         """Of one epoch of training: products, and what is done beside them for each micro-batch and token."""
         speed = speed.of_training
         cut, passes = self.cut(micro_tokens, speed.at_once), 2 + self.model.checkpointing
-        beside = speed.unpacking * self.packed * cut.batches
+        masking = 0.0
         if self.lora.dropout:
             masked = sum(inputs for _, inputs in self.adapted.values()) * sum(cut.lengths) * cut.scale
-            beside += speed.masking * masked
-        layers = cut.batches * len(self.architecture.modules) * (passes + 1)  # a backward pass counts twice
-        frozen = first_adapted(self.adapted) / self.architecture.blocks  # as in `operations`
-        through = (1 - frozen) * passes + frozen / max(self.epochs, 1.0)
-        elementwise = self.elementwise(speed, cut.lengths) * cut.scale * through
+            masking = speed.masking * masked
+        once = self.frozen / max(self.epochs, 1.0)  # as in `operations`
+        through, starts = (1 - self.frozen) * passes, (1 - self.frozen) * (passes + 1)  # a backward pass starts two
+        alone = once * len(self.examples)  # each row by itself
+        elementwise = self.elementwise(speed, cut.lengths) * cut.scale * (through + once)
         elementwise += self.elementwise(speed, [], self.supervised) * passes
-        return speed.seconds(self.operations(cut) + passes * beside, layers, elementwise)
+        elementwise += self.reading_weights(speed) * (cut.batches * through + alone)
+        layers = self.starts(speed) * (cut.batches * starts + alone)
+        return speed.seconds(self.operations(cut) + passes * masking, layers, elementwise)
+
+    @property
+    def frozen(self) -> float:
+        """The share of the blocks below the adapter, which compute each row once and by itself."""
+        return first_adapted(self.adapted) / self.architecture.blocks
+
+    def starts(self, speed: Speed) -> float:
+        """Of layers in one forward pass, in those of layers that are not in 4 bits."""
+        return len(self.architecture.modules) * (speed.four_bit_host if self.packed else 1.0)
+
+    def reading_weights(self, speed: Speed) -> float:
+        """Seconds that one pass through the layers takes however few its tokens are."""
+        return speed.elementwise.weight * self.architecture.linear + speed.unpacking * self.packed / speed.rate
 
     def elementwise(self, speed: Speed, lengths: Sequence[int], logits_of: int = 0) -> float:
         """Seconds of all that is not a product in one forward pass of rows of so many tokens, and at so many positions
@@ -167,12 +182,15 @@ class Workload:
                 batches += -(-len(group) // max(1, (at_once or micro_tokens) // max(1, wide)))
         return Cut(lengths, batches * steps / len(looked), steps / len(looked))
 
-    def scoring(self, lengths: Sequence[int], supervised: int) -> float:
-        """Floating-point operations of one forward pass of rows of so many tokens, and the head where it is read."""
+    def scoring(self, lengths: Sequence[int], supervised: int, known: bool = False) -> float:
+        """Floating-point operations of one forward pass of rows of so many tokens, and the head where it is read.
+
+        known: what frozen blocks make of the rows is.
+        """
         shape = self.architecture
         lora = 0.0 if self.lora.whole else 2.0 * self.lora.trainable(self.adapted) * sum(lengths)
         return (
-            self._block(lengths) * shape.blocks
+            self._block(lengths) * shape.blocks * (1 - self.frozen * known)
             + lora
             + 2.0 * (self.lora.classes or shape.vocabulary) * shape.hidden * supervised
         )

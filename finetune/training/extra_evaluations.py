@@ -42,40 +42,44 @@ class Seconds:
     speed: Speed
     micro_tokens: int  # computed together
 
-    def reading(self, examples: Sequence[Example]) -> float:
+    def reading(self, examples: Sequence[Example], known: bool = False) -> float:
         """Their losses."""
         examples = [*map(as_one, examples)]
         supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in examples)
-        return self.passes([len(example) - 1 for example in examples], supervised)
+        return self.passes([len(example) - 1 for example in examples], supervised, known)
 
-    def choosing(self, prompts: Sequence[int]) -> float:
-        """A label for each prompt of so many tokens."""
-        tokens = sum(map(len, self.prepared.label_tokens))
-        return self.passes([n + tokens for n in prompts], tokens * len(prompts))
+    def choosing(self, prompts: Sequence[int], known: bool = False) -> float:
+        """A label for each prompt of so many tokens, which is computed once for all labels unless blocks are frozen."""
+        labels = [len(label) for label in self.prepared.label_tokens]
+        if self.work.frozen:
+            return self.passes([n + label for n in prompts for label in labels], sum(labels) * len(prompts), known)
+        return self.passes([n + sum(labels) for n in prompts], sum(labels) * len(prompts))
 
     def writing(self, prompts: Sequence[int], most: int) -> float:
         """An answer to each, of `most` tokens."""
         steps = -(-len(prompts) // PROMPTS_TOGETHER) * most
-        unpacking = self.speed.unpacking * self.work.packed
         together = min(PROMPTS_TOGETHER, len(prompts))
-        step = self.work.scoring([1], 1) * together + unpacking
-        layers, elementwise = len(self.work.architecture.modules), self.work.elementwise(self.speed, [1], 1) * together
+        elementwise = self.work.elementwise(self.speed, [1], 1) * together + self.work.reading_weights(self.speed)
+        step, layers = self.work.scoring([1], 1) * together, self.work.starts(self.speed)
         each = self.speed.seconds(step, layers, elementwise) + self.work.read_seconds()
         return self.passes(prompts, len(prompts)) + steps * each
 
-    def passes(self, lengths: Sequence[int], supervised: int) -> float:
-        """Of forward passes of rows of so many tokens."""
-        batches = self.speed.pieces(sum(lengths), self.micro_tokens)
-        layers = batches * len(self.work.architecture.modules)
-        unpacking = self.speed.unpacking * self.work.packed * batches
-        elementwise = self.work.elementwise(self.speed, lengths, supervised)
-        return self.speed.seconds(self.work.scoring(lengths, supervised) + unpacking, layers, elementwise)
+    def passes(self, lengths: Sequence[int], supervised: int, known: bool = False) -> float:
+        """Of forward passes of rows of so many tokens. known: what frozen blocks make of them is kept already."""
+        frozen = self.work.frozen
+        batches = self.speed.pieces(sum(lengths), self.micro_tokens) * (1 - frozen)
+        batches += 0.0 if known else frozen * len(lengths)  # each by itself
+        elementwise = self.work.elementwise(self.speed, lengths) * (1 - frozen * known)
+        elementwise += self.work.elementwise(self.speed, [], supervised)
+        elementwise += self.work.reading_weights(self.speed) * batches
+        layers = self.work.starts(self.speed) * batches
+        return self.speed.seconds(self.work.scoring(lengths, supervised, known), layers, elementwise)
 
-    def evaluation(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Of each kind of evaluation of these rows, as `evaluate` names them."""
-        parts, prompts = {"loss": self.reading(examples)}, lengths(examples)
+    def evaluation(self, examples: Sequence[Example], known: bool = False) -> dict[str, float]:
+        """Of each kind of evaluation of these rows, as `evaluate` names them. known: they were evaluated before."""
+        parts, prompts = {"loss": self.reading(examples, known)}, lengths(examples)
         if self.prepared.task == "classification" and not self.recipe.head:
-            parts["labels"] = self.choosing(prompts)
+            parts["labels"] = self.choosing(prompts, known)
         elif self.prepared.task == "generation" and self.recipe.evaluate.generate:
             parts["answers"] = self.writing(prompts, self.recipe.evaluate.max_tokens)
         return parts

@@ -34,6 +34,7 @@ from finetune.training.speed import Speed, rate_here
 
 LONGEST = 1.0  # seconds that the rows may take which are timed before a run, or a step of its training
 ENOUGH_STEPS = 60  # of a run, beside which three are little
+LEARNING = 12  # steps after which the most probable token is a label, as a rule
 TIMED_RATE = 1e-6  # nothing is kept of what such steps learn
 
 
@@ -139,12 +140,12 @@ def sampler_of(job: Job) -> Sampler:
     return Sampler(job.prepared, most, lambda tokens: answer_text(job.tokenizer, tokens, stop))
 
 
-def validations(recipe: Recipe, prepared: Prepared) -> int:
-    """In the whole run, the one before the first step included."""
+def validations(recipe: Recipe, prepared: Prepared, most: int | None = None) -> int:
+    """In the whole run or its first `most` steps, the one before the first step included."""
     plan = make_plan(recipe, len(prepared.train.examples))
     steps = plan.predicted
     every = {*range(0, steps, plan.evaluate_every), *(range(0, steps, plan.steps_per_epoch) if plan.open_end else ())}
-    return sum(plan.evaluates_after(step) for step in {*every, steps})
+    return sum(plan.evaluates_after(step) for step in {*every, steps} if most is None or step <= most)
 
 
 def seconds_of_parts(
@@ -159,12 +160,15 @@ def seconds_of_parts(
     in_training = replace(seconds, micro_tokens=micro_tokens)
     held = [example for split in (prepared.valid, prepared.test) if split for example in split.examples]
     measured = seconds.evaluation(prepared.held_out.examples)
-    validated = in_training.evaluation(prepared.valid.examples)
+    measured_again = seconds.evaluation(prepared.held_out.examples, known=recipe.evaluate.base)
+    first = in_training.evaluation(prepared.valid.examples)
+    validated = in_training.evaluation(prepared.valid.examples, known=True)
     by_base = prepared.held_out is prepared.valid and recipe.evaluate.base and not recipe.lora.start_from
     untrained = 0 if by_base else 1  # validations before the first step; the base model's may serve
-    trained = validations(recipe, prepared) - 1
+    trained, early = validations(recipe, prepared) - 1, validations(recipe, prepared, LEARNING) - 1
     # Once a model has learned that labels follow, the most probable token is one of them, and nothing more is asked.
-    learned = ("loss",) if all(len(label) == 1 for label in prepared.label_tokens) else ("loss", "labels")
+    short = plan.predicted <= LEARNING or not all(len(label) == 1 for label in prepared.label_tokens)
+    learned = ("loss", "labels") if short else ("loss",)
     parts = {AHEAD: work.read_seconds()} if work.model.streamed else {}
     parts |= head_first(recipe, prepared, seconds)
     parts |= {f"base model: {name}": t for name, t in measured.items()} if recipe.evaluate.base else {}
@@ -175,10 +179,10 @@ def seconds_of_parts(
     parts["training"] = epochs * work.seconds(speed, micro_tokens)
     if recipe.preferences:  # pairs are scored before their gradient is known
         parts["training"] += epochs * in_training.reading(work.examples)
-    for name in ("loss", "labels"):
-        if times := (untrained + trained * (name in learned)) * (name in validated):
-            parts[f"validation: {name}"] = validated[name] * times
-    parts |= {f"tuned model: {name}": t for name, t in measured.items() if name in (*learned, "answers")}
+    for name in [name for name in ("loss", "labels") if name in validated]:
+        if (times := trained if name in learned else early) + untrained:
+            parts[f"validation: {name}"] = untrained * first[name] + times * validated[name]
+    parts |= {f"tuned model: {name}": t for name, t in measured_again.items() if name in (*learned, "answers")}
     models = ("base model", "tuned model") if recipe.evaluate.base else ("tuned model",)
     return parts | (seconds.beside(asked, models) if asked else {})
 

@@ -15,6 +15,7 @@ class Speed:
 
     rate: float  # floating-point operations per second that a run reaches
     host: float = 0.0  # seconds for a layer in a forward pass
+    four_bit_host: float = 1.0  # times that, for one in 4 bits
     beside: bool = True  # whether the host works beside the device
     unpacking: float = 0.0
     masking: float = 0.0
@@ -26,10 +27,11 @@ class Speed:
     @classmethod
     def of(cls, costs: Costs, rate: float, processes: int = 1) -> Speed:
         """rate: of matrix products, of all `processes` together, which share what is beside the products."""
-        gpu, host = costs.device == "gpu", costs.host / processes
-        elementwise = Elementwise(*(each / processes for each in costs.elementwise))
-        beside = (costs.unpacking, costs.masking, elementwise)
-        return cls(rate * costs.reached, host, gpu, *beside, costs.tokens_at_once)
+        gpu, reached = costs.device == "gpu", rate * costs.reached
+        both = zip(costs.elementwise, costs.spread, strict=True)
+        elementwise = Elementwise(*(alone / processes + shared / reached for alone, shared in both))
+        hosts = (costs.host / processes, costs.four_bit_host)
+        return cls(reached, *hosts, gpu, costs.unpacking, costs.masking, elementwise, costs.tokens_at_once)
 
     @property
     def of_training(self) -> Speed:

@@ -1,11 +1,14 @@
-"""Is a search within a budget as good as a whole grid? Each setting of a grid as a run of its own, then one search.
+"""Do `auto` and a search reach a whole grid's best? Each setting as a run of its own, the recipe as it is, one search.
 
-    python tests/benchmarks/searches.py FOLDER grid [--settings 0 1 2 ...]   # 4 rates x 2 numbers of epochs, or some
-    python tests/benchmarks/searches.py FOLDER search [--share 0.4]          # within that share of the grid's time
+    python tests/benchmarks/searches.py FOLDER grid --set sst2 --data DATA [--settings 0 1 2 ...] [--seed 0]
+    python tests/benchmarks/searches.py FOLDER auto --set sst2 --data DATA      # the recipe that `init` writes
+    python tests/benchmarks/searches.py FOLDER search [--share 0.4] ...         # within that share of the grid's time
+    python tests/benchmarks/searches.py FOLDER table                            # all that FOLDER holds, a line for each
 
-Prints one JSON line for each run and appends it to FOLDER/runs.jsonl: its settings, its lowest validation loss, seconds
-by the clock (starts and both measurements counted) and of the processor. The rows are the built-in reviews, of which
-`--rows` are trained on. A grid may be made in parts; the search takes those that are there.
+Prints one JSON line for each run and appends it to FOLDER/runs.jsonl: its settings, its lowest validation loss, its
+figures on the test rows, seconds by the clock (starts and both measurements counted) and of the processor. The sets are
+those of auto.py, DATA is the folder of tests/real/real_data.py. The grid has four rates, named by --rates, and 3 and 6
+epochs, and may be made in parts; a search takes those that are there.
 """
 
 from __future__ import annotations
@@ -20,16 +23,33 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-RECIPE = """\
-model: {{path: builtin:reviews-base}}
-data: {{train: "builtin:reviews/train.jsonl", valid: "builtin:reviews/valid.jsonl", test: "builtin:reviews/test.jsonl",
-  limit: {rows}}}
-lora: {{rank: 16, alpha: 32, dropout: 0.05}}
-train: {{epochs: auto, learning_rate: auto, early_stopping: 2}}
-evaluate: {{forgetting: false}}
-backend: torch
-"""
-RATES, EPOCHS = (7e-4, 1.5e-3, 3e-3, 6e-3), (3, 6)
+from auto import SIZES, pools
+from rates import LENGTHS
+
+EPOCHS = (3, 6)
+AUTO = "the recipe as it is"
+RECIPE: dict[str, Any] = {
+    "lora": {"rank": 16, "alpha": 32, "dropout": 0.05},
+    "train": {"epochs": "auto", "learning_rate": "auto", "early_stopping": 2},
+    "evaluate": {"base": False, "forgetting": False, "generate": False},
+    "backend": "torch",
+}
+
+
+def write_recipe(asked: argparse.Namespace) -> Path:
+    """As `finetune init` writes it, but without quantisation: on a CPU that only takes longer."""
+    data = {}
+    rows = pools(asked.set, asked.data and asked.data.absolute(), asked.seed)
+    for split, part, most in zip(("train", "valid", "test"), rows, SIZES[asked.set], strict=True):
+        kept = part[: min(most, asked.rows or most) if split == "train" else most]
+        data[split] = f"{split}.jsonl"
+        (asked.folder / data[split]).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    head = {"head": {}} if asked.set == "banking77" else {}
+    train = RECIPE["train"] | {"max_length": LENGTHS.get(asked.set, 256)}
+    whole = RECIPE | {"model": {"path": asked.model}, "data": data, "train": train, "seed": asked.seed} | head
+    file: Path = asked.folder / "recipe.yaml"
+    file.write_text(json.dumps(whole), encoding="utf-8")
+    return file
 
 
 def timed(*command: str) -> dict[str, float]:
@@ -41,49 +61,75 @@ def timed(*command: str) -> dict[str, float]:
     return {"seconds": round(time.monotonic() - began, 1), "cpu": round(cpu, 1)}
 
 
-def trained(folder: Path, rate: float, epochs: int) -> dict[str, Any]:
-    out = folder / f"{rate:g}-{epochs}"
-    settings = [f"train.learning_rate={rate:g}", f"train.epochs={epochs}"]
-    taken = timed("train", str(folder / "recipe.yaml"), *settings, f"output={out}")
+def figures(report: dict[str, Any]) -> dict[str, Any]:
+    """The lowest validation loss, the epochs made, and what the kept adapter has on the test rows."""
+    validations, tuned = report["validations"], report["tuned"]
+    return {
+        "loss": min(one["loss"] for one in validations),
+        "epochs": round(validations[-1]["epoch"], 2),
+        "test_loss": tuned["loss"],
+        "accuracy": tuned["accuracy"],
+    }
+
+
+def trained(recipe: Path, settings: list[str], name: str) -> dict[str, Any]:
+    out = recipe.parent / name
+    taken = timed("train", str(recipe), *settings, f"output={out}")
     (report,) = out.glob("*/report.json")
-    losses = [validation["loss"] for validation in json.loads(report.read_text())["validations"]]
-    return {"run": " ".join(settings), "loss": min(losses)} | taken
+    return {"run": " ".join(settings) or AUTO} | figures(json.loads(report.read_text())) | taken
 
 
-def searched(folder: Path, share: float, grid: list[dict[str, Any]]) -> dict[str, Any]:
-    budget = share * sum(line["seconds"] for line in grid)
-    taken = timed(
-        "search", str(folder / "recipe.yaml"), "--budget", f"{budget:.0f}s", f"output={folder / f'search-{share:g}'}"
-    )
-    (path,) = (folder / f"search-{share:g}").glob("*/search.json")
+def searched(recipe: Path, share: float, grid: list[dict[str, Any]]) -> dict[str, Any]:
+    out = recipe.parent / f"search-{share:g}"
+    budget = share * sum(line["cpu"] for line in grid)  # by the clock, where nothing else runs: use one thread
+    taken = timed("search", str(recipe), "--budget", f"{budget:.0f}s", f"output={out}")
+    (path,) = out.glob("*/search.json")
     ledger = json.loads(path.read_text())
-    lowest = min(lap["loss"] for lap in ledger["laps"] if lap["finished"] and lap["loss"] is not None)
     (winner,) = {lap["loss"] for lap in ledger["laps"] if lap["trial"] == ledger["winner"] and lap["finished"]}
     trials = {"others": ledger["plan"]["others"], "skipped": len(ledger["skipped"]), "spent": ledger["spent"]}
     best = min(line["loss"] for line in grid)
-    return {"run": "search", "budget": round(budget), "loss": winner, "lowest": lowest, "grid": best} | trials | taken
+    return {"run": "search", "budget": round(budget), "loss": winner, "grid": best} | trials | taken
+
+
+def table(lines: list[dict[str, Any]]) -> None:
+    for line in lines:
+        right = "" if line.get("accuracy") is None else f"{line['accuracy']:.3f}"
+        test = "" if line.get("test_loss") is None else f"{line['test_loss']:.3f}"
+        named = (line["run"], f"{line['loss']:.4f}", right, test, line.get("epochs", ""), line["seconds"], line["cpu"])
+        print("|", " | ".join(map(str, named)), "|")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("what", choices=("grid", "search"))
-    parser.add_argument("--rows", type=int, default=300)
-    parser.add_argument("--settings", type=int, nargs="*", default=range(len(RATES) * len(EPOCHS)))
+    parser.add_argument("what", choices=("grid", "auto", "search", "table"))
+    parser.add_argument("--set", choices=SIZES, default="reviews")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--rows", type=int, help="to train on, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="builtin:reviews-base")
+    parser.add_argument("--rates", type=float, nargs=4, default=(7e-4, 1.5e-3, 3e-3, 6e-3))
+    parser.add_argument("--settings", type=int, nargs="*", default=range(4 * len(EPOCHS)))
     parser.add_argument("--share", type=float, default=0.4)
     asked = parser.parse_args()
-    folder = asked.folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(RECIPE.format(rows=asked.rows))
-    runs = folder / "runs.jsonl"
-    with runs.open("a+") as kept:
+    asked.folder = asked.folder.absolute()
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    with (asked.folder / "runs.jsonl").open("a+") as kept:
         kept.seek(0)
-        grid = [line for line in map(json.loads, kept) if line["run"] != "search"]
-        settings = list(product(RATES, EPOCHS))
-        of_grid = (trained(folder, *settings[i]) for i in asked.settings)
-        for made in of_grid if asked.what == "grid" else [searched(folder, asked.share, grid)]:
-            print(line := json.dumps(made), flush=True)
-            kept.write(line + "\n")
+        known = [json.loads(line) for line in kept]
+        if asked.what == "table":
+            table(known)
+            return
+        recipe, each = write_recipe(asked), list(product(asked.rates, EPOCHS))
+        if asked.what == "search":
+            made = iter([searched(recipe, asked.share, [line for line in known if "train.epochs" in line["run"]])])
+        else:
+            chosen = [each[i] for i in asked.settings] if asked.what == "grid" else []
+            settings = [[f"train.learning_rate={rate:g}", f"train.epochs={count}"] for rate, count in chosen] or [[]]
+            made = (trained(recipe, one, "-".join(one).replace("train.", "") or "auto") for one in settings)
+        for line in made:
+            print(written := json.dumps(line), flush=True)
+            kept.write(written + "\n")
             kept.flush()
 
 

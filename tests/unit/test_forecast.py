@@ -35,6 +35,7 @@ from finetune.training.budget import (
     fitting_tokens,
     largest_micro,
 )
+from finetune.training.extra_evaluations import Seconds
 from finetune.training.forecast import forecast_here, forecast_on
 from finetune.training.memory_settings import starting_tokens
 from finetune.training.predicted_time import seconds_of_parts
@@ -202,18 +203,33 @@ def parts_of(prepared: Prepared, **sections: Any) -> dict[str, float]:
 
 
 def test_every_part_of_a_run_has_its_time() -> None:
-    found = parts_of(rows(20))
+    found = parts_of(rows(20), train={"epochs": 20})
     assert list(found) == [
         "base model: loss", "base model: labels", "training", "validation: loss", "validation: labels",
         "tuned model: loss",
     ]  # fmt: skip
     assert all(value > 0 for value in found.values())
-    longer = replace(rows(20), label_tokens=((1, 3), (2,)))
-    assert "tuned model: labels" in parts_of(longer), "a longer label is scored each time"
-    assert parts_of(longer)["validation: labels"] > 3 * found["validation: labels"]
+    longer = parts_of(replace(rows(20), label_tokens=((1, 3), (2,))), train={"epochs": 20})
+    assert "tuned model: labels" in longer, "a longer label is scored each time"
+    assert longer["validation: labels"] > 3 * found["validation: labels"]
+    assert "tuned model: labels" in parts_of(rows(20)), "in a dozen steps hardly a model learns that labels follow"
     assert "base model: loss" not in parts_of(rows(20), evaluate={"base": False})
     assert "base model: answers" in parts_of(rows(20, "generation"))
     assert "base model: answers" not in parts_of(rows(20, "generation"), evaluate={"generate": False})
+
+
+def test_what_frozen_blocks_make_of_rows_is_computed_once_and_row_by_row() -> None:
+    half = replace(work([20] * 16, last=2), epochs=1.0)
+    host = Speed(1e30, host=1.0, beside=False)
+    modules = len(half.architecture.modules)
+    batches = half.cut(MICRO_TOKENS, None).batches
+    assert half.seconds(host, MICRO_TOKENS) == pytest.approx(modules * (batches * 3 / 2 + 16 / 2))
+    again = replace(half, epochs=4.0).seconds(host, MICRO_TOKENS)
+    assert again == pytest.approx(modules * (batches * 3 / 2 + 16 / 2 / 4))
+    made = Seconds(check_recipe({"model": {"path": "m"}, "data": {"train": "t"}}), rows(4), half, host, MICRO_TOKENS)
+    four = rows(4).train.examples
+    assert made.reading(four) == pytest.approx(modules * (1 / 2 + 4 / 2))
+    assert made.reading(four, known=True) == pytest.approx(modules / 2)
 
 
 def test_twice_the_epochs_are_twice_the_training_and_more_validations() -> None:
