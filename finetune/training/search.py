@@ -1,8 +1,9 @@
-"""`finetune search`: trials of other settings beside the recipe's own, halved by thirds within a budget of time.
+"""`finetune search`: trials of other settings beside the recipe's own, within a budget of time.
 
-A trial is a run: it trains to the same bytes as `finetune train` with its settings, stops at a checkpoint where trials
-are compared, and goes on from there. Rows are read once for all; the base is measured once on the validation rows; and
-trials of the same adapter's shape share a loaded model. What frozen blocks make of a row is computed once for all.
+A trial is a run: it trains to the same bytes as `finetune train` with its settings. The recipe as it is has its whole
+run; the others stop after a third of their steps, and the best third of them goes on from a checkpoint to the end: one
+round of successive halving (Jamieson and Talwalkar, 2016). Rows are read once for all; the base is measured once on the
+validation rows; trials of the same adapter's shape share a loaded model, and what frozen blocks make of a row.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from finetune.training.rate_rule import starting_rate
 from finetune.training.ready_trainer import ready_trainer
 from finetune.training.search_ledger import LEDGER, SPARE, Lap, Ledger, read_ledger
 from finetune.training.search_sessions import TrialSessions
-from finetune.training.search_trials import Halving, Trial, halving, stops_of, trials_of
+from finetune.training.search_trials import Trial, compared_after, going_on, most_that_fit, trials_of
 
 AS_GOOD = 0.01  # of the lowest validation loss: a recipe this near to it is as good
 MEASURING = 1.5  # times what both models' measurements take: the analysis, and a model that is loaded again
@@ -81,24 +82,21 @@ class Search:
         """The longest that it may be."""
         return make_plan(self.job_of(trial).recipe, len(self.job.prepared.train.examples)).steps
 
-    def stops(self, trial: int) -> tuple[int, int]:
-        """Its steps after which it is compared."""
-        return stops_of(self.job_of(trial).recipe, len(self.job.prepared.train.examples))
+    def stop_of(self, trial: int) -> int:
+        """Its step after which it is compared."""
+        return compared_after(self.job_of(trial).recipe, len(self.job.prepared.train.examples))
 
     def events(self) -> Generator[Event, None, int]:
         """The winner, whose run then stands in `best` with all its steps. Raises Interrupted, RecipeError, Diverged."""
         if self.ledger.winner is None:
             if not self.ledger.laps:  # one that goes on has made steps of which no lap tells
-                yield from self._lap(0, self.stops(0)[0])
+                yield from self._lap(0, max(self.stop_of(0) // 3, 1))
                 self._refuse_short_budget()
             yield from self._lap(0, self.steps_of(0))
-            plan = self._planned()
-            others = list(range(1, plan.others + 1))
-            for number, left in enumerate(plan.left):
-                for trial in self._by_shape(others):
-                    yield from self._within_budget(trial, self.stops(trial)[number])
-                others = self._kept(others, left)
+            others = list(range(1, self._planned() + 1))
             for trial in self._by_shape(others):
+                yield from self._within_budget(trial, self.stop_of(trial))
+            for trial in self._by_shape(self._kept(others, going_on(len(others)))):
                 yield from self._within_budget(trial, self.steps_of(trial))
             self._decide()
         self._sessions.close()  # its run opens a model of its own
@@ -121,15 +119,15 @@ class Search:
                 f"--budget {enough}m"
             )
 
-    def _planned(self) -> Halving:
-        """Once the recipe is done: its first steps, which are slower, tell too little of the others' time."""
-        if self.ledger.plan is None:
+    def _planned(self) -> int:
+        """How many others, once the recipe is done: its first steps, which are slower, say too little of their time."""
+        if self.ledger.others is None:
             left = self.ledger.budget - self.ledger.predicted(0)
             others = range(1, len(self.trials))
-            stops, longest = [*map(self.stops, others)], [*map(self.steps_of, others)]
-            self.ledger.plan = halving(self.stops(0), stops, longest, left / SPARE / self.ledger.per_step)
+            stops, longest = [*map(self.stop_of, others)], [*map(self.steps_of, others)]
+            self.ledger.others = most_that_fit(stops, longest, left / SPARE / self.ledger.per_step)
             self._write()
-        return self.ledger.plan
+        return self.ledger.others
 
     def _within_budget(self, trial: int, steps: int) -> Iterator[Event]:
         """The lap, unless its time would be missing at the end."""

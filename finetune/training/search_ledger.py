@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from finetune.disk.run_files import read_json
-from finetune.training.search_trials import Halving
 
 LEDGER = "search.json"
 SPARE = 1.1  # times the time that steps took: what the next ones may take
@@ -37,7 +36,7 @@ class Ledger:
     spent: float = 0.0
     base_seconds: float | None = None  # of the base's measurement, and of predicting the winner's
     last_seconds: float | None = None  # that are kept for the winner's own measurement
-    plan: Halving | None = None
+    others: int | None = None  # trials beside the recipe as it is, once they are planned
     laps: list[Lap] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)  # trials for which no time was left
     winner: int | None = None

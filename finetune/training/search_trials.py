@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product, zip_longest
-from math import ceil
-from typing import Any, ClassVar
+from itertools import product
+from typing import Any
 
 from backends.interface import Modules
-from finetune.recipe.schedule import make_plan
+from finetune.recipe.schedule import MOST_EPOCHS, make_plan
 from finetune.recipe.schema import Recipe
-from finetune.training.rate_rule import Start
+from finetune.training.rate_rule import HIGHEST, Start
 
-RATES = (1.0, 2.0, 0.5, 4.0)  # times the rate that is known to be near, the likeliest first
+RATES = (2.0, 0.5, 4.0)  # times the recipe's rate, or the one that a rule gives, the likeliest first
 KEPT = 3  # one trial in so many goes on
-SHARES = (1 / 9, 1 / 3)  # of the recipe's own steps: where trials are compared before the last ones end
+SHARE = 1 / 3  # of a trial's own steps, after which it is compared: after less, losses say little of what they come to
 ATTENTION = ["q_proj", "v_proj"]
 
 
@@ -53,85 +53,67 @@ class Trial:
 
 
 def trials_of(recipe: Recipe, start: Start, modules: Modules) -> list[Trial]:
-    """The recipe as it is, and others in the order in which they are worth a try: the same for the same recipe.
+    """The recipe as it is, others with one change, and then those with several: the same for the same recipe.
 
     start: the rate that a rule gives, taken where the recipe names none. modules: linear layers in the model's blocks.
     """
+    rates, ranks, epochs, targets = _rates(recipe, start), _ranks(recipe), _epochs(recipe), _targets(recipe, modules)
+    likeliest, unlikelier = rates[:2], rates[2:]
+    one = [Trial(rate) for rate in likeliest] + [Trial(epochs=count) for count in epochs]
+    one += [Trial(rank=rank) for rank in ranks] + [Trial(targets=chosen) for chosen in targets]
+    one += [Trial(rate) for rate in unlikelier]
+    several = [Trial(*each) for each in product(*([None, *values] for values in (rates, ranks, epochs, targets)))]
+    random.Random(recipe.seed).shuffle(several)
+    return [*dict.fromkeys([Trial(), *one, *several])]
+
+
+def _rates(recipe: Recipe, start: Start) -> list[float]:
     asked = recipe.train.learning_rate
-    near = start.rate if isinstance(asked, str) else asked
-    rates: list[float | None] = [float(f"{near * factor:.1e}") for factor in RATES]
-    if not isinstance(asked, str):
-        rates[0] = None
-    ranks, epochs, targets = _ranks(recipe), _epochs(recipe), _targets(recipe, modules)
-    rest = list(product(ranks, epochs, targets))[1:]
-    random.Random(recipe.seed).shuffle(rest)
-    others = [[Trial(rate)] + [Trial(rate, *one) for one in rest] for rate in rates]
-    for shift, one in enumerate(others):  # so that the first ones differ in more than the rate
-        one[1:] = one[1 + shift :] + one[1 : 1 + shift]
-    ordered = [trial for several in zip_longest(*others) for trial in several if trial is not None]
-    return [Trial(), *(trial for trial in dict.fromkeys(ordered) if trial != Trial())]
+    near, highest = (start.rate, HIGHEST) if isinstance(asked, str) else (asked, math.inf)
+    rates = [min(float(f"{near * factor:.1e}"), highest) for factor in RATES]
+    return [rate for rate in dict.fromkeys(rates) if rate != near]
 
 
-def _ranks(recipe: Recipe) -> list[int | None]:
+def _ranks(recipe: Recipe) -> list[int]:
     rank, fixed = recipe.lora.rank, recipe.lora.start_from or recipe.method == "full"
-    return [None] if fixed else [None, 2 * rank, *([rank // 2] if rank > 1 else [])]
+    return [] if fixed else [2 * rank, *([rank // 2] if rank > 1 else [])]
 
 
-def _epochs(recipe: Recipe) -> list[int | None]:
+def _epochs(recipe: Recipe) -> list[int]:
     asked = recipe.train.epochs
     if recipe.train.steps is not None:
-        return [None]
-    return [None, 2] if asked == "auto" else [None, 2 * (asked or 3)]
+        return []
+    return [MOST_EPOCHS // 2] if asked == "auto" else [2 * (asked or 3)]
 
 
-def _targets(recipe: Recipe, modules: Modules) -> list[tuple[str, ...] | None]:
+def _targets(recipe: Recipe, modules: Modules) -> list[tuple[str, ...]]:
     there = {name.rpartition(".")[2] for name in modules}
     adapts_all = recipe.method == "lora" and recipe.lora.targets == "all"
     few = adapts_all and not recipe.lora.start_from and set(ATTENTION) < there
-    return [None, tuple(ATTENTION)] if few else [None]
+    return [tuple(ATTENTION)] if few else []
 
 
-@dataclass(frozen=True)
-class Halving:
-    """Successive halving (Jamieson and Talwalkar, 2016), by thirds. The recipe as it is goes all the way beside it."""
-
-    __pydantic_config__: ClassVar = {"allow_inf_nan": False}
-
-    others: int  # trials beside the recipe as it is
-    stops: tuple[int, int]  # optimiser steps after which the recipe itself would be compared
-
-    @property
-    def left(self) -> tuple[int, int]:
-        """How many others go on after each stop."""
-        return ceil(self.others / KEPT), ceil(self.others / KEPT**2)
-
-
-def stops_of(recipe: Recipe, rows: int) -> tuple[int, int]:
-    """Where a trial with this recipe is compared: at a share of its own steps, so that all rates have fallen as far."""
-    whole = make_plan(recipe, rows).predicted
-    first, second = (max(ceil(share * whole), 1) for share in SHARES)
-    return first, max(second, first)
-
-
-def halving(
-    recipe_stops: tuple[int, int], stops: Sequence[tuple[int, int]], longest: Sequence[int], steps: float
-) -> Halving:
-    """The largest that fits in so many optimiser steps beside the recipe as it is.
-
-    recipe_stops: its stops. stops and longest: of each other, where it is compared and its steps.
+def compared_after(recipe: Recipe, rows: int) -> int:
+    """The step after which a trial with this recipe is compared: at a share of its own, so that all rates have fallen
+    as far.
     """
-    made = Halving(0, recipe_stops)
-    for others in range(1, len(longest) + 1):
-        wider = Halving(others, recipe_stops)
-        if _steps(wider, stops[:others], longest[:others]) > steps:
+    return max(math.ceil(SHARE * make_plan(recipe, rows).predicted), 1)
+
+
+def going_on(others: int) -> int:
+    """How many of them train to their end."""
+    return math.ceil(others / KEPT)
+
+
+def most_that_fit(stops: Sequence[int], longest: Sequence[int], steps: float) -> int:
+    """How many trials, from the first one on, fit in so many optimiser steps.
+
+    stops and longest: of each, where it is compared and its steps. The longest ones may be those that go on.
+    """
+    most = 0
+    for count in range(1, len(longest) + 1):
+        rest = sorted((end - stop for stop, end in zip(stops[:count], longest[:count], strict=True)), reverse=True)
+        if sum(stops[:count]) + sum(rest[: going_on(count)]) > steps:
             break
-        made = wider
-    return made
-
-
-def _steps(halving: Halving, stops: Sequence[tuple[int, int]], longest: Sequence[int]) -> int:
-    """Of all others together, where those with the most steps go on."""
-    middle, last = halving.left
-    between = sorted((second - first for first, second in stops), reverse=True)
-    rest = sorted((max(end - second, 0) for (_, second), end in zip(stops, longest, strict=True)), reverse=True)
-    return sum(first for first, _ in stops) + sum(between[:middle]) + sum(rest[:last])
+        most = count
+    return most

@@ -86,7 +86,7 @@ def searched(recipe: Path, share: float, grid: list[dict[str, Any]]) -> dict[str
     (path,) = out.glob("*/search.json")
     ledger = json.loads(path.read_text())
     (winner,) = {lap["loss"] for lap in ledger["laps"] if lap["trial"] == ledger["winner"] and lap["finished"]}
-    trials = {"others": ledger["plan"]["others"], "skipped": len(ledger["skipped"]), "spent": ledger["spent"]}
+    trials = {"others": ledger["others"], "skipped": len(ledger["skipped"]), "spent": ledger["spent"]}
     best = min(line["loss"] for line in grid)
     return {"run": "search", "budget": round(budget), "loss": winner, "grid": best} | trials | taken
 

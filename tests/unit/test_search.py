@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from finetune.training.job import Job
 from finetune.training.rate_rule import Start
 from finetune.training.search import Search
 from finetune.training.search_ledger import Lap, Ledger, read_ledger
-from finetune.training.search_trials import Halving, Trial, halving, stops_of, trials_of
+from finetune.training.search_trials import Trial, compared_after, going_on, most_that_fit, trials_of
 from tests.end_to_end.command import Work
 from tests.unit.test_suspects import labelled
 from tests.unit.test_wrong_resume import finetune
@@ -42,10 +43,18 @@ def test_the_recipe_as_it_is_comes_first_and_no_trial_twice() -> None:
     asked = recipe(train={"learning_rate": "auto"})
     trials = trials_of(asked, START, MODULES)
     assert trials[0] == Trial() and trials[0].recipe(asked) == asked
-    assert len(trials) == len({*trials}) == 1 + 4 * 3 * 2 * 2
+    assert len(trials) == len({*trials}) == 4 * 3 * 2 * 2
     assert trials == trials_of(asked, START, MODULES)
-    assert {trial.learning_rate for trial in trials[1:5]} == {1e-3, 2e-3, 5e-4, 4e-3}, "every rate comes early"
-    assert len({(trial.rank, trial.epochs, trial.targets) for trial in trials[5:9]}) > 1
+    assert [trial.learning_rate for trial in trials[1:3]] == [2e-3, 5e-4], "what matters most comes first"
+    changes = [sum(value is not None for value in vars(trial).values()) for trial in trials]
+    assert changes[:8] == [0, *[1] * 7] and min(changes[8:]) == 2, "one change at a time, then several"
+
+
+def test_no_rate_is_tried_that_no_model_was_seen_to_learn_at_unless_the_recipe_names_such() -> None:
+    by_rule, fast = recipe(train={"learning_rate": "auto"}), replace(START, rate=6e-3)
+    assert {trial.learning_rate for trial in trials_of(by_rule, fast, MODULES)} == {None, 1e-2, 3e-3}
+    named = recipe(train={"learning_rate": 2e-2})
+    assert {trial.learning_rate for trial in trials_of(named, fast, MODULES)} == {None, 4e-2, 1e-2, 8e-2}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +65,7 @@ def test_the_recipe_as_it_is_comes_first_and_no_trial_twice() -> None:
         ({"lora": {"start_from": "/adapter"}}, 4 * 2),
         ({"lora": {"rank": 1}}, 4 * 2 * 2 * 2),
         ({"lora": {"targets": ["q_proj"]}}, 4 * 3 * 2),
-        ({"train": {"epochs": "auto", "learning_rate": "auto"}}, 1 + 4 * 3 * 2 * 2),
+        ({"train": {"epochs": "auto", "learning_rate": "auto"}}, 4 * 3 * 2 * 2),
     ],
 )
 def test_only_what_the_recipe_leaves_free_is_tried(sections: dict[str, Any], count: int) -> None:
@@ -72,27 +81,26 @@ def test_a_trial_changes_what_it_says_and_keeps_the_adapters_weight() -> None:
     assert said == "train.learning_rate=3.0e-03 train.epochs=5 lora.rank=8 lora.targets=[q_proj]"
 
 
-def test_the_halving_is_the_largest_that_fits() -> None:
+def test_as_many_trials_are_planned_as_fit() -> None:
     def needed(others: int) -> int:
         """Of trials as long as the recipe."""
-        return others * 10 + -(-others // 3) * 20 + -(-others // 9) * 60
+        return others * 30 + -(-others // 3) * 60
 
-    for steps in (0, 9, 100, 199, 200, 500, 10_000):
-        made = halving((10, 30), [(10, 30)] * 20, [90] * 20, steps)
-        assert needed(made.others) <= steps or made.others == 0
-        assert made.others == 20 or needed(made.others + 1) > steps
-    # of four trials two go on and one ends: the longest, which has to fit
-    assert halving((10, 30), [(10, 30), (20, 60), (10, 30), (5, 15)], [90, 180, 90, 45], 45 + 60 + 120).others == 4
-    assert halving((10, 30), [(10, 30), (20, 60), (10, 30), (5, 15)], [90, 180, 90, 45], 45 + 60 + 119).others == 3
-    assert stops_of(recipe(train={"steps": 90, "epochs": None}), 13) == (10, 30)
-    assert stops_of(recipe(train={"steps": 1, "epochs": None}), 13) == (1, 1)
+    for steps in (0, 29, 100, 199, 200, 500, 10_000):
+        made = most_that_fit([30] * 20, [90] * 20, steps)
+        assert needed(made) <= steps or made == 0
+        assert made == 20 or needed(made + 1) > steps
+    # of four trials two go on: the longest two, which have to fit
+    assert most_that_fit([30, 60, 30, 15], [90, 180, 90, 45], 135 + 120 + 60) == 4
+    assert most_that_fit([30, 60, 30, 15], [90, 180, 90, 45], 135 + 120 + 59) == 3
+    assert [going_on(others) for others in (0, 1, 3, 4, 9)] == [0, 1, 1, 2, 3]
 
 
 def test_trials_are_compared_where_their_rates_have_fallen_as_far() -> None:
     """One with half of the epochs is stopped after half of the steps, so that its lower rate is no advantage."""
     asked = recipe(train={"epochs": 6, "batch_size": 1})
-    stops = [stops_of(Trial(epochs=epochs).recipe(asked), 15) for epochs in (6, 3, 12)]
-    assert stops == [(10, 30), (5, 15), (20, 60)]
+    assert [compared_after(Trial(epochs=epochs).recipe(asked), 15) for epochs in (6, 3, 12)] == [30, 15, 60]
+    assert compared_after(recipe(train={"steps": 1, "epochs": None}), 13) == 1
 
 
 @pytest.mark.parametrize(("said", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400)])
@@ -178,7 +186,7 @@ def test_the_same_winner_with_the_same_bytes_after_any_stops_and_no_test_row_is_
     job, opened = load_job(load_recipe(work.folder / "few.yaml")), Job.open
     monkeypatch.setattr(Job, "open", lambda self, adapter=None: Watched(opened(self, adapter)))
     whole = searched(job, tmp_path / "whole")
-    assert whole.ledger.plan is not None and whole.ledger.plan.others == len(whole.trials) - 1
+    assert whole.ledger.others == len(whole.trials) - 1
     assert not (tmp_path / "whole" / "trials").exists()
     valid, test = ([e.prompt_tokens.tobytes() for e in split.examples] for split in job.prepared.splits[1:])
     assert all(any(prompt in row for row in seen) for prompt in valid)
@@ -197,7 +205,7 @@ def test_a_short_budget_leaves_trials_out_and_a_shorter_one_is_refused(
     with pytest.raises(RecipeError, match="allow --budget"):
         searched(job, tmp_path / "none", budget=7e3)
     few = searched(job, tmp_path / "few", budget=1.1e3 * 13 + 100)
-    assert few.ledger.plan == Halving(3, (1, 3)) and not few.ledger.skipped, "3 x 1, 1 x 2 and 1 x 6 steps fit in 13"
+    assert few.ledger.others == 2 and not few.ledger.skipped, "2 x 3 and 1 x 6 steps fit in 13"
     assert few.ledger.lap(0, 9) is not None, "the recipe as it is always has its whole run"
 
 
@@ -207,16 +215,16 @@ def test_slow_first_steps_of_the_recipe_leave_no_trial_out(
     job = load_job(load_recipe(work.folder / "few.yaml"))
     monkeypatch.setattr(Ledger, "per_step", property(lambda self: 10.0 if len(self.laps) == 1 else 0.01))
     made = searched(job, tmp_path / "slow", budget=150.0)  # of which the recipe's other steps would take 88 s
-    assert made.ledger.plan is not None and made.ledger.plan.others == len(made.trials) - 1
+    assert made.ledger.others == len(made.trials) - 1
 
 
 def test_trials_for_which_no_time_is_left_are_left_out(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = load_job(load_recipe(work.folder / "few.yaml"))
-    monkeypatch.setattr(Ledger, "per_step", property(lambda self: 1.0 if self.plan is None else 1e3))
+    monkeypatch.setattr(Ledger, "per_step", property(lambda self: 1.0 if self.others is None else 1e3))
     late = searched(job, tmp_path / "late", budget=600.0)
-    assert late.ledger.plan is not None and sorted(late.ledger.skipped) == list(range(1, 7))
+    assert sorted(late.ledger.skipped) == list(range(1, len(late.trials)))
     assert late.ledger.winner == 0 and late.best.recipe.exists()
 
 
