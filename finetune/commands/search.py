@@ -90,8 +90,8 @@ def _begun(search: RunFolder) -> Path | None:
 def _show(search: Search, winner: int) -> None:
     """The verdict first, then what each trial came to."""
     console, ledger = Console(), search.ledger
-    ends = {trial: lap for trial in range(len(search.trials)) if (lap := ledger.last(trial))}
-    own, best = ends[0], min(lap.loss for lap in ends.values() if lap.finished and lap.loss is not None)
+    ends = {trial: stage for trial in range(len(search.trials)) if (stage := ledger.last(trial))}
+    own, best = ends[0], min(stage.loss for stage in ends.values() if stage.finished and stage.loss is not None)
     if winner == 0:
         better = f", of all {best:.4f}" if own.loss is not None and best < own.loss else ""
         said = f"The default was as good: validation loss {own.loss:.4f}{better} (within {AS_GOOD:.0%})."
@@ -100,12 +100,14 @@ def _show(search: Search, winner: int) -> None:
         said = f"Best: {search.trials[winner].settings}, validation loss {ends[winner].loss:.4f}; the default {before}."
     console.print(lines(said, style="bold"))
     table = figures_table("trial", "validation loss", "steps", "time")
-    order = sorted(ends.values(), key=lambda lap: (not lap.finished, lap.loss if lap.loss is not None else math.inf))
-    for lap in order:
-        taken = sum(one.seconds for one in ledger.laps if one.trial == lap.trial)
-        loss = "diverged" if lap.loss is None else f"{lap.loss:.4f}"
-        steps = f"{lap.steps:,}" if lap.finished else f"{lap.steps:,}, left out"
-        table.add_row(lines(search.trials[lap.trial].settings), loss, steps, duration(taken))
+    order = sorted(
+        ends.values(), key=lambda stage: (not stage.finished, stage.loss if stage.loss is not None else math.inf)
+    )
+    for stage in order:
+        taken = sum(one.seconds for one in ledger.stages if one.trial == stage.trial)
+        loss = "diverged" if stage.loss is None else f"{stage.loss:.4f}"
+        steps = f"{stage.steps:,}" if stage.finished else f"{stage.steps:,}, left out"
+        table.add_row(lines(search.trials[stage.trial].settings), loss, steps, duration(taken))
     console.print(table)
     skipped = f"; {len(ledger.skipped)} trials left out for want of time" if ledger.skipped else ""
     console.print(lines(f"{duration(ledger.spent)} of {duration(ledger.budget)} for the trials{skipped}"))

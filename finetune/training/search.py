@@ -38,7 +38,7 @@ from finetune.training.pair_references import REFERENCES, with_references
 from finetune.training.predicted_time import look_ahead
 from finetune.training.rate_rule import starting_rate
 from finetune.training.ready_trainer import ready_trainer
-from finetune.training.search_ledger import LEDGER, SPARE, Lap, Ledger, read_ledger
+from finetune.training.search_ledger import LEDGER, SPARE, Ledger, Stage, read_ledger
 from finetune.training.search_sessions import TrialSessions
 from finetune.training.search_trials import Trial, compared_after, going_on, most_that_fit, trials_of
 
@@ -89,10 +89,10 @@ class Search:
     def events(self) -> Generator[Event, None, int]:
         """The winner, whose run then stands in `best` with all its steps. Raises Interrupted, RecipeError, Diverged."""
         if self.ledger.winner is None:
-            if not self.ledger.laps:  # one that goes on has made steps of which no lap tells
-                yield from self._lap(0, max(self.stop_of(0) // 3, 1))
+            if not self.ledger.stages:  # one that goes on has made steps of which no stage tells
+                yield from self._stage(0, max(self.stop_of(0) // 3, 1))
                 self._refuse_short_budget()
-            yield from self._lap(0, self.steps_of(0))
+            yield from self._stage(0, self.steps_of(0))
             others = list(range(1, self._planned() + 1))
             for trial in self._by_shape(others):
                 yield from self._within_budget(trial, self.stop_of(trial))
@@ -109,9 +109,9 @@ class Search:
         return winner
 
     def _refuse_short_budget(self) -> None:
-        """After the first lap. Raises RecipeError where the budget does not suffice for the recipe itself."""
-        (lap,) = self.ledger.laps
-        whole = self.ledger.predicted(0 if lap.finished else self.steps_of(0) - lap.steps)
+        """After the first stage. Raises RecipeError where the budget does not suffice for the recipe itself."""
+        (stage,) = self.ledger.stages
+        whole = self.ledger.predicted(0 if stage.finished else self.steps_of(0) - stage.steps)
         if whole > self.ledger.budget:
             takes, enough = duration(whole), math.ceil(whole * 2 / 60)
             raise RecipeError(
@@ -130,15 +130,15 @@ class Search:
         return self.ledger.others
 
     def _within_budget(self, trial: int, steps: int) -> Iterator[Event]:
-        """The lap, unless its time would be missing at the end."""
+        """The stage, unless its time would be missing at the end."""
         last = self.ledger.last(trial)
-        if trial in self.ledger.skipped or self.ledger.lap(trial, steps):
+        if trial in self.ledger.skipped or self.ledger.stage(trial, steps):
             return
         if self.ledger.predicted(steps - (last.steps if last else 0)) > self.ledger.budget:
             self.ledger.skipped.append(trial)
             self._write()
             return
-        yield from self._lap(trial, steps)
+        yield from self._stage(trial, steps)
 
     def _by_shape(self, trials: list[int]) -> list[int]:
         """Those that share a session one after the other."""
@@ -146,8 +146,8 @@ class Search:
 
     def _kept(self, trials: list[int], count: int) -> list[int]:
         """The best, of equals the first; their checkpoints alone are kept."""
-        laps = [lap for trial in trials if trial not in self.ledger.skipped and (lap := self.ledger.last(trial))]
-        alive = sorted((lap.loss, lap.trial) for lap in laps if lap.loss is not None)
+        stages = [stage for trial in trials if trial not in self.ledger.skipped and (stage := self.ledger.last(trial))]
+        alive = sorted((stage.loss, stage.trial) for stage in stages if stage.loss is not None)
         kept = [trial for _, trial in alive[:count]]
         for trial in set(trials) - set(kept):
             if (folder := self.run_of(trial).path).exists():
@@ -156,11 +156,11 @@ class Search:
 
     def _decide(self) -> None:
         """Raises Diverged where no trial has a finite loss."""
-        ends = [lap for lap in self.ledger.laps if lap.finished and lap.loss is not None]
+        ends = [stage for stage in self.ledger.stages if stage.finished and stage.loss is not None]
         if not ends:
             raise Diverged("no trial has a finite loss; look at the data, or name a lower train.learning_rate")
-        best = min(ends, key=lambda lap: (lap.loss, lap.trial))
-        own = next((lap for lap in ends if lap.trial == 0), None)
+        best = min(ends, key=lambda stage: (stage.loss, stage.trial))
+        own = next((stage for stage in ends if stage.trial == 0), None)
         as_good = own is not None and (own.loss or 0.0) <= (best.loss or 0.0) * (1 + AS_GOOD)
         self.ledger.winner = 0 if as_good else best.trial
         self._write()
@@ -169,9 +169,9 @@ class Search:
         self.ledger.spent = round(time.monotonic() - self._began, 3)
         self.folder.write_json(LEDGER, asdict(self.ledger))
 
-    def _lap(self, trial: int, steps: int) -> Iterator[Event]:
+    def _stage(self, trial: int, steps: int) -> Iterator[Event]:
         """The trial up to that step, or to its end; nothing where that is done. Raises Interrupted."""
-        if self.ledger.lap(trial, steps):
+        if self.ledger.stage(trial, steps):
             return
         began = time.monotonic()
         try:
@@ -180,7 +180,7 @@ class Search:
             at, loss, finished = steps, None, True
         finally:
             self._write()
-        self.ledger.laps.append(Lap(trial, at, loss, round(time.monotonic() - began, 3), finished))
+        self.ledger.stages.append(Stage(trial, at, loss, round(time.monotonic() - began, 3), finished))
         self._write()
 
     def _trained(self, trial: int, steps: int) -> Generator[Event, None, tuple[int, float | None, bool]]:

@@ -14,7 +14,7 @@ _AGAIN = "remove it, and the search begins anew"
 
 
 @dataclass(frozen=True)
-class Lap:
+class Stage:
     """A trial up to some step."""
 
     __pydantic_config__: ClassVar = {"allow_inf_nan": False}
@@ -28,7 +28,7 @@ class Lap:
 
 @dataclass
 class Ledger:
-    """What a search has done: search.json, whole after each lap."""
+    """What a search has done: search.json, whole after each stage."""
 
     __pydantic_config__: ClassVar = {"allow_inf_nan": False}
 
@@ -37,23 +37,25 @@ class Ledger:
     base_seconds: float | None = None  # of the base's measurement, and of predicting the winner's
     last_seconds: float | None = None  # that are kept for the winner's own measurement
     others: int | None = None  # trials beside the recipe as it is, once they are planned
-    laps: list[Lap] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)  # trials for which no time was left
     winner: int | None = None
 
-    def lap(self, trial: int, steps: int) -> Lap | None:
-        """The trial's lap that ended there or later."""
-        return next((lap for lap in self.laps if lap.trial == trial and (lap.steps >= steps or lap.finished)), None)
+    def stage(self, trial: int, steps: int) -> Stage | None:
+        """The trial's stage that ended there or later."""
+        return next(
+            (stage for stage in self.stages if stage.trial == trial and (stage.steps >= steps or stage.finished)), None
+        )
 
-    def last(self, trial: int) -> Lap | None:
-        laps = [lap for lap in self.laps if lap.trial == trial]
-        return laps[-1] if laps else None
+    def last(self, trial: int) -> Stage | None:
+        stages = [stage for stage in self.stages if stage.trial == trial]
+        return stages[-1] if stages else None
 
     @property
     def per_step(self) -> float:
         """Seconds of an optimiser step, with what belongs to it: loading, comparing, checkpoints."""
-        taken = sum(lap.seconds for lap in self.laps) - (self.base_seconds or 0.0)
-        done = {lap.trial: lap.steps for lap in sorted(self.laps, key=lambda lap: lap.steps)}
+        taken = sum(stage.seconds for stage in self.stages) - (self.base_seconds or 0.0)
+        done = {stage.trial: stage.steps for stage in sorted(self.stages, key=lambda stage: stage.steps)}
         return max(taken, 1e-6) / max(sum(done.values()), 1)
 
     def predicted(self, steps: int) -> float:

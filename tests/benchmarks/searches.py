@@ -85,7 +85,9 @@ def searched(recipe: Path, share: float, grid: list[dict[str, Any]]) -> dict[str
     taken = timed("search", str(recipe), "--budget", f"{budget:.0f}s", f"output={out}")
     (path,) = out.glob("*/search.json")
     ledger = json.loads(path.read_text())
-    (winner,) = {lap["loss"] for lap in ledger["laps"] if lap["trial"] == ledger["winner"] and lap["finished"]}
+    (winner,) = {
+        stage["loss"] for stage in ledger["stages"] if stage["trial"] == ledger["winner"] and stage["finished"]
+    }
     trials = {"others": ledger["others"], "skipped": len(ledger["skipped"]), "spent": ledger["spent"]}
     best = min(line["loss"] for line in grid)
     return {"run": "search", "budget": round(budget), "loss": winner, "grid": best} | trials | taken

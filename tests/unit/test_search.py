@@ -20,7 +20,7 @@ from finetune.training import search
 from finetune.training.job import Job
 from finetune.training.rate_rule import Start
 from finetune.training.search import Search
-from finetune.training.search_ledger import Lap, Ledger, read_ledger
+from finetune.training.search_ledger import Ledger, Stage, read_ledger
 from finetune.training.search_trials import Trial, compared_after, going_on, most_that_fit, trials_of
 from tests.end_to_end.command import Work
 from tests.unit.test_suspects import labelled
@@ -193,7 +193,7 @@ def test_the_same_winner_with_the_same_bytes_after_any_stops_and_no_test_row_is_
     assert not any(prompt in row for row in seen for prompt in test), "the winner alone meets them"
     stopped = searched(job, tmp_path / "stopped", 5)
     assert stopped.ledger.winner == whole.ledger.winner and tensors(stopped) == tensors(whole)
-    figures = [{(lap.trial, lap.steps, lap.loss) for lap in one.ledger.laps} for one in (whole, stopped)]
+    figures = [{(stage.trial, stage.steps, stage.loss) for stage in one.ledger.stages} for one in (whole, stopped)]
     assert figures[0] == figures[1]
 
 
@@ -206,14 +206,14 @@ def test_a_short_budget_leaves_trials_out_and_a_shorter_one_is_refused(
         searched(job, tmp_path / "none", budget=7e3)
     few = searched(job, tmp_path / "few", budget=1.1e3 * 13 + 100)
     assert few.ledger.others == 2 and not few.ledger.skipped, "2 x 3 and 1 x 6 steps fit in 13"
-    assert few.ledger.lap(0, 9) is not None, "the recipe as it is always has its whole run"
+    assert few.ledger.stage(0, 9) is not None, "the recipe as it is always has its whole run"
 
 
 def test_slow_first_steps_of_the_recipe_leave_no_trial_out(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = load_job(load_recipe(work.folder / "few.yaml"))
-    monkeypatch.setattr(Ledger, "per_step", property(lambda self: 10.0 if len(self.laps) == 1 else 0.01))
+    monkeypatch.setattr(Ledger, "per_step", property(lambda self: 10.0 if len(self.stages) == 1 else 0.01))
     made = searched(job, tmp_path / "slow", budget=150.0)  # of which the recipe's other steps would take 88 s
     assert made.ledger.others == len(made.trials) - 1
 
@@ -232,8 +232,8 @@ def test_trials_for_which_no_time_is_left_are_left_out(
 def test_a_recipe_that_is_as_good_wins(work: Work, tmp_path: Path, loss: float | None, winner: int) -> None:
     made = Search(load_job(load_recipe(work.folder / "few.yaml")), RunFolder(tmp_path), 1.0, Stopper())
     losses = {0: loss, 1: 1.3, 2: 1.0, 3: None}
-    made.ledger.laps = [Lap(trial, 9, lowest, 1.0, True) for trial, lowest in losses.items()]
-    made.ledger.laps.append(Lap(4, 3, 0.5, 1.0, False))  # compared, and left out
+    made.ledger.stages = [Stage(trial, 9, lowest, 1.0, True) for trial, lowest in losses.items()]
+    made.ledger.stages.append(Stage(4, 3, 0.5, 1.0, False))  # compared, and left out
     made._decide()
     kept = read_ledger(tmp_path)
     assert kept is not None and kept.winner == winner
@@ -270,7 +270,7 @@ def test_trials_with_a_head_or_pairs_are_runs_too(
     job = load_job(load_recipe(work.folder / "few.yaml", [*rows, learned]))
     whole, stopped = searched(job, tmp_path / "whole"), searched(job, tmp_path / "stopped", 11)
     assert stopped.ledger.winner == whole.ledger.winner and tensors(stopped) == tensors(whole)
-    figures = [{(lap.trial, lap.steps, lap.loss) for lap in one.ledger.laps} for one in (whole, stopped)]
+    figures = [{(stage.trial, stage.steps, stage.loss) for stage in one.ledger.stages} for one in (whole, stopped)]
     assert figures[0] == figures[1]
     assert not whole.best.references.exists(), "the test rows' references would be in it"
     own = create(load_recipe(whole.best.recipe, [f"output={tmp_path}"]), "alone")
