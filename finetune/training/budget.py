@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from backends.memory_plan import (
     Architecture,
     Costs,
     Footprint,
-    Micro,
     first_adapted,
     footprint,
     kept_states_bytes,
@@ -28,11 +26,12 @@ from finetune.data.rows import Example
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec
+from finetune.training.sampled_steps import SAMPLED, Cut, largest_micro
 from finetune.training.speed import Speed
 
-SAMPLED = 64  # steps whose micro-batches are looked at; the one with the longest row is always among them
 LEAST, MOST = 64, 2**17  # tokens at a time that `auto` chooses from
 ENOUGH = 1024  # of them, beyond which unpacking 4-bit weights and starting kernels is a small part of a step
+PLAIN = 0.6  # times the start of an adapted layer: that of another, which has one product in the place of three
 DISK_RATE = 1e9  # bytes per second of a solid-state disk, assumed: the slower ones of 2020 and later reach it
 SPARE = 0.9  # of the free memory: other programs go on
 
@@ -124,13 +123,12 @@ class Workload:
         if self.lora.dropout:
             masked = sum(inputs for _, inputs in self.adapted.values()) * sum(cut.lengths) * cut.scale
             masking = speed.masking * masked
-        once = self.frozen / max(self.epochs, 1.0)  # as in `operations`
-        through, starts = (1 - self.frozen) * passes, (1 - self.frozen) * (passes + 1)  # a backward pass starts two
-        alone = once * len(self.examples)  # each row by itself
+        through, once = (1 - self.frozen) * passes, self.frozen / max(self.epochs, 1.0)  # as in `operations`
+        alone = len(self.examples) / max(self.epochs, 1.0)  # rows that frozen blocks compute, each by itself
         elementwise = self.elementwise(speed, cut.lengths) * cut.scale * (through + once)
         elementwise += self.elementwise(speed, [], self.supervised) * passes
-        elementwise += self.reading_weights(speed) * (cut.batches * through + alone)
-        layers = self.starts(speed) * (cut.batches * starts + alone)
+        elementwise += self.reading_weights(speed) * (cut.batches * through + alone * self.frozen)
+        layers = self.starts(speed) * cut.batches * (passes + 1) + self.frozen_starts(speed) * alone  # backward: two
         return speed.seconds(self.operations(cut) + passes * masking, layers, elementwise)
 
     @property
@@ -139,8 +137,13 @@ class Workload:
         return first_adapted(self.adapted) / self.architecture.blocks
 
     def starts(self, speed: Speed) -> float:
-        """Of layers in one forward pass, in those of layers that are not in 4 bits."""
-        return len(self.architecture.modules) * (speed.four_bit_host if self.packed else 1.0)
+        """Of layers in one forward pass above frozen blocks, in those of adapted ones that are not in 4 bits."""
+        plain = len(self.architecture.modules) * (1 - self.frozen) - len(self.adapted)
+        return (len(self.adapted) + PLAIN * plain) * (speed.four_bit_host if self.packed else 1.0)
+
+    def frozen_starts(self, speed: Speed) -> float:
+        """The same of the frozen blocks."""
+        return PLAIN * len(self.architecture.modules) * self.frozen * (speed.four_bit_host if self.packed else 1.0)
 
     def reading_weights(self, speed: Speed) -> float:
         """Seconds that one pass through the layers takes however few its tokens are."""
@@ -229,24 +232,6 @@ def has_to_stream(recipe: Recipe, folder: ModelFolder, backend: str) -> bool:
     return work.settled(costs, registry.free_bytes(backend, recipe.device), LEAST).model.streamed
 
 
-def largest_micro(examples: Sequence[Example], batch_size: int, seed: int, micro_tokens: int) -> Micro:
-    """The micro-batch of the first epoch with the most tokens; of many steps, only a sample is looked at."""
-    n = len(examples)
-    steps = -(-n // batch_size)
-    longest = max(range(n), key=lambda i: len(examples[i].tokens))
-    chosen = {step: step_indices(n, batch_size, seed, step) for step in range(min(steps, SAMPLED))}
-    chosen |= {} if steps <= SAMPLED else {-1: [longest]}
-    largest = Micro(1, 1, 1)
-    for rows in chosen.values():
-        for group in groups([len(examples[i].tokens) for i in rows], micro_tokens):
-            members = [examples[rows[i]] for i in group]
-            padded = width(max(len(example.tokens) for example in members) - 1)
-            if len(members) * padded > largest.tokens:
-                supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in members)
-                largest = Micro(len(members), padded, supervised)
-    return largest
-
-
 def fitting_tokens(work: Workload, costs: Costs, free: float) -> int:
     """The largest power of two of tokens at a time whose step fits in `free` bytes beside the loaded model.
 
@@ -268,11 +253,3 @@ def imbalance(work: Workload, processes: int) -> float:
         most += max(sum(lengths[row] for row in rows) for rows in balanced(lengths, processes))
         mean += sum(lengths) / processes
     return most / mean if mean else 1.0
-
-
-class Cut(NamedTuple):
-    """The micro-batches of an epoch's steps."""
-
-    lengths: list[int]  # of the rows of those that were looked at, as they are computed: padded; shared prefixes once
-    batches: float  # of the whole epoch, or pieces of them that are computed together
-    scale: float  # how many times as many steps the epoch has as were looked at

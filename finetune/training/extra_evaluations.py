@@ -61,18 +61,18 @@ class Seconds:
         together = min(PROMPTS_TOGETHER, len(prompts))
         elementwise = self.work.elementwise(self.speed, [1], 1) * together + self.work.reading_weights(self.speed)
         step, layers = self.work.scoring([1], 1) * together, self.work.starts(self.speed)
+        layers += self.work.frozen_starts(self.speed)
         each = self.speed.seconds(step, layers, elementwise) + self.work.read_seconds()
         return self.passes(prompts, len(prompts)) + steps * each
 
     def passes(self, lengths: Sequence[int], supervised: int, known: bool = False) -> float:
         """Of forward passes of rows of so many tokens. known: what frozen blocks make of them is kept already."""
-        frozen = self.work.frozen
-        batches = self.speed.pieces(sum(lengths), self.micro_tokens) * (1 - frozen)
-        batches += 0.0 if known else frozen * len(lengths)  # each by itself
+        frozen, batches = self.work.frozen, self.speed.pieces(sum(lengths), self.micro_tokens)
+        alone = 0 if known else len(lengths)  # rows that frozen blocks compute, each by itself
         elementwise = self.work.elementwise(self.speed, lengths) * (1 - frozen * known)
         elementwise += self.work.elementwise(self.speed, [], supervised)
-        elementwise += self.work.reading_weights(self.speed) * batches
-        layers = self.work.starts(self.speed) * batches
+        elementwise += self.work.reading_weights(self.speed) * (batches * (1 - frozen) + alone * frozen)
+        layers = self.work.starts(self.speed) * batches + self.work.frozen_starts(self.speed) * alone
         return self.speed.seconds(self.work.scoring(lengths, supervised, known), layers, elementwise)
 
     def evaluation(self, examples: Sequence[Example], known: bool = False) -> dict[str, float]:

@@ -8,7 +8,8 @@ import numpy as np
 
 from backends.interface import LoraSpec, Modules
 from backends.memory_plan import Architecture, Costs, Micro, footprint
-from finetune.training.budget import LEAST, Workload, largest_micro
+from finetune.training.budget import LEAST, Workload
+from finetune.training.sampled_steps import largest_micro
 
 STEP = 8  # tokens; batches are padded to so many
 # The models that configs/ names, from their config.json: blocks, hidden, inner, queries, keys, vocabulary, tied.

@@ -222,7 +222,7 @@ def predicted(case: Case, backend: str, folder: Path) -> float:
     from backends.memory_plan import footprint, read_architecture
     from backends.model_folder import ModelFolder
     from finetune.data.pair_batches import as_one
-    from finetune.training.budget import largest_micro
+    from finetune.training.sampled_steps import largest_micro
 
     model, lora = specs(case, folder)
     micro = largest_micro([*map(as_one, examples(case, 0))], case.rows, 0, case.micro_tokens)

@@ -29,16 +29,12 @@ from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import MICRO_TOKENS
 from finetune.report.plan_tables import steps_table
 from finetune.training import memory_settings, predicted_time
-from finetune.training.budget import (
-    LEAST,
-    Workload,
-    fitting_tokens,
-    largest_micro,
-)
+from finetune.training.budget import LEAST, PLAIN, Workload, fitting_tokens
 from finetune.training.extra_evaluations import Seconds
 from finetune.training.forecast import forecast_here, forecast_on
 from finetune.training.memory_settings import starting_tokens
 from finetune.training.predicted_time import seconds_of_parts
+from finetune.training.sampled_steps import largest_micro
 from finetune.training.speed import Speed
 from tests.unit.test_memory_plan import FLOAT, HALF, architecture, model_folder
 
@@ -223,12 +219,12 @@ def test_what_frozen_blocks_make_of_rows_is_computed_once_and_row_by_row() -> No
     host = Speed(1e30, host=1.0, beside=False)
     modules = len(half.architecture.modules)
     batches = half.cut(MICRO_TOKENS, None).batches
-    assert half.seconds(host, MICRO_TOKENS) == pytest.approx(modules * (batches * 3 / 2 + 16 / 2))
+    assert half.seconds(host, MICRO_TOKENS) == pytest.approx(modules * (batches * 3 / 2 + PLAIN * 16 / 2))
     again = replace(half, epochs=4.0).seconds(host, MICRO_TOKENS)
-    assert again == pytest.approx(modules * (batches * 3 / 2 + 16 / 2 / 4))
+    assert again == pytest.approx(modules * (batches * 3 / 2 + PLAIN * 16 / 2 / 4))
     made = Seconds(check_recipe({"model": {"path": "m"}, "data": {"train": "t"}}), rows(4), half, host, MICRO_TOKENS)
     four = rows(4).train.examples
-    assert made.reading(four) == pytest.approx(modules * (1 / 2 + 4 / 2))
+    assert made.reading(four) == pytest.approx(modules * (1 / 2 + PLAIN * 4 / 2))
     assert made.reading(four, known=True) == pytest.approx(modules / 2)
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from backends import registry
 from backends.memory_plan import Micro, footprint
-from finetune.training.budget import LEAST, largest_micro
+from finetune.training.budget import LEAST
 from finetune.training.largest import MODELS, STEP, architecture_of, largest_model, longest_row
+from finetune.training.sampled_steps import largest_micro
 from tests.unit.test_forecast import work
 
 COSTS = registry.costs("torch", "gpu")
