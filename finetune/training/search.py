@@ -65,6 +65,9 @@ class Search:
         self._sessions = TrialSessions(self.trials, lambda trial: self.job_of(trial).open())
         self._rows: dict[Trial, Prepared] = {}  # by the adapter's shape: those of training and validation, as learned
         self._base: Evaluation | None = None
+        self._start = (
+            0.0  # seconds of the last stage before its first step: loading, the base, a head that learns alone
+        )
 
     def run_of(self, trial: int) -> RunFolder:
         return RunFolder(self.folder.path / "trials" / f"{trial:02}")
@@ -111,7 +114,8 @@ class Search:
     def _refuse_short_budget(self) -> None:
         """After the first stage. Raises RecipeError where the budget does not suffice for the recipe itself."""
         (stage,) = self.ledger.stages
-        whole = self.ledger.predicted(0 if stage.finished else self.steps_of(0) - stage.steps)
+        left = 0 if stage.finished else self.steps_of(0) - stage.steps
+        whole = self.ledger.predicted(0) + SPARE * (stage.seconds - self._start) / stage.steps * left
         if whole > self.ledger.budget:
             takes, enough = duration(whole), math.ceil(whole * 2 / 60)
             raise RecipeError(
@@ -185,7 +189,7 @@ class Search:
 
     def _trained(self, trial: int, steps: int) -> Generator[Event, None, tuple[int, float | None, bool]]:
         """(steps done, lowest validation loss, whether it is at its end)."""
-        job, run = self.job_of(trial), self.run_of(trial)
+        began, job, run = time.monotonic(), self.job_of(trial), self.run_of(trial)
         session = self._sessions.of(trial)
         if not run.recipe.exists():
             run.path.mkdir(parents=True, exist_ok=True)
@@ -199,6 +203,7 @@ class Search:
         checkpoints = Checkpoints(run.checkpoints, identity)
         trainer, _ = yield from ready_trainer(job, session, run, checkpoints, saved, self._by)
         at = saved.state.step if saved else 0
+        self._start = time.monotonic() - began
         if at < steps:
             known = None if job.recipe.lora.start_from else untrained
             at = yield from self._steps(trial, trainer, run, at, steps, known)

@@ -197,13 +197,44 @@ def test_the_same_winner_with_the_same_bytes_after_any_stops_and_no_test_row_is_
     assert figures[0] == figures[1]
 
 
-def test_a_short_budget_leaves_trials_out_and_a_shorter_one_is_refused(
-    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Clock:
+    """A search's time, in which a step takes a second and the first loading of a model a hundred."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, clock, opened = 0.0, self, Job.open
+        monkeypatch.setattr(search, "time", self)
+
+        class Timed(Wrapped):
+            def step(self, *given: Any) -> Any:
+                clock.now += 1.0
+                return self.inner.step(*given)
+
+        def slowly(job: Job, adapter: Path | None = None) -> Timed:
+            clock.now = max(clock.now, 100.0)
+            return Timed(opened(job, adapter))
+
+        monkeypatch.setattr(Job, "open", slowly)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("budget", [105.0, 115.0])
+def test_a_budget_too_short_for_the_recipe_is_refused_and_loading_is_no_step(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: float
 ) -> None:
     job = load_job(load_recipe(work.folder / "few.yaml"))
+    Clock(monkeypatch)
+    if budget < 100 + 1 + 1.1 * 8:
+        with pytest.raises(RecipeError, match="allow --budget 4m"):
+            searched(job, tmp_path / "short", budget=budget)
+    else:
+        assert searched(job, tmp_path / "enough", budget=budget).ledger.winner == 0
+
+
+def test_a_short_budget_leaves_trials_out(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = load_job(load_recipe(work.folder / "few.yaml"))
     monkeypatch.setattr(Ledger, "per_step", 1e3)  # seconds: its own time is nothing beside that
-    with pytest.raises(RecipeError, match="allow --budget"):
-        searched(job, tmp_path / "none", budget=7e3)
     few = searched(job, tmp_path / "few", budget=1.1e3 * 13 + 100)
     assert few.ledger.others == 2 and not few.ledger.skipped, "2 x 3 and 1 x 6 steps fit in 13"
     assert few.ledger.stage(0, 9) is not None, "the recipe as it is always has its whole run"
