@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any, cast
 
-from backends import registry
+from backends import registry, table
 from backends.follower import Share, follow
 from backends.interface import BackendError, Session, Wanted
 from backends.process_rank import Launcher, ProcessRank
@@ -37,7 +37,7 @@ __all__ = [
 
 def find_place(environment: Mapping[str, str] = os.environ) -> ProcessRank | None:
     """Of this process, as a launcher says it; None: it is alone. Raises BackendError for what no launcher says."""
-    for name, row in registry.BACKENDS.items():
+    for name, row in table.BACKENDS.items():
         if not row.launcher:
             continue
         try:
@@ -51,7 +51,7 @@ def find_place(environment: Mapping[str, str] = os.environ) -> ProcessRank | Non
 
 def launcher(name: str) -> Launcher:
     """Raises BackendError where the backend computes in one process alone."""
-    module = registry.row(name).launcher
+    module = table.row(name).launcher
     if not module:
         raise BackendError(f"{name} computes in one process; leave --devices away")
     return cast(Launcher, import_module(module))
@@ -59,13 +59,13 @@ def launcher(name: str) -> Launcher:
 
 def engines(name: str) -> list[str]:
     """What joins processes here, in words, where the backend is usable; empty: nothing."""
-    module = registry.row(name).group
+    module = table.row(name).group
     return list(import_module(module).engines()) if module else []
 
 
 def join(here: ProcessRank, wanted: Wanted) -> Group:
     """Every process of the run calls it. Raises BackendError, Lost."""
-    return cast(Group, import_module(registry.row(here.backend).group).join(here, wanted))
+    return cast(Group, import_module(table.row(here.backend).group).join(here, wanted))
 
 
 def lead(session: Session, group: Group, local: int) -> SharedSession:

@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from backends.interface import BackendError, Wanted
 from backends.machine_cache import Remembered
+from backends.table import BACKENDS
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -142,15 +143,15 @@ def serve(registry: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks ends this one
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    whole = dict(registry.BACKENDS)
-    registry.BACKENDS.update({name: replace(row, session=row.machine or row.session) for name, row in whole.items()})
+    whole = dict(BACKENDS)
+    BACKENDS.update({name: replace(row, session=row.machine or row.session) for name, row in whole.items()})
     while True:
         try:
             name, arguments = pickle.loads(pickle.load(sys.stdin.buffer))
         except EOFError:
             return
         if name in ("check_chosen", "logprobs"):  # they need a library's models too
-            registry.BACKENDS.update(whole)
+            BACKENDS.update(whole)
         try:
             answer = True, getattr(registry, name)(*arguments)
         except BackendError as error:

@@ -1,4 +1,4 @@
-"""No backend's name stands outside the registry, the recipe's schema and the backend's own folder.
+"""No backend's name stands outside the table of backends, the recipe's schema and the backend's own folder.
 
 So a backend is added, or taken away, in its folder and in those two files. Identifiers, strings and imports count;
 docstrings and comments do not.
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from backends import registry
+from backends.table import BACKENDS
 
 ROOT = Path(__file__).parents[2]
-ANYWHERE = {"backends/registry.py", "finetune/recipe/schema.py"}
+ANYWHERE = {"backends/table.py", "finetune/recipe/schema.py"}
 LIBRARIES = re.compile("mlx.lm", re.IGNORECASE)  # mlx-lm's adapter format is not a backend
 # (file, name): why it may stand there
 ALLOWED = {
@@ -34,7 +34,7 @@ ALLOWED = {
 
 def home(name: str) -> str:
     """The folder or the file of a backend: `backends/torch_backend/`, `backends/reference.py`."""
-    package, _, module = registry.BACKENDS[name].session.rpartition(".")
+    package, _, module = BACKENDS[name].session.rpartition(".")
     return f"{package.replace('.', '/')}/" if "." in package else f"{package}/{module}.py"
 
 
@@ -54,7 +54,7 @@ def texts(source: str) -> Iterator[str]:
 def named(source: str) -> set[str]:
     """The backends that the code names."""
     parts = {part for text in texts(source) for part in re.split("[^a-z0-9]+", LIBRARIES.sub("", text).lower())}
-    return parts & set(registry.BACKENDS)
+    return parts & set(BACKENDS)
 
 
 def names_outside() -> set[tuple[str, str]]:
@@ -77,7 +77,7 @@ def test_every_exception_is_needed() -> None:
 
 
 def test_home_is_where_a_backend_lives() -> None:
-    homes = {name: home(name) for name in registry.BACKENDS}
+    homes = {name: home(name) for name in BACKENDS}
     assert all((ROOT / place).exists() for place in homes.values())
     assert homes["torch"] == "backends/torch_backend/" and homes["reference"] == "backends/reference.py"
 
