@@ -87,23 +87,32 @@ def _begun(search: RunFolder) -> Path | None:
     return next((path for path in runs if (path / "identity.json").exists()), None)
 
 
+def verdict(search: Search, winner: int) -> str:
+    """What is best; or that nothing else was tried, and the budget that suffices for that."""
+    ledger = search.ledger
+    finished = {stage.trial: stage.loss for stage in ledger.stages if stage.finished}
+    if not finished.keys() - {0}:
+        enough = math.ceil(ledger.predicted(search.steps_of(1)) / 60) if len(search.trials) > 1 else 0
+        more = f"allow --budget {enough}m or more" if enough else "there is none to try"
+        return (
+            f"No other setting was trained to its end: {more}. The recipe has a validation loss of {finished[0]:.4f}."
+        )
+    if winner == 0:
+        own, best = finished[0], min(loss for loss in finished.values() if loss is not None)
+        better = f", of all {best:.4f}" if own is not None and best < own else ""
+        return f"The default was as good: validation loss {own:.4f}{better} (within {AS_GOOD:.0%})."
+    before = "diverged" if finished[0] is None else f"has {finished[0]:.4f}"
+    settings = search.trials[winner].settings
+    return f"Best: {settings}, validation loss {finished[winner]:.4f}; the default {before}."
+
+
 def _show(search: Search, winner: int) -> None:
     """The verdict first, then what each trial came to."""
     console, ledger = Console(), search.ledger
-    ends = {trial: stage for trial in range(len(search.trials)) if (stage := ledger.last(trial))}
-    own, best = ends[0], min(stage.loss for stage in ends.values() if stage.finished and stage.loss is not None)
-    if winner == 0:
-        better = f", of all {best:.4f}" if own.loss is not None and best < own.loss else ""
-        said = f"The default was as good: validation loss {own.loss:.4f}{better} (within {AS_GOOD:.0%})."
-    else:
-        before = "diverged" if own.loss is None else f"has {own.loss:.4f}"
-        said = f"Best: {search.trials[winner].settings}, validation loss {ends[winner].loss:.4f}; the default {before}."
-    console.print(lines(said, style="bold"))
+    ends = [stage for trial in range(len(search.trials)) if (stage := ledger.last(trial))]
+    console.print(lines(verdict(search, winner), style="bold"))
     table = figures_table("trial", "validation loss", "steps", "time")
-    order = sorted(
-        ends.values(), key=lambda stage: (not stage.finished, stage.loss if stage.loss is not None else math.inf)
-    )
-    for stage in order:
+    for stage in sorted(ends, key=lambda one: (not one.finished, math.inf if one.loss is None else one.loss)):
         taken = sum(one.seconds for one in ledger.stages if one.trial == stage.trial)
         loss = "diverged" if stage.loss is None else f"{stage.loss:.4f}"
         steps = f"{stage.steps:,}" if stage.finished else f"{stage.steps:,}, left out"

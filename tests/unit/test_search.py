@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune.commands.search import seconds_of
+from finetune.commands.search import seconds_of, verdict
 from finetune.crashes import what_is_left
 from finetune.disk.run_folder import RunFolder, create, open_existing
 from finetune.disk.run_list import overview
@@ -257,6 +257,8 @@ def test_trials_for_which_no_time_is_left_are_left_out(
     late = searched(job, tmp_path / "late", budget=600.0)
     assert sorted(late.ledger.skipped) == list(range(1, len(late.trials)))
     assert late.ledger.winner == 0 and late.best.recipe.exists()
+    said = verdict(late, 0)
+    assert said.startswith("No other setting was trained to its end: allow --budget 166m or more. The recipe has"), said
 
 
 @pytest.mark.parametrize(("loss", "winner"), [(1.0, 0), (1.009, 0), (1.011, 2), (None, 2), (0.9, 0)])
@@ -268,6 +270,8 @@ def test_a_recipe_that_is_as_good_wins(work: Work, tmp_path: Path, loss: float |
     made._decide()
     kept = read_ledger(tmp_path)
     assert kept is not None and kept.winner == winner
+    begins = "The default was as good: validation loss" if winner == 0 else "Best: "
+    assert verdict(made, winner).startswith(begins)
 
 
 def test_the_winner_is_a_run_with_the_bytes_of_a_run_of_its_own(work: Work) -> None:
