@@ -26,7 +26,7 @@ from finetune.text import duration, from_here
 from finetune.training.job import refuse_unused_accelerator
 from finetune.training.memory_settings import settle_memory
 from finetune.training.search import AS_GOOD, Search
-from finetune.training.search_ledger import LEDGER
+from finetune.training.search_ledger import LEDGER, Stage
 from finetune.training.suite_prompts import ready_with_suite
 
 RECIPE = "search.yaml"
@@ -106,14 +106,19 @@ def verdict(search: Search, winner: int) -> str:
     return f"Best: {settings}, validation loss {finished[winner]:.4f}; the default {before}."
 
 
+def _finished_first(stage: Stage) -> tuple[bool, float]:
+    """And of those the lowest loss."""
+    return not stage.finished, math.inf if stage.loss is None else stage.loss
+
+
 def _show(search: Search, winner: int) -> None:
     """The verdict first, then what each trial came to."""
     console, ledger = Console(), search.ledger
     ends = [stage for trial in range(len(search.trials)) if (stage := ledger.last(trial))]
     console.print(lines(verdict(search, winner), style="bold"))
     table = figures_table("trial", "validation loss", "steps", "time")
-    for stage in sorted(ends, key=lambda one: (not one.finished, math.inf if one.loss is None else one.loss)):
-        taken = sum(one.seconds for one in ledger.stages if one.trial == stage.trial)
+    for stage in sorted(ends, key=_finished_first):
+        taken = sum(each.seconds for each in ledger.stages if each.trial == stage.trial)
         loss = "diverged" if stage.loss is None else f"{stage.loss:.4f}"
         steps = f"{stage.steps:,}" if stage.finished else f"{stage.steps:,}, left out"
         table.add_row(lines(search.trials[stage.trial].settings), loss, steps, duration(taken))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from backends import registry
+from backends import registry, table
 from backends.interface import BackendError, LoraSpec, ModelSpec, OptimSpec
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_what_is_predicted_belongs_to_a_device() -> None:
 
 
 def test_probe_gives_a_reason_and_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.BACKENDS, "mlx", registry.Row("backends.not_there", "backends.not_there"))
+    monkeypatch.setitem(table.BACKENDS, "mlx", table.Row("backends.not_there", "backends.not_there"))
     reason = registry.probe("mlx")
     assert reason is not None and 'pip install "recipe-finetune[mlx]"' in reason
     assert "no backend 'cuda'" in (registry.probe("cuda") or "")
@@ -89,7 +89,7 @@ def test_auto_is_the_machines_own(
 
 def test_a_third_backend_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference under another name: it is chosen, described, planned with and opened like any other."""
-    monkeypatch.setitem(registry.BACKENDS, "third", registry.Row("backends.reference", "backends.reference"))
+    monkeypatch.setitem(table.BACKENDS, "third", table.Row("backends.reference", "backends.reference"))
     monkeypatch.setattr(registry, "probe", lambda name: None if name == "third" else "it is broken")
     assert "third" in registry.automatic()
     assert registry.choose("auto") == "third"

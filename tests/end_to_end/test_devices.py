@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from backends import registry
+from backends import registry, table
 from finetune.disk.run_folder import create
 from finetune.recipe.load import load_recipe
 from tests.end_to_end.command import Work, ended, losses, newest, same, steps_done, stopped, wait_for
@@ -26,7 +26,7 @@ train: {steps: 6, batch_size: 4, micro_tokens: 160, learning_rate: 1e-2, checkpo
 evaluate: {every: 3, forgetting: false}
 """
 LONG = RECIPE.replace("steps: 6", "steps: 400").replace("every: 3", "every: 100")
-JOINED = [name for name, row in registry.BACKENDS.items() if row.launcher]
+JOINED = [name for name, row in table.BACKENDS.items() if row.launcher]
 
 
 @pytest.fixture(params=JOINED)

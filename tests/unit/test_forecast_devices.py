@@ -36,7 +36,7 @@ def test_cards_add_up_and_processors_are_shared(
     monkeypatch.setattr(registry, "describe", lambda name, wanted: {"device": device, "half": "bfloat16"})
     monkeypatch.setattr(registry, "measured_rate", lambda name, number_type, wanted: 1e13)
     monkeypatch.setattr(registry, "free_bytes", lambda name, wanted: FREE)
-    name = next(name for name, row in registry.BACKENDS.items() if row.launcher)
+    name = next(name for name, row in table.BACKENDS.items() if row.launcher)
     one, two = (forecast_here(work([100] * 16), name, 4096, count) for count in (1, 2))
     assert one.seconds / two.seconds == pytest.approx(faster)
     assert two.needed == one.needed and two.memory == FREE / share
@@ -54,7 +54,7 @@ def test_the_plan_says_that_it_is_for_each_process(tmp_path: Path) -> None:
 def test_doctor_names_the_engines_that_join_processes(capsys: pytest.CaptureFixture[str]) -> None:
     doctor()
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for name, row in registry.BACKENDS.items():
+    for name, row in table.BACKENDS.items():
         if row.launcher and registry.probe(name) is None:
             assert process_group.engines(name)
             assert f"(--devices, {process_group.launcher(name).NAME}): {process_group.engines(name)[0]}" in told

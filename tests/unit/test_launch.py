@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from backends import process_group, registry, timeouts
+from backends import process_group, timeouts
 from backends.interface import BackendError
 from finetune import launch, team_folder
 from finetune.errors import ExitCode, RecipeError
 from finetune.team_folder import End
 
-JOINED = [name for name, row in registry.BACKENDS.items() if row.launcher]
+JOINED = [name for name, row in table.BACKENDS.items() if row.launcher]
 
 
 def end(rank: int, code: int, seconds: float, lost: bool = False) -> End:

@@ -183,7 +183,7 @@ def test_the_kernels_compile_for_cards_old_and_new() -> None:
     without_interpreter("compile_kernels.py", "75", "89", "120")
 
 
-@pytest.mark.parametrize("cases", [2, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_kernel_that_was_kept_is_the_one_that_triton_chooses(cases: int) -> None:
     """Sizes, strides and addresses of many kinds: no two of Triton's choices are kept under one key."""
     without_interpreter("kept_kernels.py", str(cases))
