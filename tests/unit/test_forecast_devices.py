@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from backends import process_group, registry
+from backends import process_group, registry, table
 from backends.model_folder import ModelFolder
 from finetune.commands.doctor import run as doctor
 from finetune.commands.plan import answer

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from backends import process_group, timeouts
+from backends import process_group, table, timeouts
 from backends.interface import BackendError
 from finetune import launch, team_folder
 from finetune.errors import ExitCode, RecipeError
