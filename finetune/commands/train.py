@@ -79,7 +79,7 @@ def run(recipe: Recipe, name: str, stopped: RunFolder | None = None) -> None:
             if here and here.rank:
                 stop.quiet = True
                 work_along(recipe, group, lambda: stop.signal or 0)
-                return
+                leave()
             if here:
                 others = held.enter_context(leading(group, here))
             if stopped:
@@ -107,6 +107,17 @@ def exit_stopped(end: BaseException, stop: StopFlag, folder: RunFolder | None) -
     remedy = f"; resume with: {command_line('finetune', 'resume', str(folder.path))}" if folder else ""
     print(one_line(f"{str(end) or 'stopped at once'}{remedy}"), file=sys.stderr)
     sys.exit(stopped_by(stop.signal or signal.SIGINT))
+
+
+def leave() -> NoReturn:
+    """For a process that has done its part of a run and keeps nothing: ends it without Python's own end.
+
+    Threads of torch's gloo may outlive their group, and then abort an interpreter that is ending.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(0)
 
 
 def give_up(reason: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,3 +114,12 @@ def test_who_has_lost_another_tells_nobody() -> None:
 def test_a_recipe_of_another_backend_than_the_launcher_s_is_refused() -> None:
     with pytest.raises(BackendError, match="make them agree"):
         joined(recipe(backend="reference"), ProcessRank(0, 2, 0, 2, "another"))
+
+
+@pytest.mark.parametrize(("ending", "code"), [("leave()", 0), ("", -signal.SIGABRT)])
+def test_a_process_that_has_done_its_part_ends_whatever_libraries_do_at_the_end(ending: str, code: int) -> None:
+    """As gloo's threads may: what is registered here aborts an interpreter that ends."""
+    begins = "import atexit, os; from finetune.commands.train import leave; atexit.register(os.abort); print('done')"
+    done = subprocess.run([sys.executable, "-c", f"{begins}; {ending}"], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert not ending or done.stdout == "done\n", "what was said is not lost"
