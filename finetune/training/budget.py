@@ -139,11 +139,14 @@ class Workload:
     def starts(self, speed: Speed) -> float:
         """Of layers in one forward pass above frozen blocks, in those of adapted ones that are not in 4 bits."""
         plain = len(self.architecture.modules) * (1 - self.frozen) - len(self.adapted)
-        return (len(self.adapted) + PLAIN * plain) * (speed.four_bit_host if self.packed else 1.0)
+        return (len(self.adapted) + PLAIN * plain) * self._start(speed)
 
     def frozen_starts(self, speed: Speed) -> float:
         """The same of the frozen blocks."""
-        return PLAIN * len(self.architecture.modules) * self.frozen * (speed.four_bit_host if self.packed else 1.0)
+        return PLAIN * len(self.architecture.modules) * self.frozen * self._start(speed)
+
+    def _start(self, speed: Speed) -> float:
+        return speed.four_bit_host if self.packed else 1.0
 
     def reading_weights(self, speed: Speed) -> float:
         """Seconds that one pass through the layers takes however few its tokens are."""

@@ -65,9 +65,7 @@ class Search:
         self._sessions = TrialSessions(self.trials, lambda trial: self.job_of(trial).open())
         self._rows: dict[Trial, Prepared] = {}  # by the adapter's shape: those of training and validation, as learned
         self._base: Evaluation | None = None
-        self._start = (
-            0.0  # seconds of the last stage before its first step: loading, the base, a head that learns alone
-        )
+        self._start = 0.0  # seconds of the last stage before its first step: loading, the base, a head alone
 
     def run_of(self, trial: int) -> RunFolder:
         return RunFolder(self.folder.path / "trials" / f"{trial:02}")

@@ -97,14 +97,19 @@ def shuffled(rows: Rows, seed: int) -> Rows:
     return rows
 
 
+def write_splits(name: str, data: Path, out: Path, seed: int, rows: int | None) -> dict[str, Path]:
+    """Split -> its file. rows: to train on, at most."""
+    files = {}
+    for split, part, most in zip(("train", "valid", "test"), pools(name, data, seed), SIZES[name], strict=True):
+        kept = part[: min(most, rows or most) if split == "train" else most]
+        files[split] = out / f"{split}.jsonl"
+        files[split].write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return files
+
+
 def job_of(name: str, data: Path, out: Path, seed: int, rows: int | None, settings: Sequence[str]) -> Job:
     """As `finetune init` writes the recipe, but without quantisation: on a CPU that only takes longer."""
-    files = []
-    for split, part, most in zip(("train", "valid", "test"), pools(name, data, seed), SIZES[name], strict=True):
-        file = out / f"{split}.jsonl"
-        kept = part[: min(most, rows or most) if split == "train" else most]
-        file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        files.append(f"data.{split}={file}")
+    files = [f"data.{split}={file}" for split, file in write_splits(name, data, out, seed, rows).items()]
     head = ["head={}"] if name == "banking77" else []
     longest = f"train.max_length={LENGTHS.get(name, 256)}"
     return result_of(

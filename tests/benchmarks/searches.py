@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from auto import SIZES, pools
+from auto import SIZES, write_splits
 from rates import LENGTHS
 
 EPOCHS = (3, 6)
@@ -38,12 +38,8 @@ RECIPE: dict[str, Any] = {
 
 def write_recipe(asked: argparse.Namespace) -> Path:
     """As `finetune init` writes it, but without quantisation: on a CPU that only takes longer."""
-    data = {}
-    rows = pools(asked.set, asked.data and asked.data.absolute(), asked.seed)
-    for split, part, most in zip(("train", "valid", "test"), rows, SIZES[asked.set], strict=True):
-        kept = part[: min(most, asked.rows or most) if split == "train" else most]
-        data[split] = f"{split}.jsonl"
-        (asked.folder / data[split]).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    files = write_splits(asked.set, asked.data and asked.data.absolute(), asked.folder, asked.seed, asked.rows)
+    data = {split: file.name for split, file in files.items()}
     head = {"head": {}} if asked.set == "banking77" else {}
     train = RECIPE["train"] | {"max_length": LENGTHS.get(asked.set, 256)}
     whole = RECIPE | {"model": {"path": asked.model}, "data": data, "train": train, "seed": asked.seed} | head
