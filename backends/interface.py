@@ -262,6 +262,9 @@ class Session(Reader, Protocol):
     def untrained(self) -> dict[str, FloatArray]:
         """What trains as it is before any step, made or read anew: with it the session is the base model."""
 
+    def trained(self) -> dict[str, FloatArray]:
+        """What trains as it is now: a copy."""
+
     def get_state(self) -> TrainState:
         """A copy; later steps do not change it."""
 

@@ -196,9 +196,11 @@ class ReferenceSession(Bigram):
             return initial_adapter(self.lora_shapes, self._lora.rank, self._seed, self._classes, self._magnitudes)
         return {name: value.copy() for name, value in self._weights().items()}
 
+    def trained(self) -> dict[str, FloatArray]:
+        return {name: value.copy() for name, value in self._adapter.items()}
+
     def get_state(self) -> TrainState:
-        copies = [{name: value.copy() for name, value in held.items()} for held in (self._adapter, self._moments)]
-        return TrainState(self._step, *copies)
+        return TrainState(self._step, self.trained(), {name: value.copy() for name, value in self._moments.items()})
 
     def set_state(self, state: TrainState) -> None:
         state = fitting(state, self._shapes)

@@ -136,6 +136,9 @@ class SharedSession:
     def untrained(self) -> dict[str, FloatArray]:
         return self.inner.untrained()
 
+    def trained(self) -> dict[str, FloatArray]:
+        return self.inner.trained()
+
     def get_state(self) -> TrainState:
         return self.inner.get_state()
 

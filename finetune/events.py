@@ -75,7 +75,9 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True)
 class StoppedEarly(Event):
-    """The validation loss has not improved for as many validations as the recipe allows."""
+    """The validation loss has not improved for as many validations as the recipe allows, or an epoch of `epochs: auto`
+    hardly lowered it.
+    """
 
     best_step: int
     best_loss: float
@@ -159,14 +161,6 @@ class CheckpointDue(Passing):
 
     What a resumed run needs beside the checkpoint must be on the disk before that.
     """
-
-
-@dataclass(frozen=True)
-class EndKnown(Passing):
-    """With `epochs: auto`: the validations say where the run ends. The rate falls to zero until then."""
-
-    steps: int  # in the whole run
-    validations: int  # to come
 
 
 class Work(Generic[Said, Result]):

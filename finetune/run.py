@@ -154,7 +154,8 @@ class Run:
                 metrics.record(event)
                 yield event
                 if isinstance(event, Validated) and trainer.validated:
-                    yield from sampler.samples(trainer.session, event.step, trainer.validated)
+                    with trainer.average.within(trainer.session):
+                        yield from sampler.samples(trainer.session, event.step, trainer.validated)
                 if notice := watch.look(event):
                     yield Note(event.step, notice)
                 if repeatable and not trainer.session.repeatable:
@@ -214,7 +215,7 @@ class Run:
             tuned=tuned,
             comparison=compare(begun.base, tuned, begun.words) if begun.base else None,
             leaked=leaked_rows(begun.base, tuned, leaked_into(begun.findings, job.prepared.held_out.name)),
-            overfitting=overfitting_verdict(validations, trainer.plan.steps < trainer.longest.steps),
+            overfitting=overfitting_verdict(validations, trainer.plan.open_end and trainer.state.stopped_early),
             divergence=divergence(events, job.folder.vocabulary, trainer.plan.warmup),
             validations=validations,
             best_step=trainer.state.best_step,

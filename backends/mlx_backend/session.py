@@ -191,9 +191,11 @@ class MlxSession(Keeping):
     def untrained(self) -> dict[str, FloatArray]:
         return untrained(self._spec, self._lora, self._seed, self._magnitudes)
 
+    def trained(self) -> dict[str, FloatArray]:
+        return to_numpy(self._state.adapter, self._held.transposed)
+
     def get_state(self) -> TrainState:
-        step, adapter, moments = self._state
-        return TrainState(step, *(to_numpy(tensors, self._held.transposed) for tensors in (adapter, moments)))
+        return TrainState(self._state.step, self.trained(), to_numpy(self._state.moments, self._held.transposed))
 
     def set_state(self, state: TrainState) -> None:
         state = fitting(state, self._shapes)

@@ -233,8 +233,11 @@ class TorchSession(Keeping):
     def untrained(self) -> dict[str, FloatArray]:
         return untrained(self._spec, self._lora, self._seed, self._magnitudes)
 
+    def trained(self) -> dict[str, FloatArray]:
+        return _arrays(self._adapter)
+
     def get_state(self) -> TrainState:
-        return TrainState(self._step, _arrays(self._adapter), _arrays(self._optimiser.moments))
+        return TrainState(self._step, self.trained(), _arrays(self._optimiser.moments))
 
     def set_state(self, state: TrainState) -> None:
         state = fitting(state, self._shapes)

@@ -160,7 +160,7 @@ def made_ready(opened: RunFolder, job: Job, prompts: Prompts, template: str) -> 
     """The run's model, loaded. Raises Incompatible for an adapter that does not fit."""
     adapter = read_trained(opened)
     session = job.open(adapter)
-    adapter = replace(adapter, tensors=session.get_state().adapter)  # by the checkpoint's names
+    adapter = replace(adapter, tensors=session.trained())  # by the checkpoint's names
     return Making(job, session, adapter, prompts, template)
 
 

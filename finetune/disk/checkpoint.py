@@ -1,7 +1,8 @@
 """Checkpoints: everything that a run needs to resume, in folders that are whole or absent.
 
 `step-00000123/` holds `state.safetensors` (adapter and moments), `best.safetensors` (the best adapter so far, if
-any), `loop.json`, `identity.json`, and, written last, `manifest.json` with size and SHA-256 of all the others.
+any), `average.safetensors` (the steps' average, with `epochs: auto`), `loop.json`, `identity.json`, and, written last,
+`manifest.json` with size and SHA-256 of all the others.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from finetune.disk.manifest import MANIFEST, Broken, Tally, json_bytes, manifest
 from finetune.disk.safetensors_file import tensor_pieces
 from finetune.errors import Diverged, Incompatible
 
+BEST, AVERAGE = "best.safetensors", "average.safetensors"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -31,6 +34,7 @@ class Checkpoint:
     loop: dict[str, Any]  # the loop's own state; JSON with finite numbers
     best: Mapping[str, FloatArray] | None  # the best adapter so far
     identity: Mapping[str, Any]  # base, recipe, data, rank, ...: what a resumed run must share; JSON
+    average: Mapping[str, FloatArray] | None = None  # of the steps so far; None and empty are the same
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,15 @@ class Checkpoints:
     def folder_of(self, step: int) -> Path:
         return _path(self.folder, step)
 
-    def save(self, state: TrainState, loop: dict[str, Any], best: Mapping[str, FloatArray] | None) -> Path:
+    def save(
+        self,
+        state: TrainState,
+        loop: dict[str, Any],
+        best: Mapping[str, FloatArray] | None,
+        average: Mapping[str, FloatArray] | None = None,
+    ) -> Path:
         """The folder of the new checkpoint. Raises Diverged, DiskError."""
-        return save(self.folder, Checkpoint(state, loop, best, self.identity))
+        return save(self.folder, Checkpoint(state, loop, best, self.identity, average))
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
@@ -68,14 +78,17 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
 
 
 def check_tensors(checkpoint: Checkpoint, path: Path, remedy: str) -> None:
-    """Raises Incompatible where a number is not finite, or the best adapter is not of the shape of the adapter."""
-    state, best = checkpoint.state, checkpoint.best
-    for name, tensor in [*state.adapter.items(), *state.moments.items(), *(best or {}).items()]:
-        if not np.isfinite(tensor).all():
-            raise Incompatible(f"{path}: {name:.200} holds numbers that are not finite; {remedy}")
+    """Raises Incompatible where a number is not finite, or an adapter beside the state's is not of its shape."""
+    state, beside = checkpoint.state, {"best": checkpoint.best, "average": checkpoint.average}
+    others = {name: tensors for name, tensors in beside.items() if tensors}
+    for tensors in (state.adapter, state.moments, *others.values()):
+        for name, tensor in tensors.items():
+            if not np.isfinite(tensor).all():
+                raise Incompatible(f"{path}: {name:.200} holds numbers that are not finite; {remedy}")
     shapes = {name: tensor.shape for name, tensor in state.adapter.items()}
-    if best is not None and {name: tensor.shape for name, tensor in best.items()} != shapes:
-        raise Incompatible(f"{path / 'best.safetensors'}: other tensors than the adapter's; {remedy}")
+    for which, tensors in others.items():
+        if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+            raise Incompatible(f"{path / which}.safetensors: other tensors than the adapter's; {remedy}")
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -111,7 +124,9 @@ def _pieces(checkpoint: Checkpoint) -> dict[str, Iterable[bytes | memoryview]]:
     }
     files = {"state.safetensors": _checked(tensors, state.step)}
     if checkpoint.best is not None:
-        files["best.safetensors"] = _checked(checkpoint.best, state.step)
+        files[BEST] = _checked(checkpoint.best, state.step)
+    if checkpoint.average:
+        files[AVERAGE] = _checked(checkpoint.average, state.step)
     try:
         files["loop.json"] = [json_bytes({"step": state.step, "loop": checkpoint.loop})]
         files["identity.json"] = [json_bytes(checkpoint.identity)]
@@ -137,9 +152,9 @@ def _parse(step: int, files: Mapping[str, bytes]) -> Checkpoint:
         if loop["step"] != step:
             raise Broken(f"it is of step {loop['step']}, not {step}")
         tensors = load(files["state.safetensors"])
-        best = load(files["best.safetensors"]) if "best.safetensors" in files else None
+        best, average = (load(files[name]) if name in files else None for name in (BEST, AVERAGE))
         state = TrainState(step, _part(tensors, "adapter."), _part(tensors, "moments."))
-        return Checkpoint(state, loop["loop"], best, json.loads(files["identity.json"]))
+        return Checkpoint(state, loop["loop"], best, json.loads(files["identity.json"]), average)
     except KeyError as error:
         raise Broken(f"{error.args[0]} is missing") from error
     except (ValueError, TypeError, RecursionError, SafetensorError) as error:

@@ -57,13 +57,14 @@ def identity_of(
     if like is not None and "kind" not in like:
         rows = sha256(b"".join(_tokens(example) for split in prepared.splits for example in split.examples))
         return {"base_model_weights": folder.sampled_fingerprint, "data_rows": rows.hexdigest()} | settings
+    settings["train.schedule"] = recipe.train.shape
     start = settings.pop("lora.start_from")
     clock = prepared.renderer.clock if prepared.renderer else None
     written = {} if clock is None else {CLOCK: clock.isoformat()}  # by a chat template; most write no date
     if prepared.parting is not None:
         written[PARTING] = prepared.parting
     if recipe.train.epochs == "auto":
-        written[OPEN_END] = "falls from the first epoch on, while loss or errors fall"  # earlier runs ended otherwise
+        written[OPEN_END] = "an average, while the loss falls"  # earlier runs ended otherwise
     base = yield from base_model(folder)
     return {
         "kind": KIND,

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from finetune.recipe.schema import Recipe
 
 DEFAULT_EPOCHS = 3
 MOST_EPOCHS = 6  # that `epochs: auto` makes
 USUAL_EPOCHS = 5  # that it made in most runs
-FALLS = 0.02  # of the lowest validation loss so far: an epoch that lowers it by less is not worth another like it
+FALLS = 0.02  # of the lowest validation loss so far: an epoch that lowers it by less is the last of `epochs: auto`
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The run in optimiser steps. With `epochs: auto` it is the longest that the run may be, until `known_end`."""
+    """The run in optimiser steps. With `epochs: auto` it is the longest that the run may be."""
 
     steps: int
     steps_per_epoch: int
     evaluate_every: int
     checkpoint_every: int
     warmup: int
-    falls_after: int  # the steps done before the rate begins to fall
-    falls_from: float = 1.0  # times the peak: the rate then
     open_end: bool = False
 
     @property
@@ -49,55 +47,35 @@ def make_plan(recipe: Recipe, rows: int) -> Plan:
     open_end = train.epochs == "auto"
     planned = USUAL_EPOCHS if train.epochs == "auto" else train.epochs or DEFAULT_EPOCHS
     steps = train.steps if train.steps is not None else per_epoch * planned
-    warmup = round(train.warmup * steps)
     return Plan(
         steps=per_epoch * MOST_EPOCHS if open_end else steps,
         steps_per_epoch=per_epoch,
         evaluate_every=recipe.evaluate.every or per_epoch,
         checkpoint_every=train.checkpoint_every or per_epoch,
-        warmup=warmup,
-        falls_after=warmup,
+        warmup=round(train.warmup * steps),
         open_end=open_end,
     )
 
 
-def known_end(recipe: Recipe, plan: Plan, validations: Iterable[tuple[int, float, float | None]]) -> Plan:
-    """The plan once validations, in order, say where it ends; before they do, and without an open end, the same plan.
+def hardly_falls(plan: Plan, losses: Iterable[tuple[int, float]]) -> bool:
+    """Whether the last epoch lowered the loss by less than FALLS.
 
-    validations: as (step, loss, accuracy); of labelled rows only those after which something was learned.
-
-    The rate falls as in the longest run while each epoch lowers the loss by FALLS or has the highest accuracy so far,
-    where there is one. After the first that does neither, it falls from where it is to zero over one epoch more. A
-    constant rate ends with that one.
+    losses: of validations, in order, as (step, loss); those within an epoch do not count.
     """
-    if not plan.open_end:
-        return plan
-    lowest, highest, falls = math.inf, 0.0, 0 if recipe.train.schedule == "constant" else plan.steps_per_epoch
-    for step, loss, accuracy in validations:
-        if not plan.ends_epoch(step):
-            continue
-        if step + falls >= plan.steps:
-            break
-        if step and loss > lowest * (1.0 - FALLS) and (accuracy or 0.0) <= highest:
-            return replace(plan, steps=step + falls, falls_after=step, falls_from=_rate(recipe, plan, step, 1.0))
-        lowest, highest = min(lowest, loss), max(highest, accuracy or 0.0)
-    return plan
+    *before, last = [loss for step, loss in losses if plan.ends_epoch(step)] or [0.0]
+    return bool(before) and last > min(before) * (1.0 - FALLS)
 
 
 def learning_rate(recipe: Recipe, plan: Plan, step: int) -> float:
     """The rate of the step after `step` done ones: linear warmup, then constant, linear or cosine to zero."""
-    peak = recipe.train.learning_rate
+    peak, shape = recipe.train.learning_rate, recipe.train.shape
     if isinstance(peak, str):
         raise ValueError("the race of rates comes before the first step")
-    return _rate(recipe, plan, step, peak)
-
-
-def _rate(recipe: Recipe, plan: Plan, step: int, peak: float) -> float:
     if step < plan.warmup:
         return peak * (step + 1) / plan.warmup
-    progress = max(step - plan.falls_after, 0) / max(plan.steps - plan.falls_after, 1)  # [0, 1)
-    if recipe.train.schedule == "linear":
-        return peak * plan.falls_from * (1.0 - progress)
-    if recipe.train.schedule == "cosine":
-        return peak * plan.falls_from * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return peak * plan.falls_from
+    progress = (step - plan.warmup) / max(plan.steps - plan.warmup, 1)  # [0, 1)
+    if shape == "linear":
+        return peak * (1.0 - progress)
+    if shape == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak

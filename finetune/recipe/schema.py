@@ -147,9 +147,9 @@ class Preferences(Section):
 
 class Train(Section):
     epochs: Positive | Literal["auto"] | None = None
-    """Passes over the data; 3 unless steps is given. auto: 6, or as many as lower the validation loss by 2 % each, or
-    have the highest accuracy so far, and one more, over which the rate falls to zero; labels are first to be told
-    better than by the most frequent one."""
+    """Passes over the data; 3 unless steps is given. auto: up to the first that lowers the validation loss by less than
+    2 %, at most 6, where labels are told better than by the most frequent one. What is measured and kept is then an
+    average over the steps, which does better than the last of them."""
     steps: Positive | None = None
     """Optimiser steps, instead of epochs."""
     batch_size: Positive = 16
@@ -161,7 +161,8 @@ class Train(Section):
     learning_rate: Annotated[float, Field(gt=0.0, le=1e37)] | Literal["auto"] = "auto"
     """The highest rate. auto: a rule's; or midway to the best of four in a short race on the training rows, where
     that is neither the lowest nor the highest of them, and clearly better on validation rows."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    schedule: Literal["auto", "constant", "linear", "cosine"] = "auto"
+    """How the rate falls to zero after the warmup. auto: linear; not at all with `epochs: auto`."""
     warmup: Share = 0.05
     """The share of all steps over which the rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
@@ -185,6 +186,13 @@ class Train(Section):
     def tokens_at_once(self) -> int:
         """`micro_tokens` as a number, for whatever needs one before it is known how many fit."""
         return MICRO_TOKENS if self.micro_tokens == "auto" else self.micro_tokens
+
+    @property
+    def shape(self) -> Literal["constant", "linear", "cosine"]:
+        """`schedule`, or what auto stands for."""
+        if self.schedule == "auto":
+            return "constant" if self.epochs == "auto" else "linear"
+        return self.schedule
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from finetune.events import EndKnown, Event, Outlook, Progress, RunStarted, Samples, StepDone, StoppedEarly, Validated
+from finetune.events import Event, Outlook, Progress, RunStarted, Samples, StepDone, StoppedEarly, Validated
 
 FROZEN, REFERENCES, HEAD, BASE, RACE = "frozen blocks", "references", "head", "base model", "race of learning rates"
 TRAINING, VALIDATION, TUNED = "training", "validation", "tuned model"
@@ -60,10 +60,6 @@ class Pace:
         elif isinstance(event, RunStarted):
             self.steps = event.steps
             self._train(event.step)
-        elif isinstance(event, EndKnown):
-            self.steps = event.steps
-            if self.outlook:
-                self.outlook = replace(self.outlook, validations=self.validations + event.validations)
         elif isinstance(event, StepDone):
             self._recent.append(event.seconds)
             self._train(event.step)

@@ -12,7 +12,6 @@ from types import TracebackType
 from finetune.console import Console
 from finetune.events import (
     CheckpointSaved,
-    EndKnown,
     Event,
     Finished,
     MemorySplit,
@@ -173,15 +172,13 @@ def sentence(event: Event) -> str | None:
     """What either screen says of an event that is neither a step, a validation nor progress; None: nothing."""
     if isinstance(event, Note):
         return event.text
-    if isinstance(event, EndKnown):
-        return f"step {event.step}: the end is known: the rate falls to zero at step {event.steps}"
     if isinstance(event, CheckpointSaved):
         return f"checkpoint of step {event.step}: {event.path}"
     if isinstance(event, MemorySplit):
         return f"memory ran out: from now on micro-batches have at most {event.micro_tokens} tokens"
     if isinstance(event, StoppedEarly):
-        best = f"the best validation loss stays {event.best_loss:.4f}, of step {event.best_step}"
-        return f"stopped early after step {event.step}: {best}"
+        best = f"the best is {event.best_loss:.4f}, of step {event.best_step}"
+        return f"stopped after step {event.step}: the validation loss falls no more, or hardly; {best}"
     if isinstance(event, Finished):
         return f"finished {event.step} steps: best validation loss {event.best_loss:.4f} at step {event.best_step}"
     return None

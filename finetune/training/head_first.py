@@ -54,7 +54,7 @@ def head_first(job: Job, session: Session, run: RunFolder) -> Generator[Event, N
 
 def _trained(job: Job, session: Session, passes: int) -> Generator[Event, None, FloatArray]:
     began, tokens = time.perf_counter(), job.recipe.train.tokens_at_once
-    untrained = session.get_state().adapter[HEAD_WEIGHT]
+    untrained = session.trained()[HEAD_WEIGHT]
     if not passes:
         return untrained
     train, valid = job.prepared.train.examples, job.prepared.valid.examples

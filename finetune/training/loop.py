@@ -17,7 +17,6 @@ from finetune.evaluation.pair_losses import pair_loss
 from finetune.events import (
     CheckpointDue,
     CheckpointSaved,
-    EndKnown,
     Event,
     Finished,
     MemorySplit,
@@ -28,8 +27,9 @@ from finetune.events import (
     Validated,
     Work,
 )
-from finetune.recipe.schedule import Plan, known_end, learning_rate, make_plan
+from finetune.recipe.schedule import Plan, hardly_falls, learning_rate, make_plan
 from finetune.recipe.schema import Recipe
+from finetune.training.average import Average
 from finetune.training.loop_state import REMEDY, LoopState, has_learned
 from finetune.training.objective import objective_of
 from finetune.training.step_shares import Cut, every_micro, own_micro
@@ -53,8 +53,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.stopping = False  # set by whoever takes the events: stop after this step, or within this validation
         self.objective = objective_of(self.recipe)
-        self.longest: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
-        self.plan = self.longest  # as far as it is known: with `epochs: auto` the validations say where it ends
+        self.plan: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
+        self.average = Average(self.plan)
         self.majority = self.prepared.majority
         self.state = LoopState(self.recipe.train.tokens_at_once)
         self.best: Mapping[str, FloatArray] | None = None  # the adapter of the best validation
@@ -74,7 +74,7 @@ class Trainer:
         check_tensors(saved, folder, REMEDY)
         self.session.set_state(saved.state)
         self.best = saved.best
-        self._look_for_end()
+        self.average.restore(saved.average or {})
 
     def events(self, untrained: Evaluation | None = None) -> Iterator[Event]:
         """Train to the end. Raises Interrupted, Diverged or MemoryExhausted, after the last good checkpoint.
@@ -92,6 +92,7 @@ class Trainer:
                 yield from self._save(step)
                 raise
             step += 1
+            self.average.follow(step, self.session)
             yield from self._finish_step(step)
         yield Finished(step, self.state.best_step, self.state.best_loss)
 
@@ -108,11 +109,7 @@ class Trainer:
             except (Interrupted, Lost):
                 yield from self._save(step)
                 raise
-            patience = self.recipe.train.early_stopping
-            self.state.stopped_early = patience is not None and self.state.without_better >= patience
-            if self.plan != self.longest and self.plan.falls_after == step < self.plan.steps:
-                to_come = sum(map(self.plan.evaluates_after, range(step + 1, self.plan.steps + 1)))
-                yield EndKnown(step, self.plan.steps, to_come)
+            self.state.stopped_early = self._is_enough()
         if self.state.stopped_early:
             yield StoppedEarly(step, self.state.best_step, self.state.best_loss)
         interrupted = self.stopping
@@ -169,11 +166,11 @@ class Trainer:
     def _validate(self, step: int, known: Evaluation | None) -> Iterator[Event]:
         """Raises Interrupted when asked to stop on the way, Diverged for a loss that is not finite."""
         started = time.perf_counter()
-        evaluation = self.validated = known or (yield from self._evaluate(step))
+        with self.average.within(self.session):
+            evaluation = self.validated = known or (yield from self._evaluate(step))
         if not math.isfinite(evaluation.loss):
             raise Diverged(f"step {step}: the validation loss is {evaluation.loss}; lower train.learning_rate")
-        ends = self.longest.open_end and step == self.plan.steps and self.recipe.train.schedule != "constant"
-        better = self.state.is_better(evaluation, ends)
+        better = evaluation.loss < self.state.best_loss
         event = Validated(
             step=step,
             epoch=step / self.plan.steps_per_epoch,
@@ -186,28 +183,26 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
         self.state.loss_sum, self.state.loss_tokens = 0.0, 0
-        waits = better or not self._has_learned(event) or self._is_most_accurate(event)
-        self.state.without_better = 0 if waits else self.state.without_better + 1
+        self.state.without_better = 0 if better or not self._has_learned(event) else self.state.without_better + 1
         if better:
             self.state.best_step, self.state.best_loss = step, evaluation.loss
-            self.best = self.session.get_state().adapter
+            self.best = self.average.result(self.session)
         self.state.validations.append(replace(event, seconds=0.0))
-        self._look_for_end()
         yield event
 
-    def _look_for_end(self) -> None:
-        learned = ((one.step, one.loss, one.accuracy) for one in self.state.validations if self._has_learned(one))
-        self.plan = known_end(self.recipe, self.longest, learned)
+    def _is_enough(self) -> bool:
+        """Whether the last validation ends the run: patience is over, or `epochs: auto` asks for no more."""
+        patience, told = self.recipe.train.early_stopping, self.state.validations
+        if patience is not None and self.state.without_better >= patience:
+            return True
+        learned = [(one.step, one.loss) for one in told if self._has_learned(one)]
+        ends = self.plan.open_end and self.plan.ends_epoch(told[-1].step) and self._has_learned(told[-1])
+        return ends and hardly_falls(self.plan, learned)
 
     def _has_learned(self, validated: Validated) -> bool:
         """Before that an open end says nothing: a loss stays where answers are as good as blind, and then falls."""
         rows = len(self.prepared.valid.examples)
-        return not self.longest.open_end or has_learned(validated, self.majority, rows)
-
-    def _is_most_accurate(self, validated: Validated) -> bool:
-        """Of a run with an open end, which goes on while there are fewer errors, though the loss rises."""
-        highest = max((one.accuracy or 0.0 for one in self.state.validations), default=0.0)
-        return self.longest.open_end and (validated.accuracy or 0.0) > highest
+        return not self.plan.open_end or has_learned(validated, self.majority, rows)
 
     def _evaluate(self, step: int) -> Generator[Progress, None, Evaluation]:
         """All validation rows. Raises Interrupted between two batches when asked to stop."""
@@ -231,7 +226,8 @@ class Trainer:
 
     def _save(self, step: int) -> Iterator[Event]:
         yield CheckpointDue(step)
-        path = self.checkpoints.save(self.session.get_state(), self.state.to_json(), self.best)
+        state, loop = self.session.get_state(), self.state.to_json()
+        path = self.checkpoints.save(state, loop, self.best, self.average.tensors)
         self.saved_at = time.monotonic()
         yield CheckpointSaved(step, str(path))
 

@@ -1,4 +1,4 @@
-"""State of the training loop, and the rule for which adapter is kept."""
+"""State of the training loop, and whether labels are learned."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from finetune.disk.run_files import check_values
-from finetune.evaluation.evaluate import Evaluation
 from finetune.events import Validated
 
 REMEDY = "remove that checkpoint's folder to resume from the one before it"
@@ -41,20 +40,6 @@ class LoopState:
 
     def history(self) -> list[Validated]:
         return [*self.validations]
-
-    def is_better(self, evaluation: Evaluation, ends: bool = False) -> bool:
-        """Whether its adapter is kept: that of the lowest loss.
-
-        ends: the rate has fallen to zero where the validations said that it should. Such an adapter is kept too where
-        its accuracy is not below that of the lowest loss by more than a standard error: longer training makes a model
-        surer, which costs loss where it errs, and a rate of zero leaves out the last steps' noise.
-        """
-        if evaluation.loss < self.best_loss:
-            return True
-        before = next((one.accuracy for one in self.validations if one.step == self.best_step), None)
-        if not ends or not self.best_step or before is None or evaluation.accuracy is None:
-            return False
-        return evaluation.accuracy >= before - math.sqrt(before * (1.0 - before) / evaluation.rows)
 
 
 def has_learned(validated: Validated, majority: float | None, rows: int) -> bool:

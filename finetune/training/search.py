@@ -209,7 +209,8 @@ class Search:
         loss = trainer.state.best_loss
         if not finished and trainer.state.validations[-1].step < at:
             limit, pairs, title = trainer.state.micro_tokens, pair_loss(job.recipe), self._title(trial, "compared")
-            loss = min(loss, (yield from mean_loss(session, job.prepared.valid.examples, limit, pairs, title)))
+            with trainer.average.within(session):
+                loss = min(loss, (yield from mean_loss(session, job.prepared.valid.examples, limit, pairs, title)))
         return at, loss if math.isfinite(loss) else None, finished
 
     def _referred(self, trial: int, session: Session) -> Generator[Event, None, Prepared]:

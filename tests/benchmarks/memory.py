@@ -175,7 +175,7 @@ def child(case: Case, backend: str, folder: Path) -> dict[str, int]:
         objective.step(session, rows, objective.batches(rows, case.micro_tokens, session.shares_prefixes), 1e-3)
         if not number:
             peaks.end("first step")
-    best = session.get_state().adapter
+    best = session.trained()
     peaks.end("steps")
     read = scored_pairs if case.answers else row_losses
     deque(read(session, steps[-1], case.micro_tokens, "loss"), maxlen=0)

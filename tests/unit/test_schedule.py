@@ -49,7 +49,7 @@ def test_warmup_rises_to_the_peak_and_the_rest_follows_the_schedule(schedule: st
 def test_the_default_is_linear_with_a_twentieth_of_warmup() -> None:
     made = recipe(train={"epochs": 4, "batch_size": 1})
     plan = make_plan(made, 10)
-    assert (made.train.schedule, plan.warmup) == ("linear", 2)
+    assert (made.train.shape, plan.warmup) == ("linear", 2)
 
 
 @given(
