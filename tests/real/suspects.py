@@ -45,7 +45,7 @@ RECIPE = """
 model: {path: "builtin:reviews-base"}
 data: {train: train.jsonl, valid: valid.jsonl, test: test.jsonl, format: classification}
 prompt: {template: "{text}\\n\\nThis review is", completion: " {label}"}
-train: {epochs: 3, max_length: 128}
+train: {epochs: auto, max_length: 128}
 backend: torch
 """
 Rows = list[dict[str, str]]

@@ -19,7 +19,7 @@ from finetune.disk.run_folder import RunFolder, create
 from finetune.errors import Diverged, Incompatible, Interrupted
 from finetune.events import Event, Note, Progress, StepDone
 from finetune.recipe.schedule import USUAL_EPOCHS
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Head, Recipe
 from finetune.training.rate_race import SHARE, Lap, Race, chosen_of, course_of, race
 from finetune.training.rate_rule import LANES, SHORT, UNKNOWN, Start, fitted, starting_rate
 from tests.unit.toy_run import Wrapped, load_job, prepared, recipe, result_of, run_to_report, session
@@ -61,6 +61,16 @@ def test_the_start_says_what_it_was_taken_from(tmp_path: Path, settings: dict[st
     assert start.rate == (UNKNOWN if hidden is None else float(f"{fitted(hidden, 4, 450):.1e}"))
     assert ("96" if hidden else "does not say") in start.why and "450 steps of 4 rows" in start.why
     assert start.lanes == pytest.approx([start.rate * lane for lane in LANES], rel=0.05)
+
+
+def test_a_run_with_an_open_end_has_the_rate_of_an_average_and_with_a_head_more(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 32, "hidden_size": 256}))
+    folder = ModelFolder.open(tmp_path, False)
+    rates = [starting_rate(auto(batch_size=16, epochs=epochs), folder, 8000).rate for epochs in (5, "auto")]
+    assert rates == [3e-3, 1e-3]
+    headed = auto(batch_size=16, epochs="auto").model_copy(update={"head": Head()})
+    assert starting_rate(headed, folder, 8000).rate == 4e-3
+    assert starting_rate(headed.with_train(epochs=5), folder, 8000).rate == 3e-3, "of a number of epochs not"
 
 
 # The race
