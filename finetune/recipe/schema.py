@@ -251,6 +251,11 @@ class Recipe(Section):
     output: str = "runs"
     """The folder in which each run makes its own folder."""
 
+    @property
+    def head_alone(self) -> bool:
+        """Whether a head learns alone before the first step."""
+        return self.head is not None and self.head.first_epochs > 0
+
     def with_train(self, **changes: Any) -> Recipe:
         """The same with other keys under `train`, which are not checked again."""
         return self.model_copy(update={"train": self.train.model_copy(update=changes)})

@@ -189,7 +189,7 @@ def seconds_of_parts(
 
 def head_first(recipe: Recipe, prepared: Prepared, seconds: Seconds) -> dict[str, float]:
     """Seconds of the one pass over the rows that a head alone needs."""
-    if not recipe.head or not recipe.head.first_epochs:
+    if not recipe.head_alone:
         return {}
     examples = (*prepared.train.examples, *prepared.valid.examples)
     return {WHAT: seconds.passes([len(example) - 1 for example in examples], len(examples))}

@@ -83,7 +83,7 @@ class Race:
     def lines(self) -> list[str]:
         """For people: the rate and where it comes from, and the race's figures."""
         if self.course is None:
-            return [f"learning rate {self.start.why}; the run is too short for a race"]
+            return [f"learning rate {self.start.why}; {self.start.no_race}"]
         laps = ", ".join(f"{lap.rate:.1e} {'diverged' if lap.loss is None else f'{lap.loss:.3f}'}" for lap in self.laps)
         if self.chosen == min((lap.loss, lap.rate) for lap in self.laps if lap.loss is not None)[1]:
             won = "has the lowest loss"
@@ -99,13 +99,14 @@ class Race:
 
 
 def course_of(recipe: Recipe, prepared: Prepared, device: Device) -> Course | None:
-    """The longest race within SHARE of the run's predicted work; None where that is too short to tell anything.
+    """The longest race within SHARE of the run's predicted work; None where that is too short to tell anything, or a
+    head has learned alone: its first steps beside an adapter are the worse the faster they are.
 
     Work is counted in tokens that pass through the model, so that the course is the same on every machine of a kind: a
     trained token passes three times, a measured one once. What labels and written answers cost is not counted.
     """
     examples = prepared.train.examples
-    if not examples or not prepared.valid.examples:
+    if not examples or not prepared.valid.examples or recipe.head_alone:
         return None
     plan = make_plan(recipe, len(examples))
     trained, judged = _mean_length(examples), _mean_length(prepared.valid.examples)
@@ -131,7 +132,7 @@ def race_lines(recipe: Recipe, folder: ModelFolder, prepared: Prepared, backend:
         return [by_rule]
     course = course_of(recipe, prepared, registry.device_kind(registry.describe(backend, recipe.device)["device"]))
     rates = ", ".join(f"{rate:.1e}" for rate in start.lanes)
-    return [by_rule, f"race of {rates}: {course.text}" if course else "the run is too short for a race"]
+    return [by_rule, f"race of {rates}: {course.text}" if course else start.no_race]
 
 
 def _mean_length(examples: Sequence[Example]) -> float:
@@ -218,9 +219,9 @@ def chosen_of(start: Start, laps: Sequence[Lap], rows: Sequence[Losses]) -> floa
 
     rows: of each lap the rows' losses. Clearly: by CLEAR standard errors of the difference on the same rows. A race is
     far shorter than the run, and so its winner errs: to high rates where a path must be walked first, to low ones where
-    what is there already is worth keeping (a head that learned first). A winner at either end shows that error alone;
-    of one between, which is better than the rates on both sides, half of it is left. Where the rule's own rate has no
-    finite loss, the best one is taken as it is. Raises Diverged where none has.
+    what is there already is worth keeping. A winner at either end shows that error alone; of one between, which is
+    better than the rates on both sides, half of it is left. Where the rule's own rate has no finite loss, the best one
+    is taken as it is. Raises Diverged where none has.
     """
     finished = [(lap.loss, lap.rate, judged) for lap, judged in zip(laps, rows, strict=True) if lap.loss is not None]
     if not finished:

@@ -34,6 +34,7 @@ class Start:
     trainable: int  # numbers that train
     steps: int  # predicted
     batch: int
+    headed: bool = False  # a head learns alone before
 
     @property
     def lanes(self) -> list[float]:
@@ -44,7 +45,14 @@ class Start:
     def why(self) -> str:
         known = f"hidden size {self.hidden:,}" if self.hidden else "a hidden size that the config does not say"
         about = f"{self.trainable:,} trainable numbers, {self.steps:,} steps of {self.batch} rows"
-        return f"{self.rate:.1e} by rule, for {known}, {about}"
+        return f"{self.rate:.1e} by rule, for {known}, {about}{', a head that learned alone' if self.headed else ''}"
+
+    @property
+    def no_race(self) -> str:
+        """Why none is run, where that is so."""
+        if self.headed:
+            return "no race: beside a head that learned alone the lowest rates win every short one"
+        return "the run is too short for a race"
 
 
 def starting_rate(recipe: Recipe, folder: ModelFolder, rows: int) -> Start:
@@ -53,10 +61,10 @@ def starting_rate(recipe: Recipe, folder: ModelFolder, rows: int) -> Start:
     hidden = folder.text_config.get("hidden_size")
     known = hidden if isinstance(hidden, int) and hidden > 0 else None
     rate = UNKNOWN if known is None else fitted(known, recipe.train.batch_size, plan.predicted, plan.open_end)
-    rate = min(rate * HEAD, HIGHEST) if plan.open_end and recipe.head else rate
+    rate = min(rate * HEAD, HIGHEST) if plan.open_end and recipe.head_alone else rate
     rate *= FULL if full else 1.0
     trainable = trainable_numbers(recipe, folder) if folder.weights else 0  # a toy has none
-    return Start(float(f"{rate:.1e}"), known, trainable, plan.predicted, recipe.train.batch_size)
+    return Start(float(f"{rate:.1e}"), known, trainable, plan.predicted, recipe.train.batch_size, recipe.head_alone)
 
 
 def fitted(hidden: int, batch: int, steps: int, averaged: bool = False) -> float:

@@ -68,8 +68,13 @@ def test_a_run_with_an_open_end_has_the_rate_of_an_average_and_with_a_head_more(
     folder = ModelFolder.open(tmp_path, False)
     rates = [starting_rate(auto(batch_size=16, epochs=epochs), folder, 8000).rate for epochs in (5, "auto")]
     assert rates == [3e-3, 1e-3]
+    assert course_of(auto(), prepared(2000, 40), "cpu") is not None
     headed = auto(batch_size=16, epochs="auto").model_copy(update={"head": Head()})
-    assert starting_rate(headed, folder, 8000).rate == 4e-3
+    start = starting_rate(headed, folder, 8000)
+    assert start.rate == 4e-3 and "a head that learned alone" in start.why and "no race" in start.no_race
+    assert course_of(headed, prepared(2000, 40), "cpu") is None
+    together = headed.model_copy(update={"head": Head(first_epochs=0)})
+    assert starting_rate(together, folder, 8000).rate == 1e-3 and course_of(together, prepared(2000, 40), "cpu")
     assert starting_rate(headed.with_train(epochs=5), folder, 8000).rate == 3e-3, "of a number of epochs not"
 
 
