@@ -123,6 +123,6 @@ def _show(search: Search, winner: int) -> None:
         steps = f"{stage.steps:,}" if stage.finished else f"{stage.steps:,}, left out"
         table.add_row(lines(search.trials[stage.trial].settings), loss, steps, duration(taken))
     console.print(table)
-    skipped = f"; {len(ledger.skipped)} trials left out for want of time" if ledger.skipped else ""
+    skipped = f"; trials left out for want of time: {len(ledger.skipped)}" if ledger.skipped else ""
     console.print(lines(f"{duration(ledger.spent)} of {duration(ledger.budget)} for the trials{skipped}"))
     console.print(lines(f"The winner's run: {from_here(str(search.best.path))}; figures: {LEDGER} beside it"))

@@ -41,6 +41,12 @@ def overfitting_verdict(validations: Sequence[Validated], enough: bool = False) 
     last = validations[-1]
     trained = [validated for validated in validations if validated.train_loss is not None]
     rose = last.loss > best.loss * (1 + RISE)
+    if rose and enough and best.epoch > 0:
+        message = (
+            f"No overfitting in what is kept: validation loss rises from {best.loss:.4g} at {_epoch(best)}, which is "
+            f"kept, to {last.loss:.4g} at {_epoch(last)}, and the run ended there by itself."
+        )
+        return Overfitting("none", best.epoch, best.loss, message)
     if len(trained) < 2:
         message = "Overfitting: cannot tell, because the run made fewer than two validations after training began."
         return Overfitting("too short to say", best.epoch, best.loss, message)

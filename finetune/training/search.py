@@ -2,8 +2,9 @@
 
 A trial is a run: it trains to the same bytes as `finetune train` with its settings. The recipe as it is has its whole
 run; the others stop after a third of their steps, and the best third of them goes on from a checkpoint to the end: one
-round of successive halving (Jamieson and Talwalkar, 2016). Rows are read once for all; the base is measured once on the
-validation rows; trials of the same adapter's shape share a loaded model, and what frozen blocks make of a row.
+round of successive halving (Jamieson and Talwalkar, 2016). The next best follow while time is left. Rows are read once
+for all; the base is measured once on the validation rows; trials of the same adapter's shape share a loaded model, and
+what frozen blocks make of a row.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from finetune.training.search_sessions import TrialSessions
 from finetune.training.search_trials import Trial, compared_after, going_on, most_that_fit, trials_of
 
 AS_GOOD = 0.01  # of the lowest validation loss: a recipe this near to it is as good
+SPARED = 2  # trials that are not among those that go on, but may where time is left
 MEASURING = 1.5  # times what both models' measurements take: the analysis, and a model that is loaded again
 AT_THE_END = (REFERENCES, "base model", "tuned model")  # of a run's predicted parts
 
@@ -97,8 +99,13 @@ class Search:
             others = list(range(1, self._planned() + 1))
             for trial in self._by_shape(others):
                 yield from self._within_budget(trial, self.stop_of(trial))
-            for trial in self._by_shape(self._kept(others, going_on(len(others)))):
+            kept, first = self._kept(others), going_on(len(others))
+            for trial in self._by_shape(kept[:first]):
                 yield from self._within_budget(trial, self.steps_of(trial))
+            for trial in kept[first:]:
+                yield from self._within_budget(trial, self.steps_of(trial))
+                if self.ledger.skipped:
+                    break
             self._decide()
         self._sessions.close()  # its run opens a model of its own
         winner = self.ledger.winner
@@ -146,11 +153,11 @@ class Search:
         """Those that share a session one after the other."""
         return sorted(trials, key=lambda i: (str(self.trials[i].rank), str(self.trials[i].targets), i))
 
-    def _kept(self, trials: list[int], count: int) -> list[int]:
-        """The best, of equals the first; their checkpoints alone are kept."""
+    def _kept(self, trials: list[int]) -> list[int]:
+        """Those that may go on, the best first, of equals the first; their checkpoints alone are kept."""
         stages = [stage for trial in trials if trial not in self.ledger.skipped and (stage := self.ledger.last(trial))]
         alive = sorted((stage.loss, stage.trial) for stage in stages if stage.loss is not None)
-        kept = [trial for _, trial in alive[:count]]
+        kept = [trial for _, trial in alive[: going_on(len(trials)) + SPARED]]
         for trial in set(trials) - set(kept):
             if (folder := self.run_of(trial).path).exists():
                 remove(folder)

@@ -94,8 +94,8 @@ def _targets(recipe: Recipe, modules: Modules) -> list[tuple[str, ...]]:
 
 
 def compared_after(recipe: Recipe, rows: int) -> int:
-    """The step after which a trial with this recipe is compared: at a share of its own, so that all rates have fallen
-    as far.
+    """The step after which a trial with this recipe is compared: a share of its own steps, so that falling rates have
+    fallen as far.
     """
     return max(math.ceil(SHARE * make_plan(recipe, rows).predicted), 1)
 

@@ -19,7 +19,7 @@ from finetune.recipe.load import load_recipe
 from finetune.training import search
 from finetune.training.job import Job
 from finetune.training.rate_rule import Start
-from finetune.training.search import Search
+from finetune.training.search import SPARED, Search
 from finetune.training.search_ledger import Ledger, Stage, read_ledger
 from finetune.training.search_trials import Trial, compared_after, going_on, most_that_fit, trials_of
 from tests.end_to_end.command import Work
@@ -238,6 +238,22 @@ def test_a_short_budget_leaves_trials_out(work: Work, tmp_path: Path, monkeypatc
     few = searched(job, tmp_path / "few", budget=1.1e3 * 13 + 100)
     assert few.ledger.others == 2 and not few.ledger.skipped, "2 x 3 and 1 x 6 steps fit in 13"
     assert few.ledger.stage(0, 9) is not None, "the recipe as it is always has its whole run"
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_the_next_best_go_on_while_time_is_left(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    job = load_job(load_recipe(work.folder / "few.yaml"))
+    first = going_on(5)
+    step = property(lambda self: 0.01 if left or sum(one.finished for one in self.stages) <= first else 1e3)
+    monkeypatch.setattr(Ledger, "per_step", step)
+    made = searched(job, tmp_path / "all")
+    compared = {one.trial: one.loss for one in made.ledger.stages if one.trial and not one.finished}
+    finished = {one.trial for one in made.ledger.stages if one.finished} - {0}
+    best = sorted(compared, key=lambda trial: (compared[trial] or 0.0, trial))
+    assert len(compared) == len(made.trials) - 1 == 5 and finished == set(best[: first + SPARED * left])
+    assert made.ledger.skipped == ([] if left else [best[first]]), "the first for which it does not suffice is named"
 
 
 def test_slow_first_steps_of_the_recipe_leave_no_trial_out(

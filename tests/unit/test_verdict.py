@@ -61,6 +61,10 @@ def test_still_falling_is_no_overfitting():
     found = overfitting_verdict(table((None, 2.0), (1.5, 1.4), (1.2, 1.1)))
     assert (found.verdict, found.best_epoch) == ("none", 2.0)
     assert "more training may help" in found.message
+    by_itself = overfitting_verdict(table((None, 2.0), (1.5, 1.4), (1.2, 1.9)), enough=True)
+    assert by_itself.verdict == "none" and "1.4 at epoch 1, which is kept, to 1.9 at epoch 2" in by_itself.message
+    worse = overfitting_verdict(table((None, 2.0), (1.5, 2.4), (1.2, 2.9)), enough=True)
+    assert worse.verdict == "overfitting", "no epoch beat the model before training"
     ended = overfitting_verdict(table((None, 2.0), (1.5, 1.4), (1.2, 1.39)), enough=True)
     assert ended.verdict == "none" and "more training" not in ended.message and "ended by itself" in ended.message
 
