@@ -118,6 +118,7 @@ def steps_table(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]
     adapter = {scale_name: scale, "adapted layers": f"{len(modules):,}"}
     figures = {
         "optimiser steps" + ", at most" * plan.open_end: f"{plan.steps:,}",
+        **({"validated and kept": "their average"} if plan.open_end else {}),
         "steps per epoch": f"{plan.steps_per_epoch:,}",
         "steps between validations": f"{plan.evaluate_every:,}",
         "steps between checkpoints": f"{plan.checkpoint_every:,}",

@@ -30,6 +30,7 @@ class Facts:
         int | None, Field(validation_alias=AliasChoices("predicted_bytes", "foretold_bytes"))
     ] = None
     processes: int = 1  # that shared the steps; memory is the first one's
+    averaged: bool = False  # whether an average over the steps was validated and kept
 
     def lines(self) -> Sequence[str]:
         data = "; ".join(f"{split} {source} ({self.rows[split]:,} rows)" for split, source in self.data.items())
@@ -38,6 +39,7 @@ class Facts:
             steps = f"{self.steps:,} step{'s' * (self.steps > 1)} in {duration(self.seconds)}"
             steps += f" by {self.processes} processes" if self.processes > 1 else ""
             took = f"{steps}, {self.tokens_per_second:,.0f} tokens/s, memory {amount(self.peak_bytes)} at most"
+            took += "; their average was validated and kept" if self.averaged else ""
         return f"model: {self.model}", f"data: {data}", f"training: {took}"
 
 
@@ -61,4 +63,5 @@ def facts_of(job: Job, events: Iterable[Event], device: str, processes: int = 1,
         peak_bytes=max((step.peak_bytes for step in steps), default=0),
         predicted_bytes=predicted_peak(job, device, streamed),
         processes=processes,
+        averaged=recipe.train.epochs == "auto",
     )

@@ -144,7 +144,7 @@ def check_base_weights_are_what_is_multiplied_with(case: Case) -> None:
 def check_state_goes_out_and_in(case: Case) -> None:
     session = begun(case)
     session.step([BATCH], 1e-2)
-    state, scores = session.get_state(), session.score(BATCH).logprob
+    state, trained, scores = session.get_state(), session.trained(), session.score(BATCH).logprob
     kept = {name: value.copy() for name, value in state.adapter.items()}
     fresh = case.open(seed=8)
     fresh.set_state(state)
@@ -153,6 +153,9 @@ def check_state_goes_out_and_in(case: Case) -> None:
     session.step([BATCH], 1e-2)
     assert not differ(state, TrainState(0, kept, {})), "a later step changed a state that was handed out"
     assert differ(state, session.get_state())
+    assert not differ(TrainState(0, trained, {}), TrainState(0, kept, {})), (
+        "what trains, and later steps change no copy"
+    )
     for value in state.adapter.values():
         value[:] = 0
     np.testing.assert_array_equal(fresh.score(BATCH).logprob, scores)

@@ -134,6 +134,26 @@ class StateIsALiveView(ReferenceSession):
         return TrainState(self._step, self._adapter, self._moments)
 
 
+class TrainedIsALiveView(ReferenceSession):
+    def trained(self) -> Any:
+        return self._adapter
+
+    def get_state(self) -> TrainState:
+        return TrainState(self._step, *copies(self._adapter, self._moments))
+
+
+class TrainedIsTheStart(ReferenceSession):
+    def trained(self) -> Any:
+        return self.untrained()
+
+    def get_state(self) -> TrainState:
+        return TrainState(self._step, *copies(self._adapter, self._moments))
+
+
+def copies(*held: Any) -> Any:
+    return ({name: value.copy() for name, value in one.items()} for one in held)
+
+
 class StateIsNotCopiedIn(ReferenceSession):
     def set_state(self, state: TrainState) -> None:
         super().set_state(state)
@@ -289,6 +309,8 @@ SESSIONS: dict[str, type[ReferenceSession]] = {
         BaseWeightRounded,
         BaseWeightIsALiveView,
         StateIsALiveView,
+        TrainedIsALiveView,
+        TrainedIsTheStart,
         StateIsNotCopiedIn,
         StepCountedThoughRefused,
         BaseIsTrained,
