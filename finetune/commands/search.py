@@ -25,8 +25,8 @@ from finetune.supervisor import announce_run, process_id
 from finetune.text import duration, from_here
 from finetune.training.job import refuse_unused_accelerator
 from finetune.training.memory_settings import settle_memory
-from finetune.training.search import AS_GOOD, Search
-from finetune.training.search_ledger import LEDGER, Stage
+from finetune.training.search import Search
+from finetune.training.search_ledger import AS_GOOD, LEDGER, Stage
 from finetune.training.suite_prompts import ready_with_suite
 
 RECIPE = "search.yaml"

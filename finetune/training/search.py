@@ -43,7 +43,6 @@ from finetune.training.search_ledger import LEDGER, SPARE, Ledger, Stage, read_l
 from finetune.training.search_sessions import TrialSessions
 from finetune.training.search_trials import Trial, compared_after, going_on, most_that_fit, trials_of
 
-AS_GOOD = 0.01  # of the lowest validation loss: a recipe this near to it is as good
 SPARED = 2  # trials that are not among those that go on, but may where time is left
 MEASURING = 1.5  # times what both models' measurements take: the analysis, and a model that is loaded again
 AT_THE_END = (REFERENCES, "base model", "tuned model")  # of a run's predicted parts
@@ -106,7 +105,8 @@ class Search:
                 yield from self._within_budget(trial, self.steps_of(trial))
                 if self.ledger.skipped:
                     break
-            self._decide()
+            self.ledger.decide()
+            self._write()
         self._sessions.close()  # its run opens a model of its own
         winner = self.ledger.winner
         assert winner is not None
@@ -162,17 +162,6 @@ class Search:
             if (folder := self.run_of(trial).path).exists():
                 remove(folder)
         return kept
-
-    def _decide(self) -> None:
-        """Raises Diverged where no trial has a finite loss."""
-        ends = [stage for stage in self.ledger.stages if stage.finished and stage.loss is not None]
-        if not ends:
-            raise Diverged("no trial has a finite loss; look at the data, or name a lower train.learning_rate")
-        best = min(ends, key=lambda stage: (stage.loss, stage.trial))
-        own = next((stage for stage in ends if stage.trial == 0), None)
-        as_good = own is not None and (own.loss or 0.0) <= (best.loss or 0.0) * (1 + AS_GOOD)
-        self.ledger.winner = 0 if as_good else best.trial
-        self._write()
 
     def _write(self) -> None:
         self.ledger.spent = round(time.monotonic() - self._began, 3)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from finetune.disk.run_files import read_json
+from finetune.errors import Diverged
 
 LEDGER = "search.json"
+AS_GOOD = 0.01  # of the lowest validation loss: a recipe this near to it is as good
 SPARE = 1.1  # times the time that steps took: what the next ones may take
 _AGAIN = "remove it, and the search begins anew"
 
@@ -57,6 +60,14 @@ class Ledger:
         taken = sum(stage.seconds for stage in self.stages) - (self.base_seconds or 0.0)
         done = {stage.trial: stage.steps for stage in sorted(self.stages, key=lambda stage: stage.steps)}
         return max(taken, 1e-6) / max(sum(done.values()), 1)
+
+    def decide(self) -> None:
+        """The winner: the recipe itself where it is as good. Raises Diverged where no trial has a finite loss."""
+        ends = {stage.trial: stage.loss for stage in self.stages if stage.finished and stage.loss is not None}
+        if not ends:
+            raise Diverged("no trial has a finite loss; look at the data, or name a lower train.learning_rate")
+        best = min(ends, key=lambda trial: (ends[trial], trial))
+        self.winner = 0 if ends.get(0, math.inf) <= ends[best] * (1 + AS_GOOD) else best
 
     def predicted(self, steps: int) -> float:
         """Seconds of the whole search, were it to end with so many more optimiser steps."""

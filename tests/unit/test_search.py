@@ -283,9 +283,8 @@ def test_a_recipe_that_is_as_good_wins(work: Work, tmp_path: Path, loss: float |
     losses = {0: loss, 1: 1.3, 2: 1.0, 3: None}
     made.ledger.stages = [Stage(trial, 9, lowest, 1.0, True) for trial, lowest in losses.items()]
     made.ledger.stages.append(Stage(4, 3, 0.5, 1.0, False))  # compared, and left out
-    made._decide()
-    kept = read_ledger(tmp_path)
-    assert kept is not None and kept.winner == winner
+    made.ledger.decide()
+    assert made.ledger.winner == winner
     begins = "The default was as good: validation loss" if winner == 0 else "Best: "
     assert verdict(made, winner).startswith(begins)
 
