@@ -20,7 +20,7 @@ from finetune.training import search
 from finetune.training.job import Job
 from finetune.training.rate_rule import Start
 from finetune.training.search import SPARED, Search
-from finetune.training.search_ledger import Ledger, Stage, read_ledger
+from finetune.training.search_ledger import Ledger, Stage
 from finetune.training.search_trials import Trial, compared_after, going_on, most_that_fit, trials_of
 from tests.end_to_end.command import Work
 from tests.unit.test_suspects import labelled
