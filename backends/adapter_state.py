@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -121,17 +120,27 @@ def fitting(state: TrainState, shapes: Mapping[str, tuple[int, ...]]) -> TrainSt
     Arrays that fit are the state's own: a session copies them. Adapters of other programs may name the beginning of a
     layer's name otherwise.
     """
-    state = replace(state, adapter=_as_named_here(state.adapter, shapes))
+    adapter = _as_named_here(state.adapter, shapes)
     moment_shapes = {f"{name}.{kind}": shape for name, shape in shapes.items() for kind in MOMENTS}
     moments = state.moments or {name: np.zeros(shape, np.float32) for name, shape in moment_shapes.items()}
-    problems = _differences(state.adapter, shapes) + _differences(moments, moment_shapes)
+    _refuse(_differences(adapter, shapes) + _differences(moments, moment_shapes))
+    return TrainState(state.step, _in_order(adapter, shapes), _in_order(moments, moment_shapes))
+
+
+def fitting_trained(tensors: Mapping[str, FloatArray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FloatArray]:
+    """The same for what trains alone."""
+    named = _as_named_here(tensors, shapes)
+    _refuse(_differences(named, shapes))
+    return _in_order(named, shapes)
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise IncompatibleState("; ".join(problems))
-    return TrainState(
-        state.step,
-        {name: np.require(state.adapter[name], np.float32, "W") for name in shapes},
-        {name: np.require(moments[name], np.float32, "W") for name in moment_shapes},
-    )
+
+
+def _in_order(tensors: Mapping[str, FloatArray], names: Iterable[str]) -> dict[str, FloatArray]:
+    return {name: np.require(tensors[name], np.float32, "W") for name in names}
 
 
 def _as_named_here(offered: Mapping[str, FloatArray], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FloatArray]:

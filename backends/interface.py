@@ -265,6 +265,9 @@ class Session(Reader, Protocol):
     def trained(self) -> dict[str, FloatArray]:
         """What trains as it is now: a copy."""
 
+    def set_trained(self, tensors: Mapping[str, FloatArray]) -> None:
+        """In the place of what trains; step and moments stay. Raises IncompatibleState."""
+
     def get_state(self) -> TrainState:
         """A copy; later steps do not change it."""
 

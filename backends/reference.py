@@ -6,7 +6,7 @@ chosen unless it is named.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from backends.adapter_state import (
     NO_HEAD,
     NO_TEXT,
     fitting,
+    fitting_trained,
     head_shape,
     initial_adapter,
     magnitudes_of,
@@ -198,6 +199,9 @@ class ReferenceSession(Bigram):
 
     def trained(self) -> dict[str, FloatArray]:
         return {name: value.copy() for name, value in self._adapter.items()}
+
+    def set_trained(self, tensors: Mapping[str, FloatArray]) -> None:
+        self._adapter = {name: value.copy() for name, value in fitting_trained(tensors, self._shapes).items()}
 
     def get_state(self) -> TrainState:
         return TrainState(self._step, self.trained(), {name: value.copy() for name, value in self._moments.items()})

@@ -139,13 +139,20 @@ class SharedSession:
     def trained(self) -> dict[str, FloatArray]:
         return self.inner.trained()
 
+    def set_trained(self, tensors: Mapping[str, FloatArray]) -> None:
+        """As `set_state`."""
+        self._in_every_process(lambda: self.inner.set_trained(tensors))
+
     def get_state(self) -> TrainState:
         return self.inner.get_state()
 
     def set_state(self, state: TrainState) -> None:
         """In every process. Raises Apart where they held other numbers before."""
+        self._in_every_process(lambda: self.inner.set_state(state))
+
+    def _in_every_process(self, change: Callable[[], None]) -> None:
         before = self.inner.get_state()
-        self.inner.set_state(state)
+        change()
         marks = self._send_state(self.inner.get_state())
         compare([digest(before), *marks[1:]], before.step)
 

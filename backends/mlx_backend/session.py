@@ -11,7 +11,15 @@ from functools import cached_property, partial
 import mlx.core as mx
 import numpy as np
 
-from backends.adapter_state import NO_HEAD, NO_TEXT, adapted_modules, fitting, trained_shapes, untrained
+from backends.adapter_state import (
+    NO_HEAD,
+    NO_TEXT,
+    adapted_modules,
+    fitting,
+    fitting_trained,
+    trained_shapes,
+    untrained,
+)
 from backends.config_sizes import answering_bytes
 from backends.interface import (
     HEAD_WEIGHT,
@@ -193,6 +201,11 @@ class MlxSession(Keeping):
 
     def trained(self) -> dict[str, FloatArray]:
         return to_numpy(self._state.adapter, self._held.transposed)
+
+    def set_trained(self, tensors: Mapping[str, FloatArray]) -> None:
+        fitted = to_mlx(fitting_trained(tensors, self._shapes), self._held.transposed)
+        self._state = State(self._state.step, fitted, self._state.moments)
+        self._put_in(self._state.adapter)
 
     def get_state(self) -> TrainState:
         return TrainState(self._state.step, self.trained(), to_numpy(self._state.moments, self._held.transposed))

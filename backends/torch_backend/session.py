@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any
@@ -16,6 +16,7 @@ from backends.adapter_state import (
     NO_TEXT,
     adapted_modules,
     fitting,
+    fitting_trained,
     magnitudes_of,
     trained_shapes,
     untrained,
@@ -236,14 +237,19 @@ class TorchSession(Keeping):
     def trained(self) -> dict[str, FloatArray]:
         return _arrays(self._adapter)
 
+    def set_trained(self, tensors: Mapping[str, FloatArray]) -> None:
+        fitted = fitting_trained(tensors, self._shapes)
+        with torch.no_grad():
+            for name, tensor in self._adapter.items():
+                tensor.copy_(torch.from_numpy(fitted[name]))
+
     def get_state(self) -> TrainState:
         return TrainState(self._step, self.trained(), _arrays(self._optimiser.moments))
 
     def set_state(self, state: TrainState) -> None:
         state = fitting(state, self._shapes)
+        self.set_trained(state.adapter)
         with torch.no_grad():
-            for name, tensor in self._adapter.items():
-                tensor.copy_(torch.from_numpy(state.adapter[name]))
             self._optimiser.set_moments(state.moments)
         self._step = state.step
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from backends.interface import HEAD_WEIGHT, FloatArray, Reader, Session, TrainState
+from backends.interface import HEAD_WEIGHT, FloatArray, Reader, Session
 from finetune.data.rows import Example, Prepared, Split
 from finetune.data.tokenizer import Tokenizer, answer_text
 from finetune.errors import Diverged
@@ -173,10 +173,10 @@ def base_weights(session: Session, head: Mapping[str, FloatArray] | None = None)
 
     head: of a run with one, the head that learned alone, on the frozen model; not given: the head stays as it is.
     """
-    state = session.get_state()
-    kept = {name: value for name, value in state.adapter.items() if name == HEAD_WEIGHT}
-    session.set_state(TrainState(state.step, {**session.untrained(), **kept, **(head or {})}, state.moments))
+    trained = session.trained()
+    kept = {name: value for name, value in trained.items() if name == HEAD_WEIGHT}
+    session.set_trained({**session.untrained(), **kept, **(head or {})})
     try:
         yield
     finally:
-        session.set_state(state)
+        session.set_trained(trained)

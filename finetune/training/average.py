@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from backends.interface import FloatArray, Session, TrainState
+from backends.interface import FloatArray, Session
 from finetune.recipe.schedule import Plan
 
-SAMPLES = 16  # of an epoch, at most: more of them say the same
+SAMPLES = {"lora": 16, "full": 2}  # of an epoch, at most: more say the same, and a whole model is a large sample
 POWER = 5  # the n-th sample weighs about n ** POWER: the average is of the last part of the run, however long that is
 
 
@@ -22,8 +22,8 @@ class Average:
     2013, section 4). Of a run whose end is known it stays empty.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._every = max(plan.steps_per_epoch // SAMPLES, 1) if plan.open_end else None
+    def __init__(self, plan: Plan, method: str = "lora") -> None:
+        self._every = max(plan.steps_per_epoch // SAMPLES[method], 1) if plan.open_end else None
         self.tensors: dict[str, FloatArray] = {}
 
     def restore(self, tensors: Mapping[str, FloatArray]) -> None:
@@ -51,9 +51,9 @@ class Average:
         if not self.tensors:
             yield
             return
-        now = session.get_state()
-        session.set_state(TrainState(now.step, self.tensors, {}))
+        now = session.trained()
+        session.set_trained(self.tensors)
         try:
             yield
         finally:
-            session.set_state(now)
+            session.set_trained(now)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.interface import HEAD_WEIGHT, FloatArray, Session, TrainState
+from backends.interface import HEAD_WEIGHT, FloatArray, Session
 from finetune.data.rows import Example
 from finetune.disk.run_folder import RunFolder
 from finetune.disk.trained_head import read_head, write_head
@@ -40,15 +40,15 @@ def head_first(job: Job, session: Session, run: RunFolder) -> Generator[Event, N
     """
     if job.recipe.head is None:
         return None
-    state = session.get_state()
+    trained = session.trained()
     head = read_head(run)
     if head is None:
         weight = yield from _trained(job, session, job.recipe.head.first_epochs)
         write_head(run, weight)
         head = {HEAD_WEIGHT: weight}
-    if head[HEAD_WEIGHT].shape != state.adapter[HEAD_WEIGHT].shape:
+    if head[HEAD_WEIGHT].shape != trained[HEAD_WEIGHT].shape:
         raise Incompatible(f"{run.head}: a head for other labels or another model; delete it")
-    session.set_state(TrainState(state.step, {**state.adapter, **head}, state.moments))
+    session.set_trained({**trained, **head})
     return head
 
 

@@ -54,7 +54,7 @@ class Trainer:
         self.stopping = False  # set by whoever takes the events: stop after this step, or within this validation
         self.objective = objective_of(self.recipe)
         self.plan: Plan = make_plan(self.recipe, len(self.prepared.train.examples))
-        self.average = Average(self.plan)
+        self.average = Average(self.plan, self.recipe.method)
         self.majority = self.prepared.majority
         self.state = LoopState(self.recipe.train.tokens_at_once)
         self.best: Mapping[str, FloatArray] | None = None  # the adapter of the best validation

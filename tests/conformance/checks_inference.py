@@ -156,6 +156,10 @@ def check_state_goes_out_and_in(case: Case) -> None:
     assert not differ(TrainState(0, trained, {}), TrainState(0, kept, {})), (
         "what trains, and later steps change no copy"
     )
+    now = session.get_state()
+    session.set_trained(trained)
+    identical(session.get_state(), replace(now, adapter=trained))
+    np.testing.assert_array_equal(session.score(BATCH).logprob, scores)
     for value in state.adapter.values():
         value[:] = 0
     np.testing.assert_array_equal(fresh.score(BATCH).logprob, scores)

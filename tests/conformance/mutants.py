@@ -142,6 +142,11 @@ class TrainedIsALiveView(ReferenceSession):
         return TrainState(self._step, *copies(self._adapter, self._moments))
 
 
+class MomentsGoWithWhatTrains(ReferenceSession):
+    def set_trained(self, tensors: Any) -> None:
+        self.set_state(TrainState(self._step, tensors, {}))
+
+
 class TrainedIsTheStart(ReferenceSession):
     def trained(self) -> Any:
         return self.untrained()
@@ -310,6 +315,7 @@ SESSIONS: dict[str, type[ReferenceSession]] = {
         BaseWeightIsALiveView,
         StateIsALiveView,
         TrainedIsALiveView,
+        MomentsGoWithWhatTrains,
         TrainedIsTheStart,
         StateIsNotCopiedIn,
         StepCountedThoughRefused,

@@ -120,11 +120,12 @@ class Numbers:
         return {"a": np.array([self.now], np.float32)}
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("rows", [13, 200, 640, 1000])
-def test_the_average_weighs_late_steps_more(rows: int) -> None:
+def test_the_average_weighs_late_steps_more(rows: int, method: str) -> None:
     asked = auto()
     plan, numbers = make_plan(asked, rows), Numbers()
-    average, every = Average(plan), max(plan.steps_per_epoch // SAMPLES, 1)
+    average, every = Average(plan, method), max(plan.steps_per_epoch // SAMPLES[method], 1)
     samples = []
     for step in range(1, plan.steps + 1):
         numbers.now = np.sin(step) + step / plan.steps
@@ -136,7 +137,7 @@ def test_the_average_weighs_late_steps_more(rows: int) -> None:
     for p in range(1, POWER + 1):  # n (n + 1) ... (n + POWER - 1): about n ** POWER
         weights *= n + p - 1
     assert average.tensors["a"][0] == pytest.approx(np.average(samples, weights=weights), rel=1e-4)
-    assert len(samples) <= MOST_EPOCHS * (2 * SAMPLES)
+    assert len(samples) <= MOST_EPOCHS * (2 * SAMPLES[method])
 
 
 def test_a_run_of_a_number_of_epochs_keeps_what_was_trained_last(tmp_path: Path) -> None:
