@@ -80,11 +80,11 @@ def fitted(hidden: int, batch: int, steps: int, averaged: bool = False) -> float
     | 576         | SmolLM2, 0.135 B       | 5e-4                                 |                         |
     | 4,096       | models of 8 B          | 1e-4                                 |                         |
 
-    The figures of the embedded base are in tests/benchmarks/README.md; the wider models were not measured with an
-    average. The square root for the batch is Adam's (Malladi et al., 2022). Rank and trainable numbers are not in it:
-    with one alpha and a scale of alpha / rank the best rate hardly depends on them (Schulman et al., "LoRA Without
-    Regret", 2025). Adam moves a weight by about the rate in each step, so a run of few steps needs a higher rate to
-    come as far: as many times higher with an average, the root of it where the rate falls.
+    The figures are in tests/benchmarks/README.md. With an average SmolLM2 did well at the rule's rate in two short
+    runs; wider models were not measured. The square root for the batch is Adam's (Malladi et al., 2022). Rank and
+    trainable numbers are not in it: with one alpha and a scale of alpha / rank the best rate hardly depends on them
+    (Schulman et al., "LoRA Without Regret", 2025). Adam moves a weight by about the rate in each step, so a run of few
+    steps needs a higher rate to come as far: as many times higher with an average, the root of it where the rate falls.
     """
     short = min(max(SHORT / steps, 1.0), 8.0 if averaged else 16.0)
     known, power = (AVERAGED, 1.0) if averaged else (FALLING, 0.5)
