@@ -132,6 +132,7 @@ class Costs:
     recurrent_working: Callable[[Recurrence, int], float] = lambda recurrence, tokens: 0.0  # beside it, for so many
     maps_files: bool = False  # whether the files' pages stay in memory while weights are cast or quantised
     quantising: float = 0.0  # per weight of the layer that is being quantised
+    average: float = 4.0  # per number that trains: an average over the steps, where the recipe asks for one
 
 
 def cuda_libraries() -> float:

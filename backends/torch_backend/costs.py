@@ -110,6 +110,7 @@ NVIDIA = replace(
     device="gpu",
     update=6.0,  # a checkpoint's copy lies beside it, in the machine's memory
     whole_update=0.0,  # weights anew, 4; the best ones lie there too
+    average=0.0,  # and so does the average
     runtime=450e6,
     reached=0.35,  # assumed
     unpacking=0.0,
@@ -131,7 +132,7 @@ NVIDIA = replace(
     maps_files=False,
 )
 # its memory is the machine's: nothing is copied out of the way
-APPLE = replace(NVIDIA, parked_inputs=None, whole_update=8.0)
+APPLE = replace(NVIDIA, parked_inputs=None, whole_update=8.0, average=4.0)
 COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": APPLE if sys.platform == "darwin" else NVIDIA}
 
 

@@ -17,6 +17,7 @@ from backends.memory_plan import (
     footprint,
     kept_states_bytes,
     read_architecture,
+    trained_numbers,
 )
 from backends.model_folder import ModelFolder
 from backends.streaming import frozen_file_bytes
@@ -50,6 +51,7 @@ class Workload:
     seed: int
     unsettled: bool = False  # whether the recipe leaves it open if activations are computed again
     streamable: bool = False  # whether the model may be streamed where it does not fit
+    averaged: bool = False  # whether an average over the steps is kept
 
     def settled(self, costs: Costs, memory: float | None, micro_tokens: int | None) -> Workload:
         """The same, streamed if its smallest step would not fit in `memory` bytes otherwise.
@@ -81,7 +83,9 @@ class Workload:
 
     def memory(self, micro_tokens: int, costs: Costs) -> Footprint:
         micro = largest_micro(self.examples, self.batch_size, self.seed, micro_tokens)
-        return footprint(self.architecture, self.model, self.lora, self.adapted, micro, costs)
+        needed = footprint(self.architecture, self.model, self.lora, self.adapted, micro, costs)
+        numbers = trained_numbers(self.architecture, self.lora, self.adapted) if self.averaged else 0
+        return replace(needed, adapter=needed.adapter + costs.average * numbers)
 
     def kept_on_disk(self, device: Device) -> int:
         """Bytes of the temporary file with the states of all rows that enter the first adapted block."""
@@ -222,6 +226,7 @@ def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -
         seed=recipe.seed,
         unsettled=recipe.train.gradient_checkpointing == "auto",
         streamable=bool(folder.weights) and not folder.remote_code,
+        averaged=plan.open_end,
     )
 
 

@@ -18,7 +18,9 @@ from rich.table import Table
 
 from backends import matmul_speed, registry
 from backends.interface import LoraSpec
+from backends.memory_plan import trained_numbers
 from backends.model_folder import ModelFolder
+from backends.torch_backend.costs import NVIDIA
 from finetune.commands.plan import answer, compare_backends, verdict
 from finetune.console import Console, plain_page
 from finetune.data.collate import micro_batches, step_indices
@@ -68,6 +70,16 @@ def test_no_micro_batch_of_the_first_epoch_is_larger(lengths: list[int], batch_s
         chosen = [rows[i] for i in step_indices(len(rows), batch_size, 0, step)]
         sizes += [batch.inputs.size for batch in micro_batches(chosen, tokens, share=False)]
     assert found.tokens == max(sizes)
+
+
+@pytest.mark.parametrize("lora", [LoraSpec(8, 16.0), LoraSpec(8, 16.0, whole=True)])
+def test_an_average_is_held_beside_what_trains_but_not_on_an_nvidia_card(lora: LoraSpec) -> None:
+    plain = work(lora=lora)
+    averaged = replace(plain, averaged=True)
+    numbers = trained_numbers(plain.architecture, lora, plain.adapted)
+    for costs, each in ((registry.costs("torch", "cpu"), 4), (registry.costs("mlx", "gpu"), 4), (NVIDIA, 0)):
+        more = averaged.memory(512, costs).peak - plain.memory(512, costs).peak
+        assert more == pytest.approx(each * numbers)
 
 
 def test_the_longest_row_of_many_steps_is_seen() -> None:
