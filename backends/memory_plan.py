@@ -111,9 +111,18 @@ def read_architecture(folder: ModelFolder) -> Architecture:
 
 
 def footprint(
-    architecture: Architecture, model: ModelSpec, lora: LoraSpec, adapted: Modules, micro: Micro, costs: Costs
+    architecture: Architecture,
+    model: ModelSpec,
+    lora: LoraSpec,
+    adapted: Modules,
+    micro: Micro,
+    costs: Costs,
+    averaged: bool = False,
 ) -> Footprint:
-    """Of training `adapted` with micro-batches no larger than `micro`, with the backend and device of `costs`."""
+    """Of training `adapted` with micro-batches no larger than `micro`, with the backend and device of `costs`.
+
+    averaged: whether an average over the steps is kept.
+    """
     number = model.number_bytes(costs.device)
     trainable = trained_numbers(architecture, lora, adapted)
     micro = _at_once(micro, costs)
@@ -139,7 +148,8 @@ def footprint(
     return Footprint(
         runtime=_runtime(model, micro, number, costs),
         weights=weights - parked,
-        adapter=(16.0 if lora.whole else 20.0) * trainable,  # four or five times float32
+        # four or five times float32
+        adapter=((16.0 if lora.whole else 20.0) + costs.average * averaged) * trainable,
         activations=activations,
         # the update begins when activations are gone
         working=max(working + costs.whole_sum * trainable * lora.whole, updating - activations),

@@ -238,7 +238,9 @@ class TorchSession(Keeping):
         return _arrays(self._adapter)
 
     def set_trained(self, tensors: Mapping[str, FloatArray]) -> None:
-        fitted = fitting_trained(tensors, self._shapes)
+        self._take(fitting_trained(tensors, self._shapes))
+
+    def _take(self, fitted: Mapping[str, FloatArray]) -> None:
         with torch.no_grad():
             for name, tensor in self._adapter.items():
                 tensor.copy_(torch.from_numpy(fitted[name]))
@@ -248,7 +250,7 @@ class TorchSession(Keeping):
 
     def set_state(self, state: TrainState) -> None:
         state = fitting(state, self._shapes)
-        self.set_trained(state.adapter)
+        self._take(state.adapter)
         with torch.no_grad():
             self._optimiser.set_moments(state.moments)
         self._step = state.step

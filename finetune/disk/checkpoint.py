@@ -80,7 +80,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
 def check_tensors(checkpoint: Checkpoint, path: Path, remedy: str) -> None:
     """Raises Incompatible where a number is not finite, or an adapter beside the state's is not of its shape."""
     state, beside = checkpoint.state, {"best": checkpoint.best, "average": checkpoint.average}
-    others = {name: tensors for name, tensors in beside.items() if tensors}
+    others = {name: tensors for name, tensors in beside.items() if tensors is not None}
     for tensors in (state.adapter, state.moments, *others.values()):
         for name, tensor in tensors.items():
             if not np.isfinite(tensor).all():

@@ -22,9 +22,10 @@ class Average:
     2013, section 4). Of a run whose end is known it stays empty.
     """
 
-    def __init__(self, plan: Plan, method: str = "lora") -> None:
+    def __init__(self, plan: Plan, method: str) -> None:
         self._every = max(plan.steps_per_epoch // SAMPLES[method], 1) if plan.open_end else None
         self.tensors: dict[str, FloatArray] = {}
+        self.power = POWER
 
     def restore(self, tensors: Mapping[str, FloatArray]) -> None:
         self.tensors = {name: tensor.copy() for name, tensor in tensors.items()}
@@ -37,7 +38,7 @@ class Average:
         if not self.tensors:
             self.tensors = sample
             return
-        share = np.float32((POWER + 1) / (step // self._every + POWER))
+        share = np.float32((self.power + 1) / (step // self._every + self.power))
         for name, tensor in sample.items():
             self.tensors[name] += share * (tensor - self.tensors[name])
 

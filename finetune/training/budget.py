@@ -17,7 +17,6 @@ from backends.memory_plan import (
     footprint,
     kept_states_bytes,
     read_architecture,
-    trained_numbers,
 )
 from backends.model_folder import ModelFolder
 from backends.streaming import frozen_file_bytes
@@ -83,9 +82,7 @@ class Workload:
 
     def memory(self, micro_tokens: int, costs: Costs) -> Footprint:
         micro = largest_micro(self.examples, self.batch_size, self.seed, micro_tokens)
-        needed = footprint(self.architecture, self.model, self.lora, self.adapted, micro, costs)
-        numbers = trained_numbers(self.architecture, self.lora, self.adapted) if self.averaged else 0
-        return replace(needed, adapter=needed.adapter + costs.average * numbers)
+        return footprint(self.architecture, self.model, self.lora, self.adapted, micro, costs, self.averaged)
 
     def kept_on_disk(self, device: Device) -> int:
         """Bytes of the temporary file with the states of all rows that enter the first adapted block."""

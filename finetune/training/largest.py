@@ -29,7 +29,7 @@ def longest_row(work: Workload, costs: Costs, memory: float, positions: int) -> 
     while low < high:
         middle = (low + high + 1) // 2
         micro = Micro(1, middle * STEP, min(middle * STEP, supervised))
-        needed = footprint(work.architecture, work.model, work.lora, work.adapted, micro, costs)
+        needed = footprint(work.architecture, work.model, work.lora, work.adapted, micro, costs, work.averaged)
         low, high = (middle, high) if needed.peak <= memory else (low, middle - 1)
     return low * STEP
 
@@ -41,7 +41,7 @@ def largest_model(work: Workload, costs: Costs, memory: float) -> str | None:
     for name, sizes in MODELS.items():
         shape = architecture_of(*sizes)
         adapted = _adapted(shape, work.lora)
-        if footprint(shape, work.model, work.lora, adapted, micro, costs).peak <= memory:
+        if footprint(shape, work.model, work.lora, adapted, micro, costs, work.averaged).peak <= memory:
             fitting = name
     return fitting
 

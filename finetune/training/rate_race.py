@@ -76,7 +76,7 @@ class Race:
 
     chosen: float
     start: Start
-    course: Course | None  # None: the run is too short for a race
+    course: Course | None  # None: there is none, as `Start.no_race` says
     laps: tuple[Lap, ...]
     seconds: float
 

@@ -102,9 +102,9 @@ class Search:
             for trial in self._by_shape(kept[:first]):
                 yield from self._within_budget(trial, self.steps_of(trial))
             for trial in kept[first:]:
-                yield from self._within_budget(trial, self.steps_of(trial))
                 if self.ledger.skipped:
                     break
+                yield from self._within_budget(trial, self.steps_of(trial))
             self.ledger.decide()
             self._write()
         self._sessions.close()  # its run opens a model of its own
@@ -155,7 +155,7 @@ class Search:
 
     def _kept(self, trials: list[int]) -> list[int]:
         """Those that may go on, the best first, of equals the first; their checkpoints alone are kept."""
-        stages = [stage for trial in trials if trial not in self.ledger.skipped and (stage := self.ledger.last(trial))]
+        stages = [stage for trial in trials if (stage := self.ledger.last(trial))]
         alive = sorted((stage.loss, stage.trial) for stage in stages if stage.loss is not None)
         kept = [trial for _, trial in alive[: going_on(len(trials)) + SPARED]]
         for trial in set(trials) - set(kept):

@@ -22,8 +22,8 @@ from finetune.disk.checkpoint import Checkpoints
 from finetune.disk.run_folder import RunFolder
 from finetune.evaluation.evaluate import evaluate
 from finetune.events import StepDone, result_of
-from finetune.training import average
-from finetune.training.average import Average
+from finetune.recipe.schedule import make_plan
+from finetune.training.average import POWER, Average
 from finetune.training.head_first import head_first
 
 BESIDE = ("evaluate.base=false", "evaluate.forgetting=false", "train.schedule=constant", "train.early_stopping=99")
@@ -36,8 +36,10 @@ def followed(asked: argparse.Namespace, folder: Path) -> None:
     result_of(head_first(job, session, RunFolder(folder)))
     recipe = job.recipe.with_train(learning_rate=asked.rate, epochs=asked.epochs)
     trainer = NeverSaves(session, job.prepared, recipe, Checkpoints(Path(), {}))
-    open_end = NeverSaves(session, job.prepared, recipe.with_train(epochs="auto"), Checkpoints(Path(), {})).plan
-    averages = {power: Average(open_end) for power in asked.powers}
+    open_end = make_plan(recipe.with_train(epochs="auto"), len(job.prepared.train.examples))
+    averages = {power: Average(open_end, recipe.method) for power in asked.powers}
+    for power, one in averages.items():
+        one.power = power
 
     def figures() -> list[Any]:
         def of(split: Split) -> list[float | None]:
@@ -49,7 +51,7 @@ def followed(asked: argparse.Namespace, folder: Path) -> None:
     for event in trainer.events():
         if not isinstance(event, StepDone):
             continue
-        for average.POWER, one in averages.items():  # type: ignore[misc]
+        for one in averages.values():
             one.follow(event.step, session)
         if trainer.plan.ends_epoch(event.step):
             told: dict[str, Any] = {"epoch": event.step // trainer.plan.steps_per_epoch, "last step": figures()}
@@ -64,7 +66,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--set", choices=SIZES, required=True)
     parser.add_argument("--rate", type=float, required=True)
-    parser.add_argument("--powers", type=int, nargs="+", default=[average.POWER])
+    parser.add_argument("--powers", type=int, nargs="+", default=[POWER])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, help="to train on, at most")

@@ -149,7 +149,7 @@ def test_a_run_of_a_number_of_epochs_keeps_what_was_trained_last(tmp_path: Path)
 
 def test_what_is_validated_and_kept_is_the_average(tmp_path: Path) -> None:
     made = toy(tmp_path, auto(learning_rate=0.15))
-    session, by_hand = made.session, Average(make_plan(made.recipe, 13))
+    session, by_hand = made.session, Average(make_plan(made.recipe, 13), "lora")
     for event in made.events():
         if isinstance(event, StepDone):
             by_hand.follow(event.step, session)
