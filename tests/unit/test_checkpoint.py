@@ -3,6 +3,7 @@ import json
 import os
 import tracemalloc
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.numpy import save as serialise
 from backends import registry
 from backends.interface import FloatArray, TrainState
 from finetune.disk.atomic import new_folder, recover, write_file
-from finetune.disk.checkpoint import Checkpoint, load_newest, save
+from finetune.disk.checkpoint import Checkpoint, check_tensors, load_newest, save
 from finetune.disk.identity import check_identity
 from finetune.disk.manifest import newest_good
 from finetune.disk.safetensors_file import tensor_pieces
@@ -242,6 +243,16 @@ def test_nothing_that_is_not_finite_is_written(tmp_path, part, value):
     with pytest.raises(Diverged, match="step 2"):
         save(tmp_path, bad)
     assert names(tmp_path) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("part", ["best", "average"])
+@pytest.mark.parametrize("kept", [0, 1])
+def test_an_adapter_beside_the_state_has_all_its_tensors(part, kept):
+    whole = checkpoint(1)
+    check_tensors(replace(whole, **{part: whole.state.adapter}), Path("step-1"), "remove it")
+    fewer = dict([*whole.state.adapter.items()][:kept])
+    with pytest.raises(Incompatible, match=f"{part}.safetensors: other tensors than the adapter's; remove it"):
+        check_tensors(replace(whole, **{part: fewer}), Path("step-1"), "remove it")
 
 
 def test_identity_lists_every_difference():
