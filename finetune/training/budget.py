@@ -26,7 +26,7 @@ from finetune.data.rows import Example
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec
-from finetune.training.sampled_steps import SAMPLED, Cut, largest_micro
+from finetune.training.sampled_steps import SAMPLED, Cut, Rows, largest_micro
 from finetune.training.speed import Speed
 
 LEAST, MOST = 64, 2**17  # tokens at a time that `auto` chooses from
@@ -34,6 +34,7 @@ ENOUGH = 1024  # of them, beyond which unpacking 4-bit weights and starting kern
 PLAIN = 0.6  # times the start of an adapted layer: that of another, which has one product in the place of three
 DISK_RATE = 1e9  # bytes per second of a solid-state disk, assumed: the slower ones of 2020 and later reach it
 SPARE = 0.9  # of the free memory: other programs go on
+NO_ROWS = Rows.of([])
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,14 @@ class Workload:
         backward pass, and the forward pass is computed in the first epoch alone.
         """
         shape = self.architecture
-        lengths, scale = [len(example.tokens) - 1 for example in self.examples], 1.0
-        if cut is not None:
-            lengths, scale = cut.lengths, cut.scale
+        rows = cut.rows if cut else Rows.of([len(example.tokens) - 1 for example in self.examples])
         frozen = first_adapted(self.adapted)
         adapted = shape.blocks - frozen
-        lora = 0.0 if self.lora.whole else 6.0 * self.lora.trainable(self.adapted) * sum(lengths) * scale
+        lora = 0.0 if self.lora.whole else 6.0 * self.lora.trainable(self.adapted) * rows.tokens
         passes = 2.0 + self.lora.whole + self.model.checkpointing
         of_output = (4.0 + 2.0 * self.lora.whole) * shape.vocabulary
         head = (6.0 * self.lora.classes or of_output) * shape.hidden * self.supervised
-        return self._block(lengths) * scale * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head
+        return self._block(rows) * (adapted * passes + frozen / max(self.epochs, 1.0)) + lora + head
 
     def read_seconds(self) -> float:
         """Of one pass through a streamed model's frozen blocks, as far as the disk goes."""
@@ -122,12 +121,11 @@ class Workload:
         cut, passes = self.cut(micro_tokens, speed.at_once), 2 + self.model.checkpointing
         masking = 0.0
         if self.lora.dropout:
-            masked = sum(inputs for _, inputs in self.adapted.values()) * sum(cut.lengths) * cut.scale
-            masking = speed.masking * masked
+            masking = speed.masking * sum(inputs for _, inputs in self.adapted.values()) * cut.rows.tokens
         through, once = (1 - self.frozen) * passes, self.frozen / max(self.epochs, 1.0)  # as in `operations`
         alone = len(self.examples) / max(self.epochs, 1.0)  # rows that frozen blocks compute, each by itself
-        elementwise = self.elementwise(speed, cut.lengths) * cut.scale * (through + once)
-        elementwise += self.elementwise(speed, [], self.supervised) * passes
+        elementwise = self.elementwise(speed, cut.rows) * (through + once)
+        elementwise += self.elementwise(speed, NO_ROWS, self.supervised) * passes
         elementwise += self.reading_weights(speed) * (cut.batches * through + alone * self.frozen)
         layers = self.starts(speed) * cut.batches * (passes + 1) + self.frozen_starts(speed) * alone  # backward: two
         return speed.seconds(self.operations(cut) + passes * masking, layers, elementwise)
@@ -153,14 +151,12 @@ class Workload:
         """Seconds that one pass through the layers takes however few its tokens are."""
         return speed.elementwise.weight * self.architecture.linear + speed.unpacking * self.packed / speed.rate
 
-    def elementwise(self, speed: Speed, lengths: Sequence[int], logits_of: int = 0) -> float:
-        """Seconds of all that is not a product in one forward pass of rows of so many tokens, and at so many positions
-        of the output layer.
-        """
-        shape, each, tokens = self.architecture, speed.elementwise, np.array(lengths, np.float64)
-        of_scores = each.score * shape.heads * shape.blocks * (tokens**2).sum()
+    def elementwise(self, speed: Speed, rows: Rows, logits_of: int = 0) -> float:
+        """Seconds of all that is not a product in one forward pass, and at so many positions of the output layer."""
+        shape, each = self.architecture, speed.elementwise
+        of_scores = each.score * shape.heads * shape.blocks * rows.pairs
         of_logits = each.logit * (self.lora.classes or shape.vocabulary) * logits_of
-        return float(each.number * shape.widths * tokens.sum() + of_scores + of_logits)
+        return each.number * shape.widths * rows.tokens + of_scores + of_logits
 
     @property
     def supervised(self) -> int:
@@ -177,7 +173,7 @@ class Workload:
 
         at_once: tokens of a micro-batch that are computed together; None: all.
         """
-        n, lengths, batches = len(self.examples), list[int](), 0
+        n, computed, batches = len(self.examples), NO_ROWS, 0
         steps = -(-n // self.batch_size)
         looked = range(min(steps, SAMPLED))
         for step in looked:
@@ -185,28 +181,27 @@ class Workload:
             prefix = 0 if first_adapted(self.adapted) else shared_prefix(rows)
             for group in groups([len(row.tokens) - prefix for row in rows], micro_tokens, prefix):
                 wide = width(max(len(rows[i].tokens) for i in group) - prefix - 1)
-                lengths += [wide] * len(group) + [prefix] * bool(prefix)
+                computed += Rows.of([wide] * len(group), prefix) + Rows.of([prefix] * bool(prefix))
                 batches += -(-len(group) // max(1, (at_once or micro_tokens) // max(1, wide)))
-        return Cut(lengths, batches * steps / len(looked), steps / len(looked))
+        return Cut(computed * (steps / len(looked)), batches * steps / len(looked))
 
-    def scoring(self, lengths: Sequence[int], supervised: int, known: bool = False) -> float:
-        """Floating-point operations of one forward pass of rows of so many tokens, and the head where it is read.
+    def scoring(self, rows: Rows, supervised: int, known: bool = False) -> float:
+        """Floating-point operations of one forward pass, and the head where it is read.
 
         known: what frozen blocks make of the rows is.
         """
         shape = self.architecture
-        lora = 0.0 if self.lora.whole else 2.0 * self.lora.trainable(self.adapted) * sum(lengths)
+        lora = 0.0 if self.lora.whole else 2.0 * self.lora.trainable(self.adapted) * rows.tokens
         return (
-            self._block(lengths) * shape.blocks * (1 - self.frozen * known)
+            self._block(rows) * shape.blocks * (1 - self.frozen * known)
             + lora
             + 2.0 * (self.lora.classes or shape.vocabulary) * shape.hidden * supervised
         )
 
-    def _block(self, lengths: Sequence[int]) -> float:
+    def _block(self, rows: Rows) -> float:
         """Of one block's forward pass."""
-        shape, tokens = self.architecture, np.array(lengths, np.float64)
-        products = 2.0 * shape.linear / shape.blocks * tokens.sum()
-        return float(products + 2.0 * shape.queries * (tokens**2).sum())
+        shape = self.architecture
+        return 2.0 * shape.linear / shape.blocks * rows.tokens + 2.0 * shape.queries * rows.pairs
 
 
 def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -> Workload:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from backends.interface import PROMPTS_TOGETHER
+from finetune.data.collate import shared_prefix
 from finetune.data.pair_batches import as_one
 from finetune.data.rows import Example, Prepared
 from finetune.evaluation.analysis import AGAIN, SWAPPED, Questions
@@ -15,7 +16,8 @@ from finetune.evaluation.consistency import SAMPLED
 from finetune.evaluation.forgetting import ANSWERED, ANSWERS, READING, WRITING, GeneralText
 from finetune.evaluation.suite import ASKED, Suite
 from finetune.recipe.schema import Recipe
-from finetune.training.budget import Workload
+from finetune.training.budget import NO_ROWS, Workload
+from finetune.training.sampled_steps import Rows
 from finetune.training.speed import Speed
 
 
@@ -46,34 +48,41 @@ class Seconds:
         """Their losses."""
         examples = [*map(as_one, examples)]
         supervised = sum(int(np.count_nonzero(example.weights[1:])) for example in examples)
-        return self.passes([len(example) - 1 for example in examples], supervised, known)
+        prefix = 0 if self.work.frozen else shared_prefix(examples)
+        rows = Rows.of([len(example) - 1 - prefix for example in examples], prefix)
+        if prefix:  # each batch computes it once, and a row's part of keeping it counts as a quarter (`groups`)
+            tokens = int(rows.tokens) + len(examples) * prefix // 4
+            rows += Rows.of([prefix]) * -(-tokens // max(self.micro_tokens - prefix, 1))
+        return self.passes(rows, supervised, known)
 
     def choosing(self, prompts: Sequence[int], known: bool = False) -> float:
         """A label for each prompt of so many tokens, which is computed once for all labels unless blocks are frozen."""
         labels = [len(label) for label in self.prepared.label_tokens]
         if self.work.frozen:
-            return self.passes([n + label for n in prompts for label in labels], sum(labels) * len(prompts), known)
-        return self.passes([n + sum(labels) for n in prompts], sum(labels) * len(prompts))
+            each = Rows.of([n + label for n in prompts for label in labels])
+            return self.passes(each, sum(labels) * len(prompts), known)
+        return self.passes(Rows.of([n + sum(labels) for n in prompts]), sum(labels) * len(prompts))
 
     def writing(self, prompts: Sequence[int], most: int) -> float:
         """An answer to each, of `most` tokens."""
         steps = -(-len(prompts) // PROMPTS_TOGETHER) * most
         together = min(PROMPTS_TOGETHER, len(prompts))
-        elementwise = self.work.elementwise(self.speed, [1], 1) * together + self.work.reading_weights(self.speed)
-        step, layers = self.work.scoring([1], 1) * together, self.work.starts(self.speed)
+        one = Rows.of([1])
+        elementwise = self.work.elementwise(self.speed, one, 1) * together + self.work.reading_weights(self.speed)
+        step, layers = self.work.scoring(one, 1) * together, self.work.starts(self.speed)
         layers += self.work.frozen_starts(self.speed)
         each = self.speed.seconds(step, layers, elementwise) + self.work.read_seconds()
-        return self.passes(prompts, len(prompts)) + steps * each
+        return self.passes(Rows.of(prompts), len(prompts)) + steps * each
 
-    def passes(self, lengths: Sequence[int], supervised: int, known: bool = False) -> float:
-        """Of forward passes of rows of so many tokens. known: what frozen blocks make of them is kept already."""
-        frozen, batches = self.work.frozen, self.speed.pieces(sum(lengths), self.micro_tokens)
-        alone = 0 if known else len(lengths)  # rows that frozen blocks compute, each by itself
-        elementwise = self.work.elementwise(self.speed, lengths) * (1 - frozen * known)
-        elementwise += self.work.elementwise(self.speed, [], supervised)
+    def passes(self, rows: Rows, supervised: int, known: bool = False) -> float:
+        """Of forward passes. known: what frozen blocks make of the rows is kept already."""
+        frozen, batches = self.work.frozen, self.speed.pieces(rows.tokens, self.micro_tokens)
+        alone = 0 if known else rows.count  # rows that frozen blocks compute, each by itself
+        elementwise = self.work.elementwise(self.speed, rows) * (1 - frozen * known)
+        elementwise += self.work.elementwise(self.speed, NO_ROWS, supervised)
         elementwise += self.work.reading_weights(self.speed) * (batches * (1 - frozen) + alone * frozen)
         layers = self.work.starts(self.speed) * batches + self.work.frozen_starts(self.speed) * alone
-        return self.speed.seconds(self.work.scoring(lengths, supervised, known), layers, elementwise)
+        return self.speed.seconds(self.work.scoring(rows, supervised, known), layers, elementwise)
 
     def evaluation(self, examples: Sequence[Example], known: bool = False) -> dict[str, float]:
         """Of each kind of evaluation of these rows, as `evaluate` names them. known: they were evaluated before."""

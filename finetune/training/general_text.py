@@ -11,6 +11,7 @@ from finetune.training.budget import Workload, workload
 from finetune.training.job import Job
 from finetune.training.predicted_time import seconds_of_parts
 from finetune.training.rate_race import RACE
+from finetune.training.sampled_steps import Rows
 from finetune.training.speed import Speed
 
 FORGETTING = 0.04  # of a run's operations
@@ -40,7 +41,7 @@ def affordable(recipe: Recipe, prepared: Prepared, work: Workload) -> float:
     parts["training"] += work.epochs * (work.operations() - work.seconds(Speed(1.0), recipe.train.tokens_at_once))
     parts["training"] *= computed_share(prepared, recipe.train.batch_size)
     whole = sum(operations for name, operations in parts.items() if not name.endswith("answers"))
-    return FORGETTING * whole * PIECE / work.scoring([PIECE], PIECE)
+    return FORGETTING * whole * PIECE / work.scoring(Rows.of([PIECE]), PIECE)
 
 
 def computed_share(prepared: Prepared, batch_size: int) -> float:

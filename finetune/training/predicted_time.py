@@ -30,6 +30,7 @@ from finetune.training.memory_settings import tokens_that_fit
 from finetune.training.pair_references import REFERENCES
 from finetune.training.rate_race import RACE, course_of
 from finetune.training.rate_rule import LANES
+from finetune.training.sampled_steps import Rows
 from finetune.training.speed import Speed, rate_here
 
 LONGEST = 1.0  # seconds that the rows may take which are timed before a run, or a step of its training
@@ -192,7 +193,7 @@ def head_first(recipe: Recipe, prepared: Prepared, seconds: Seconds) -> dict[str
     if not recipe.head_alone:
         return {}
     examples = (*prepared.train.examples, *prepared.valid.examples)
-    return {WHAT: seconds.passes([len(example) - 1 for example in examples], len(examples))}
+    return {WHAT: seconds.passes(Rows.of([len(example) - 1 for example in examples]), len(examples))}
 
 
 def racing(recipe: Recipe, prepared: Prepared, seconds: Seconds) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +15,32 @@ from finetune.data.rows import Example
 SAMPLED = 64  # steps whose micro-batches are looked at; the one with the longest row is always among them
 
 
-class Cut(NamedTuple):
-    """The micro-batches of an epoch's steps."""
+@dataclass(frozen=True)
+class Rows:
+    """Sums over rows that pass through a model's blocks."""
 
-    lengths: list[int]  # of the rows of those that were looked at, as they are computed: padded; shared prefixes once
-    batches: float  # of the whole epoch, or pieces of them that are computed together
-    scale: float  # how many times as many steps the epoch has as were looked at
+    count: float
+    tokens: float
+    pairs: float  # of a query and a key in one head
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], prefix: int = 0) -> Rows:
+        """lengths: in tokens, without those of a prefix that was computed before, whose keys they look at too."""
+        tokens = np.array(lengths, np.float64)
+        return cls(len(lengths), float(tokens.sum()), float((tokens * (tokens + prefix)).sum()))
+
+    def __add__(self, other: Rows) -> Rows:
+        return Rows(self.count + other.count, self.tokens + other.tokens, self.pairs + other.pairs)
+
+    def __mul__(self, times: float) -> Rows:
+        return Rows(self.count * times, self.tokens * times, self.pairs * times)
+
+
+class Cut(NamedTuple):
+    """The micro-batches of an epoch's steps, told by those of some of them."""
+
+    rows: Rows  # as they are computed: padded; shared prefixes once in each micro-batch
+    batches: float  # micro-batches, or pieces of them that are computed together
 
 
 def largest_micro(examples: Sequence[Example], batch_size: int, seed: int, micro_tokens: int) -> Micro:

@@ -37,7 +37,7 @@ class Speed:
     def of_training(self) -> Speed:
         return self if self.training_slower is None else replace(self, slower=self.training_slower)
 
-    def pieces(self, tokens: int, micro_tokens: int) -> int:
+    def pieces(self, tokens: float, micro_tokens: int) -> float:
         """In how many passes through the layers so many tokens are computed."""
         return -(-tokens // min(micro_tokens, self.at_once or micro_tokens))
 

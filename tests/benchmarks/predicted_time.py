@@ -9,6 +9,7 @@ several the one counts from which it took least.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -43,6 +44,7 @@ said("timed_steps")
 from finetune.cli import main
 main()
 """
+SHARED = "Is the review positive or negative? Read it to its end, as many change their mind on the way. " * 8
 LORA: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0}
 CASES: dict[str, dict[str, Any]] = {
     "labels, rate by a race": {"train": {"learning_rate": "auto", "epochs": 6}},
@@ -51,21 +53,40 @@ CASES: dict[str, dict[str, Any]] = {
     "labels, a part of the layers": {"lora": LORA | {"layers": 2, "targets": ["q_proj", "v_proj"]}},
     "text": {"rows": "text"},
     "text, 4 bits, small steps": {"rows": "text", "quantize": "4bit", "train": {"batch_size": 2, "epochs": 1}},
+    "labels, epochs by the loss": {"train": {"epochs": "auto"}},
+    "labels, a head": {"head": {}},
+    "labels, every weight": {"method": "full", "train": {"learning_rate": 1e-4, "epochs": 2}},
+    "labels, a shared prompt": {"prompt": {"template": f"{SHARED}{{text}}\n\nIt is", "completion": " {label}"}},
+    "pairs of answers": {"rows": "pairs", "preferences": {}, "train": {"epochs": 1}},
+    "chats": {"rows": "chats", "train": {"epochs": 2}},
 }
 
 
-def rows(kind: str) -> list[dict[str, str]]:
-    """Reviews with their labels; six joined, with the last one's; or halves of reviews to go on with."""
+def rows(kind: str) -> list[dict[str, Any]]:
+    """Reviews with their labels; six joined, with the last one's; or halves of reviews to go on with, also beside
+    another review's half, and as chats of two answers.
+    """
     file = ROOT / "finetune" / "assets" / "reviews" / "train.jsonl"
     reviews = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if kind == "labels":
+        return reviews[:300]
     if kind == "long":
         joined = [" ".join(one["text"] for one in reviews[i : i + 6]) for i in range(0, 240, 2)]
         return [{"text": text, "label": reviews[i]["label"]} for i, text in zip(range(5, 245, 2), joined, strict=True)]
+    parted = [one["text"].split() for one in reviews[:200]]
+    halves = [(" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])) for words in parted]
     if kind == "text":
-        parted = [one["text"].split() for one in reviews[:200]]
-        halves = [(words[: len(words) // 2], words[len(words) // 2 :]) for words in parted]
-        return [{"prompt": " ".join(first), "completion": " ".join(second)} for first, second in halves]
-    return reviews[:300]
+        return [{"prompt": first, "completion": second} for first, second in halves]
+    if kind == "pairs":
+        return [
+            {"prompt": first, "chosen": second, "rejected": wrong}
+            for (first, second), (_, wrong) in itertools.pairwise(halves)
+        ]
+    return [{"messages": [*turns(*one), *turns(*two)]} for one, two in itertools.pairwise(halves)]
+
+
+def turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def recipe(case: str, folder: Path) -> Path:

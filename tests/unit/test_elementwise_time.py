@@ -15,6 +15,7 @@ from finetune.events import Progress
 from finetune.training import predicted_time
 from finetune.training.extra_evaluations import Seconds
 from finetune.training.predicted_time import LONGEST, timed
+from finetune.training.sampled_steps import Rows
 from finetune.training.speed import Speed
 from tests.unit.test_forecast import work
 from tests.unit.test_predicted_before import ROWS, recipe
@@ -69,7 +70,7 @@ def test_a_layer_starts_again_for_each_piece_that_is_computed_together() -> None
     for at_once, pieces in ((None, 1), (512, 4), (1024, 2), (8, 16)):
         assert made.seconds(replace(speed, at_once=at_once), 4096) == pytest.approx(pieces * 3 * layers)
         read = Seconds(recipe(), ROWS, made, replace(speed, at_once=at_once), 4096)
-        assert read.passes([96] * 16, 0) == pytest.approx(-(-1536 // (at_once or 4096)) * layers)
+        assert read.passes(Rows.of([96] * 16), 0) == pytest.approx(-(-1536 // (at_once or 4096)) * layers)
 
 
 def test_rows_that_would_be_timed_too_long_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from backends.model_folder import ModelFolder
 from backends.torch_backend.costs import NVIDIA
 from finetune.commands.plan import answer, compare_backends, verdict
 from finetune.console import Console, plain_page
-from finetune.data.collate import micro_batches, step_indices
+from finetune.data.collate import groups, micro_batches, step_indices
 from finetune.data.rows import Example, Prepared, Split
 from finetune.evaluation.analysis import Questions
 from finetune.events import Work
@@ -36,9 +36,10 @@ from finetune.training.extra_evaluations import Seconds
 from finetune.training.forecast import forecast_here, forecast_on
 from finetune.training.memory_settings import starting_tokens
 from finetune.training.predicted_time import seconds_of_parts
-from finetune.training.sampled_steps import largest_micro
+from finetune.training.sampled_steps import Rows, largest_micro
 from finetune.training.speed import Speed
 from tests.unit.test_memory_plan import FLOAT, HALF, architecture, model_folder
+from tests.unit.toy_run import prepared
 
 GPU = registry.costs("torch", "gpu")
 LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=40)
@@ -387,7 +388,7 @@ def test_rows_of_one_length_take_what_their_operations_take() -> None:
 @pytest.mark.parametrize("lengths", [[12, 90] * 8, [20] * 15 + [300], [98] * 16], ids=["two", "one", "a token more"])
 def test_padding_takes_time(lengths: list[int]) -> None:
     made = work(lengths)
-    padded = sum(made.cut(4096).lengths)
+    padded = made.cut(4096).rows.tokens
     assert padded >= sum(n - 1 for n in lengths)
     assert made.seconds(Speed(1.0), 4096) == pytest.approx(made.operations(made.cut(4096)))
     assert made.operations(made.cut(4096)) > made.operations()
@@ -397,11 +398,27 @@ def test_what_the_rows_of_a_step_begin_with_takes_time_once() -> None:
     same, apart = work([297] * 16), work([297] * 16)
     for example in same.examples:
         example.tokens[:200] = 7
-    assert sum(same.cut(8192).lengths) < 0.5 * sum(apart.cut(8192).lengths)
+    assert same.cut(8192).rows.tokens < 0.5 * apart.cut(8192).rows.tokens
+    once = Rows(16 + 2, 16 * 96 + 2 * 200, 16 * 96 * 296 + 2 * 200**2)  # two steps; each row looks at its keys
+    assert same.cut(8192).rows == once
     top = work([297] * 16, last=1)
     for example in top.examples:
         example.tokens[:200] = 7
-    assert top.cut(8192).lengths == work([297] * 16, last=1).cut(8192).lengths, "frozen blocks keep whole rows"
+    assert top.cut(8192).rows == work([297] * 16, last=1).cut(8192).rows, "frozen blocks keep whole rows"
+
+
+def test_what_rows_begin_with_is_read_once_a_batch() -> None:
+    whole = work([297] * 32)
+    for example in whole.examples:
+        example.tokens[:200] = 7
+    recipe = check_recipe({"model": {"path": "m"}, "data": {"train": "t"}})
+    read = Seconds(recipe, prepared(), replace(whole, batch_size=32), Speed(1.0), 4096)
+    batches = -(-32 * (96 + 50) // (4096 - 200))  # as `groups` cuts them
+    assert len(list(groups([97] * 32, 4096, 200))) == batches == 2
+    supervised = sum(np.count_nonzero(example.weights[1:]) for example in whole.examples)
+    once = Rows(34, 32 * 96 + 2 * 200, 32 * 96 * 296 + 2 * 200**2)
+    assert read.reading(whole.examples) == pytest.approx(read.passes(once, supervised))
+    assert read.passes(once, supervised) < 0.5 * read.passes(Rows.of([296] * 32), supervised)
 
 
 def test_each_pass_unpacks_4_bit_weights_and_makes_masks() -> None:

@@ -28,6 +28,7 @@ from finetune.recipe.schema import MICRO_TOKENS
 from finetune.training.general_text import affordable, computed_share
 from finetune.training.job import find_folder
 from finetune.training.predicted_time import seconds_of_parts
+from finetune.training.sampled_steps import Rows
 from finetune.training.speed import Speed
 from tests.unit.test_forecast import work
 from tests.unit.test_groups import evaluation
@@ -139,7 +140,7 @@ def test_what_it_reads_is_a_share_of_what_the_run_computes(vocabulary: int) -> N
     made = replace(made, architecture=replace(made.architecture, vocabulary=vocabulary))
     whole = sum(seconds_of_parts(asked, rows, made, Speed(1.0), MICRO_TOKENS).values())
     tokens = affordable(asked, rows, made)
-    assert tokens > 0 and made.scoring([32] * int(tokens / 32), int(tokens)) <= 0.05 * whole
+    assert tokens > 0 and made.scoring(Rows.of([32] * int(tokens / 32)), int(tokens)) <= 0.05 * whole
 
 
 def test_what_rows_begin_with_alike_is_computed_once_a_step() -> None:
