@@ -12,6 +12,7 @@ from finetune.disk.metrics import read
 from finetune.disk.run_folder import RunFolder
 from finetune.disk.trained_model import check_run_base
 from finetune.errors import Incompatible
+from finetune.evaluation.baselines import majority
 from finetune.evaluation.evaluate import Evaluation
 from finetune.evaluation.learning_curve import SHARES, Outlook, costs_of, look_ahead
 from finetune.recipe.schema import Recipe
@@ -27,6 +28,7 @@ SAYS = {
     "probably": "More rows will probably help",
     "hardly": "More rows would hardly help",
     "not to be told": "Whether more rows help cannot be told from these",
+    "nothing learned": "Nothing is learned yet, so whether more rows help cannot be told",
 }
 
 
@@ -43,13 +45,19 @@ def run(opened: RunFolder, recipe: Recipe, backend: str | None) -> None:
     seconds = predicted_seconds(read(opened.metrics)) * (sum(SHARES) - 1)
     Console(stderr=True).print(lines(f"training on {rows[0]:,} and on {rows[1]:,} rows: about {duration(seconds)}"))
     made = with_progress(curve(job, job.open(), whole))
-    ahead = look_ahead([costs_of(one) for one in made])
+    ahead = look_ahead([costs_of(one) for one in made], _most_frequent(whole))
     opened.write_json("curve.json", _figures(rows, made, ahead))
     _show(rows, made, ahead)
 
 
 def _accuracies(made: Sequence[Evaluation]) -> bool:
     return made[-1].accuracy is not None and bool(made[-1].labels)
+
+
+def _most_frequent(whole: Evaluation) -> float | None:
+    """The share of the most frequent label, where rows have labels."""
+    best = majority(whole) if whole.labels else None
+    return best and best[1]
 
 
 def _expected(made: Sequence[Evaluation], ahead: Outlook) -> tuple[float, float]:

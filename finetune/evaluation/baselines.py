@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -88,6 +89,11 @@ def majority(evaluation: Evaluation) -> tuple[str, float] | None:
         return None
     answer, count = expected.most_common(1)[0]
     return str(answer), count / sum(expected.values())
+
+
+def clearly_above(accuracy: float, share: float, rows: int) -> bool:
+    """By more than a standard error of a model that is right with this share of so many rows."""
+    return accuracy > share + math.sqrt(share * (1.0 - share) / rows)
 
 
 def always_same(evaluation: Evaluation) -> str | None:

@@ -10,6 +10,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from finetune.evaluation.baselines import clearly_above
 from finetune.evaluation.evaluate import Evaluation
 
 SHARES = (0.25, 0.5, 1.0)  # of the training rows
@@ -26,10 +27,13 @@ class Outlook:
     costs: tuple[float, ...]  # after each of SHARES
     low: float  # of the cost after twice the rows, SURE
     high: float
+    learned: bool = True  # whether all rows taught anything
 
     @property
     def answer(self) -> str:
         """Whether more rows would help, in a word."""
+        if not self.learned:
+            return "nothing learned"
         now = self.costs[-1]
         hardly = HARDLY if now < 1 else HARDLY * now
         if self.high < now:
@@ -50,13 +54,14 @@ def costs_of(evaluation: Evaluation) -> NDArray[np.float64]:
     return weighted
 
 
-def look_ahead(costs: Sequence[ArrayLike]) -> Outlook:
-    """costs: of the same held-out rows, [n] for each of SHARES.
+def look_ahead(costs: Sequence[ArrayLike], majority: float | None = None) -> Outlook:
+    """costs: of the same held-out rows, [n] for each of SHARES. majority: the share of their most frequent label.
 
     The logarithm of a loss, and the log-odds of an error, fall along a line in the logarithm of the rows (Hestness et
     al., 2017), unless the line bends. The interval takes in both: the line, and a last step that shrinks or grows as it
     did before. Around them lies the noise of a model's cost: what the last two models differ in from row to row, and
-    how far the three are from a line.
+    how far the three are from a line. A model no better than the most frequent label has no line yet: one learns to
+    answer at once, sooner or later, so the interval takes in all that is better.
     """
     rows = [np.asarray(one, np.float64) for one in costs]
     count = len(rows[-1])
@@ -74,4 +79,5 @@ def look_ahead(costs: Sequence[ArrayLike]) -> Outlook:
     low, high = (
         1 / (1 + math.exp(-end)) if odds else math.exp(end) for end in (min(line, bent) - far, max(line, bent) + far)
     )
-    return Outlook(tuple(means), low, high)
+    learned = majority is None or clearly_above(1 - means[-1], majority, count)
+    return Outlook(tuple(means), low if learned else least, high, learned)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from finetune.disk.run_files import check_values
+from finetune.evaluation.baselines import clearly_above
 from finetune.events import Validated
 
 REMEDY = "remove that checkpoint's folder to resume from the one before it"
@@ -43,10 +44,10 @@ class LoopState:
 
 
 def has_learned(validated: Validated, majority: float | None, rows: int) -> bool:
-    """Whether it answers clearly better, by more than a standard error, than always with the most frequent label.
+    """Whether it answers clearly better than always with the most frequent label.
 
     majority: the share of that label in the validation `rows`. Where there are no labels nothing can be told: True.
     """
     if majority is None or validated.accuracy is None:
         return True
-    return validated.accuracy > majority + math.sqrt(majority * (1.0 - majority) / rows)
+    return clearly_above(validated.accuracy, majority, rows)

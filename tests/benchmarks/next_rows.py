@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,7 +155,8 @@ def rounds(learner: Learner, order: Rows, first: int, count: int) -> dict[str, l
 
 def curve(learner: Learner, order: Rows, whole: int) -> dict[str, Any]:
     *seen, twice = (learner.wrong(order[:rows].tolist()) for rows in (whole // 4, whole // 2, whole, 2 * whole))
-    ahead = look_ahead(seen)
+    answers = Counter(example.answer for example in learner.with_rows([]).held_out.examples)
+    ahead = look_ahead(seen, max(answers.values()) / answers.total())
     told = {"measured": [round(1 - cost, 4) for cost in ahead.costs], "says": ahead.answer}
     real = float(twice.mean())
     told["predicted"] = [round(1 - ahead.high, 4), round(1 - ahead.low, 4)]

@@ -155,6 +155,16 @@ def test_a_curve_that_falls_on_says_that_more_rows_help(shares: tuple[float, flo
     assert look_ahead([right(share) for share in shares]).answer == answer
 
 
+def test_a_model_that_answers_blindly_says_nothing_of_more_rows() -> None:
+    """A jump from chance cannot be foreseen: what is better stays possible, and no promise is made."""
+    blind = [right(share) for share in (0.48, 0.51, 0.5)]
+    assert look_ahead(blind).low > 0.3, "else no part of the test"
+    ahead = look_ahead(blind, 0.5)
+    assert ahead.answer == "nothing learned" and ahead.low < 0.01 and ahead.high == look_ahead(blind).high
+    seeing = [right(share) for share in (0.48, 0.51, 0.6)]
+    assert look_ahead(seeing, 0.5) == look_ahead(seeing)
+
+
 def test_noise_makes_the_interval_wide_and_the_answer_modest() -> None:
     calm = look_ahead([right(share) for share in (0.7, 0.75, 0.8)])
     noisy = look_ahead([right(share, 80, seed) for seed, share in enumerate((0.7, 0.75, 0.8))])
@@ -211,7 +221,7 @@ def test_the_curve_says_what_twice_the_rows_would_give_and_leaves_the_run_as_it_
     run = run_of(work)
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "next.jsonl"}
     said = finetune(work, "curve", str(run)).good()
-    assert "with 88 rows expect accuracy" in said.out
+    assert "with 88 rows expect accuracy" in " ".join(said.out.split())
     told = json.loads((run / "curve.json").read_text())
     assert [part["rows"] for part in told["measured"]] == [11, 22, 44] and told["twice"]["rows"] == 88
     low, high = told["twice"]["accuracy"]
