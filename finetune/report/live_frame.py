@@ -22,7 +22,7 @@ from finetune.text import amount, duration
 
 WIDE, LOW = 100, 24  # columns from which panels stand side by side; lines below which only the most needed is shown
 SIDE = 44  # columns of the figures and the epochs, side by side with the chart
-TABLE = 40  # columns of the epoch table
+TABLE = 40  # columns of the epoch table, and of the predicted times
 FIGURES = 29  # columns of the figures in a narrow window
 HEADINGS = 4  # lines of the epoch table beside its rows
 GAP = Text(" ")  # an empty text is no panel for rich
@@ -64,7 +64,7 @@ class Frame:
         if not (outlook and outlook.seconds):
             return GAP
         times = [(name, duration(seconds)) for name, seconds in outlook.parts.items()]
-        return Group(Text("predicted", "bold"), _grid(times, FIGURES))
+        return Group(Text("predicted", "bold"), _grid(times, TABLE))
 
     def _compact(self, width: int, height: int) -> RenderableType:
         if self._status.last is None:
