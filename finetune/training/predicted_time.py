@@ -75,8 +75,7 @@ def _predicted(job: Job, session: Session, questions: Questions) -> dict[str, fl
 
 def can_be_timed(seconds: Seconds) -> bool:
     """Whether rows are simply scored and trained on."""
-    recipe = seconds.recipe
-    return not (recipe.preferences or recipe.head or first_adapted(seconds.work.adapted))
+    return not (seconds.recipe.preferences or first_adapted(seconds.work.adapted))
 
 
 def timed(session: Session, seconds: Seconds) -> float:

@@ -84,7 +84,8 @@ def test_where_rows_are_not_simply_scored_none_is(monkeypatch: pytest.MonkeyPatc
 
 
 def test_of_rows_that_are_not_simply_scored_none_is_timed() -> None:
-    assert can_be_timed(seconds()) and not can_be_timed(seconds(recipe(head={})))
+    assert can_be_timed(seconds()) and can_be_timed(seconds(recipe(head={})))
+    assert not can_be_timed(seconds(recipe(preferences={})))
     # what frozen blocks make of the rows is kept after the first time
     assert not can_be_timed(seconds(adapted=work(last=1).adapted))
 
