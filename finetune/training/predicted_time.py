@@ -8,9 +8,9 @@ from statistics import median
 
 from backends import registry
 from backends.interface import BackendError, Device, OutOfMemory, Session
-from backends.memory_plan import first_adapted
 from backends.process_group import side_by_side
 from finetune.data.collate import step_indices
+from finetune.data.pair_batches import as_one
 from finetune.data.rows import Prepared
 from finetune.data.tokenizer import answer_text
 from finetune.errors import Diverged
@@ -34,7 +34,7 @@ from finetune.training.sampled_steps import Rows
 from finetune.training.speed import Speed, rate_here
 
 LONGEST = 1.0  # seconds that the rows may take which are timed before a run, or a step of its training
-ENOUGH_STEPS = 60  # of a run, beside which three are little
+ENOUGH_STEPS = 40  # of a run, beside which three are little
 LEARNING = 12  # steps after which the most probable token is a label, as a rule
 TIMED_RATE = 1e-6  # nothing is kept of what such steps learn
 
@@ -68,23 +68,20 @@ def _predicted(job: Job, session: Session, questions: Questions) -> dict[str, fl
     tokens = tokens_that_fit(job, session)
     if count == 1:
         seconds = Seconds(job.recipe, job.prepared, work, speed, tokens)
-        if can_be_timed(seconds):
-            speed = replace(speed, slower=timed(session, seconds), training_slower=timed_steps(session, seconds))
+        speed = replace(speed, slower=timed(session, seconds), training_slower=timed_steps(session, seconds))
     return seconds_of_parts(job.recipe, job.prepared, work, speed, tokens, Beside(questions, job.suite))
-
-
-def can_be_timed(seconds: Seconds) -> bool:
-    """Whether rows are simply scored and trained on."""
-    return not (seconds.recipe.preferences or first_adapted(seconds.work.adapted))
 
 
 def timed(session: Session, seconds: Seconds) -> float:
     """How many times as long as predicted the loaded model takes to read a few rows: the median of three times.
 
-    As many rows as take LONGEST. 1.0 where one alone would take longer.
+    As many rows as take LONGEST. 1.0 where one alone would take longer, and where blocks are frozen: what they make of
+    rows is kept after the first time.
     """
+    if seconds.work.frozen:
+        return 1.0
     rows, tokens = [], 0
-    for example in seconds.prepared.train.examples:
+    for example in map(as_one, seconds.prepared.train.examples):
         if (tokens := tokens + len(example)) > seconds.micro_tokens:
             break
         rows.append(example)
@@ -106,11 +103,12 @@ def timed(session: Session, seconds: Seconds) -> float:
 def timed_steps(session: Session, seconds: Seconds) -> float | None:
     """The same of the run's second and third step, after which the session is as it was.
 
-    None where a step would take longer than LONGEST, where three are more than a small part of the run, and where the
-    whole model trains.
+    None where a step would take longer than LONGEST, where three are more than a small part of the run, where the whole
+    model trains, where blocks are frozen, and where a step needs what the untrained model thinks of its rows.
     """
     work, recipe, expected = seconds.work, seconds.recipe, []
-    if make_plan(recipe, len(work.examples)).predicted < ENOUGH_STEPS or work.lora.whole:
+    few = make_plan(recipe, len(work.examples)).predicted < ENOUGH_STEPS
+    if few or work.lora.whole or work.frozen or recipe.preferences:
         return None
     for step in range(3):
         rows = [work.examples[i] for i in step_indices(len(work.examples), work.batch_size, work.seed, step)]

@@ -14,7 +14,7 @@ from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import MICRO_TOKENS
 from finetune.training import predicted_time
 from finetune.training.extra_evaluations import Seconds
-from finetune.training.predicted_time import can_be_timed, racing, timed, timed_steps
+from finetune.training.predicted_time import racing, timed, timed_steps
 from finetune.training.rate_race import RACE, course_of
 from finetune.training.rate_rule import LANES
 from finetune.training.speed import Speed
@@ -75,19 +75,13 @@ def test_the_loaded_model_s_own_rows_correct_all_parts(monkeypatch: pytest.Monke
     [
         seconds(speed=Speed(1.0)),  # too slow for it
         Seconds(recipe(), ROWS, seconds().work, SPEED, 1),  # no row is as short
+        seconds(adapted=work(last=1).adapted),
     ],
-    ids=["slow", "no row"],
+    ids=["slow", "no row", "frozen"],
 )
 def test_where_rows_are_not_simply_scored_none_is(monkeypatch: pytest.MonkeyPatch, asked: Seconds) -> None:
     monkeypatch.setattr(predicted_time, "row_losses", lambda *_: pytest.fail("rows are scored"))
     assert timed(None, asked) == 1.0  # type: ignore[arg-type]
-
-
-def test_of_rows_that_are_not_simply_scored_none_is_timed() -> None:
-    assert can_be_timed(seconds()) and can_be_timed(seconds(recipe(head={})))
-    assert not can_be_timed(seconds(recipe(preferences={})))
-    # what frozen blocks make of the rows is kept after the first time
-    assert not can_be_timed(seconds(adapted=work(last=1).adapted))
 
 
 @pytest.mark.parametrize("slower", [0.5, 3.0])
@@ -125,13 +119,22 @@ def test_steps_of_training_correct_training_alone(monkeypatch: pytest.MonkeyPatc
     "asked",
     [
         seconds(speed=Speed(1.0)),  # too slow for it
-        seconds(check_recipe({"model": {"path": "m"}, "data": {"train": "t"}, "train": {"steps": 59, "epochs": None}})),
+        seconds(check_recipe({"model": {"path": "m"}, "data": {"train": "t"}, "train": {"steps": 39, "epochs": None}})),
         seconds(lora=LoraSpec(4, 8.0, whole=True)),
+        seconds(recipe(preferences={})),
+        seconds(adapted=work(last=1).adapted),
     ],
-    ids=["slow", "short", "whole"],
+    ids=["slow", "short", "whole", "pairs", "frozen"],
 )
 def test_where_steps_would_take_long_none_is_timed(asked: Seconds) -> None:
     assert timed_steps(None, asked) is None  # type: ignore[arg-type]
+
+
+def test_without_timed_steps_training_is_corrected_halfway() -> None:
+    by_rows = replace(SPEED, slower=1.5)
+    assert by_rows.of_training.slower == 1.25 and SPEED.of_training.slower == 1.0
+    assert replace(by_rows, training_slower=0.8).of_training.slower == 0.8
+    assert seconds().work.seconds(by_rows, 64) == pytest.approx(1.25 * seconds().work.seconds(SPEED, 64))
 
 
 def test_too_little_memory_corrects_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
