@@ -27,7 +27,7 @@ from finetune.recipe.schema import PREFERENCE
 from finetune.report.eta import Pace
 from finetune.text import amount, duration
 
-PAUSE = 10.0  # seconds between two lines about the same work ...
+PAUSE = 10.0  # seconds between two lines about the same work, or without any line ...
 PARTS = 20  # ... but never fewer lines about steps than this in a whole run
 
 RECENT = 20  # steps over which the speed is measured
@@ -98,6 +98,7 @@ class PlainScreen:
         self._console = console
         self._status = Status(clock)
         self._line_at: dict[str, float] = {}  # kind of work -> when its last line was written
+        self._any_line_at = clock()
         self._last_step = 0  # that has a line
 
     def __enter__(self) -> PlainScreen:
@@ -112,6 +113,7 @@ class PlainScreen:
         self._status.update(event)
         text = self._line(event)
         if text is not None:
+            self._any_line_at = self._status.clock()
             stamp = datetime.now().isoformat(sep=" ", timespec="seconds")
             self._console.print(f"{stamp}  {text}", highlight=False, soft_wrap=True)
 
@@ -144,7 +146,7 @@ class PlainScreen:
         )
 
     def _progress(self, event: Progress) -> str | None:
-        over = self._pause_over(event.what)
+        over = self._pause_over(event.what) or self._status.clock() - self._any_line_at >= PAUSE
         if event.done >= event.total:
             del self._line_at[event.what]  # the next event of this name is the first of new work
         elif over:

@@ -27,7 +27,7 @@ from finetune.evaluation.analysis import Questions
 from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.evaluation.pair_evaluation import mean_loss
 from finetune.evaluation.pair_losses import pair_loss
-from finetune.events import Event, Progress, StepDone, Stoppable, Validated, stoppable
+from finetune.events import Event, Note, Progress, StepDone, Stoppable, Validated, stoppable
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.specs import lora_spec
@@ -180,6 +180,7 @@ class Search:
             self._write()
         self.ledger.stages.append(Stage(trial, at, loss, round(time.monotonic() - began, 3), finished))
         self._write()
+        yield Note(at, self.ledger.told(self.trials[trial].settings))
 
     def _trained(self, trial: int, steps: int) -> Generator[Event, None, tuple[int, float | None, bool]]:
         """(steps done, lowest validation loss, whether it is at its end)."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from finetune.disk.run_files import read_json
 from finetune.errors import Diverged
+from finetune.text import duration
 
 LEDGER = "search.json"
 AS_GOOD = 0.01  # of the lowest validation loss: a recipe this near to it is as good
@@ -53,6 +54,14 @@ class Ledger:
     def last(self, trial: int) -> Stage | None:
         stages = [stage for stage in self.stages if stage.trial == trial]
         return stages[-1] if stages else None
+
+    def told(self, settings: str) -> str:
+        """The newest stage in a line. settings: its trial's."""
+        stage = self.stages[-1]
+        loss = "diverged" if stage.loss is None else f"validation loss {stage.loss:.4f}"
+        at = f"after its last step, {stage.steps:,}" if stage.finished else f"after {stage.steps:,} steps"
+        over = f"{duration(self.spent)} of {duration(self.budget)}"
+        return f"trial {stage.trial + 1}, {settings}: {loss} {at}; {over}"
 
     @property
     def per_step(self) -> float:

@@ -127,7 +127,18 @@ def test_long_evaluations_speak_now_and_then():
     for done in range(101):
         clock.now += 1
         screen.show(Progress(0, "tuned model: labels", done, 100))
-    assert [line.split()[-1] for line in said(page)] == [*(f"{done}/100" for done in range(10, 101, 10))]
+    assert [line.split()[-1] for line in said(page)] == [*(f"{done}/100" for done in range(9, 100, 10))]
+
+
+def test_many_short_works_are_not_silent():
+    """As the trials of a search: each is over in less than the pause."""
+    page, clock = console(), Clock()
+    screen = PlainScreen(page, clock)
+    for trial in range(1, 13):
+        for done in range(1, 6):
+            clock.now += 1
+            screen.show(Progress(0, f"trial {trial}: training", done, 5))
+    assert [line.split("  ", 1)[1] for line in said(page)] == [f"trial {n}: training 5/5" for n in range(2, 13, 2)]
 
 
 def test_figures_of_a_step_line():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,9 @@ def test_the_winner_is_a_run_with_the_bytes_of_a_run_of_its_own(work: Work) -> N
     folder = next((work.folder / "found").glob("few-search-*"))
     ledger = json.loads((folder / "search.json").read_text())
     assert "The default was as good" in said.out or "Best: " in said.out
+    assert re.search(r"the recipe as it is: validation loss \S+ after its last step, 9; .* of 10 min", said.err)
+    stages = re.findall(r"trial (\d+), .* after (?:its last step, )?(\d+)", said.err)
+    assert stages == [(str(one["trial"] + 1), str(one["steps"])) for one in ledger["stages"]]
     run, own = open_existing(folder / "best")
     assert run.report.exists() and run.evaluation("tuned").exists()
     changes = [f"train.learning_rate={own.train.learning_rate}", f"lora.rank={own.lora.rank}"]
