@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 from finetune.commands.train import StopFlag, exit_stopped, show_run
@@ -13,7 +14,7 @@ from finetune.disk.atomic import write_file
 from finetune.disk.lock import locked
 from finetune.disk.run_folder import RunFolder, create
 from finetune.disk.run_list import BEST
-from finetune.errors import Interrupted, RecipeError
+from finetune.errors import Incompatible, Interrupted, RecipeError
 from finetune.events import stoppable
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
@@ -26,7 +27,7 @@ from finetune.text import duration, from_here
 from finetune.training.job import refuse_unused_accelerator
 from finetune.training.memory_settings import settle_memory
 from finetune.training.search import Search
-from finetune.training.search_ledger import AS_GOOD, LEDGER, Stage
+from finetune.training.search_ledger import AS_GOOD, LEDGER, Ledger, Stage, read_ledger
 from finetune.training.suite_prompts import ready_with_suite
 
 RECIPE = "search.yaml"
@@ -53,6 +54,8 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
     seconds = seconds_of(budget) if budget is not None else 0.0
     refuse_unused_accelerator(recipe)
     folder = RunFolder(stopped) if stopped else None
+    if folder and read_ledger(folder.path) is None:
+        raise Incompatible(f"{folder.path}: without its {LEDGER} nobody knows the search's budget; begin it anew")
     with StopFlag().listening() as stop, ExitStack() as held:
         try:
             ready = ready_with_suite(recipe, _begun(folder) if folder else None)
@@ -61,7 +64,7 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
             if not job.prepared.valid.examples:
                 raise RecipeError("data.valid: a search needs validation rows to compare trials by")
             if folder is None:
-                folder = _create(job.recipe, name)
+                folder = _create(job.recipe, name, seconds)
             held.enter_context(locked(folder.path, process_id()))
             announce_run(folder.path)
             search = Search(job, folder, seconds, stop, began)
@@ -74,8 +77,9 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
             exit_stopped(end, stop, folder)
 
 
-def _create(recipe: Recipe, name: str) -> RunFolder:
+def _create(recipe: Recipe, name: str, budget: float) -> RunFolder:
     folder = create(recipe, f"{name}-search")
+    folder.write_json(LEDGER, asdict(Ledger(budget)))  # first of all: a search that is killed keeps its budget
     write_file(folder.path / RECIPE, dump_recipe(recipe))
     folder.recipe.unlink()  # a search is not a run; its best is
     return folder

@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 
+from finetune.commands import search as search_command
 from finetune.commands.search import seconds_of, verdict
 from finetune.crashes import what_is_left
 from finetune.disk.run_folder import RunFolder, create, open_existing
 from finetune.disk.run_list import overview
-from finetune.errors import ExitCode, Interrupted, RecipeError
+from finetune.errors import ExitCode, Incompatible, Interrupted, RecipeError
 from finetune.events import Work as Events
 from finetune.recipe.load import load_recipe
 from finetune.training import search
 from finetune.training.job import Job
 from finetune.training.rate_rule import Start
 from finetune.training.search import SPARED, Search
-from finetune.training.search_ledger import Ledger, Stage
+from finetune.training.search_ledger import Ledger, Stage, read_ledger
 from finetune.training.search_trials import Trial, compared_after, going_on, most_that_fit, trials_of
 from tests.end_to_end.command import Work
 from tests.unit.test_suspects import labelled
@@ -308,6 +309,27 @@ def test_the_winner_is_a_run_with_the_bytes_of_a_run_of_its_own(work: Work) -> N
     assert [line.name for line in overview(work.folder / "found")] == [f"{folder.name}/best"]
     again = finetune(work, "resume", str(folder)).good()  # the helper adds --no-supervisor
     assert json.loads((folder / "search.json").read_text()) == ledger and "winner's run" in again.out
+
+
+def test_a_search_that_is_killed_before_its_first_stage_keeps_its_budget(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    recipe = load_recipe(work.folder / "few.yaml", [f"output={tmp_path}"])
+    monkeypatch.setattr(search_command, "Search", kill)
+    with pytest.raises(Killed):
+        search_command.run(recipe, "few", "7m")
+    (folder,) = tmp_path.glob("few-search-*")
+    assert (ledger := read_ledger(folder)) is not None and ledger.budget == 420.0 and not ledger.stages
+    assert "Go on with: finetune resume" in what_is_left(folder, ExitCode.MEMORY)[0]
+    (folder / "search.json").unlink()
+    with pytest.raises(Incompatible, match=r"without its search.json nobody knows the search's budget; begin it anew"):
+        search_command.run(recipe, "few", None, folder)
 
 
 @pytest.mark.parametrize(
