@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune.commands.train import StopFlag, exit_stopped, show_run
 from finetune.console import Console, lines
-from finetune.disk.atomic import write_file
+from finetune.disk.atomic import remove, write_file
 from finetune.disk.lock import locked
 from finetune.disk.run_folder import RunFolder, create
 from finetune.disk.run_list import BEST
@@ -26,7 +26,7 @@ from finetune.supervisor import announce_run, process_id
 from finetune.text import duration, from_here
 from finetune.training.job import refuse_unused_accelerator
 from finetune.training.memory_settings import settle_memory
-from finetune.training.search import Search
+from finetune.training.search import BudgetTooShort, Search
 from finetune.training.search_ledger import AS_GOOD, LEDGER, Ledger, Stage, read_ledger
 from finetune.training.suite_prompts import ready_with_suite
 
@@ -48,7 +48,8 @@ def seconds_of(budget: str) -> float:
 def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = None) -> None:
     """A new search in a folder that begins with `name`, or the `stopped` one within what is left of its budget.
 
-    Exits with 130 or 143 when a signal asks it to stop.
+    One that is refused, as its budget is too short, leaves no folder. Exits with 130 or 143 when a signal asks it to
+    stop.
     """
     began = time.monotonic()
     seconds = seconds_of(budget) if budget is not None else 0.0
@@ -68,7 +69,12 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
             held.enter_context(locked(folder.path, process_id()))
             announce_run(folder.path)
             search = Search(job, folder, seconds, stop, began)
-            winner = with_progress(search.events(), stop)
+            try:
+                winner = with_progress(search.events(), stop)
+            except BudgetTooShort:
+                held.close()
+                remove(folder.path)
+                raise
             if not search.best.report.exists():
                 lock = held.enter_context(locked(search.best.path, process_id()))
                 print_report(show_run(Run(search.job_of(winner), search.best, lock), stop, resume=True))

@@ -48,6 +48,10 @@ MEASURING = 1.5  # times what both models' measurements take: the analysis, and 
 AT_THE_END = (REFERENCES, "base model", "tuned model")  # of a run's predicted parts
 
 
+class BudgetTooShort(RecipeError):
+    """It does not suffice for the recipe itself."""
+
+
 class Search:
     """One search in its folder, new or gone on with. `events` does all but the winner's own measurement."""
 
@@ -89,7 +93,7 @@ class Search:
         return compared_after(self.job_of(trial).recipe, len(self.job.prepared.train.examples))
 
     def events(self) -> Generator[Event, None, int]:
-        """The winner, whose run then stands in `best` with all its steps. Raises Interrupted, RecipeError, Diverged."""
+        """The winner, whose run is then in `best` with all its steps. Raises Interrupted, BudgetTooShort, Diverged."""
         if self.ledger.winner is None:
             if not self.ledger.stages:  # one that goes on has made steps of which no stage tells
                 yield from self._stage(0, max(self.stop_of(0) // 3, 1))
@@ -117,13 +121,13 @@ class Search:
         return winner
 
     def _refuse_short_budget(self) -> None:
-        """After the first stage. Raises RecipeError where the budget does not suffice for the recipe itself."""
+        """After the first stage. Raises BudgetTooShort."""
         (stage,) = self.ledger.stages
         left = 0 if stage.finished else self.steps_of(0) - stage.steps
         whole = self.ledger.predicted(0) + SPARE * (stage.seconds - self._start) / stage.steps * left
         if whole > self.ledger.budget:
             takes, enough = duration(whole), math.ceil(whole * 2 / 60)
-            raise RecipeError(
+            raise BudgetTooShort(
                 f"--budget: one run takes about {takes} here, and the budget is {duration(self.ledger.budget)}; allow "
                 f"--budget {enough}m"
             )

@@ -332,6 +332,13 @@ def test_a_search_that_is_killed_before_its_first_stage_keeps_its_budget(
         search_command.run(recipe, "few", None, folder)
 
 
+def test_a_refused_search_leaves_no_folder_to_go_on_with(work: Work) -> None:
+    """Resumed, it would train the recipe that it was refused for."""
+    refused = finetune(work, "search", "few.yaml", "--budget", "0.01s", "--no-supervisor", "output=refused").failed(2)
+    assert "--budget: one run takes about" in refused and "allow --budget 1m" in refused
+    assert not list((work.folder / "refused").iterdir())
+
+
 @pytest.mark.parametrize(
     "learned",
     ["preferences={}", *(pytest.param(one, marks=pytest.mark.slow) for one in ("head={}", "preferences={loss: orpo}"))],
