@@ -136,7 +136,8 @@ def test_a_whole_model_trains_the_same(name: str, tmp_path: Path, usable: Usable
         Case(backend, folder).open(lora=WHOLE, optim=OptimSpec(weight_decay=0.01)) for backend in ("torch", "mlx")
     ]
     ours, theirs = ([one.step([(BATCH, OTHER)[n % 2]], 3e-4).loss for n in range(100)] for one in sessions)
-    np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+    # After a hundred steps torch differs from itself, its batch in two halves, by 2.8e-5 where the loss is 0.06.
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=3e-5)
     assert ours[-1] < 0.5 * ours[0]
     sessions[0].set_state(sessions[1].get_state())  # training that began on one backend continues on the other
     ours, theirs = ([one.step([BATCH], 3e-4).loss for _ in range(3)] for one in sessions)

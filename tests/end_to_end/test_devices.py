@@ -46,6 +46,11 @@ def left_behind(work: Work) -> list[int]:
     return found
 
 
+def trains(process: psutil.Process) -> bool:
+    """No supervisor, which has children, and not the process that renders chat templates, which ends no run."""
+    return not process.children() and "template_child" not in " ".join(process.cmdline())
+
+
 def alone(work: Work, backend: str, recipe: str) -> Path:
     """The same run in this process."""
     job = load_job(load_recipe(work.folder / recipe, ["output=" + str(work.folder / "alone")]), backend)
@@ -96,7 +101,7 @@ def test_a_killed_process_ends_the_run_which_resumes_to_the_same_bytes(work: Wor
     (whole,) = work.runs()
     process = work.start("train", recipe, *arguments)
     wait_for(lambda: (run := newest(work, 1)()) is not None and steps_done(run) >= draw.randrange(10, 200), process)
-    training = sorted(one for one in left_behind(work) if not psutil.Process(one).children() and one != process.pid)
+    training = sorted(one for one in left_behind(work) if trains(psutil.Process(one)) and one != process.pid)
     began = time.monotonic()
     os.kill(draw.choice(training), signal.SIGKILL)
     answer = ended(process)
