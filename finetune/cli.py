@@ -206,7 +206,7 @@ def _go_on_searching(folder: Path, backend: str | None, alone: bool) -> None:
     begin(alone)
     from finetune.commands.search import run
 
-    run(recipe, "", None, folder)
+    run(recipe, stopped=folder)
 
 
 def _train(file: Path, overrides: list[str], backend: str | None, devices: str | None, alone: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 from finetune.commands.train import StopFlag, exit_stopped, show_run
@@ -14,7 +13,7 @@ from finetune.disk.atomic import remove, write_file
 from finetune.disk.lock import locked
 from finetune.disk.run_folder import RunFolder, create
 from finetune.disk.run_list import BEST
-from finetune.errors import Incompatible, Interrupted, RecipeError
+from finetune.errors import Interrupted, RecipeError
 from finetune.events import stoppable
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Recipe
@@ -45,18 +44,16 @@ def seconds_of(budget: str) -> float:
     return seconds
 
 
-def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = None) -> None:
+def run(recipe: Recipe, name: str = "", budget: str = "", stopped: Path | None = None) -> None:
     """A new search in a folder that begins with `name`, or the `stopped` one within what is left of its budget.
 
     One that is refused, as its budget is too short, leaves no folder. Exits with 130 or 143 when a signal asks it to
     stop.
     """
     began = time.monotonic()
-    seconds = seconds_of(budget) if budget is not None else 0.0
+    ledger = read_ledger(stopped) if stopped else Ledger(seconds_of(budget))
     refuse_unused_accelerator(recipe)
     folder = RunFolder(stopped) if stopped else None
-    if folder and read_ledger(folder.path) is None:
-        raise Incompatible(f"{folder.path}: without its {LEDGER} nobody knows the search's budget; begin it anew")
     with StopFlag().listening() as stop, ExitStack() as held:
         try:
             ready = ready_with_suite(recipe, _begun(folder) if folder else None)
@@ -65,27 +62,27 @@ def run(recipe: Recipe, name: str, budget: str | None, stopped: Path | None = No
             if not job.prepared.valid.examples:
                 raise RecipeError("data.valid: a search needs validation rows to compare trials by")
             if folder is None:
-                folder = _create(job.recipe, name, seconds)
+                folder = _create(job.recipe, name, ledger)
             held.enter_context(locked(folder.path, process_id()))
             announce_run(folder.path)
-            search = Search(job, folder, seconds, stop, began)
-            try:
-                winner = with_progress(search.events(), stop)
-            except BudgetTooShort:
-                held.close()
-                remove(folder.path)
-                raise
+            search = Search(job, folder, stop, began)
+            winner = with_progress(search.events(), stop)
             if not search.best.report.exists():
                 lock = held.enter_context(locked(search.best.path, process_id()))
                 print_report(show_run(Run(search.job_of(winner), search.best, lock), stop, resume=True))
             _show(search, winner)
+        except BudgetTooShort:
+            assert folder is not None  # it was made, and trained in
+            held.close()
+            remove(folder.path)
+            raise
         except (Interrupted, KeyboardInterrupt) as end:
             exit_stopped(end, stop, folder)
 
 
-def _create(recipe: Recipe, name: str, budget: float) -> RunFolder:
+def _create(recipe: Recipe, name: str, ledger: Ledger) -> RunFolder:
     folder = create(recipe, f"{name}-search")
-    folder.write_json(LEDGER, asdict(Ledger(budget)))  # first of all: a search that is killed keeps its budget
+    ledger.write(folder)  # first of all: a search that is killed keeps its budget
     write_file(folder.path / RECIPE, dump_recipe(recipe))
     folder.recipe.unlink()  # a search is not a run; its best is
     return folder

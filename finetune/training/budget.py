@@ -26,7 +26,7 @@ from finetune.data.rows import Example
 from finetune.recipe.schedule import make_plan
 from finetune.recipe.schema import Recipe
 from finetune.recipe.specs import lora_spec, model_spec
-from finetune.training.sampled_steps import SAMPLED, Cut, Rows, largest_micro
+from finetune.training.sampled_steps import NO_ROWS, SAMPLED, Cut, Rows, largest_micro
 from finetune.training.speed import Speed
 
 LEAST, MOST = 64, 2**17  # tokens at a time that `auto` chooses from
@@ -34,7 +34,6 @@ ENOUGH = 1024  # of them, beyond which unpacking 4-bit weights and starting kern
 PLAIN = 0.6  # times the start of an adapted layer: that of another, which has one product in the place of three
 DISK_RATE = 1e9  # bytes per second of a solid-state disk, assumed: the slower ones of 2020 and later reach it
 SPARE = 0.9  # of the free memory: other programs go on
-NO_ROWS = Rows.of([])
 
 
 @dataclass(frozen=True)

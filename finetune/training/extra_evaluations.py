@@ -16,8 +16,8 @@ from finetune.evaluation.consistency import SAMPLED
 from finetune.evaluation.forgetting import ANSWERED, ANSWERS, READING, WRITING, GeneralText
 from finetune.evaluation.suite import ASKED, Suite
 from finetune.recipe.schema import Recipe
-from finetune.training.budget import NO_ROWS, Workload
-from finetune.training.sampled_steps import Rows
+from finetune.training.budget import Workload
+from finetune.training.sampled_steps import NO_ROWS, Rows
 from finetune.training.speed import Speed
 
 

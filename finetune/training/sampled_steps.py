@@ -36,6 +36,9 @@ class Rows:
         return Rows(self.count * times, self.tokens * times, self.pairs * times)
 
 
+NO_ROWS = Rows.of([])
+
+
 class Cut(NamedTuple):
     """The micro-batches of an epoch's steps, told by those of some of them."""
 

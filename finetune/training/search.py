@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from backends.interface import Session
 from finetune.data.rows import Prepared
@@ -39,7 +39,7 @@ from finetune.training.pair_references import REFERENCES, with_references
 from finetune.training.predicted_time import look_ahead
 from finetune.training.rate_rule import starting_rate
 from finetune.training.ready_trainer import ready_trainer
-from finetune.training.search_ledger import LEDGER, SPARE, Ledger, Stage, read_ledger
+from finetune.training.search_ledger import SPARE, Stage, read_ledger
 from finetune.training.search_sessions import TrialSessions
 from finetune.training.search_trials import Trial, compared_after, going_on, most_that_fit, trials_of
 
@@ -55,13 +55,13 @@ class BudgetTooShort(RecipeError):
 class Search:
     """One search in its folder, new or gone on with. `events` does all but the winner's own measurement."""
 
-    def __init__(self, job: Job, folder: RunFolder, budget: float, by: Stoppable, began: float | None = None) -> None:
-        """budget: seconds from `began` (time.monotonic) or from now on; a search that goes on keeps its own.
+    def __init__(self, job: Job, folder: RunFolder, by: Stoppable, began: float | None = None) -> None:
+        """began: time.monotonic, from which the ledger's budget counts; None: from now on.
 
-        Raises Incompatible for a ledger that no search writes.
+        Raises Incompatible without a ledger, or for one that no search writes.
         """
         self.job, self.folder, self._by = job, folder, by
-        self.ledger = read_ledger(folder.path) or Ledger(budget)
+        self.ledger = read_ledger(folder.path)
         rows = len(job.prepared.train.examples)
         start = starting_rate(job.recipe, job.folder, rows)
         modules = job.folder.lora_modules(lora_spec(job.recipe)) if job.folder.weights else {}
@@ -169,7 +169,7 @@ class Search:
 
     def _write(self) -> None:
         self.ledger.spent = round(time.monotonic() - self._began, 3)
-        self.folder.write_json(LEDGER, asdict(self.ledger))
+        self.ledger.write(self.folder)
 
     def _stage(self, trial: int, steps: int) -> Iterator[Event]:
         """The trial up to that step, or to its end; nothing where that is done. Raises Interrupted."""

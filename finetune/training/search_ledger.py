@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from finetune.disk.run_files import read_json
-from finetune.errors import Diverged
+from finetune.disk.run_folder import RunFolder
+from finetune.errors import Diverged, Incompatible
 from finetune.text import duration
 
 LEDGER = "search.json"
 AS_GOOD = 0.01  # of the lowest validation loss: a recipe this near to it is as good
 SPARE = 1.1  # times the time that steps took: what the next ones may take
-_AGAIN = "remove it, and the search begins anew"
+_AGAIN = "begin the search anew"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Ledger:
     stages: list[Stage] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)  # trials for which no time was left
     winner: int | None = None
+
+    def write(self, folder: RunFolder) -> None:
+        folder.write_json(LEDGER, asdict(self))
 
     def stage(self, trial: int, steps: int) -> Stage | None:
         """The trial's stage that ended there or later."""
@@ -83,6 +87,9 @@ class Ledger:
         return self.spent + SPARE * self.per_step * steps + (self.last_seconds or 0.0)
 
 
-def read_ledger(folder: Path) -> Ledger | None:
-    """Of a folder that holds a search. Raises Incompatible."""
-    return read_json(folder / LEDGER, Ledger, _AGAIN)
+def read_ledger(folder: Path) -> Ledger:
+    """Of a folder that holds a search. Raises Incompatible where there is none, or what no search writes."""
+    ledger = read_json(folder / LEDGER, Ledger, _AGAIN)
+    if ledger is None:
+        raise Incompatible(f"{folder}: without its {LEDGER} nobody knows the search's budget; begin it anew")
+    return ledger

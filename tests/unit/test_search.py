@@ -158,9 +158,11 @@ class Stopper:
 def searched(job: Job, folder: Path, every: int = 10**9, budget: float = 600.0) -> Search:
     """A search to its end, stopped after each `every` events and gone on with."""
     folder.mkdir(exist_ok=True)
+    if not (folder / "search.json").exists():
+        Ledger(budget).write(RunFolder(folder))
     while True:
         stopper = Stopper(every)
-        made = Search(job, RunFolder(folder), budget, stopper)
+        made = Search(job, RunFolder(folder), stopper)
         try:
             events = Events(made.events())
             for _ in events:
@@ -281,7 +283,8 @@ def test_trials_for_which_no_time_is_left_are_left_out(
 
 @pytest.mark.parametrize(("loss", "winner"), [(1.0, 0), (1.009, 0), (1.011, 2), (None, 2), (0.9, 0)])
 def test_a_recipe_that_is_as_good_wins(work: Work, tmp_path: Path, loss: float | None, winner: int) -> None:
-    made = Search(load_job(load_recipe(work.folder / "few.yaml")), RunFolder(tmp_path), 1.0, Stopper())
+    Ledger(1.0).write(RunFolder(tmp_path))
+    made = Search(load_job(load_recipe(work.folder / "few.yaml")), RunFolder(tmp_path), Stopper())
     losses = {0: loss, 1: 1.3, 2: 1.0, 3: None}
     made.ledger.stages = [Stage(trial, 9, lowest, 1.0, True) for trial, lowest in losses.items()]
     made.ledger.stages.append(Stage(4, 3, 0.5, 1.0, False))  # compared, and left out
@@ -325,11 +328,12 @@ def test_a_search_that_is_killed_before_its_first_stage_keeps_its_budget(
     with pytest.raises(Killed):
         search_command.run(recipe, "few", "7m")
     (folder,) = tmp_path.glob("few-search-*")
-    assert (ledger := read_ledger(folder)) is not None and ledger.budget == 420.0 and not ledger.stages
+    ledger = read_ledger(folder)
+    assert ledger.budget == 420.0 and not ledger.stages
     assert "Go on with: finetune resume" in what_is_left(folder, ExitCode.MEMORY)[0]
     (folder / "search.json").unlink()
     with pytest.raises(Incompatible, match=r"without its search.json nobody knows the search's budget; begin it anew"):
-        search_command.run(recipe, "few", None, folder)
+        search_command.run(recipe, stopped=folder)
 
 
 def test_a_refused_search_leaves_no_folder_to_go_on_with(work: Work) -> None:
