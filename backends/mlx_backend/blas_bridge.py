@@ -1,4 +1,4 @@
-"""Products of linear layers by numpy's BLAS, for float32 models in MLX on a Linux CPU.
+"""Products by numpy's BLAS, for float32 models in MLX on a Linux CPU: of linear layers, and of the delta rule.
 
 MLX's wheels for Linux are linked with the reference BLAS, 10 to 25 times slower than numpy's. macOS has Accelerate and
 a GPU its kernels: nothing here is used there. A product is computed when it is asked for, also while MLX traces.
@@ -33,6 +33,14 @@ def connect(model: nn.Module, whole: bool = False) -> None:
     bridged = _TRAINED if whole else _BRIDGED
     for module in model.modules():
         module.__class__ = bridged.get(type(module), type(module))
+
+
+@_QUIET
+def product(a: mx.array, b: mx.array) -> mx.array:
+    """a @ b in float32, of shapes [.., N, K] and [.., K, M]; not differentiable where numpy makes it."""
+    if not ENABLED or mx.default_device() != mx.cpu:
+        return a @ b
+    return mx.array(np.asarray(a) @ np.asarray(b))
 
 
 def _is_served(linear: nn.Module, x: mx.array) -> bool:

@@ -10,7 +10,7 @@ and D_ij = a_{j+1} .. a_i:
     U = X diag(b) (V - diag(start) K S),   O = diag(start) Q S + (Q K' * D) U,   S' = start_C S + (diag(end) K)' U
 
 Only the inputs, and the state of every 256 tokens, are kept for the gradient, which computes the rest again. All in
-float32 and in plain operations, so that it runs wherever MLX does.
+float32 and in plain operations, so that it runs wherever MLX does; products go to numpy where MLX's are slow.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta
 
+from backends.mlx_backend.blas_bridge import product
 from backends.mlx_backend.delta_chunks import (
     Chunks,
     chunked,
@@ -153,26 +154,27 @@ class _Solved(NamedTuple):
         between = mx.exp(mx.cumsum(mx.where(below, decay[..., None], 0.0), axis=-2)) * lower(size, 0)
         start = mx.exp(mx.cumsum(decay, axis=-1))[..., None]
         across, column = transposed(k), beta[..., None]
-        keys = k @ across
+        keys = product(k, across)
         inverse = unit_inverse(column * (keys * between * below))
-        alone, old = inverse @ (column * v), inverse @ (column * start * k)
-        return cls(between, start, between[..., -1, :, None], keys, inverse, q @ across * between, alone, old)
+        alone, old = product(inverse, column * v), product(inverse, column * start * k)
+        reads = product(q, across) * between
+        return cls(between, start, between[..., -1, :, None], keys, inverse, reads, alone, old)
 
 
 def _run(chunks: Chunks, solved: _Solved, state: mx.array) -> tuple[mx.array, mx.array]:
     """Output [B, H, R, N, C, Dv], and the state [B, H, R, Dk, Dv] after the last chunk."""
     states, corrections, state = _states(chunks, solved, state)
-    return solved.start * (chunks.q @ states) + solved.reads @ corrections, state
+    return solved.start * product(chunks.q, states) + product(solved.reads, corrections), state
 
 
 def _states(chunks: Chunks, solved: _Solved, state: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """The state before each chunk [B, H, R, N, Dk, Dv], U [B, H, R, N, C, Dv], and the state after the last chunk."""
-    written = (solved.end * chunks.k).swapaxes(-1, -2)
+    written = transposed(solved.end * chunks.k)
     states, corrections = [], []
     for n in range(chunks.v.shape[3]):
         states.append(state)
-        corrections.append(solved.alone[..., n, :, :] - solved.old[..., n, :, :] @ state)
-        state = solved.start[..., n, -1:, :] * state + written[..., n, :, :] @ corrections[-1]
+        corrections.append(solved.alone[..., n, :, :] - product(solved.old[..., n, :, :], state))
+        state = solved.start[..., n, -1:, :] * state + product(written[..., n, :, :], corrections[-1])
     return mx.stack(states, axis=3), mx.stack(corrections, axis=3), state
 
 
@@ -187,23 +189,23 @@ def _run_backward(
     grad_us, grad_states, grad_state = grads
     # by what each formula above multiplies
     below, states_turned = lower(decay.shape[-1], -1), transposed(states)
-    grad_reads = (grad_out @ transposed(corrections)) * solved.between
-    grad_read = solved.start * (grad_out @ states_turned)  # by q, of what it reads of the state
-    grad_written = solved.end * (corrections @ transposed(grad_states))  # by k, of what it writes
-    grad_old = -(grad_us @ states_turned)
-    column, turned = beta[..., None], solved.inverse.swapaxes(-1, -2)
-    grad_right, grad_right_old = turned @ grad_us, turned @ grad_old
+    grad_reads = product(grad_out, transposed(corrections)) * solved.between
+    grad_read = solved.start * product(grad_out, states_turned)  # by q, of what it reads of the state
+    grad_written = solved.end * product(corrections, transposed(grad_states))  # by k, of what it writes
+    grad_old = -product(grad_us, states_turned)
+    column, turned = beta[..., None], transposed(solved.inverse)
+    grad_right, grad_right_old = product(turned, grad_us), product(turned, grad_old)
     # (1 + L) U = right: the gradient by L is -(gradient by right) (solution)'
-    grad_system = -(grad_right @ transposed(solved.alone) + grad_right_old @ transposed(solved.old)) * below
+    grad_solved = product(grad_right, transposed(solved.alone)) + product(grad_right_old, transposed(solved.old))
+    grad_system = -grad_solved * below
     plain = solved.keys * solved.between * below
     grad_keys = column * grad_system * solved.between
     grad_old_keys = column * solved.start * grad_right_old
-    by_q = of_key_heads(grad_reads @ k + grad_read)
-    by_k = of_key_heads(
-        (grad_keys + grad_keys.swapaxes(-1, -2)) @ k + grad_reads.swapaxes(-1, -2) @ q + grad_written + grad_old_keys
-    )
+    by_q = of_key_heads(product(grad_reads, k) + grad_read)
+    by_keys = product(grad_keys + transposed(grad_keys), k) + product(transposed(grad_reads), q)
+    by_k = of_key_heads(by_keys + grad_written + grad_old_keys)
     by_beta = (grad_system * plain).sum(-1) + (grad_right * v).sum(-1) + (grad_right_old * (solved.start * k)).sum(-1)
-    of_between = grad_reads * (q @ transposed(k)) + grad_keys * solved.keys
+    of_between = grad_reads * product(q, transposed(k)) + grad_keys * solved.keys
     of_end = (grad_written * k).sum(-1)
     of_start = (grad_read * q + grad_old_keys * k).sum(-1)
     remaining = solved.start[..., -1, 0] * (grad_states * states).sum((-1, -2))
@@ -215,15 +217,15 @@ def _grad_states(
     solved: _Solved, written: mx.array, reading: mx.array, grad_out: mx.array, grad_state: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The gradients by U, by the state after each chunk [B, H, R, N, Dk, Dv], and by the state before the first."""
-    by_reads = solved.reads.swapaxes(-1, -2) @ grad_out
-    by_reading = reading.swapaxes(-1, -2) @ grad_out
-    lost = solved.old.swapaxes(-1, -2)
+    by_reads = product(transposed(solved.reads), grad_out)
+    by_reading = product(transposed(reading), grad_out)
+    lost = transposed(solved.old)
     grad_us, grad_states = [], []
     for n in reversed(range(grad_out.shape[3])):
         grad_states.append(grad_state)
-        grad_us.append(by_reads[..., n, :, :] + written[..., n, :, :] @ grad_state)
+        grad_us.append(by_reads[..., n, :, :] + product(written[..., n, :, :], grad_state))
         kept = solved.start[..., n, -1:, :] * grad_state
-        grad_state = kept + by_reading[..., n, :, :] - lost[..., n, :, :] @ grad_us[-1]
+        grad_state = kept + by_reading[..., n, :, :] - product(lost[..., n, :, :], grad_us[-1])
     return mx.stack(grad_us[::-1], axis=3), mx.stack(grad_states[::-1], axis=3), grad_state
 
 

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from mlx_lm.models.gated_delta import gated_delta_ops, gated_delta_update  # noqa: E402
 
-from backends.mlx_backend import delta_chunks, delta_rule  # noqa: E402
+from backends.mlx_backend import blas_bridge, delta_chunks, delta_rule  # noqa: E402
 from backends.predictions import DELTA_RULE  # noqa: E402
 from tests.conformance.toy import DROPPING, Case, close, random_adapter, toy_batch  # noqa: E402
 from tests.tiny_families import published  # noqa: E402
@@ -43,6 +43,12 @@ def inputs(rows: int, tokens: int, heads: int, values: int, dk: int, dv: int, ki
     return [mx.array(x.astype(np.float32)) for x in (q, k, v, decay, beta, state)]
 
 
+@pytest.fixture(params=["bridge", "own"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "own":  # what a Mac runs
+        monkeypatch.setattr(blas_bridge, "ENABLED", False)
+
+
 def by_token(q: Any, k: Any, v: Any, decay: Any, beta: Any, state: Any) -> Any:
     return gated_delta_ops(q, k, v, mx.exp(decay), beta, state)
 
@@ -55,6 +61,7 @@ def results(rule: Rule, given: Arrays) -> list[np.ndarray]:
     return [np.array(x) for x in (*outputs, *grads)]
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(
     ("shape", "kind"),
     [
@@ -113,6 +120,7 @@ class _Nothing:
         return []
 
 
+@pytest.mark.usefixtures("products")
 def test_memory_grows_with_tokens_and_not_with_states() -> None:
     """Of 64 x 64 numbers a state and head: the loop keeps one a token, which is 16 times all its inputs."""
 
@@ -128,7 +136,7 @@ def test_memory_grows_with_tokens_and_not_with_states() -> None:
     short, long = peak(delta_rule.delta_rule, 2048), peak(delta_rule.delta_rule, 4096)
     own = 4 * (4 * 64 + 2) * 4  # bytes of a token: inputs, output, and the gradients of all of them, with copies
     assert (long - short) / 2048 < 3 * own < 64 * 64 * 4
-    assert peak(delta_rule.delta_rule, 1024) < peak(by_token, 256)
+    assert peak(delta_rule.delta_rule, 1024) < peak(by_token, 512)
 
 
 def opened(backend: str, folder: Path, **spec: Any) -> Any:
@@ -137,6 +145,7 @@ def opened(backend: str, folder: Path, **spec: Any) -> Any:
     return session
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_model_trains_scores_and_answers_as_with_the_loop(
     checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -169,7 +178,7 @@ def test_training_is_several_times_as_fast_as_the_loop() -> None:
         return time.process_time() - began
 
     ours = min(seconds(delta_rule.delta_rule) for _ in range(3))
-    assert seconds(by_token) > 3 * ours  # 4 to 6.3 on a core that others share
+    assert seconds(by_token) > 5 * ours  # 10 to 17 on a core that others share
 
 
 # --- torch -----------------------------------------------------------------------------------------
