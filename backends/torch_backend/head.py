@@ -138,9 +138,16 @@ def find_head(model: Any, logits_at_once: int) -> Head:
     return head if torch.allclose(ours, theirs[0].float(), near, near * float(ours.abs().mean())) else unknown
 
 
+class _States(BaseModelOutputWithPast):  # type: ignore[misc]
+    """A body's output that has only its hidden states: what else a model asks for, say its experts' choice, is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 def _bypassing_blocks(model: Any, states: torch.Tensor) -> torch.Tensor:
     """The logits that the model makes of these final hidden states. [1, T, D] -> [1, T, V]"""
-    body = BaseModelOutputWithPast(last_hidden_state=states)
+    body = _States(last_hidden_state=states)
     ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
     with torch.no_grad(), forward_as(model.base_model, lambda *_, **__: body):
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits

@@ -8,7 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from backends.predictions import HEAD
 from backends.torch_backend.head import Head, find_head
+from tests.conformance.toy import Case
+from tests.tiny_families import MODELS, published
 from tests.tiny_models import FAMILIES, family
 
 MANY = 2**23
@@ -107,3 +110,9 @@ def test_a_head_with_a_row_that_is_not_finite_is_left_to_the_model(tmp_path: Pat
     weight[5] = value
     model.lm_head.weight = torch.nn.Parameter(weight)
     assert find_head(model, MANY).linear is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_head_of_models_as_their_makers_publish_them_is_found(name: str, tmp_path: Path) -> None:
+    session = Case("torch", published(name, tmp_path)).open()
+    assert HEAD in session.shortcuts, session.left_out
