@@ -101,6 +101,7 @@ def read_architecture(folder: ModelFolder) -> Architecture:
         stored_number=4 if stored > 3 * sum(map(prod, folder.shapes.values())) else 2,
         quantised=quantised,
         head_norms=any(name.endswith(".q_norm.weight") for name in shapes),
+        norms_after=any(name.endswith(".post_feedforward_layernorm.weight") for name in shapes),
         experts=experts,
         experts_packed=packed,
         heads=heads,

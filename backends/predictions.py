@@ -45,6 +45,7 @@ class Architecture:
     stored_number: int  # bytes of one weight in the files
     quantised: bool  # already in the files
     head_norms: bool = False  # whether queries and keys are normed (Qwen3)
+    norms_after: bool = False  # whether what attention and the gated layer make is normed too (Gemma, OLMo)
     experts: int = 0  # weights of experts, which are chosen token by token and not adapted
     experts_packed: bool = False  # in the files, in MXFP4
     heads: int = 1  # of queries

@@ -1,45 +1,96 @@
 """Compiles our own kernels for NVIDIA's cards of these compute capabilities: `python tests/compile_kernels.py 75 89`.
 
-No card is needed. An error of Triton's ends it.
+No card is needed. An error of Triton's ends it, and so does a kernel that needs more fast memory than a card has.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from backends.torch_backend import triton_kernels
+from backends.torch_backend import triton_elementwise, triton_products
 
 BYTES = ("packed", "scales")
-FLOATS = ("code", "group_scales", "group_offsets", "levels")
-HALVES = ("x", "factor", "out", "low", "gate", "up", "grad", "grad_up", "cos", "sin")
-CONSTANTS = {
-    "BN": 32, "BM": 64, "BR": 16, "BLOCK": 1024, "SHARING": 32, "HALF": 64, "HEADS": 32, "WIDTH": 64, "BACK": True,
-}  # fmt: skip
+FLOATS = ("code", "group_scales", "group_offsets", "levels", "inverse_rms")
+HALVES = ("x", "factor", "out", "low", "gate", "up", "grad", "grad_up", "cos", "sin", "weight")
+NUMBERS = ("scale", "eps", "added")
+# NVIDIA, "CUDA C++ Programming Guide", technical specifications: shared memory of a block
+FAST_MEMORY = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 
 
-def kind(kernel: str, argument: str, half: str) -> str:
+class Launches:
+    """In the place of `launch`: takes down what each kernel is launched with."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, tuple[Any, list[Any], dict[str, Any], dict[str, Any]]] = {}
+
+    def __call__(
+        self, kernel: Any, grid: Any, tensors: Any, numbers: Any, constants: Any, relied_on: Any, **tuning: Any
+    ) -> None:
+        tiles = " ".join(f"{name} {value}" for name, value in constants.items())
+        self.seen[f"{kernel.__name__}, {tiles}"] = kernel, [*tensors, *numbers], constants, tuning
+
+
+def launches() -> Launches:
+    """Of every kernel with the tiles of narrow and wide layers and ranks; tensors of no memory stand in."""
+    seen = Launches()
+    triton_products.launch = triton_elementwise.launch = seen  # type: ignore[assignment]
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    for width, rank in ((2048, 48), (16384, 16)):
+        x, weight, low, factor = empty(1024, width), empty(width), empty(1024, rank), empty(rank, width)
+        triton_products.down(low, x, factor.T, 1.0)
+        triton_products.add_up(x, low, factor)
+        triton_products.gradient(torch.empty(rank, width, device="meta"), low, x)
+        inverse_rms = triton_elementwise.rms_norm(x, weight, 1e-6, 1.0)[1]
+        triton_elementwise.rms_norm_back(x, weight, inverse_rms, x, 1.0)
+    for second in (False, True):
+        triton_elementwise.gated(x, x, second)
+        triton_elementwise.gated_back(x, x, x, x, second)
+        triton_elementwise.rotate(empty(1, 32, 512, 128), empty(1, 1, 512, 128), empty(1, 1, 512, 128), second)
+    triton_products.unpack(x, x, x, x, (x, x), x, 64)
+    return seen
+
+
+def source(kernel: Any, given: list[Any], constants: dict[str, Any], half: str) -> ASTSource:
+    """What Triton would compile for such a launch: numbers of 1 and multiples of 16 are known to it."""
+    types, known, attributes = {}, dict(constants), {}
+    for place, name in enumerate(kernel.arg_names):
+        types[name] = kind(kernel.__name__, name, half, constants)
+        number = given[place] if place < len(given) else None
+        if types[name] == "i32" and number == 1:
+            types[name], known[name] = "constexpr", 1
+        elif types[name].startswith("*") or (types[name] == "i32" and number % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, types, known, attributes)
+
+
+def kind(kernel: str, argument: str, half: str, constants: dict[str, Any]) -> str:
     """The type of a kernel's argument, as Triton writes it."""
-    if argument in CONSTANTS:
+    if argument in constants:
         return "constexpr"
     if argument in FLOATS or (kernel, argument) == ("_gradient", "out"):
         return "*fp32"
     if argument in BYTES:
         return "*u8"
-    return f"*{half}" if argument in HALVES else "fp32" if argument == "scale" else "i32"
+    return f"*{half}" if argument in HALVES else "fp32" if argument in NUMBERS else "i32"
 
 
 def main() -> None:
+    seen = launches().seen
     for capability in map(int, sys.argv[1:]):
-        half = "fp16" if capability < 80 else "bf16"
-        for name in ("_down", "_add_up", "_gradient", "_unpack", "_swiglu", "_swiglu_back", "_rotate"):
-            kernel = getattr(triton_kernels, name)
-            types = {argument: kind(name, argument, half) for argument in kernel.arg_names}
-            constants = {argument: CONSTANTS[argument] for argument in types if argument in CONSTANTS}
-            compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32))
-            print(f"compute capability {capability / 10}: {name}", flush=True)
+        half, target = "fp16" if capability < 80 else "bf16", GPUTarget("cuda", capability, 32)
+        for name, (kernel, given, constants, tuning) in seen.items():
+            made = compile(source(kernel, given, constants, half), target=target, options=tuning)
+            share = made.metadata.shared / FAST_MEMORY[capability]
+            print(f"compute capability {capability / 10}: {name}: {share:.0%} of its fast memory", flush=True)
+            assert share <= 1, "a kernel needs more fast memory than such a card has"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from backends.torch_backend import triton_kernels
+from backends.torch_backend import triton_kernels, triton_launch
 
 
 class NoCard:
@@ -68,8 +68,11 @@ def case(draw: random.Random) -> None:
         triton_kernels.add_up(x, low, factor)
         triton_kernels.gradient(torch.empty(rank, width), low, x)
     flat = torch.zeros(rows, width, dtype=dtype)
-    triton_kernels.swiglu(flat, flat)
-    triton_kernels.swiglu_back(flat, flat, flat, flat)
+    gelu = draw.random() < 0.5
+    triton_kernels.gated(flat, flat, gelu)
+    triton_kernels.gated_back(flat, flat, flat, flat, gelu)
+    _, inverse_rms = triton_kernels.rms_norm(flat, flat[0], 1e-6, 1.0)
+    triton_kernels.rms_norm_back(flat, flat[0], inverse_rms, flat, 1.0)
     heads = torch.zeros(2, rows, draw.choice([1, 4]), 64, dtype=dtype).transpose(1, 2)
     angles = torch.zeros(draw.choice([1, 2]), 1, rows, 64, dtype=dtype)
     triton_kernels.rotate(heads, angles, angles, draw.random() < 0.5)
@@ -77,7 +80,7 @@ def case(draw: random.Random) -> None:
 
 def main() -> None:
     driver.set_active(NoCard())
-    watched = triton_kernels._COMPILED = Watched()
+    watched = triton_launch._COMPILED = Watched()
     draw = random.Random(0)
     for _ in range(int(sys.argv[1])):
         case(draw)

@@ -39,7 +39,8 @@ MACHINES = (
 
 def saved(architecture: Architecture, adapted: Modules, lora: LoraSpec, number: int) -> float:
     """MLX's tape holds every result, also those that the formulas do not need; read off its peak."""
-    sizes = 8 * architecture.hidden + 6 * architecture.queries + 4 * architecture.keys + 3 * architecture.inner
+    sizes = 6 * architecture.queries + 4 * architecture.keys + 3 * architecture.inner
+    sizes += (8 + 2 * architecture.norms_after) * architecture.hidden
     ranks = 0 if lora.whole else lora.rank * len({name.rsplit(".", 1)[-1] for name in adapted})
     return float((sizes + ranks) * number)
 

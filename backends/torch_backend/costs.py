@@ -55,11 +55,12 @@ def saved(architecture: Architecture, adapted: Modules, lora: LoraSpec, number: 
     and what the gated layer makes of gate and up.
     """
     if lora.whole:
-        own = 2.0 * architecture.head_norms
+        own, hidden = 2.0 * architecture.head_norms, 6.0 + 4.0 * architecture.norms_after
         queries, keys = (3.0 + own) * architecture.queries, (2.0 + own) * architecture.keys
-        return (6.0 * architecture.hidden + queries + keys + 4.0 * architecture.inner) * number
+        return (hidden * architecture.hidden + queries + keys + 4.0 * architecture.inner) * number
     leaves = {name.rsplit(".", 1)[-1] for name in adapted}
-    hidden, queries, keys = 2.0, 2.0, 2.0  # the norms' inputs; queries, keys and values, and the attention's result
+    # the norms' inputs; queries, keys and values, and the attention's result
+    hidden, queries, keys = 2.0 + 2.0 * architecture.norms_after, 2.0, 2.0
     inner = 2.0 if "down_proj" in leaves else 3.0  # gate and up; without an adapter also their product's factor
     queries, keys = queries + architecture.head_norms, keys + architecture.head_norms
     wide = hidden * architecture.hidden + queries * architecture.queries + keys * architecture.keys

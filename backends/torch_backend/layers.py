@@ -8,33 +8,32 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from backends.predictions import DELTA_RULE
 from backends.torch_backend.costs import DELTA_KERNEL, GATED_LAYERS, NORMS, ROTARY
+from backends.torch_backend.gated import ACTIVATIONS, Activation
 from backends.torch_backend.lora import LoraLinear
+from backends.torch_backend.norms import use_own_norm
 from backends.torch_backend.patch import is_coded_as
-from backends.torch_backend.products import Again, Source
 from backends.torch_backend.rotary import use_own_rotary
 
 _DELTA_RULE = "torch_chunk_gated_delta_rule"  # the function, in transformers' module of each model that has it
 
 
 def use_own_layers(model: Any) -> list[str]:
-    """Modules whose code is Llama's, whatever their name, get the gradients written here. Returns the kinds."""
-    silu, replaced = type(ACT2FN["silu"]), set()
+    """Modules whose code is known, whatever their name, get our own gradients. Returns the kinds."""
+    activations, replaced = {type(ACT2FN[name]): name for name in ACTIVATIONS}, set()
     for module in model.modules():
-        if is_coded_as(module, LlamaRMSNorm) and not module.weight.requires_grad:
-            module.forward = partial(_norm, module)
+        if use_own_norm(module):
             replaced.add(NORMS)
         elif (
             is_coded_as(module, LlamaMLP)
-            and isinstance(module.act_fn, silu)
+            and (activation := activations.get(type(module.act_fn)))
             and isinstance(module.down_proj, LoraLinear)  # a frozen one saves little as it is
         ):
-            module.forward = partial(_gated_layer, module)
+            module.forward = partial(_gated_layer, module, ACTIVATIONS[activation])
             replaced.add(GATED_LAYERS)
     return [*sorted(replaced, reverse=True), *([ROTARY] if use_own_rotary(model) else [])]
 
@@ -47,43 +46,6 @@ def delta_rule_of(model: Any) -> list[str]:
     return [DELTA_KERNEL if find_spec("fla") else DELTA_RULE]
 
 
-def _norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    weight, eps = module.weight, module.variance_epsilon
-    if hidden_states.is_cuda:  # one kernel each way that saves as little (torch 2.9 and newer)
-        make = partial(torch.nn.functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
-        kept: tuple[torch.Tensor, ...] = (hidden_states,)
-        out: torch.Tensor = make(hidden_states)
-    else:
-        out, inverse_rms = _RmsNorm.apply(hidden_states, weight, eps)
-        make, kept = partial(_normed, weight=weight), (hidden_states, inverse_rms)
-    if torch.is_grad_enabled():
-        out.source = Source(kept, Again(make))  # so that adapted layers need not keep `out`
-    return out
-
-
-def _gated_layer(module: Any, x: torch.Tensor) -> torch.Tensor:
+def _gated_layer(module: Any, activation: Activation, x: torch.Tensor) -> torch.Tensor:
     down: LoraLinear = module.down_proj
-    return down.gated(module.gate_proj(x), module.up_proj(x))
-
-
-class _RmsNorm(torch.autograd.Function):  # type: ignore[misc]
-    """w * x / sqrt(mean(x^2) + eps) (Zhang & Sennrich, 2019) in float32. Saves x and one number per position."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-        inverse_rms = x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse_rms)
-        ctx.mark_non_differentiable(inverse_rms)
-        return _normed(x, inverse_rms, weight), inverse_rms
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_output: torch.Tensor, _: Any) -> tuple[Any, ...]:
-        x, weight, inverse_rms = ctx.saved_tensors
-        normed, grad_normed = x.float() * inverse_rms, (grad_output * weight).float()
-        projection = (grad_normed * normed).mean(-1, keepdim=True)
-        return grad_normed.addcmul_(normed, projection, value=-1).mul_(inverse_rms).to(x.dtype), None, None
-
-
-def _normed(x: torch.Tensor, inverse_rms: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (x.float() * inverse_rms).to(x.dtype).mul_(weight)
+    return down.gated(activation, module.gate_proj(x), module.up_proj(x))

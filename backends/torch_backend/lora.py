@@ -10,6 +10,7 @@ import torch
 from backends.interface import MAGNITUDE, BackendError, FloatArray, LoraSpec, Modules
 from backends.text_blocks import ending
 from backends.torch_backend.four_bit import dense, unpack_together
+from backends.torch_backend.gated import Activation
 from backends.torch_backend.masks import Dropout
 from backends.torch_backend.products import Adapted, Call, Gated, Shared, source_of
 
@@ -49,9 +50,9 @@ class LoraLinear(torch.nn.Module):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._scaled(self.siblings.output(self, x))
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """The same with x = silu(gate) * up, which is not saved. [..., in] -> [..., out]"""
-        return self._scaled(Gated.apply(gate, up, self.siblings.called(gate), self.lora_A, self.lora_B))
+    def gated(self, activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """The same with x = activation(gate) * up, which is not saved. [..., in] -> [..., out]"""
+        return self._scaled(Gated.apply(gate, up, activation, self.siblings.called(gate), self.lora_A, self.lora_B))
 
     def _scaled(self, out: torch.Tensor) -> torch.Tensor:
         if self.magnitude is None:

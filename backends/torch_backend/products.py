@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
 
 from backends.torch_backend.four_bit import base_products, dense_weights
-from backends.torch_backend.fused import kernels_for
+from backends.torch_backend.gated import Activation, gated, gated_gradients
 from backends.torch_backend.low_rank import add, gradient_of_a, gradient_of_b, parts_of, put
 
 Draw = Callable[[], torch.Tensor]  # of dropout's mask [N, in]
@@ -108,15 +107,20 @@ class Adapted(torch.autograd.Function):  # type: ignore[misc]
 
 
 class Gated(torch.autograd.Function):  # type: ignore[misc]
-    """The same of one layer and x = silu(gate) * up, which the backward pass makes again (SwiGLU; Shazeer, 2020)."""
+    """The same of one layer and x = activation(gate) * up, which the backward pass makes again (Shazeer, 2020)."""
 
     @staticmethod
     def forward(
-        ctx: Any, gate: torch.Tensor, up: torch.Tensor, shared: Shared, *parameters: torch.Tensor
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        activation: Activation,
+        shared: Shared,
+        *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        rows = _gated(gate.flatten(0, -2), up.flatten(0, -2))
+        rows = gated(activation, gate.flatten(0, -2), up.flatten(0, -2))
         low_rank = _low_rank(shared, rows)
-        ctx.shared = shared
+        ctx.shared, ctx.activation = shared, activation
         ctx.save_for_backward(gate, up, low_rank)
         return _outputs(shared.calls, rows, [low_rank])[0].view(*gate.shape[:-1], -1)
 
@@ -125,13 +129,13 @@ class Gated(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         gate, up, low_rank = ctx.saved_tensors
         shape, (gate, up, grad_output) = gate.shape, (x.flatten(0, -2) for x in (gate, up, grad_output))
-        masks, grads, product = [ctx.shared.calls[0].mask()], [grad_output], _gated(gate, up)
+        masks, grads, product = [ctx.shared.calls[0].mask()], [grad_output], gated(ctx.activation, gate, up)
         grad_low_rank, of_factors = _adapter_gradients(ctx.shared, grads, product, low_rank, masks)
         if not any(ctx.needs_input_grad[:2]):
-            return None, None, None, *of_factors
+            return None, None, None, None, *of_factors
         grad = _input_gradient(ctx.shared, grads, grad_low_rank, masks)
-        grad_gate, grad_up = _gated_gradients(gate, up, grad, product)
-        return grad_gate.view(shape), grad_up.view(shape), None, *of_factors
+        grad_gate, grad_up = gated_gradients(ctx.activation, gate, up, grad, product)
+        return grad_gate.view(shape), grad_up.view(shape), None, None, *of_factors
 
 
 Masks = Sequence[torch.Tensor | None]
@@ -153,29 +157,6 @@ def _outputs(calls: Sequence[Call], x: torch.Tensor, low_rank: Sequence[torch.Te
         return [x.new_empty(len(x), len(call.b)) for call in calls]
     bases = base_products([call.base for call in calls], x)
     return [add(out, low, call.b.T) for out, low, call in zip(bases, low_rank, calls, strict=True)]
-
-
-def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up [N, in]"""
-    kernels = _kernels_of(gate, up)
-    return silu(gate).mul_(up) if kernels is None else kernels.swiglu(gate, up)
-
-
-def _kernels_of(gate: torch.Tensor, up: torch.Tensor) -> Any | None:
-    """Ours, which read both from end to end; None: torch's own operations it is."""
-    return kernels_for(gate, len(gate)) if gate.is_contiguous() and up.is_contiguous() else None
-
-
-def _gated_gradients(
-    gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor, product: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Those of gate and up [N, in]; `grad` and `product` are written over, since these are a block's widest tensors."""
-    if (kernels := _kernels_of(gate, up)) is not None:
-        kernels.swiglu_back(gate, up, grad, product)
-        return grad, product
-    grad_up = torch.ops.aten.silu.out(gate, out=product).mul_(grad)
-    grad.mul_(up)
-    return torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad), grad_up
 
 
 def _adapter_gradients(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, LlamaConfig, Qwen3Config
+from transformers import AttentionInterface, Gemma3TextConfig, LlamaConfig, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
 from backends.dropout import places
@@ -36,6 +36,10 @@ SHAPES: dict[str, Any] = {
     ),
     "Qwen3 4B": Qwen3Config(
         hidden_size=2560, intermediate_size=9728, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        vocab_size=64,
+    ),
+    "Gemma 3 4B": Gemma3TextConfig(
+        hidden_size=2560, intermediate_size=10240, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
         vocab_size=64,
     ),
 }  # fmt: skip

@@ -44,7 +44,8 @@ def architecture(model: str) -> Architecture:
     hidden, inner, blocks = (shape[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     queries, keys = (shape[f"num_{key}_heads"] * shape["head_dim"] for key in ("attention", "key_value"))
     sizes = (blocks, hidden, inner, queries, keys, shape["vocab_size"], shape["tie_word_embeddings"])
-    return replace(architecture_of(*sizes), head_norms="Qwen3" in model)
+    gemma = "gemma" in model
+    return replace(architecture_of(*sizes), head_norms="Qwen3" in model or gemma, norms_after=gemma)
 
 
 def workload(recipe: Recipe, length: int) -> Workload:

@@ -145,12 +145,12 @@ def test_gradients_are_dropped_before_memory_goes_back_to_the_device(
 
 def test_torchs_fused_norm_computes_what_the_norm_written_here_does() -> None:
     """On CUDA the fused one runs; here both run on the CPU."""
-    from backends.torch_backend.layers import _RmsNorm
+    from backends.torch_backend.norms import Gain, _RmsNorm
 
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, 64, generator=draw, requires_grad=True)
     weight, grad_output = torch.rand(64, generator=draw) + 0.5, torch.randn(3, 5, 64, generator=draw)
-    ours, _ = _RmsNorm.apply(x, weight, 1e-6)
+    ours, _ = _RmsNorm.apply(x, weight, 1e-6, Gain(rounded_first=True))
     fused = torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
     grads = [torch.autograd.grad(y, x, grad_output)[0].numpy() for y in (ours, fused)]
     np.testing.assert_allclose(fused.detach().numpy(), ours.detach().numpy(), rtol=1e-5, atol=1e-6)

@@ -43,11 +43,12 @@ def predicted(config: Any, lora: LoraSpec) -> float:
     leaves = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     modules = {f"layers.0.{leaf}": (1, 1) for leaf in leaves}
     sizes = (config.hidden_size, config.intermediate_size, queries, keys)
-    shape = Architecture(1, *sizes, 1, modules, 0, 0, 2, False, head_norms=config.model_type == "qwen3")
+    kind = config.model_type
+    shape = Architecture(1, *sizes, 1, modules, 0, 0, 2, False, kind != "llama", norms_after=kind == "gemma3_text")
     return saved(shape, modules, lora, 2)
 
 
-@pytest.mark.parametrize(("name", "dropout"), [("Llama 8B", 0.05), ("Qwen3 4B", 0.0)])
+@pytest.mark.parametrize(("name", "dropout"), [("Llama 8B", 0.05), ("Qwen3 4B", 0.0), ("Gemma 3 4B", 0.0)])
 def test_the_forecast_counts_what_a_block_keeps(name: str, dropout: float) -> None:
     lora = LoraSpec(16, 32.0, dropout=dropout)
     found = per_block(SHAPES[name], 512, lora)

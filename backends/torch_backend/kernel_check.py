@@ -1,0 +1,70 @@
+"""Whether our CUDA kernels give what torch's operations give, of some random numbers on this card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_Pair = tuple[torch.Tensor, torch.Tensor]  # what a kernel gives, and what it should
+_RANK = 48  # of the largest tiles, which need most of a card's fast memory
+
+
+def agrees(kernels: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    torch.manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    x, gate, up = draw(70, 96), draw(70, 80), draw(70, 80)
+    pairs = [
+        *_products(kernels, x, draw(_RANK, 96), draw(80, _RANK), draw(70, 80)),
+        *(pair for gelu in (False, True) for pair in _gated(kernels, gate, up, draw(70, 80), gelu)),
+        *_norms(kernels, x, draw(96), draw(70, 96)),
+        *_rotary(kernels, x[:10].view(2, 5, 3, 32).transpose(1, 2)),
+    ]
+    return all(_close(*pair) for pair in pairs)
+
+
+def _products(kernels: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Iterator[_Pair]:
+    low, before = kernels.down(x.new_empty(len(x), len(a)), x, a.T, 0.5), out.float()
+    yield low, 0.5 * x.float() @ a.float().T
+    yield kernels.add_up(out, low, b.T), before + low.float() @ b.float().T
+    yield kernels.gradient(torch.empty(a.shape, device=a.device), low, x), low.float().T @ x.float()
+
+
+def _gated(kernels: Any, gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor, gelu: bool) -> Iterator[_Pair]:
+    kind, named = (torch.ops.aten.gelu, {"approximate": "tanh"}) if gelu else (torch.ops.aten.silu, {})
+    back = torch.ops.aten.gelu_backward if gelu else torch.ops.aten.silu_backward
+    active, grad_up = kind(gate, **named), torch.empty_like(gate)
+    by_gate, by_up = back(grad * up, gate, **named).float(), (active * grad).float()
+    yield kernels.gated(gate, up, gelu), (active * up).float()
+    kernels.gated_back(gate, up, grad, grad_up, gelu)
+    yield grad, by_gate
+    yield grad_up, by_up
+
+
+def _norms(kernels: Any, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> Iterator[_Pair]:
+    numbers, gain = x.float(), weight.float() + 1.0
+    inverse = (numbers.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    normed, by_normed = numbers * inverse, grad.float() * gain
+    out, inverse_rms = kernels.rms_norm(x, weight, 1e-6, 1.0)
+    yield out, normed * gain
+    yield inverse_rms, inverse
+    expected = (by_normed - normed * (by_normed * normed).mean(-1, keepdim=True)) * inverse
+    yield kernels.rms_norm_back(x, weight, inverse_rms, grad, 1.0), expected
+
+
+def _rotary(kernels: Any, x: torch.Tensor) -> Iterator[_Pair]:
+    """cos and sin as some angles have them: the halves are alike."""
+    half, width = torch.randn(1, 1, x.shape[2], x.shape[3] // 2, device=x.device), x.shape[3] // 2
+    cos, sin = (torch.cat([part, part], -1).to(x.dtype) for part in (half.cos(), half.sin()))
+    for back, sign in ((False, 1), (True, -1)):
+        turned = torch.cat([-sign * x[..., width:], sign * x[..., :width]], -1).float()
+        yield kernels.rotate(x, cos, sin, back), x.float() * cos.float() + turned * sin.float()
+
+
+def _close(result: torch.Tensor, expected: torch.Tensor) -> bool:
+    tolerance = 0.02 * float(expected.abs().mean())
+    return bool(torch.allclose(result.float(), expected, rtol=0.02, atol=tolerance))
