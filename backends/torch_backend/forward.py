@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from backends.streaming import Advance
 from backends.torch_backend.device import uploaded
 from backends.torch_backend.frozen import FrozenBlocks
 from backends.torch_backend.head import class_head, find_head
+from backends.torch_backend.joined_attention import join_prefixes
 from backends.torch_backend.patch import blocks_of, one_sequence_per_row
 from backends.torch_backend.prefix import SharedPrefixes, attends_to_all
 from backends.torch_backend.streamed import Streamed
@@ -37,6 +39,7 @@ class Forward:
         self.head = find_head(model, logits_at_once) if score is None else class_head(model, score, logits_at_once)
         self._selected: torch.Tensor | None = None  # [N] flat positions, during a pass that ends in logits
         self.frozen: FrozenBlocks | None = None
+        self._join = False  # attention to a prefix and to a row's own tokens
         if self.head.linear is None:  # every pass ends in logits
             model.get_output_embeddings().register_forward_pre_hook(self._select)
 
@@ -82,7 +85,7 @@ class Forward:
         return DynamicCache(config=self._model.config)
 
     def prefixes(self, prefixes: Sequence[IntArray]) -> SharedPrefixes:
-        return SharedPrefixes(self._model.base_model, prefixes, self._device)
+        return SharedPrefixes(self._model.base_model, prefixes, self._device, self._join)
 
     def can_share_prefixes(self) -> bool:
         """Whether rows that continue shared prefixes have the states that they have with their prefixes written out."""
@@ -92,8 +95,14 @@ class Forward:
         prefixes = (np.array([1, 2], np.int32), np.array([3], np.int32))
         batch = Batch(inputs, inputs, np.ones(inputs.shape, np.float32), prefixes, (0, 1, 0))
         with torch.no_grad():
-            expected = self.states(joined(batch))
-            return self._gives(expected, lambda: self.states(batch, self.prefixes(prefixes)))
+            shared = self._shares(batch)
+            self._join = shared and join_prefixes(self._model)
+            self._join = self._join and self._shares(replace(batch, prefixes=prefixes[:1], prefix_of=(0, 0, 0)))
+        return shared
+
+    def _shares(self, batch: Batch) -> bool:
+        expected = self.states(joined(batch))
+        return self._gives(expected, lambda: self.states(batch, self.prefixes(batch.prefixes)))
 
     def keep_frozen_blocks(self) -> bool:
         """From here on, the blocks below the adapter are computed once per row; False where that is not exact.

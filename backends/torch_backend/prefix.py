@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from backends.interface import Batch, IntArray
 from backends.micro_batches import padded_prefixes
 from backends.torch_backend.device import uploaded
+from backends.torch_backend.joined_attention import continuing
 
 
 def attends_to_all(model: Any) -> bool:
@@ -27,7 +28,9 @@ class SharedPrefixes:
     graph of the prefixes; `backward` then sends the sum of their gradients through that graph.
     """
 
-    def __init__(self, body: Any, prefixes: Sequence[IntArray], device: torch.device) -> None:
+    def __init__(self, body: Any, prefixes: Sequence[IntArray], device: torch.device, join: bool) -> None:
+        """join: attention to a single prefix and to a row's own keys is computed apart (`joined_attention`)."""
+        self._join = join and len(prefixes) == 1
         self._lengths = uploaded([np.array([len(prefix) for prefix in prefixes])], device)[0]  # [P]
         ids = padded_prefixes(prefixes).astype(np.int64)  # [P, L]
         cache = Cache(layers=[_Noted() for _ in DynamicCache(config=body.config).layers])
@@ -40,16 +43,14 @@ class SharedPrefixes:
         prefix_of = uploaded([np.array(batch.prefix_of)], self._lengths.device)[0]  # [B]
         lengths, longest = self._lengths[prefix_of, None], self._leaves[0].shape[2]
         columns = torch.arange(batch.inputs.shape[1], device=prefix_of.device)[None]  # [1, T]
+        pairs = list(zip(self._leaves[::2], self._leaves[1::2], strict=True))
+        places = {"use_cache": True, "position_ids": lengths + columns}
+        if self._join:
+            return {"past_key_values": Cache(layers=[_Marking(pair) for pair in pairs]), **places}
         visible = torch.ones(len(prefix_of), longest + columns.shape[1], dtype=torch.long, device=prefix_of.device)
         visible[:, :longest] = torch.arange(longest, device=prefix_of.device) < lengths
-        pairs = zip(self._leaves[::2], self._leaves[1::2], strict=True)
         cache = Cache(layers=[_Layer(keys, values, prefix_of) for keys, values in pairs])
-        return {
-            "past_key_values": cache,
-            "use_cache": True,
-            "attention_mask": visible,
-            "position_ids": lengths + columns,
-        }
+        return {"past_key_values": cache, "attention_mask": visible, **places}
 
     def backward(self) -> None:
         """Adds the adapter's gradient from all that was computed with the leaves since."""
@@ -71,6 +72,19 @@ class _Noted(DynamicLayer):  # type: ignore[misc]
             self.keys, self.values = key_states, value_states
             self.is_initialized = True
         return key_states, value_states
+
+
+class _Marking(DynamicLayer):  # type: ignore[misc]
+    """One block's keys and values of the only prefix, told to what attends to a row's own."""
+
+    def __init__(self, prefix: tuple[torch.Tensor, torch.Tensor]) -> None:
+        super().__init__()
+        self._prefix = prefix
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return continuing(key_states, self._prefix), value_states
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]

@@ -14,6 +14,7 @@ from backends.interface import Batch, LoraSpec, ModelSpec, OptimSpec
 from backends.micro_batches import joined
 from backends.torch_backend import forward as torch_forward
 from backends.torch_backend import frozen as torch_frozen
+from backends.torch_backend import joined_attention
 from backends.torch_backend.session import TorchSession
 from tests.conformance.toy import close, prefixed, random_adapter, toy_batch
 from tests.tiny_models import FAMILIES, family, tiny_llama
@@ -136,6 +137,51 @@ def test_every_family_shares_prefixes_exactly_or_not_at_all(name: str, dtype: st
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-5 if dtype == "float32" else 0.03)
     if dtype == "float32":
         close(shared.get_state(), alone.get_state(), 1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "granite"])
+def test_attention_to_a_single_prefix_is_computed_apart(
+    name: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a mask; the losses, the gradients and the scores are those of whole rows, and of the other way."""
+    folder, batch = family(name, tmp_path), one_prefix()
+    apart, other, alone = (opened(folder, checkpointing=checkpointing) for _ in range(3))
+    assert apart.shares_prefixes and other.shares_prefixes and apart._forward._join
+    other._forward._join = False
+    whole = alone.score(joined(batch)).logprob[:, len(batch.prefixes[0]) :]
+    np.testing.assert_allclose(apart.score(batch).logprob, whole, atol=1e-5)
+    attended, real = [], joined_attention.attend
+    monkeypatch.setattr(joined_attention, "attend", lambda *given: attended.append(given) or real(*given))
+    results = [session.step([batch, OTHER, batch], 1e-2) for session in (apart, other)]
+    assert len(attended) == (8 if checkpointing else 4)  # twice in each of two blocks, and once more
+    results.append(alone.step([joined(batch), OTHER, joined(batch)], 1e-2))
+    assert [result.loss for result in results] == [pytest.approx(results[0].loss, rel=1e-5)] * 3
+    assert [result.grad_norm for result in results] == [pytest.approx(results[0].grad_norm, rel=1e-4)] * 3
+    close(apart.get_state(), alone.get_state(), 1e-4)
+    close(apart.get_state(), other.get_state(), 1e-4)
+
+
+def one_prefix() -> Batch:
+    batch = prefixed()
+    return replace(batch, prefixes=batch.prefixes[:1], prefix_of=(0,) * len(batch.prefix_of))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 16), (3, 3, 8), (9, 3, 64)])
+def test_joined_attention_is_attention_to_all_keys(heads: int, groups: int, width: int, dtype: torch.dtype) -> None:
+    assert joined_attention._works(torch.device("cpu"), dtype, heads, groups, width)
+
+
+def test_joined_attention_is_tried_before_it_is_used(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a part's gradient is off, or the build has no such kernel, prefixes are shared in the other way."""
+    for wrong in (lambda *given, real=joined_attention._flash_back: [2 * grad for grad in real(*given)], None):
+        joined_attention._works.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(joined_attention, "_flash_back", wrong)
+            session = opened(llama)
+            assert session.shares_prefixes and not session._forward._join
+    joined_attention._works.cache_clear()
 
 
 def test_a_prefix_is_computed_once_for_micro_batches_that_follow_one_another(llama: Path) -> None:
