@@ -12,12 +12,12 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from backends.torch_backend import triton_elementwise, triton_products
+from backends.torch_backend import triton_elementwise, triton_head, triton_products
 
 BYTES = ("packed", "scales")
-FLOATS = ("code", "group_scales", "group_offsets", "levels", "inverse_rms")
-HALVES = ("x", "factor", "out", "low", "gate", "up", "grad", "grad_up", "cos", "sin", "weight")
-NUMBERS = ("scale", "eps", "added")
+FLOATS = ("code", "group_scales", "group_offsets", "levels", "inverse_rms", "shares", "losses")
+HALVES = ("x", "factor", "out", "low", "gate", "up", "grad", "grad_up", "cos", "sin", "weight", "logits")
+NUMBERS = ("scale", "eps", "added", "cap")
 # NVIDIA, "CUDA C++ Programming Guide", technical specifications: shared memory of a block
 FAST_MEMORY = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 
@@ -38,7 +38,7 @@ class Launches:
 def launches() -> Launches:
     """Of every kernel with the tiles of narrow and wide layers and ranks; tensors of no memory stand in."""
     seen = Launches()
-    triton_products.launch = triton_elementwise.launch = seen  # type: ignore[assignment]
+    triton_products.launch = triton_elementwise.launch = triton_head.launch = seen  # type: ignore[assignment]
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -51,6 +51,7 @@ def launches() -> Launches:
         inverse_rms = triton_elementwise.rms_norm(x, weight, 1e-6, 1.0)[1]
         triton_elementwise.rms_norm_back(x, weight, inverse_rms, x, 1.0)
     for second in (False, True):
+        triton_head.cross_entropy(empty(16, 128256), empty(16), empty(16), 1.0, 30.0 if second else None)
         triton_elementwise.gated(x, x, second)
         triton_elementwise.gated_back(x, x, x, x, second)
         triton_elementwise.rotate(empty(1, 32, 512, 128), empty(1, 1, 512, 128), empty(1, 1, 512, 128), second)
@@ -77,8 +78,8 @@ def kind(kernel: str, argument: str, half: str, constants: dict[str, Any]) -> st
         return "constexpr"
     if argument in FLOATS or (kernel, argument) == ("_gradient", "out"):
         return "*fp32"
-    if argument in BYTES:
-        return "*u8"
+    if argument in BYTES or argument == "targets":
+        return "*u8" if argument in BYTES else "*i64"
     return f"*{half}" if argument in HALVES else "fp32" if argument in NUMBERS else "i32"
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from backends.interface import BackendError
+from backends.torch_backend.fused import kernels_on
 from backends.torch_backend.patch import forward_as
 
 
@@ -41,15 +42,28 @@ class Head:
         loss, grad_states = states.new_zeros((), dtype=torch.float32), torch.empty_like(states)
         with torch.no_grad():
             for rows in self._chunks(states, targets):
-                logits = self.logits(states[rows])  # [n, V]
-                cap_grad = None if self.cap is None else 1 - (logits / self.cap).square_()
-                logs = torch.log_softmax(logits, -1)
-                target, share = targets[rows, None], shares[rows, None]
-                loss -= (share * logs.gather(-1, target)).sum()
-                grad = logs.exp_().mul_(share)  # d nll / d logits = softmax - one hot
-                grad.scatter_(-1, target, grad.gather(-1, target) - share)
-                grad_states[rows] = self._backward(grad if cap_grad is None else grad.mul_(cap_grad), states[rows])
+                part, grad = self._of_some(states[rows], targets[rows], shares[rows])
+                loss += part
+                grad_states[rows] = self._backward(grad, states[rows])
         return loss, grad_states
+
+    def _of_some(
+        self, states: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of some positions, and its gradient for what the linear layer makes of their states [n, V]."""
+        kernels = kernels_on(states.device, states.dtype)
+        if kernels is not None and self.linear is not None:
+            raw = self.linear(states)
+            return kernels.cross_entropy(raw, targets, shares, self.scale, self.cap).sum(), raw
+        logits, target, share = self.logits(states), targets[:, None], shares[:, None]
+        cap_grad = None if self.cap is None else 1 - (logits / self.cap).square_()
+        logs = torch.log_softmax(logits, -1)
+        loss = -(share * logs.gather(-1, target)).sum()
+        grad = logs.exp_().mul_(share)  # d nll / d logits = softmax - one hot
+        grad.scatter_(-1, target, grad.gather(-1, target) - share)
+        if cap_grad is not None:
+            grad.mul_(cap_grad)
+        return loss, (grad.mul_(self.scale) if self.scale != 1 else grad).to(states.dtype)
 
     def score(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """log p(target) and the most probable token. [N], [N]"""
@@ -61,11 +75,10 @@ class Head:
                 logprob[rows] = logits.gather(-1, targets[rows, None])[:, 0] - logits.logsumexp(-1)
         return logprob, greedy
 
-    def _backward(self, grad_logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """The gradient of some states [n, D] from that of their logits [n, V]."""
+    def _backward(self, grad: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The gradient of some states [n, D] from that of what the linear layer makes of them [n, V]."""
         if self.linear is None:
-            return grad_logits.to(states.dtype)
-        grad = (grad_logits.mul_(self.scale) if self.scale != 1 else grad_logits).to(states.dtype)
+            return grad
         weight, bias = self.linear.weight, self.linear.bias
         if weight.requires_grad:
             weight.grad = grad.T @ states if weight.grad is None else weight.grad.addmm_(grad.T, states)

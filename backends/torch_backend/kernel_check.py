@@ -22,6 +22,7 @@ def agrees(kernels: Any, device: torch.device, dtype: torch.dtype) -> bool:
         *_products(kernels, x, draw(_RANK, 96), draw(80, _RANK), draw(70, 80)),
         *(pair for gelu in (False, True) for pair in _gated(kernels, gate, up, draw(70, 80), gelu)),
         *_norms(kernels, x, draw(96), draw(70, 96)),
+        *(pair for cap in (None, 3.0) for pair in _losses(kernels, draw(7, 5000) * 3, cap)),
         *_rotary(kernels, x[:10].view(2, 5, 3, 32).transpose(1, 2)),
     ]
     return all(_close(*pair) for pair in pairs)
@@ -54,6 +55,17 @@ def _norms(kernels: Any, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tens
     yield inverse_rms, inverse
     expected = (by_normed - normed * (by_normed * normed).mean(-1, keepdim=True)) * inverse
     yield kernels.rms_norm_back(x, weight, inverse_rms, grad, 1.0), expected
+
+
+def _losses(kernels: Any, logits: torch.Tensor, cap: float | None) -> Iterator[_Pair]:
+    targets, shares = (torch.arange(len(logits), device=logits.device) + start for start in (4093, 1))
+    z = logits.float() * 0.5
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    logs, chosen = torch.log_softmax(z, -1), targets[:, None]
+    grad = (logs.exp() - torch.zeros_like(logs).scatter_(1, chosen, 1.0)) * shares[:, None] * 0.5
+    expected = grad if cap is None else grad * (1 - (z / cap).square())
+    yield kernels.cross_entropy(logits, targets, shares.float(), 0.5, cap), -shares * logs.gather(1, chosen)[:, 0]
+    yield logits, expected
 
 
 def _rotary(kernels: Any, x: torch.Tensor) -> Iterator[_Pair]:

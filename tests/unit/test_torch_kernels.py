@@ -26,7 +26,9 @@ from backends.torch_backend import (  # noqa: E402
     products,
     rotary,
 )
+from backends.torch_backend import head as torch_head  # noqa: E402
 from backends.torch_backend.gated import ACTIVATIONS  # noqa: E402
+from backends.torch_backend.head import Head  # noqa: E402
 from backends.torch_backend.rotary import rotated  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -75,6 +77,27 @@ def test_a_gated_layer_is_two_operations_in_one(kernels: Any, gelu: bool) -> Non
     kernels.gated_back(gate, up, grad, grad_up, gelu)
     for found, right in zip((grad, grad_up), expected, strict=True):
         torch.testing.assert_close(found.float(), right, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # of the interpreter
+@pytest.mark.parametrize("width", [50, 4096, 9001])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (0.5, 3.0)])
+def test_the_loss_of_logits_and_its_gradient(
+    kernels: Any, scale: float, cap: float | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a head that computes with torch's operations, and with a kernel; rows of share 0 have no gradient."""
+    linear = torch.nn.Linear(16, width, device=DEVICE, dtype=HALF).requires_grad_(False)
+    states, shares = numbers(11, 16) * 20, torch.linspace(0, 0.3, 11, device=DEVICE)
+    targets = torch.arange(11, device=DEVICE) * (width - 1) // 10
+    head = Head(linear, 4 * width, scale, cap)
+    expected = head.loss(states, targets, shares)
+    monkeypatch.setattr(torch_head, "kernels_on", lambda device, dtype: kernels)
+    loss, grad = head.loss(states, targets, shares)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad, expected[1], rtol=1e-2, atol=1e-2 * float(expected[1].abs().mean()))
+    assert not grad[0].any() and grad[1:].any(-1).all()
+    states[3] = float("nan")
+    assert head.loss(states, targets, shares)[0].isnan()
 
 
 @pytest.mark.parametrize("by_head", [False, True])
