@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from backends.torch_backend.kernel_check import agrees
+
 _FEW = 512  # rows: with fewer a kernel that takes them by tiles leaves most of a card idle
 
 
@@ -24,7 +26,6 @@ def kernels_on(device: torch.device, dtype: torch.dtype) -> Any | None:
         return None
     try:
         from backends.torch_backend import triton_kernels
-        from backends.torch_backend.kernel_check import agrees
 
         with torch.inference_mode(), torch.random.fork_rng([device]):
             works = agrees(triton_kernels, device, dtype)

@@ -5,21 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import finalize
 
 import torch
 
+from backends.memory import available_bytes
+
 
 class Parking:
-    """Copies go beside the card's own work, in a stream of their own."""
+    """Copies go beside the card's own work, in a stream of their own; at most half of the machine's free memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._room = available_bytes() // 2
 
     def put(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Returns what gives the tensor back. Where it cannot be parked, it stays where it is."""
-        host = self._copied(tensor) if self._stream else None
+        size = 1 << (tensor.nbytes - 1).bit_length()  # torch rounds memory that cannot move up to such sizes
+        host = self._copied(tensor) if self._stream and size <= self._room else None
+        if host is not None:
+            self._room -= size
+            finalize(host, self._given_back, size)
         return partial(_itself, tensor) if host is None else partial(self._back, host, tensor.requires_grad)
+
+    def _given_back(self, size: int) -> None:
+        self._room += size
 
     def _copied(self, tensor: torch.Tensor) -> torch.Tensor | None:
         try:

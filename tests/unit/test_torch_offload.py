@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 torch = pytest.importorskip("torch")
+from backends.torch_backend import offload  # noqa: E402
 from backends.torch_backend.offload import Parking, keep_embedding_on_host  # noqa: E402
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
@@ -23,6 +24,21 @@ def test_without_a_card_nothing_moves() -> None:
     embedding = torch.nn.Embedding(5, 3)
     keep_embedding_on_host(model_of(embedding, torch.nn.Linear(3, 5)), CPU)
     assert "forward" not in vars(embedding)
+
+
+def test_no_more_waits_than_half_of_the_machines_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that cannot move is taken from everything else that runs: the rest stays on the card."""
+    monkeypatch.setattr(offload, "available_bytes", lambda: 2 * 3 * 4096)
+    parking = Parking(CPU)
+    monkeypatch.setattr(parking, "_stream", "a card's")
+    monkeypatch.setattr(parking, "_copied", lambda tensor: tensor.clone())
+    monkeypatch.setattr(parking, "_back", lambda host, _: host)
+    tensors = [torch.full((1000,), float(number)) for number in range(5)]  # 4,000 bytes, which torch rounds up
+    waiting = [parking.put(tensor) for tensor in tensors]
+    assert [back() is tensor for back, tensor in zip(waiting, tensors, strict=True)] == [False] * 3 + [True] * 2
+    assert [float(back()[0]) for back in waiting] == [0, 1, 2, 3, 4]
+    waiting.clear()
+    assert parking.put(tensors[0])() is not tensors[0]
 
 
 @needs_cuda
