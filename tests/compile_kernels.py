@@ -13,8 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from backends.torch_backend import triton_elementwise, triton_head, triton_products
+from backends.torch_backend.masks import Mask
 
-BYTES = ("packed", "scales")
+BYTES, WORDS = ("packed", "scales"), ("keys", "features")
 FLOATS = ("code", "group_scales", "group_offsets", "levels", "inverse_rms", "shares", "losses")
 HALVES = ("x", "factor", "out", "low", "gate", "up", "grad", "grad_up", "cos", "sin", "weight", "logits")
 NUMBERS = ("scale", "eps", "added", "cap")
@@ -45,9 +46,10 @@ def launches() -> Launches:
 
     for width, rank in ((2048, 48), (16384, 16)):
         x, weight, low, factor = empty(1024, width), empty(width), empty(1024, rank), empty(rank, width)
-        triton_products.down(low, x, factor.T, 1.0)
-        triton_products.add_up(x, low, factor)
-        triton_products.gradient(torch.empty(rank, width, device="meta"), low, x)
+        mask = Mask(empty(1024), empty(width // 2), width, -100) if rank == 48 else None
+        triton_products.down(low, x, factor.T, 1.0, mask)
+        triton_products.add_up(x, low, factor, mask)
+        triton_products.gradient(torch.empty(rank, width, device="meta"), low, x, mask)
         inverse_rms = triton_elementwise.rms_norm(x, weight, 1e-6, 1.0)[1]
         triton_elementwise.rms_norm_back(x, weight, inverse_rms, x, 1.0)
     for second in (False, True):
@@ -80,6 +82,8 @@ def kind(kernel: str, argument: str, half: str, constants: dict[str, Any]) -> st
         return "*fp32"
     if argument in BYTES or argument == "targets":
         return "*u8" if argument in BYTES else "*i64"
+    if argument in WORDS:
+        return "*i32"
     return f"*{half}" if argument in HALVES else "fp32" if argument in NUMBERS else "i32"
 
 

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from backends.torch_backend import triton_kernels, triton_launch
+from backends.torch_backend.masks import Mask
 
 
 class NoCard:
@@ -64,9 +65,11 @@ def case(draw: random.Random) -> None:
     wider = torch.zeros(rows, width + draw.choice([16, 3]), dtype=dtype)
     for start in (0, 1):  # the second address is no multiple of 16
         x = wider[:, start : start + width]
-        triton_kernels.down(low, x, factor.T, 0.5)
-        triton_kernels.add_up(x, low, factor)
-        triton_kernels.gradient(torch.empty(rank, width), low, x)
+        words = [torch.zeros(size + start, dtype=torch.int32)[start:] for size in (rows, width // 2)]
+        mask = draw.choice([None, Mask(words[0], words[1], width, draw.choice([16, 7]))])
+        triton_kernels.down(low, x, factor.T, 0.5, mask)
+        triton_kernels.add_up(x, low, factor, mask)
+        triton_kernels.gradient(torch.empty(rank, width), low, x, mask)
     flat = torch.zeros(rows, width, dtype=dtype)
     gelu = draw.random() < 0.5
     triton_kernels.gated(flat, flat, gelu)

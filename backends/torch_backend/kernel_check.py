@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from backends.torch_backend.masks import Mask
+
 _Pair = tuple[torch.Tensor, torch.Tensor]  # what a kernel gives, and what it should
 _RANK = 48  # of the largest tiles, which need most of a card's fast memory
 
@@ -18,8 +20,9 @@ def agrees(kernels: Any, device: torch.device, dtype: torch.dtype) -> bool:
         return torch.randn(shape, device=device, dtype=dtype)
 
     x, gate, up = draw(70, 96), draw(70, 80), draw(70, 80)
+    words = [torch.randint(-(2**31), 2**31, (size,), device=device, dtype=torch.int32) for size in (72, 48)]
     pairs = [
-        *_products(kernels, x, draw(_RANK, 96), draw(80, _RANK), draw(70, 80)),
+        *_products(kernels, x, draw(_RANK, 96), draw(_RANK, 96), draw(70, 96), Mask(words[0][:70], words[1], 96, 0)),
         *(pair for gelu in (False, True) for pair in _gated(kernels, gate, up, draw(70, 80), gelu)),
         *_norms(kernels, x, draw(96), draw(70, 96)),
         *(pair for cap in (None, 3.0) for pair in _losses(kernels, draw(7, 5000) * 3, cap)),
@@ -28,11 +31,15 @@ def agrees(kernels: Any, device: torch.device, dtype: torch.dtype) -> bool:
     return all(_close(*pair) for pair in pairs)
 
 
-def _products(kernels: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Iterator[_Pair]:
-    low, before = kernels.down(x.new_empty(len(x), len(a)), x, a.T, 0.5), out.float()
-    yield low, 0.5 * x.float() @ a.float().T
-    yield kernels.add_up(out, low, b.T), before + low.float() @ b.float().T
-    yield kernels.gradient(torch.empty(a.shape, device=a.device), low, x), low.float().T @ x.float()
+def _products(
+    kernels: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, mask: Mask
+) -> Iterator[_Pair]:
+    for used, kept in ((None, 1.0), (mask, mask.drawn().float())):
+        low, before = kernels.down(x.new_empty(len(x), len(a)), x, a.T, 0.5, used), out.float()
+        yield low, 0.5 * (x.float() * kept) @ a.float().T
+        yield kernels.add_up(out, low, b, used).clone(), before + low.float() @ b.float() * kept
+        found = kernels.gradient(torch.empty(a.shape, device=a.device), low, x, used)
+        yield found, low.float().T @ (x.float() * kept)
 
 
 def _gated(kernels: Any, gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor, gelu: bool) -> Iterator[_Pair]:

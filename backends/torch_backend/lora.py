@@ -73,9 +73,9 @@ class LoraLinear(torch.nn.Module):  # type: ignore[misc]
 
     def call(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Call:
         """One use, with A and B in the type of x."""
-        draw = self._masks.mask(self._number, x)
-        scale = self._scale / (1.0 if draw is None else self._masks.keep)
-        return Call(self.base, scale, draw, self.unused and self.magnitude is None, a, b)
+        mask = self._masks.mask(self._number, x)
+        scale = self._scale / (1.0 if mask is None else self._masks.keep)
+        return Call(self.base, scale, mask, self.unused and self.magnitude is None, a, b)
 
 
 class Siblings:

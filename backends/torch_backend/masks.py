@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,28 @@ import torch
 from backends import dropout
 from backends.interface import BackendError, Modules
 from backends.torch_backend.device import uploaded
-from backends.torch_backend.products import Draw
+
+
+class Keys(NamedTuple):
+    """The words of the tokens that are run, for each module."""
+
+    words: (
+        torch.Tensor
+    )  # [M, N], zeros after them up to a multiple of 4, so that each module's begin at one of 16 bytes
+    tokens: int
+
+
+class Mask(NamedTuple):
+    """A mask [N, in] before it is drawn: True where an input is kept."""
+
+    keys: torch.Tensor  # [N]
+    features: torch.Tensor  # [ceil(in / 2)]
+    width: int
+    limit: int
+
+    def drawn(self) -> torch.Tensor:
+        words = _mixed(self.keys[:, None] ^ self.features)  # [N, ceil(in / 2)]
+        return words.view(torch.int16)[:, : self.width] < self.limit
 
 
 class Dropout:
@@ -24,24 +45,25 @@ class Dropout:
         words = {width: dropout.feature_words(width) for _, width in modules.values()} if probability else {}
         self._features = {width: _int32(word, device) for width, word in words.items()}
         self._modules = _int32(dropout.module_words(modules), device)[:, None]  # [M, 1]
-        self._keys: torch.Tensor | None = None  # [M, N] of the tokens that are run now; None: not training
+        self._keys: Keys | None = None  # of the tokens that are run now; None: not training
 
     def at(self, step: int, where: dropout.Places) -> None:
         """From here on the tokens at these places are run, in a step that comes after `step` others."""
         if self._features:
             words = dropout.token_words(self._seed, step, where).view(np.int32)
-            self._keys = _mixed(self._modules ^ uploaded([words], self._modules.device)[0])
+            padded = np.pad(words, (0, -len(words) % 4))
+            self._keys = Keys(_mixed(self._modules ^ uploaded([padded], self._modules.device)[0]), len(words))
 
     def off(self) -> None:
         self._keys = None
 
     @property
-    def keys(self) -> torch.Tensor | None:
+    def keys(self) -> Keys | None:
         """Those of the tokens that are run now, for `as_of`."""
         return self._keys
 
     @contextmanager
-    def as_of(self, keys: torch.Tensor | None) -> Iterator[None]:
+    def as_of(self, keys: Keys | None) -> Iterator[None]:
         """In here the tokens are run again that `keys` was taken for."""
         before, self._keys = self._keys, keys
         try:
@@ -49,25 +71,21 @@ class Dropout:
         finally:
             self._keys = before
 
-    def mask(self, module: int, x: torch.Tensor) -> Draw | None:
-        """What draws a mask [N, in], True where an input of x [..., in] is kept, as often as needed; None: all are.
+    def mask(self, module: int, x: torch.Tensor) -> Mask | None:
+        """That of the inputs x [..., in]; None: all are kept.
 
         Raises BackendError where N is another.
         """
         if self._keys is None:
             return None
-        tokens, width = x.shape[:-1].numel(), x.shape[-1]
-        keys = self._keys[module]
-        if tokens != len(keys):
+        rows, width = x.shape[:-1].numel(), x.shape[-1]
+        words, tokens = self._keys
+        if rows != tokens:
             raise BackendError(
-                f"{self._names[module]} is run on {tokens} inputs for {len(keys)} tokens, so dropout does not know "
+                f"{self._names[module]} is run on {rows} inputs for {tokens} tokens, so dropout does not know "
                 "which is whose; set lora.dropout: 0, or leave the layer out of lora.targets"
             )
-        return partial(self._drawn, keys, width)
-
-    def _drawn(self, keys: torch.Tensor, width: int) -> torch.Tensor:
-        words = _mixed(keys[:, None] ^ self._features[width])  # [N, ceil(in / 2)]
-        return words.view(torch.int16)[:, :width] < self._limit
+        return Mask(words[module, :tokens], self._features[width], width, self._limit)
 
 
 def _int32(words: dropout.Words, device: torch.device) -> torch.Tensor:

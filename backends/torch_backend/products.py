@@ -10,9 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from backends.torch_backend.four_bit import base_products, dense_weights
 from backends.torch_backend.gated import Activation, gated, gated_gradients
-from backends.torch_backend.low_rank import add, gradient_of_a, gradient_of_b, parts_of, put
-
-Draw = Callable[[], torch.Tensor]  # of dropout's mask [N, in]
+from backends.torch_backend.low_rank import Drawn, add, drawn, gradient_of_a, gradient_of_b, parts_of, put
+from backends.torch_backend.masks import Mask
 
 
 class Again:
@@ -46,13 +45,10 @@ class Call(NamedTuple):
 
     base: torch.nn.Linear
     scale: float  # dropout's is in it
-    draw: Draw | None
+    mask: Mask | None  # dropout's
     unused: bool  # whether the output is left unwritten
     a: torch.Tensor  # [r, in]
     b: torch.Tensor  # [out, r]
-
-    def mask(self) -> torch.Tensor | None:
-        return self.draw and self.draw()
 
 
 class Shared(NamedTuple):
@@ -69,7 +65,7 @@ class Shared(NamedTuple):
     @property
     def dropped(self) -> bool:
         """Whether each layer sees an input of its own."""
-        return self.calls[0].draw is not None
+        return self.calls[0].mask is not None
 
 
 class Adapted(torch.autograd.Function):  # type: ignore[misc]
@@ -98,7 +94,7 @@ class Adapted(torch.autograd.Function):  # type: ignore[misc]
         low_rank, *inputs = ctx.saved_tensors
         x = ctx.again(*inputs) if ctx.again else inputs[0]
         grads = [grad.flatten(0, -2) for grad in grad_outputs]
-        masks = [call.mask() for call in ctx.shared.calls]
+        masks = [drawn(call.mask, grad) for call, grad in zip(ctx.shared.calls, grads, strict=True)]
         grad_low_rank, of_factors = _adapter_gradients(ctx.shared, grads, x.flatten(0, -2), low_rank, masks)
         if not ctx.needs_input_grad[0]:
             return None, None, None, *of_factors
@@ -129,7 +125,8 @@ class Gated(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         gate, up, low_rank = ctx.saved_tensors
         shape, (gate, up, grad_output) = gate.shape, (x.flatten(0, -2) for x in (gate, up, grad_output))
-        masks, grads, product = [ctx.shared.calls[0].mask()], [grad_output], gated(ctx.activation, gate, up)
+        masks, grads = [drawn(ctx.shared.calls[0].mask, grad_output)], [grad_output]
+        product = gated(ctx.activation, gate, up)
         grad_low_rank, of_factors = _adapter_gradients(ctx.shared, grads, product, low_rank, masks)
         if not any(ctx.needs_input_grad[:2]):
             return None, None, None, None, *of_factors
@@ -138,7 +135,7 @@ class Gated(torch.autograd.Function):  # type: ignore[misc]
         return grad_gate.view(shape), grad_up.view(shape), None, None, *of_factors
 
 
-Masks = Sequence[torch.Tensor | None]
+Masks = Sequence[Drawn]
 
 
 def _low_rank(shared: Shared, x: torch.Tensor) -> torch.Tensor:
@@ -147,7 +144,7 @@ def _low_rank(shared: Shared, x: torch.Tensor) -> torch.Tensor:
     if not shared.dropped:
         return put(out, x, shared.a.T, shared.scale)
     for part, call in zip(parts_of(out, len(shared.calls)), shared.calls, strict=True):
-        put(part, _dropped(x, call.mask()), call.a.T, shared.scale)
+        put(part, x, call.a.T, shared.scale, drawn(call.mask, x))
     return out
 
 
@@ -169,7 +166,7 @@ def _adapter_gradients(
     for part, grad, call in zip(parts, grads, shared.calls, strict=True):
         put(part, grad, call.b, shared.scale)
     if shared.dropped:
-        of_a = [gradient_of_a(part, _dropped(x, mask)) for part, mask in zip(parts, masks, strict=True)]
+        of_a = [gradient_of_a(part, x, mask) for part, mask in zip(parts, masks, strict=True)]
     else:
         whole = gradient_of_a(grad_low_rank, x)
         of_a = [whole] if count == 1 else list(whole.chunk(count))
@@ -188,9 +185,5 @@ def _input_gradient(
     if not shared.dropped:
         return add(total, grad_low_rank, shared.a)
     for part, call, mask in zip(parts_of(grad_low_rank, len(masks)), shared.calls, masks, strict=True):
-        total.add_((part @ call.a).mul_(mask))
+        add(total, part, call.a, mask)
     return total
-
-
-def _dropped(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return x if mask is None else x * mask

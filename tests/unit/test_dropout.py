@@ -35,7 +35,7 @@ def by_torch(p: float, width: int, where: Any) -> np.ndarray:
 
     made = Dropout(p, 5, {"a": (1, width), "b": (1, width)}, torch.device("cpu"))
     made.at(3, where)
-    return np.stack([made.mask(module, torch.zeros(where.size, width))().numpy() for module in (0, 1)])
+    return np.stack([made.mask(module, torch.zeros(where.size, width)).drawn().numpy() for module in (0, 1)])
 
 
 def by_mlx(p: float, width: int, where: Any) -> np.ndarray:

@@ -13,9 +13,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
+import numpy as np  # noqa: E402
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: E402
 from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: E402
 
+from backends.dropout import places  # noqa: E402
 from backends.torch_backend import (  # noqa: E402
     four_bit,
     fused,
@@ -29,6 +31,7 @@ from backends.torch_backend import (  # noqa: E402
 from backends.torch_backend import head as torch_head  # noqa: E402
 from backends.torch_backend.gated import ACTIVATIONS  # noqa: E402
 from backends.torch_backend.head import Head  # noqa: E402
+from backends.torch_backend.masks import Dropout  # noqa: E402
 from backends.torch_backend.rotary import rotated  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -64,6 +67,29 @@ def test_products_with_a_low_rank_side(kernels: Any, rows: int, width: int, rank
         gradient = torch.empty_strided((rank, width), strides, device=DEVICE)
         kernels.gradient(gradient, low, x)
         torch.testing.assert_close(gradient, low.float().T @ x.float(), rtol=1e-3, atol=1e-2)
+
+
+def masks(modules: dict[str, tuple[int, int]], rows: int) -> Dropout:
+    made = Dropout(0.4, 0, modules, DEVICE)
+    made.at(3, places([0], np.zeros(1, int), rows, 0))
+    return made
+
+
+@pytest.mark.parametrize(("rows", "width", "rank"), [(70, 96, 24), (33, 201, 3)])
+def test_products_draw_dropouts_masks_themselves(kernels: Any, rows: int, width: int, rank: int) -> None:
+    """To the bit where `backends.dropout` keeps an input: ones, and a factor that reads one input."""
+    made = masks({"a": (8, width), "b": (8, width)}, rows)
+    x, low = torch.ones(rows, width, dtype=HALF, device=DEVICE), torch.ones(rows, rank, dtype=HALF, device=DEVICE)
+    one = torch.zeros(rank, width, dtype=HALF, device=DEVICE)
+    one[0] = 1
+    for module in (0, 1):
+        mask = made.mask(module, x)
+        kept = mask.drawn().float()
+        found = kernels.down(torch.empty_like(low), x, torch.ones_like(one).T, 1.0, mask)
+        assert torch.equal(found[:, 0].float(), kept.sum(1)) and 0.5 < kept.mean() < 0.7
+        assert torch.equal(kernels.add_up(torch.zeros_like(x), low, one, mask).float(), kept)
+        gradient = kernels.gradient(torch.empty(rank, width, device=DEVICE), low, x, mask)
+        assert torch.equal(gradient[0], kept.sum(0))
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -175,16 +201,22 @@ def results(make: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, upstream)]
 
 
-def test_adapted_layers_compute_the_same_with_kernels(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dropping", [False, True])
+def test_adapted_layers_compute_the_same_with_kernels(
+    kernels: Any, dropping: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three layers of one 4-bit input, and the layer that ends a gated one: outputs and all gradients."""
     layers = [layer(out, 128, seed=out) for out in (128, 256, 256)]
     x, gate, up = numbers(2, 20, 128), numbers(2, 20, 128), numbers(20, 2, 128).view(2, 20, 128)
     factors = [numbers(8, 128), numbers(128, 8), numbers(8, 128), numbers(256, 8), numbers(8, 128), numbers(256, 8)]
     factors = [factor * 0.1 for factor in factors]
+    dropout = masks(dict.fromkeys("abc", (128, 128)), 40)
 
     def calls(used: list[Linear4bit], parameters: list[torch.Tensor]) -> Any:
         halves = [parameter.detach() for parameter in parameters]
-        made = [products.Call(one, 2.0, None, False, halves[2 * n], halves[2 * n + 1]) for n, one in enumerate(used)]
+        of = [dropout.mask(n, x) if dropping else None for n in range(len(used))]
+        parts = zip(used, of, halves[::2], halves[1::2], strict=True)
+        made = [products.Call(one, 2.0, mask, False, a, b) for one, mask, a, b in parts]
         return products.Shared(tuple(made), torch.cat(halves[::2]))
 
     def siblings(x: torch.Tensor, *parameters: torch.Tensor) -> Any:

@@ -206,12 +206,12 @@ def test_arrays_reach_the_device_in_one_piece_as_they_are() -> None:
 def test_dropout_keeps_a_word_per_token_and_draws_the_same_mask_again() -> None:
     dropout = Dropout(0.4, 3, {"a": (8, 64)}, torch.device("cpu"))
     dropout.at(2, places([0], np.zeros(1, int), 10, 0))
-    draw: Any = dropout.mask(0, torch.zeros(10, 64))
-    first, keys = draw(), dropout.keys
+    mask: Any = dropout.mask(0, torch.zeros(10, 64))
+    first, keys = mask.drawn(), dropout.keys
     dropout.at(5, places([1], np.zeros(1, int), 4, 0))
-    assert torch.equal(draw(), first) and 0.4 < first.float().mean() < 0.8
+    assert torch.equal(mask.drawn(), first) and 0.4 < first.float().mean() < 0.8
     with dropout.as_of(keys):
         again: Any = dropout.mask(0, torch.zeros(10, 64))
-    assert torch.equal(again(), first)
+    assert torch.equal(again.drawn(), first)
     other: Any = dropout.mask(0, torch.zeros(4, 64))
-    assert not torch.equal(other(), first[:4])
+    assert not torch.equal(other.drawn(), first[:4])
