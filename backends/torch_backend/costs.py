@@ -62,7 +62,9 @@ def saved(architecture: Architecture, adapted: Modules, lora: LoraSpec, number: 
     # the norms' inputs; queries, keys and values, and the attention's result
     hidden, queries, keys = 2.0 + 2.0 * architecture.norms_after, 2.0, 2.0
     inner = 2.0 if "down_proj" in leaves else 3.0  # gate and up; without an adapter also their product's factor
-    queries, keys = queries + architecture.head_norms, keys + architecture.head_norms
+    # what a norm of heads reads, or values that are a part of the layer which makes queries and keys too (Phi)
+    again = architecture.head_norms or any(name.endswith(".qkv_proj") for name in architecture.modules)
+    queries, keys = queries + again, keys + again
     wide = hidden * architecture.hidden + queries * architecture.queries + keys * architecture.keys
     words = 4.0 * len(adapted) / architecture.blocks if lora.dropout else 0.0
     return (wide + inner * architecture.inner + lora.rank * len(leaves)) * number + words

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from backends.predictions import DELTA_RULE
 from backends.torch_backend.costs import DELTA_KERNEL, GATED_LAYERS, NORMS, ROTARY
@@ -24,16 +25,11 @@ _DELTA_RULE = "torch_chunk_gated_delta_rule"  # the function, in transformers' m
 
 def use_own_layers(model: Any) -> list[str]:
     """Modules whose code is known, whatever their name, get our own gradients. Returns the kinds."""
-    activations, replaced = {type(ACT2FN[name]): name for name in ACTIVATIONS}, set()
+    replaced = set()
     for module in model.modules():
         if use_own_norm(module):
             replaced.add(NORMS)
-        elif (
-            is_coded_as(module, LlamaMLP)
-            and (activation := activations.get(type(module.act_fn)))
-            and isinstance(module.down_proj, LoraLinear)  # a frozen one saves little as it is
-        ):
-            module.forward = partial(_gated_layer, module, ACTIVATIONS[activation])
+        elif _use_own_gated_layer(module):
             replaced.add(GATED_LAYERS)
     return [*sorted(replaced, reverse=True), *([ROTARY] if use_own_rotary(model) else [])]
 
@@ -46,6 +42,24 @@ def delta_rule_of(model: Any) -> list[str]:
     return [DELTA_KERNEL if find_spec("fla") else DELTA_RULE]
 
 
+def _use_own_gated_layer(module: Any) -> bool:
+    """Where its last layer is adapted: a frozen one saves little as it is."""
+    activations = {type(ACT2FN[name]): activation for name, activation in ACTIVATIONS.items()}
+    for known, function, forward in ((LlamaMLP, "act_fn", _gated_layer), (Phi3MLP, "activation_fn", _gated_in_one)):
+        activation = activations.get(type(getattr(module, function, None)))
+        if is_coded_as(module, known) and activation and isinstance(module.down_proj, LoraLinear):
+            module.forward = partial(forward, module, activation)
+            return True
+    return False
+
+
 def _gated_layer(module: Any, activation: Activation, x: torch.Tensor) -> torch.Tensor:
     down: LoraLinear = module.down_proj
     return down.gated(activation, module.gate_proj(x), module.up_proj(x))
+
+
+def _gated_in_one(module: Any, activation: Activation, x: torch.Tensor) -> torch.Tensor:
+    """Phi-3's, whose gate and up are one layer's output: parts of their own are kept in its place."""
+    gate, up = module.gate_up_proj(x).chunk(2, -1)
+    down: LoraLinear = module.down_proj
+    return down.gated(activation, gate.contiguous(), up.contiguous())

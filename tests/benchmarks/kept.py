@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, Gemma3TextConfig, LlamaConfig, Qwen3Config
+from transformers import AttentionInterface, Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
 from backends.dropout import places
@@ -41,6 +41,10 @@ SHAPES: dict[str, Any] = {
     "Gemma 3 4B": Gemma3TextConfig(
         hidden_size=2560, intermediate_size=10240, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
         vocab_size=64,
+    ),
+    "Phi-4 mini": Phi3Config(
+        hidden_size=3072, intermediate_size=8192, num_attention_heads=24, num_key_value_heads=8, vocab_size=64,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0,
     ),
 }  # fmt: skip
 

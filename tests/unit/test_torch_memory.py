@@ -40,15 +40,22 @@ def predicted(config: Any, lora: LoraSpec) -> float:
     """By the forecast, per token and block, in bfloat16."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    leaves = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    parts = ["qkv_proj"], ["gate_up_proj"]
+    if config.model_type != "phi3":
+        parts = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
+    leaves = [*parts[0], "o_proj", *parts[1], "down_proj"]
     modules = {f"layers.0.{leaf}": (1, 1) for leaf in leaves}
     sizes = (config.hidden_size, config.intermediate_size, queries, keys)
     kind = config.model_type
-    shape = Architecture(1, *sizes, 1, modules, 0, 0, 2, False, kind != "llama", norms_after=kind == "gemma3_text")
+    shape = Architecture(
+        1, *sizes, 1, modules, 0, 0, 2, False, kind not in ("llama", "phi3"), norms_after=kind == "gemma3_text"
+    )
     return saved(shape, modules, lora, 2)
 
 
-@pytest.mark.parametrize(("name", "dropout"), [("Llama 8B", 0.05), ("Qwen3 4B", 0.0), ("Gemma 3 4B", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "dropout"), [("Llama 8B", 0.05), ("Qwen3 4B", 0.0), ("Gemma 3 4B", 0.0), ("Phi-4 mini", 0.0)]
+)
 def test_the_forecast_counts_what_a_block_keeps(name: str, dropout: float) -> None:
     lora = LoraSpec(16, 32.0, dropout=dropout)
     found = per_block(SHAPES[name], 512, lora)
