@@ -66,6 +66,16 @@ _GPT_OSS = (
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}
     | {"layer_types": ["sliding_attention", "full_attention"]}
 )
+_EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+_LATENT_ATTENTION = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+_GLM_EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 _NO_EXPERTS = {"shared_intermediate_size": 128, "num_local_experts": 0, "num_experts_per_tok": 0}
 
 # name -> (model_type, config)
@@ -154,6 +164,15 @@ MODELS: dict[str, tuple[str, Config]] = {
         "qwen3_moe",
         _TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        _TEXT
+        | _LINEAR_ATTENTION
+        | _EXPERTS
+        | {"num_hidden_layers": 4, "num_experts": 4, "shared_expert_intermediate_size": 32},
+    ),
+    "glm4_moe": ("glm4_moe", _TEXT | _EXPERTS | _GLM_EXPERTS),
+    "glm4_moe_lite": ("glm4_moe_lite", _TEXT | _EXPERTS | _GLM_EXPERTS | _LATENT_ATTENTION),
     "gpt_oss": ("gpt_oss", _GPT_OSS),  # as transformers writes it; its makers publish the next one
     "gpt_oss_mxfp4": ("gpt_oss", _GPT_OSS),
 }

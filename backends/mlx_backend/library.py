@@ -56,6 +56,16 @@ def looks_for(folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:
     return looks_for(folder, config)
 
 
+def differs(folder: CheckedFolder) -> str:
+    """As `layer_names.Library` says: what `rotary.as_transformers_rotates` corrects in a session."""
+    scaling = folder.text_config.get("rope_scaling") or {}
+    if "short_factor" in scaling:
+        return "it turns short texts by the factors for long ones"
+    if scaling.get("truncate") is False:
+        return "it rounds the ends of YaRN's ramp, which this model does not"
+    return ""
+
+
 def lines(model: ModelSpec, base: str, adapter: str, number_type: NumberType, labels: Sequence[str] = ()) -> str:
     """As `layer_names.Library` says."""
     folder = folder_of(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests.tiny_families import MAKERS_CONFIGS, MODELS, published
 
 Usable = Callable[[str], None]
 BATCH = toy_batch()
-ONE_LIBRARY = {"gpt_oss"}  # mlx-lm reads it in its makers' MXFP4 alone
+ONE_LIBRARY = {"gpt_oss", "glm4_moe_lite"}  # mlx-lm reads the one in its makers' MXFP4 alone, and has no kv_b_proj
 # blocks, and how many linear layers they have that are adapted
 SIZES = {"gemma3": (6, 42), "mistral3": (2, 14), "qwen3_vl": (2, 14), "qwen3_5": (4, 31), "gemma4": (6, 50)}
 
@@ -86,7 +87,12 @@ def test_keys_and_values_that_a_block_takes_from_another_are_not_adapted(folder_
 
 
 def test_what_a_library_cannot_do_is_said_before_anything_is_loaded(folder_of: Callable[[str], Path]) -> None:
+    """In the same words as when it is opened."""
     model = ModelSpec(folder_of("gpt_oss"))
     registry.check_model("torch", model, LORA)
-    with pytest.raises(BackendError, match=r"mlx-lm's model needs model\.layers\.0\.mlp\.experts.*which these weights"):
+    with pytest.raises(
+        BackendError, match=r"does not take .*gpt-oss: packed, in MXFP4.*, or use another backend"
+    ) as said:
         registry.check_model("mlx", model, LORA)
+    with pytest.raises(BackendError, match=re.escape(str(said.value))):
+        Case("mlx", folder_of("gpt_oss")).open()
