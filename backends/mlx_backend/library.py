@@ -24,13 +24,15 @@ model.set_dtype(mx.{number_type})
 {quantised}model = load_adapters(model, {adapter!r})
 model.eval()
 """
-_QUANTISED = """
+ROUTERS = r"gate$|router\b"  # the paths of layers that choose experts, and of gates, which stay unquantised
+_QUANTISED = f"""import re
+
 
 def four_bit(path, layer):
     packable = hasattr(layer, "to_quantized") and not isinstance(layer, nn.Embedding)
-    if not packable or path.endswith(("gate", "router", "router.layer")) or layer.weight.shape[-1] % 32:
+    if not packable or re.search(r"{ROUTERS}", path) or layer.weight.shape[-1] % 32:
         return False
-    return {"bits": 4, "group_size": 64 if layer.weight.shape[-1] % 64 == 0 else 32}
+    return {{"bits": 4, "group_size": 64 if layer.weight.shape[-1] % 64 == 0 else 32}}
 
 
 for block in model.layers:

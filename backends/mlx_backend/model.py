@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -16,6 +17,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import _get_classes, load_model
 
 from backends.interface import BackendError, CheckedFolder, ModelSpec
+from backends.mlx_backend.library import ROUTERS
 from backends.mlx_backend.patch import subclassed
 from backends.mlx_backend.rotary import as_transformers_rotates
 from backends.mlx_backend.tree import cannot, check_format, check_taken
@@ -107,7 +109,7 @@ def outside_blocks(model: nn.Module) -> list[nn.Module]:
 def _quantisation(path: str, module: nn.Module) -> bool | dict[str, Any]:
     """`nn.quantize` settings: linear layers, each expert's among them, and not the choice of experts."""
     packable = hasattr(module, "to_quantized") and not isinstance(module, nn.Embedding)
-    if not packable or path.endswith(("gate", "router", "router.layer")):
+    if not packable or re.search(ROUTERS, path):
         return False
     groups = [group for group in _GROUPS if module.weight.shape[-1] % group == 0]
     return {"bits": _BITS, "group_size": groups[0]} if groups else False

@@ -23,7 +23,10 @@ Usable = Callable[[str], None]
 BATCH = toy_batch()
 ONE_LIBRARY = {"gpt_oss", "glm4_moe_lite"}  # mlx-lm reads the one in its makers' MXFP4 alone, and has no kv_b_proj
 # blocks, and how many linear layers they have that are adapted
-SIZES = {"gemma3": (6, 42), "mistral3": (2, 14), "qwen3_vl": (2, 14), "qwen3_5": (4, 31), "gemma4": (6, 50)}
+SIZES = {
+    "gemma3": (6, 42), "mistral3": (2, 14), "qwen3_vl": (2, 14), "qwen3_5": (4, 31), "gemma4": (6, 50),
+    "gemma4_e2b": (4, 32),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

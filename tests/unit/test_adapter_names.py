@@ -26,11 +26,12 @@ transformers = pytest.importorskip("transformers")
 
 from backends.torch_backend import tree  # noqa: E402
 from tests.tiny_families import published  # noqa: E402
-from tests.tiny_models import tiny_llama  # noqa: E402
+from tests.tiny_models import FAMILIES as USUAL  # noqa: E402
+from tests.tiny_models import family  # noqa: E402
 
 FAMILIES = (
     "gemma3", "mistral3", "qwen3_vl", "qwen3_5", "gemma4", "granite4", "granite4_h_moe", "lfm2", "qwen3_moe",
-    "granite4_h", "olmo3",
+    "granite4_h", "olmo3", "ministral3", "gemma4_e2b", "gemma4_moe", "qwen3_5_moe", *USUAL,
 )  # fmt: skip
 LORA = LoraSpec(4, 8.0)
 BATCH = toy_batch()
@@ -44,7 +45,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def base(name: str) -> Path:
         if name not in made:
             folder = tmp_path_factory.mktemp("bases") / name
-            made[name] = tiny_llama(folder) if name == "llama" else published(name, folder)
+            made[name] = family(name, folder) if name in USUAL else published(name, folder)
         return made[name]
 
     return base
@@ -157,8 +158,6 @@ def test_a_config_that_names_other_layers_is_seen(tmp_path: Path, base_of: Calla
 
 
 def test_a_library_that_refuses_the_layers_is_named_with_its_reason(tmp_path: Path) -> None:
-    from tests.tiny_models import family
-
     base = family("mamba2", tmp_path / "base", num_heads=8, head_dim=16, state_size=16, n_groups=1, chunk_size=16)
     model = ModelFolder.open(base)
     (tmp_path / "adapter").mkdir()

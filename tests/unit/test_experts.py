@@ -29,7 +29,10 @@ LORA, BATCH = LoraSpec(4, 8.0), toy_batch()
 EXPERTS = {
     "qwen3_moe": ("affine4/64 (12 of 16 linear layers), affine4/32 (2 of 16 linear layers)", 2 * 4 * 3 * 64 * 32),
     "granite4_h_moe": (None, 2 * 4 * 3 * 64 * 128),
+    "gemma4_moe": (None, 2 * 4 * 3 * 64 * 32),
+    "qwen3_5_moe": (None, 4 * 4 * 3 * 64 * 32),
 }
+ROUTERS = ("mlp.gate", "router.layer", "router.proj")  # what chooses the experts, in each family
 
 
 @pytest.mark.parametrize("name", EXPERTS)
@@ -42,7 +45,8 @@ def test_mlx_quantises_experts_and_trains_what_it_holds(name: str, tmp_path: Pat
     model = session._forward.model
     packed = {path for path, module in model.named_modules() if "bits" in vars(module) or hasattr(module, "bits")}
     experts = [path for path in packed if "experts" in path or "switch_mlp" in path]
-    assert experts and not any(path.endswith(("gate", "router", "router.layer")) for path in packed)
+    routers = [path for path, _ in model.named_modules() if path.endswith((*ROUTERS, "shared_expert_gate"))]
+    assert experts and len(routers) >= len(model.layers) and not packed & {*routers}
     unpacked = {path: dense(module) for path, module in model.named_modules() if path in packed}
     weights = {
         name.replace(".linear.", "."): value
