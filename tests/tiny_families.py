@@ -226,6 +226,27 @@ MODELS: dict[str, tuple[str, Config]] = {
             "vision_config": _QWEN_EYES,
         },
     ),
+    "nemotron_h": (
+        "nemotron_h",
+        _TEXT
+        | _EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "layers_block_type": ["mamba", "attention", "mlp"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+            "chunk_size": 16,
+            "time_step_min": 0.3,  # so long that it matters
+        },
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {key: value for key, value in _TEXT.items() if key != "head_dim"}
+        | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1}
+        | {"moe_intermediate_size": 32},
+    ),
     "glm4_moe": ("glm4_moe", _TEXT | _EXPERTS | _GLM_EXPERTS),
     "glm4_moe_lite": ("glm4_moe_lite", _TEXT | _EXPERTS | _GLM_EXPERTS | _LATENT_ATTENTION),
     "gpt_oss": ("gpt_oss", _GPT_OSS),  # as transformers writes it; its makers publish the next one

@@ -20,6 +20,7 @@ from backends.interface import BackendError, CheckedFolder, ModelSpec
 from backends.mlx_backend.library import ROUTERS
 from backends.mlx_backend.patch import subclassed
 from backends.mlx_backend.rotary import as_transformers_rotates
+from backends.mlx_backend.time_steps import as_transformers_steps
 from backends.mlx_backend.tree import cannot, check_format, check_taken
 from backends.model_folder import folder_of
 
@@ -59,12 +60,20 @@ def unread(spec: ModelSpec, dtype: mx.Dtype) -> nn.Module:
         raise cannot(folder, error) from error
     if printed.getvalue():
         raise BackendError(f"{spec.path}: mlx-lm cannot run this model as it is ({printed.getvalue().strip():.300})")
-    model.set_dtype(dtype)
+    cast(model, dtype)
     if spec.quantize == "4bit" and "quantization" not in loaded:
         for block in model.layers:
             nn.quantize(block, bits=_BITS, class_predicate=_quantisation)
-            block.set_dtype(dtype)
+        cast(model, dtype)
     return model
+
+
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Its numbers in this type, but for those that mlx-lm never casts, such as what is added to experts' scores."""
+    may_cast = getattr(model, "cast_predicate", lambda name: True)
+    kept = [(n, value.astype(mx.float32)) for n, value in tree_flatten(model.parameters()) if not may_cast(n)]
+    model.set_dtype(dtype)
+    model.load_weights(kept, strict=False)
 
 
 def read(module: nn.Module) -> None:
@@ -78,6 +87,7 @@ def finished(spec: ModelSpec, model: nn.Module) -> nn.Module:
     mx.eval(model.parameters())
     mx.clear_cache()  # of what was cast and quantised
     as_transformers_rotates(model, folder_of(spec).text_config)
+    as_transformers_steps(model, folder_of(spec).text_config)
     return model.freeze()
 
 
