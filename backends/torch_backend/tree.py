@@ -25,7 +25,7 @@ from backends.torch_backend.quiet import quiet
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _NOT_CALLED = {"out_proj", "conv1d"}
 # and takes these for layers of experts, wherever they are, in models that transformers converts as these types
-# (peft.utils.transformers_weight_conversion; Qwen2-MoE itself is not among them)
+# (peft.utils.transformers_weight_conversion)
 _OF_EXPERTS = {"qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"}, "mixtral": {"gate", "w1", "w2", "w3"}}
 
 
