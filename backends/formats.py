@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from safetensors import safe_open
 
 from backends.interface import BackendError
+from backends.tensor_file import read_header
 
 _SPELT = {
     "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "mxfp4": "MXFP4", "mxfp8": "MXFP8", "bitsandbytes": "bitsandbytes",
@@ -34,6 +35,13 @@ def bitsandbytes_shapes(weights: Iterable[Path]) -> dict[str, tuple[int, int]]:
                     except (ValueError, TypeError, LookupError) as error:
                         raise BackendError(f"{file}: {name} cannot be read ({error!s:.100})") from None
     return shapes
+
+
+def float16_scales(weights: Iterable[Path]) -> bool:
+    """Whether there are scales of quantised weights, all of them in float16."""
+    headers = (read_header(file)[0] for file in weights)
+    kinds = {entry["dtype"] for header in headers for name, entry in header.items() if name.endswith(".scales")}
+    return kinds == {"F16"}
 
 
 class Described(Protocol):

@@ -88,6 +88,10 @@ class CheckedFolder(Protocol):
     def vocabulary(self) -> int | None:
         """How many tokens the model knows; None where nothing says it."""
 
+    @property
+    def float16_scales(self) -> bool:
+        """Whether its weights were quantised with scales in float16; in bfloat16 they would not be the same."""
+
     def lora_modules(self, lora: LoraSpec) -> dict[str, tuple[int, int]]:
         """Modules to adapt -> (out, in). Raises BackendError where a target names none."""
 
@@ -109,12 +113,14 @@ class ModelSpec:
     folder: CheckedFolder | None = field(default=None, compare=False)  # None: the session opens `path`
 
     def number_type(self, device: Device, half: Half = "bfloat16") -> NumberType:
-        """The type of activations and of weights that are not quantised. auto: float32 on a CPU, `half` elsewhere.
+        """The type of activations, of scales and of weights that are not quantised. auto: float32 on a CPU, elsewhere
+        float16 where the folder's scales are, and else `half`.
 
         half: the type of 16 bits that the device is made for.
         """
         if self.dtype == "auto":
-            return "float32" if device == "cpu" else half
+            stored: Half = "float16" if self.folder is not None and self.folder.float16_scales else half
+            return "float32" if device == "cpu" else stored
         return self.dtype
 
     def number_bytes(self, device: Device) -> int:

@@ -50,6 +50,9 @@ class Library(Protocol):
         Raises ImportError where it is not installed, BackendError with the reason where it would not load the folder.
         """
 
+    def differs(self, folder: CheckedFolder) -> str:
+        """What the library computes otherwise than a session does, in words; "": nothing that is known."""
+
     def lines(
         self, model: ModelSpec, base: str, adapter: str, number_type: NumberType, labels: Sequence[str] = ()
     ) -> str:

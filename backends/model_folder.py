@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.config_keys import completed, rope_of
-from backends.formats import TRAINED, bitsandbytes_shapes, quantised_by, refuse_format
+from backends.formats import TRAINED, bitsandbytes_shapes, float16_scales, quantised_by, refuse_format
 from backends.interface import BackendError, CheckedFolder, LoraSpec, ModelSpec
 from backends.tensor_file import NUMBERS, read_header, read_tensor, read_tensors
 from backends.text_blocks import ending, layers_of, no_layers, parts_beside, stack_of, text_only
@@ -215,6 +215,11 @@ class ModelFolder:
         """The layers whose weights stand quantised in the files, by MLX or by bitsandbytes."""
         ends = (".scales", ".weight.absmax")
         return frozenset(name.removesuffix(end) for name in self.shapes for end in ends if name.endswith(end))
+
+    @cached_property
+    def float16_scales(self) -> bool:
+        """Whether its weights were quantised with scales in float16; in bfloat16 they would not be the same."""
+        return quantised_by(self.config) == "mlx-lm" and float16_scales(self.weights)
 
     def _inputs(self, module: str, columns: int) -> int:
         """The inputs of a linear layer whose weight has so many columns; MLX packs 32 / bits of them into a word."""

@@ -66,6 +66,27 @@ _GPT_OSS = (
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}
     | {"layer_types": ["sliding_attention", "full_attention"]}
 )
+_EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+_LATENT_ATTENTION = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+_GLM_EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+_GEMMA4 = {
+    "vision_config": _EYES | {"num_key_value_heads": 2, "head_dim": 16},
+    "audio_config": None,
+    "image_token_id": 127,
+    "boi_token_id": 126,
+    "eoi_token_id": 125,
+    "audio_token_id": 124,
+    "boa_token_id": 123,
+    "eoa_token_index": 122,
+    "video_token_id": 121,
+}
 _NO_EXPERTS = {"shared_intermediate_size": 128, "num_local_experts": 0, "num_experts_per_tok": 0}
 
 # name -> (model_type, config)
@@ -125,15 +146,49 @@ MODELS: dict[str, tuple[str, Config]] = {
                 "num_kv_shared_layers": 2,
                 "sliding_window": 64,
             },
-            "vision_config": _EYES | {"num_key_value_heads": 2, "head_dim": 16},
-            "audio_config": None,
-            "image_token_id": 127,
-            "boi_token_id": 126,
-            "eoi_token_id": 125,
-            "audio_token_id": 124,
-            "boa_token_id": 123,
-            "eoa_token_index": 122,
-            "video_token_id": 121,
+            **_GEMMA4,
+        },
+    ),
+    "gemma4_e2b": (
+        "gemma4",
+        _GEMMA4
+        | {
+            "text_config": _TEXT
+            | {
+                "num_hidden_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "global_head_dim": 32,
+                "hidden_size_per_layer_input": 16,
+                "vocab_size_per_layer_input": 128,
+                "num_kv_shared_layers": 2,
+                "use_double_wide_mlp": True,
+                "sliding_window": 64,
+            },
+            "audio_config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 5,
+                "num_attention_heads": 2,
+                "subsampling_conv_channels": [8, 4],
+                "output_proj_dims": 32,
+            },
+        },
+    ),
+    "gemma4_moe": (
+        "gemma4",
+        _GEMMA4
+        | {
+            "text_config": _TEXT
+            | {
+                "layer_types": ["sliding_attention", "full_attention"],
+                "global_head_dim": 32,
+                "hidden_size_per_layer_input": 0,
+                "num_kv_shared_layers": 0,
+                "sliding_window": 64,
+                "enable_moe_block": True,
+                "num_experts": 4,
+                "top_k_experts": 2,
+                "moe_intermediate_size": 32,
+            }
         },
     ),
     "granite4": (
@@ -154,6 +209,46 @@ MODELS: dict[str, tuple[str, Config]] = {
         "qwen3_moe",
         _TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        _TEXT
+        | _LINEAR_ATTENTION
+        | _EXPERTS
+        | {"num_hidden_layers": 4, "num_experts": 4, "shared_expert_intermediate_size": 32},
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        {
+            "text_config": _TEXT
+            | _LINEAR_ATTENTION
+            | _EXPERTS
+            | {"num_hidden_layers": 4, "num_experts": 4, "shared_expert_intermediate_size": 32},
+            "vision_config": _QWEN_EYES,
+        },
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        _TEXT
+        | _EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "layers_block_type": ["mamba", "attention", "mlp"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+            "chunk_size": 16,
+            "time_step_min": 0.3,  # so long that it matters
+        },
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {key: value for key, value in _TEXT.items() if key != "head_dim"}
+        | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1}
+        | {"moe_intermediate_size": 32},
+    ),
+    "glm4_moe": ("glm4_moe", _TEXT | _EXPERTS | _GLM_EXPERTS),
+    "glm4_moe_lite": ("glm4_moe_lite", _TEXT | _EXPERTS | _GLM_EXPERTS | _LATENT_ATTENTION),
     "gpt_oss": ("gpt_oss", _GPT_OSS),  # as transformers writes it; its makers publish the next one
     "gpt_oss_mxfp4": ("gpt_oss", _GPT_OSS),
 }
@@ -182,6 +277,8 @@ def published(name: str, folder: Path, seed: int = 0, as_saved: bool = False) ->
             file.write_text(json.dumps(written))
         if name == "qwen3_5":
             _with_a_head_for_more_tokens(folder)
+        if name == "qwen3_5_moe":
+            _with_experts_in_one(folder)
         if name == "gpt_oss_mxfp4":
             _with_packed_experts(folder)
     return folder
@@ -204,6 +301,19 @@ def _with_a_head_for_more_tokens(folder: Path) -> None:
     last = "model.language_model.layers.3."
     block = {f"mtp.layers.0.{n.removeprefix(last)}": t.clone() for n, t in weights.items() if n.startswith(last)}
     save_file(weights | block | {"mtp.fc.weight": torch.randn(64, 128)}, file, metadata={"format": "pt"})
+
+
+def _with_experts_in_one(folder: Path) -> None:
+    """All experts of a block in one tensor, gate and up together, as Qwen3.5 has them."""
+    file, rest = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    for before in {name.partition(".experts.")[0] for name in rest if ".experts." in name}:
+        experts = [
+            [rest.pop(f"{before}.experts.{number}.{part}_proj.weight") for part in ("gate", "up", "down")]
+            for number in range(4)
+        ]
+        rest[f"{before}.experts.gate_up_proj"] = torch.stack([torch.cat((gate, up)) for gate, up, _ in experts])
+        rest[f"{before}.experts.down_proj"] = torch.stack([down for *_, down in experts])
+    save_file(rest, file, metadata={"format": "pt"})
 
 
 def _with_packed_experts(folder: Path) -> None:
@@ -248,6 +358,8 @@ MAKERS_CONFIGS: dict[str, Callable[[Config], None]] = {
     "granite4_h": _granite,
     "granite4_h_moe": _granite,
     "gemma4": _gemma4,
+    "gemma4_e2b": _gemma4,
+    "gemma4_moe": _gemma4,
     "lfm2": _lfm2,
     "qwen3_moe": lambda config: config.update(num_experts=config.pop("num_local_experts")),
 }

@@ -20,17 +20,25 @@ from pathlib import Path
 
 base = Path({base!r})
 model, config = load_model(base if base.exists() else hf_repo_to_path({base!r}), lazy=True{config})
-model.set_dtype(mx.{number_type})
-{quantised}model = load_adapters(model, {adapter!r})
+{cast}{quantised}model = load_adapters(model, {adapter!r})
 model.eval()
 """
-_QUANTISED = """
+ROUTERS = r"gate$|router\b"  # the paths of layers that choose experts, and of gates, which stay unquantised
+_CAST = "model.set_dtype(mx.{number_type})\n"
+# but for tensors that mlx-lm never casts
+_CAST_REST = f"""from mlx.utils import tree_flatten
+
+kept = [(name, x.astype(mx.float32)) for name, x in tree_flatten(model.parameters()) if not model.cast_predicate(name)]
+{_CAST}model.load_weights(kept, strict=False)
+"""
+_QUANTISED = f"""import re
+
 
 def four_bit(path, layer):
     packable = hasattr(layer, "to_quantized") and not isinstance(layer, nn.Embedding)
-    if not packable or path.endswith(("gate", "router", "router.layer")) or layer.weight.shape[-1] % 32:
+    if not packable or re.search(r"{ROUTERS}", path) or layer.weight.shape[-1] % 32:
         return False
-    return {"bits": 4, "group_size": 64 if layer.weight.shape[-1] % 64 == 0 else 32}
+    return {{"bits": 4, "group_size": 64 if layer.weight.shape[-1] % 64 == 0 else 32}}
 
 
 for block in model.layers:
@@ -56,16 +64,31 @@ def looks_for(folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:
     return looks_for(folder, config)
 
 
+def differs(folder: CheckedFolder) -> str:
+    """As `layer_names.Library` says: what `rotary` and `time_steps` correct in a session."""
+    scaling = folder.text_config.get("rope_scaling") or {}
+    if "short_factor" in scaling:
+        return "it turns short texts by the factors for long ones"
+    if scaling.get("truncate") is False:
+        return "it rounds the ends of YaRN's ramp, which this model does not"
+    if folder.text_config.get("model_type") == "nemotron_h":
+        return "it has no least time step"
+    return ""
+
+
 def lines(model: ModelSpec, base: str, adapter: str, number_type: NumberType, labels: Sequence[str] = ()) -> str:
     """As `layer_names.Library` says."""
+    from backends.mlx_backend.tree import build
+
     folder = folder_of(model)
     packed = model.quantize == "4bit" and quantised_by(folder.config) is None
+    whole = folder.config.get("model_file") or not hasattr(build(folder), "cast_predicate")
     # what mlx-lm would not read in the config under the key that stands there
-    said = {key: value for key, value in folder.config.items() if folder.written.get(key) != value}
+    said = {key: value for key, value in folder.config.items() if folder.written.get(key, ...) != value}
     return _LINES.format(
         base=base,
         adapter=adapter,
-        number_type=number_type,
+        cast=(_CAST if whole else _CAST_REST).format(number_type=number_type),
         config=f", model_config={said!r}" if said else "",
         quantised=_QUANTISED if packed else "",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -16,8 +17,10 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import _get_classes, load_model
 
 from backends.interface import BackendError, CheckedFolder, ModelSpec
+from backends.mlx_backend.library import ROUTERS
 from backends.mlx_backend.patch import subclassed
 from backends.mlx_backend.rotary import as_transformers_rotates
+from backends.mlx_backend.time_steps import as_transformers_steps
 from backends.mlx_backend.tree import cannot, check_format, check_taken
 from backends.model_folder import folder_of
 
@@ -57,12 +60,20 @@ def unread(spec: ModelSpec, dtype: mx.Dtype) -> nn.Module:
         raise cannot(folder, error) from error
     if printed.getvalue():
         raise BackendError(f"{spec.path}: mlx-lm cannot run this model as it is ({printed.getvalue().strip():.300})")
-    model.set_dtype(dtype)
+    cast(model, dtype)
     if spec.quantize == "4bit" and "quantization" not in loaded:
         for block in model.layers:
             nn.quantize(block, bits=_BITS, class_predicate=_quantisation)
-            block.set_dtype(dtype)
+        cast(model, dtype)
     return model
+
+
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Its numbers in this type, but for those that mlx-lm never casts, such as what is added to experts' scores."""
+    may_cast = getattr(model, "cast_predicate", lambda name: True)
+    kept = [(n, value.astype(mx.float32)) for n, value in tree_flatten(model.parameters()) if not may_cast(n)]
+    model.set_dtype(dtype)
+    model.load_weights(kept, strict=False)
 
 
 def read(module: nn.Module) -> None:
@@ -76,6 +87,7 @@ def finished(spec: ModelSpec, model: nn.Module) -> nn.Module:
     mx.eval(model.parameters())
     mx.clear_cache()  # of what was cast and quantised
     as_transformers_rotates(model, folder_of(spec).text_config)
+    as_transformers_steps(model, folder_of(spec).text_config)
     return model.freeze()
 
 
@@ -107,7 +119,7 @@ def outside_blocks(model: nn.Module) -> list[nn.Module]:
 def _quantisation(path: str, module: nn.Module) -> bool | dict[str, Any]:
     """`nn.quantize` settings: linear layers, each expert's among them, and not the choice of experts."""
     packable = hasattr(module, "to_quantized") and not isinstance(module, nn.Embedding)
-    if not packable or path.endswith(("gate", "router", "router.layer")):
+    if not packable or re.search(ROUTERS, path):
         return False
     groups = [group for group in _GROUPS if module.weight.shape[-1] % group == 0]
     return {"bits": _BITS, "group_size": groups[0]} if groups else False

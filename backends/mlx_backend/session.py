@@ -76,8 +76,8 @@ def check(model: ModelSpec, lora: LoraSpec) -> None:
     if lora.whole:
         check_whole(model)
     check_format(folder)
+    check_taken(folder)  # the first, as its words on packed weights are those of `open`
     parts_of(folder, folder.lora_modules(lora))
-    check_taken(folder)
 
 
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSession:

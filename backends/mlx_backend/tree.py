@@ -19,11 +19,18 @@ from backends.interface import BackendError, CheckedFolder, Modules
 from backends.layer_names import Part, Tensors, lacking, refuse_untaken
 
 Arrays = dict[str, mx.array]
+_LEFT_OUT = {"ernie4_5_moe": ".e_score_correction_bias"}  # of a model's type: learned tensors that mlx-lm drops
 
 
 def check_format(folder: CheckedFolder) -> None:
     """Raises BackendError where mlx-lm's models of these weights are not trained here."""
     refuse_format(folder, ("mlx-lm", "mxfp4", "mxfp8"), "MLX")
+    left_out = _LEFT_OUT.get(str(folder.config.get("model_type")), "no such name")
+    if name := next((name for name in folder.shapes if name.endswith(left_out)), None):
+        raise BackendError(
+            f"{folder.path}: mlx-lm leaves {name} out, by which the model chooses its experts, and so computes another "
+            "model; use another backend"
+        )
 
 
 def build(folder: CheckedFolder) -> nn.Module:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from importlib.util import find_spec
+from inspect import getclosurevars
 from typing import Any
 
 import torch
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
+from transformers.utils.import_utils import is_flash_linear_attention_available
 
 from backends.predictions import DELTA_RULE
 from backends.torch_backend.costs import DELTA_KERNEL, GATED_LAYERS, NORMS, ROTARY
@@ -37,9 +38,15 @@ def use_own_layers(model: Any) -> list[str]:
 def delta_rule_of(model: Any) -> list[str]:
     """Which form of the gated delta rule transformers runs in this model: a library's kernels, or its own in chunks."""
     homes = {type(module).__module__ for module in model.modules()}
-    if not any(hasattr(sys.modules.get(home), _DELTA_RULE) for home in homes):
-        return []
-    return [DELTA_KERNEL if find_spec("fla") else DELTA_RULE]
+    functions = [getattr(sys.modules.get(home), _DELTA_RULE, None) for home in homes]
+    kinds = {DELTA_KERNEL if _is_librarys(function) else DELTA_RULE for function in functions if function}
+    return sorted(kinds)
+
+
+def _is_librarys(function: Any) -> bool:
+    """Whether transformers calls flash-linear-attention there: it decides so early, and older ones at each call."""
+    chosen = getclosurevars(function).nonlocals.get("is_new_implementation")
+    return is_flash_linear_attention_available() if chosen is None else bool(chosen)
 
 
 def _use_own_gated_layer(module: Any) -> bool:

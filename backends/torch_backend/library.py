@@ -38,6 +38,11 @@ def looks_for(folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:
     return looks_for(folder, config)
 
 
+def differs(_: CheckedFolder) -> str:
+    """As `layer_names.Library` says."""
+    return ""
+
+
 def lines(model: ModelSpec, base: str, adapter: str, number_type: NumberType, labels: Sequence[str] = ()) -> str:
     """As `layer_names.Library` says."""
     from backends.torch_backend.tree import auto_class, config_of

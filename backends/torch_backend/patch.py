@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import unwrap
+from types import FunctionType
 from typing import Any
 
 from transformers import masking_utils
@@ -50,9 +51,20 @@ def is_coded_as(module: Any, known: Any) -> bool:
 
 
 def same_code(*functions: Any) -> bool:
-    """Whether both functions are there and do the same, as far as their own code goes."""
+    """Whether both functions are there and do the same: their own code, and that of functions which both call."""
     parts = ("co_code", "co_consts", "co_names", "co_varnames")
     codes = [getattr(function, "__code__", None) for function in functions]
     if len(codes) != 2 or None in codes:
         return False
-    return all(getattr(codes[0], part) == getattr(codes[1], part) for part in parts)
+    if codes[0] is codes[1]:
+        return True
+    if not all(getattr(codes[0], part) == getattr(codes[1], part) for part in parts):
+        return False
+    called = [[unwrap(f) if callable(f) else f for f in _globals_of(function)] for function in functions]
+    pairs = [pair for pair in zip(*called, strict=True) if any(isinstance(one, FunctionType) for one in pair)]
+    return all(same_code(*pair) for pair in pairs)
+
+
+def _globals_of(function: Any) -> list[Any]:
+    """What stands under the names that the function reads, in its module; None: no such global there."""
+    return [function.__globals__.get(name) for name in function.__code__.co_names]

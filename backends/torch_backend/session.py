@@ -72,9 +72,10 @@ from backends.torch_backend.masks import Dropout
 from backends.torch_backend.model import scheme_of
 from backends.torch_backend.offload import keep_embedding_on_host
 from backends.torch_backend.optim import AdamW
+from backends.torch_backend.own_code import use_checked_own_code, use_own_code
 from backends.torch_backend.recompute import recompute_blocks
 from backends.torch_backend.score import last_states, scores_of
-from backends.torch_backend.streamed import opened, own_code
+from backends.torch_backend.streamed import opened
 from backends.torch_backend.trainable import check_whole, trained_weights
 from backends.torch_backend.tree import check_experts, check_format, tree_of
 from backends.whole_model import refuse_half
@@ -113,7 +114,8 @@ class TorchSession(Keeping):
         with memory_guard(self._device), random_numbers(self._device, seed):
             self._model, self._streamed = opened(model, self._device, self.lora_shapes)
             self._adapter = trained_weights(self._model, model, lora, self._dropout)
-            self._block_shortcuts = own_code(self._model)
+            use_own = use_own_code if self._streamed else use_checked_own_code  # a check reads all blocks twice
+            self._block_shortcuts = use_own(self._model)
             join_weights(self._model)
             if model.checkpointing:
                 recompute_blocks(self._model, self._dropout, self._device)

@@ -15,9 +15,8 @@ from backends.interface import BackendError, ModelSpec, Modules
 from backends.memory_plan import first_adapted
 from backends.model_folder import folder_of
 from backends.streaming import cannot_stream
-from backends.torch_backend.attention import expand_heads, use_tiles
-from backends.torch_backend.layers import delta_rule_of, use_own_layers
 from backends.torch_backend.model import load_frozen
+from backends.torch_backend.own_code import use_own_code
 from backends.torch_backend.tree import config_of
 
 
@@ -26,13 +25,6 @@ def opened(spec: ModelSpec, device: torch.device, adapted: Modules) -> tuple[Any
     frozen = first_adapted(adapted) if spec.streamed else 0
     streamed = Streamed(spec, device, frozen) if frozen else None
     return streamed.model if streamed else load_frozen(spec, device), streamed
-
-
-def own_code(model: Any) -> list[str]:
-    """Replaces code of a loaded model's modules. Returns what is computed in another way for it."""
-    shortcuts = [*use_own_layers(model), *use_tiles(model), *delta_rule_of(model)]
-    expand_heads(model)
-    return shortcuts
 
 
 class Hollow(torch.nn.Module):  # type: ignore[misc]
@@ -111,7 +103,7 @@ class Streamed:
         """A model that has this part's weights alone, and computes as the whole model does."""
         with torch.inference_mode(False):
             model = load_frozen(self._spec, self._device, partial(_only, part))
-        own_code(model)
+        use_own_code(model)
         return model
 
     def _check(self) -> None:

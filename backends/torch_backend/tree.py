@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import conversion_mapping
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -23,6 +24,9 @@ from backends.torch_backend.quiet import quiet
 # PEFT refuses these layers in models of these types (peft.tuners.tuners_utils), since they are not called as layers
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _NOT_CALLED = {"out_proj", "conv1d"}
+# and takes these for layers of experts, wherever they are, in models that transformers converts as these types
+# (peft.utils.transformers_weight_conversion)
+_OF_EXPERTS = {"qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"}, "mixtral": {"gate", "w1", "w2", "w3"}}
 
 
 def config_of(folder: CheckedFolder) -> Any:
@@ -130,7 +134,23 @@ def looks_for(folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:
         tensors[f"base_model.model.{name}.lora_B.weight"] = (module.out_features, rank)
         if config["use_dora"]:
             tensors[f"base_model.model.{name}.lora_magnitude_vector"] = (module.out_features,)
+    _refuse_taken_for_experts(model.config.model_type, tensors)
     return tensors
+
+
+def _refuse_taken_for_experts(model_type: str, tensors: Tensors) -> None:
+    """Raises BackendError where PEFT would adapt experts in the place of layers that these tensors are of."""
+    converted_as = conversion_mapping._MODEL_TO_CONVERSION_PATTERN | {"mixtral": "mixtral"}
+    known = _OF_EXPERTS.get(converted_as.get(model_type), set())
+    layers = (name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors)
+    lost = sorted({layer for layer in layers if layer.rsplit(".", 1)[-1] in known})
+    if lost:
+        leaves, more = sorted({layer.rsplit(".", 1)[-1] for layer in lost}), len(lost) - 1
+        raise BackendError(
+            f"in models of type {model_type} it takes {', '.join(leaves)} for layers of experts, and does not find "
+            f"{lost[0]}{f' and {more} more' if more else ''}; leave these out of lora.targets, or export the run as "
+            "one model"
+        )
 
 
 def _is_target(name: str, config: Mapping[str, Any]) -> bool:

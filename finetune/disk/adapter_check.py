@@ -24,7 +24,7 @@ class Loading:
 
     library: str
     fits: bool | None  # None: not checked
-    reason: str = ""  # why not, or why it was not checked
+    reason: str = ""  # why not, why it was not checked, or what the library computes otherwise than the run did
 
 
 def loadings(adapter: Path, base: ModelFolder) -> tuple[Loading, ...]:
@@ -33,7 +33,7 @@ def loadings(adapter: Path, base: ModelFolder) -> tuple[Loading, ...]:
 
 
 def in_words(checked: tuple[Loading, ...]) -> Iterator[str]:
-    """What was checked, and of each library that would not load the folder why."""
+    """What was checked, why a library would not load the folder, and what it computes otherwise."""
     fitting = [one.library for one in checked if one.fits]
     if fitting:
         yield f"checked: {' and '.join(fitting)} find{'s' * (len(fitting) == 1)} every layer of it"
@@ -42,6 +42,8 @@ def in_words(checked: tuple[Loading, ...]) -> Iterator[str]:
             yield f"not checked for {one.library}: {one.reason}"
         elif not one.fits:
             yield f"{one.library} does not load it: {one.reason}"
+        elif one.reason:
+            yield f"{one.library} computes this model a little otherwise than transformers and this run: {one.reason}"
 
 
 def _loading(library: str, adapter: Path, base: ModelFolder) -> Loading:
@@ -57,7 +59,7 @@ def _loading(library: str, adapter: Path, base: ModelFolder) -> Loading:
         return Loading(library, False, str(error))
     except Exception as error:  # a library, or a model's own code, that fails on what it was not written for
         return Loading(library, None, shorten(f"{type(error).__name__}: {error}", 200))
-    return Loading(library, problem is None, problem or "")
+    return Loading(library, problem is None, problem or module.differs(base))
 
 
 def _difference(written: Tensors, expected: Tensors) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from backends import registry
 from backends.interface import FloatArray, Session
+from finetune.disk.adapter_check import in_words, loadings
 from finetune.disk.adapter_writer import write_adapter
 from finetune.disk.atomic import new_folder
 from finetune.disk.base_model import base_model, fingerprint
@@ -37,7 +38,8 @@ def save_trained(job: Job, run: RunFolder, tensors: Mapping[str, FloatArray], se
     with new_folder(run.adapter) as folder:
         write_adapter(folder, tensors, lora_spec(job.recipe), base, job.folder.blocks, facts, job.folder)
         job.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(_how_to_load(job, session, base), encoding="utf-8")
+        limits = "".join(f"- {line}\n" for line in in_words(loadings(folder, job.folder)))
+        (folder / "README.md").write_text(_how_to_load(job, session, base) + f"\n{limits}", encoding="utf-8")
 
 
 _HEAD = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,9 +21,13 @@ from tests.tiny_families import MAKERS_CONFIGS, MODELS, published
 
 Usable = Callable[[str], None]
 BATCH = toy_batch()
-ONE_LIBRARY = {"gpt_oss"}  # mlx-lm reads it in its makers' MXFP4 alone
+# mlx-lm reads the first in its makers' MXFP4 alone, has no kv_b_proj, and leaves a tensor out
+ONE_LIBRARY = {"gpt_oss", "glm4_moe_lite", "ernie4_5_moe"}
 # blocks, and how many linear layers they have that are adapted
-SIZES = {"gemma3": (6, 42), "mistral3": (2, 14), "qwen3_vl": (2, 14), "qwen3_5": (4, 31), "gemma4": (6, 50)}
+SIZES = {
+    "gemma3": (6, 42), "mistral3": (2, 14), "qwen3_vl": (2, 14), "qwen3_5": (4, 31), "gemma4": (6, 50),
+    "gemma4_e2b": (4, 32),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +90,23 @@ def test_keys_and_values_that_a_block_takes_from_another_are_not_adapted(folder_
     assert shared == {"0", "1", "2", "3"}
 
 
+def test_a_model_of_which_mlx_lm_leaves_a_part_out_is_refused(folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of("ernie4_5_moe")
+    registry.check_model("torch", ModelSpec(folder), LORA)
+    words = r"mlx-lm leaves model\.layers\.1\.mlp\.moe_statics\.e_score_correction_bias out.*; use another backend"
+    with pytest.raises(BackendError, match=words):
+        registry.check_model("mlx", ModelSpec(folder), LORA)
+    with pytest.raises(BackendError, match=words):
+        Case("mlx", folder).open()
+
+
 def test_what_a_library_cannot_do_is_said_before_anything_is_loaded(folder_of: Callable[[str], Path]) -> None:
+    """In the same words as when it is opened."""
     model = ModelSpec(folder_of("gpt_oss"))
     registry.check_model("torch", model, LORA)
-    with pytest.raises(BackendError, match=r"mlx-lm's model needs model\.layers\.0\.mlp\.experts.*which these weights"):
+    with pytest.raises(
+        BackendError, match=r"does not take .*gpt-oss: packed, in MXFP4.*, or use another backend"
+    ) as said:
         registry.check_model("mlx", model, LORA)
+    with pytest.raises(BackendError, match=re.escape(str(said.value))):
+        Case("mlx", folder_of("gpt_oss")).open()

@@ -24,12 +24,14 @@ mx = pytest.importorskip("mlx.core")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from backends.torch_backend import tree  # noqa: E402
 from tests.tiny_families import published  # noqa: E402
-from tests.tiny_models import tiny_llama  # noqa: E402
+from tests.tiny_models import FAMILIES as USUAL  # noqa: E402
+from tests.tiny_models import family  # noqa: E402
 
 FAMILIES = (
     "gemma3", "mistral3", "qwen3_vl", "qwen3_5", "gemma4", "granite4", "granite4_h_moe", "lfm2", "qwen3_moe",
-    "granite4_h", "olmo3",
+    "granite4_h", "olmo3", "ministral3", "gemma4_e2b", "gemma4_moe", "qwen3_5_moe", *USUAL,
 )  # fmt: skip
 LORA = LoraSpec(4, 8.0)
 BATCH = toy_batch()
@@ -43,7 +45,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def base(name: str) -> Path:
         if name not in made:
             folder = tmp_path_factory.mktemp("bases") / name
-            made[name] = tiny_llama(folder) if name == "llama" else published(name, folder)
+            made[name] = family(name, folder) if name in USUAL else published(name, folder)
         return made[name]
 
     return base
@@ -67,14 +69,15 @@ def chosen(logits: np.ndarray) -> np.ndarray:
     return np.take_along_axis(logprob, BATCH.targets[..., None], axis=-1)[..., 0] * (BATCH.weights > 0)
 
 
-def in_peft(base: Path, adapter: Path) -> np.ndarray:
+def in_peft(base: Path, adapter: Path, lacking: bool = False) -> np.ndarray:
+    """lacking: PEFT is to say that the folder lacks layers that it adapts."""
     config = transformers.AutoConfig.from_pretrained(base)
     known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     auto = transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
     model = auto.from_pretrained(base, dtype=torch.float32)
     with pytest.warns(UserWarning, match="Unexpected keyword arguments") as warned:
         model = peft.PeftModel.from_pretrained(model, adapter).eval()
-    assert not [one for one in warned if "missing adapter keys" in str(one.message)]
+    assert any("missing adapter keys" in str(one.message) for one in warned) == lacking
     with torch.no_grad():
         return chosen(model(input_ids=torch.from_numpy(BATCH.inputs.astype(np.int64))).logits.numpy())
 
@@ -155,8 +158,6 @@ def test_a_config_that_names_other_layers_is_seen(tmp_path: Path, base_of: Calla
 
 
 def test_a_library_that_refuses_the_layers_is_named_with_its_reason(tmp_path: Path) -> None:
-    from tests.tiny_models import family
-
     base = family("mamba2", tmp_path / "base", num_heads=8, head_dim=16, state_size=16, n_groups=1, chunk_size=16)
     model = ModelFolder.open(base)
     (tmp_path / "adapter").mkdir()
@@ -168,6 +169,45 @@ def test_a_library_that_refuses_the_layers_is_named_with_its_reason(tmp_path: Pa
     write_adapter(tmp_path / "adapter", tensors, LORA, str(base), model.blocks, {}, model)
     found = {one.library: one for one in loadings(tmp_path / "adapter", model)}
     assert found["PEFT"].fits is False and "does not adapt out_proj in models of type mamba2" in found["PEFT"].reason
+
+
+ATTENTION = LoraSpec(4, 8.0, targets=("o_proj",))
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning", "ignore:Found missing adapter")
+@pytest.mark.parametrize("name", ["qwen3_next", "glm4_moe", "glm4_moe_lite"])
+def test_layers_that_peft_takes_for_experts_are_named(
+    name: str, tmp_path: Path, base_of: Callable[[str], Path]
+) -> None:
+    """PEFT adapts the experts in their place, and leaves them out."""
+    base, model = base_of(name), ModelFolder.open(base_of(name))
+    ours = written(base, tmp_path / "all")
+    assert np.abs(in_peft(base, tmp_path / "all", lacking=True) - ours).max() > 0.1
+    found = {one.library: one for one in loadings(tmp_path / "all", model)}["PEFT"]
+    assert found.fits is False and "it takes down_proj, gate_proj, up_proj for layers of experts" in found.reason
+    assert "_proj and " in found.reason and "leave these out of lora.targets" in found.reason
+    ours = written(base, tmp_path / "attention", ATTENTION)
+    assert np.abs(in_peft(base, tmp_path / "attention") - ours).max() < 1e-5
+    assert {one.library: one for one in loadings(tmp_path / "attention", model)}["PEFT"].fits
+
+
+def test_what_is_known_of_experts_in_peft_is_what_peft_has() -> None:
+    weights = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    assert {kind: {*names} for kind, names in weights._MOE_TARGET_MODULE_MAPPING.items()} == tree._OF_EXPERTS
+    taken = {kind for kind, like in weights._MODEL_TO_CONVERSION_PATTERN.items() if like in tree._OF_EXPERTS}
+    assert taken >= {"qwen3_next", "mixtral"} and "qwen2_moe" not in taken
+
+
+def test_what_mlx_lm_computes_otherwise_is_said(tmp_path: Path, base_of: Callable[[str], Path]) -> None:
+    base = base_of("gpt_oss_mxfp4")
+    ours = written(base, tmp_path / "adapter", backend="mlx")
+    assert 1e-4 < np.abs(in_mlx_lm(base, tmp_path / "adapter") - ours).max() < 0.1
+    lines = list(in_words(loadings(tmp_path / "adapter", ModelFolder.open(base))))
+    assert lines[0] == "checked: mlx-lm and PEFT find every layer of it"
+    assert lines[1:] == [
+        "mlx-lm computes this model a little otherwise than transformers and this run: it rounds the ends of YaRN's "
+        "ramp, which this model does not"
+    ]
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen3_vl", "qwen3_5", "gemma4", "lfm2"])

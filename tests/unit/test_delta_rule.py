@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from mlx_lm.models.gated_delta import gated_delta_ops, gated_delta_update  # noq
 
 from backends.mlx_backend import blas_bridge, delta_chunks, delta_rule  # noqa: E402
 from backends.predictions import DELTA_RULE  # noqa: E402
+from backends.torch_backend.costs import DELTA_KERNEL  # noqa: E402
+from backends.torch_backend.layers import delta_rule_of  # noqa: E402
 from tests.conformance.toy import DROPPING, Case, close, random_adapter, toy_batch  # noqa: E402
 from tests.tiny_families import published  # noqa: E402
 
@@ -200,6 +204,28 @@ def test_transformers_form_is_the_recurrence_at_odd_lengths(tokens: int) -> None
     found = [out, last.mT, grads[0] * 16**0.5, *grads[1:5], grads[5].mT]
     for ours, theirs in zip(found, results(by_token, given), strict=True):
         assert np.abs(ours.detach().numpy() - theirs).max() <= 2e-5 * np.abs(theirs).max() + 1e-7
+
+
+@pytest.mark.parametrize(("code", "runs"), [("raise ImportError('no CUDA')", False), (None, True)])
+def test_the_librarys_kernels_are_named_where_transformers_calls_them(
+    code: str | None, runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not where the library is installed and cannot be imported."""
+    from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+
+    own = modeling_qwen3_5.torch_chunk_gated_delta_rule
+    (tmp_path / "fla" / "ops").mkdir(parents=True)
+    (tmp_path / "fla" / "__init__.py").write_text(code or "from fla import ops")
+    (tmp_path / "fla" / "ops" / "__init__.py").write_text("from fla.ops import gated_delta_rule")
+    (tmp_path / "fla" / "ops" / "gated_delta_rule.py").write_text("def chunk_gated_delta_rule(query): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    bound = use_kernel_func_from_hub_with_fallback("chunk_gated_delta_rule", "fla")(unwrap(own))
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", bound)
+    model = torch.nn.ModuleList([modeling_qwen3_5.Qwen3_5RMSNorm(4)])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fla"]:
+        del sys.modules[name]
+    assert delta_rule_of(model) == [DELTA_KERNEL if runs else DELTA_RULE]
 
 
 def test_torch_pads_and_says_which_form_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

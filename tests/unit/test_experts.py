@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from backends import registry
 from backends.interface import BackendError, LoraSpec, ModelSpec
@@ -21,6 +22,7 @@ mx = pytest.importorskip("mlx.core")
 from mlx.utils import tree_flatten  # noqa: E402
 
 from backends.mlx_backend.lora import dense  # noqa: E402
+from backends.mlx_backend.model import unread  # noqa: E402
 from tests.tiny_families import published  # noqa: E402
 from tests.tiny_models import tiny_llama  # noqa: E402
 
@@ -29,7 +31,10 @@ LORA, BATCH = LoraSpec(4, 8.0), toy_batch()
 EXPERTS = {
     "qwen3_moe": ("affine4/64 (12 of 16 linear layers), affine4/32 (2 of 16 linear layers)", 2 * 4 * 3 * 64 * 32),
     "granite4_h_moe": (None, 2 * 4 * 3 * 64 * 128),
+    "gemma4_moe": (None, 2 * 4 * 3 * 64 * 32),
+    "qwen3_5_moe": (None, 4 * 4 * 3 * 64 * 32),
 }
+ROUTERS = ("mlp.gate", "router.layer", "router.proj")  # what chooses the experts, in each family
 
 
 @pytest.mark.parametrize("name", EXPERTS)
@@ -42,7 +47,8 @@ def test_mlx_quantises_experts_and_trains_what_it_holds(name: str, tmp_path: Pat
     model = session._forward.model
     packed = {path for path, module in model.named_modules() if "bits" in vars(module) or hasattr(module, "bits")}
     experts = [path for path in packed if "experts" in path or "switch_mlp" in path]
-    assert experts and not any(path.endswith(("gate", "router", "router.layer")) for path in packed)
+    routers = [path for path, _ in model.named_modules() if path.endswith((*ROUTERS, "shared_expert_gate"))]
+    assert experts and len(routers) >= len(model.layers) and not packed & {*routers}
     unpacked = {path: dense(module) for path, module in model.named_modules() if path in packed}
     weights = {
         name.replace(".linear.", "."): value
@@ -58,6 +64,23 @@ def test_mlx_quantises_experts_and_trains_what_it_holds(name: str, tmp_path: Pat
     np.testing.assert_allclose(session.score(BATCH).logprob, plain.score(BATCH).logprob, atol=1e-4)
     ours, theirs = session.step([BATCH], 1e-2), plain.step([BATCH], 1e-2)
     assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("quantize", ["none", "4bit"])
+def test_what_is_added_to_the_scores_of_experts_stays_in_float32(quantize: Any, tmp_path: Path) -> None:
+    """In 16 bits it would choose other experts."""
+    folder, name = published("glm4_moe", tmp_path / "base"), "model.layers.1.mlp.gate.e_score_correction_bias"
+    stored = load_file(folder / "model.safetensors")[name]
+    spec = ModelSpec(folder, quantize, "bfloat16")
+    model = unread(spec, mx.bfloat16)
+    held = dict(tree_flatten(model.parameters()))
+    assert np.array_equal(stored, np.array(held[name])) and held["model.norm.weight"].dtype == mx.bfloat16
+    assert {module.scales.dtype for module in model.modules() if hasattr(module, "bits")} <= {mx.bfloat16}
+    lines = registry.loading_lines("mlx", spec, str(folder), "adapter", "cpu", "bfloat16")
+    names: dict[str, Any] = {}
+    exec(str(lines).partition("model = load_adapters")[0], names)
+    theirs = dict(tree_flatten(names["model"].parameters()))
+    assert {n: x.dtype for n, x in theirs.items()} == {n: x.dtype for n, x in held.items()}
 
 
 @pytest.mark.parametrize("name", [*EXPERTS, "gpt_oss", "gpt_oss_mxfp4"])

@@ -27,7 +27,7 @@ LORA, BATCH = LoraSpec(4, 8.0), toy_batch()
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 @pytest.mark.parametrize("quantize", ["none", "4bit"])
-@pytest.mark.parametrize("name", ["llama", "mistral3"])
+@pytest.mark.parametrize("name", ["llama", "mistral3", "gemma4_moe"])
 def test_the_lines_give_what_was_measured(name: str, quantize: str, backend: str, tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base") if name == "llama" else published(name, tmp_path / "base")
     spec, folder = ModelSpec(base, quantize=quantize, dtype="float32"), ModelFolder.open(base)

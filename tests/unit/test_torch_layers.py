@@ -16,11 +16,14 @@ from backends.interface import BackendError, LoraSpec
 from backends.torch_backend import attention as torch_attention
 from backends.torch_backend import layers as torch_layers
 from backends.torch_backend import norms
+from backends.torch_backend.costs import ROTARY
 from backends.torch_backend.gated import ACTIVATIONS
 from backends.torch_backend.layers import use_own_layers
 from backends.torch_backend.lora import LoraLinear
 from backends.torch_backend.masks import Dropout
+from backends.torch_backend.own_code import use_checked_own_code
 from backends.torch_backend.rotary import rotated, use_own_rotary
+from tests.conformance.toy import Case, toy_batch
 from tests.tiny_families import MODELS, published
 from tests.tiny_models import family
 
@@ -144,6 +147,28 @@ def test_rotary_positions_are_the_models_own(name: str, dtype: torch.dtype, tmp_
     assert ("forward" in vars(attention)) == (name != "phi3")
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, **(BFLOAT16 if dtype == torch.bfloat16 else {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "nanochat"])
+def test_a_model_that_turns_the_other_way_keeps_its_own_rotary(name: str, tmp_path: Path) -> None:
+    """nanochat's `apply_rotary_pos_emb` is Llama's to the letter, and its `rotate_half` has the signs the other way."""
+    plain, session = opened(name, tmp_path), Case("torch", tmp_path).open()
+    batch = toy_batch()
+    with torch.no_grad():
+        logits = plain(input_ids=torch.from_numpy(batch.inputs).long()).logits.log_softmax(-1).numpy()
+    expected = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0] * (batch.weights > 0)
+    assert np.abs(session.score(batch).logprob - expected).max() < 1e-5
+    assert (ROTARY in session.shortcuts) == (name == "llama")
+
+
+def test_own_code_that_computes_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = torch_layers._norm
+    monkeypatch.setattr(torch_layers, "_norm", lambda module, x: wrong(module, x) * 1.01)
+    model, ids = opened("llama", tmp_path), torch.tensor([[3, 1, 2]])
+    expected = model(ids).logits
+    assert use_checked_own_code(model) == []
+    assert torch.equal(model(ids).logits, expected)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_the_gradient_of_rotary_positions_is_that_of_finite_differences() -> None:

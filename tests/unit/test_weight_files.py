@@ -17,7 +17,9 @@ from tests.conformance.toy import Case, toy_batch
 
 torch = pytest.importorskip("torch")
 mx = pytest.importorskip("mlx.core")
+from mlx.utils import tree_flatten  # noqa: E402
 
+from backends.mlx_backend import session as mlx_session  # noqa: E402
 from tests.tiny_families import published  # noqa: E402
 from tests.tiny_models import tiny_llama  # noqa: E402
 from tests.unit.test_adapter_names import chosen  # noqa: E402
@@ -97,11 +99,31 @@ def test_mlx_weights_are_trained_as_they_come(bits: int | str, tmp_path: Path) -
     assert second < first
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_float16_scales_stay_as_they_are_stored_unless_the_recipe_says_otherwise(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, where `auto` is bfloat16 for other models."""
+    base = tiny_llama(tmp_path / "base")
+    quantised(base, tmp_path / "packed", {"dtype": "float16"})
+    scales = {n: t for n, t in load_file(tmp_path / "packed/model.safetensors").items() if n.endswith(".scales")}
+    assert len(scales) == 16 and all(scale.dtype == np.float16 for scale in scales.values())
+    monkeypatch.setattr(mlx_session, "device_kind", lambda device: "gpu")
+    session: Any = Case("mlx", tmp_path / "packed").open(dtype=dtype)
+    tensors = dict(tree_flatten(session._forward.model.parameters()))
+    held = {name.replace(".linear.", "."): tensor.astype(mx.float32) for name, tensor in tensors.items()}
+    same = {np.array_equal(held[name], scale) for name, scale in scales.items()}
+    assert same == {dtype == "auto"}
+    assert session.score(BATCH).logprob.std() > 0
+    assert ModelSpec(base, folder=ModelFolder.open(base)).number_type("gpu") == "bfloat16"
+
+
 def quantised(base: Path, target: Path, settings: dict[str, Any]) -> None:
     """mlx-lm's own conversion, without the tokenizer that it copies."""
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
     model, config = load_model(base, lazy=True)
+    model.set_dtype(getattr(mx, settings.get("dtype", "float32")))
     predicate = settings.get("quant_predicate")
     if predicate:
         from mlx_lm.convert import mixed_quant_predicate_builder
