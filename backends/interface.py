@@ -28,6 +28,7 @@ Wanted = Literal["auto", "cpu"]  # the device to use: auto is an accelerator whe
 MAGNITUDE = "magnitude"  # the last part of the name of a tensor that DoRA has beside lora_A and lora_B
 HEAD_WEIGHT = "score.weight"  # of a classification head, as transformers calls it in its classes for sequences
 PROMPTS_TOGETHER = 32  # the most prompts that `Session.generate` completes side by side
+_TOO_LARGE_FOR_FLOAT16 = "gemma"  # in the types of models whose hidden states pass 65,504, float16's end
 
 
 class BackendError(Exception):
@@ -111,11 +112,15 @@ class ModelSpec:
     def number_type(self, device: Device, half: Half = "bfloat16") -> NumberType:
         """The type of activations and of weights that are not quantised. auto: float32 on a CPU, `half` elsewhere.
 
-        half: the type of 16 bits that the device is made for.
+        half: the type of 16 bits that the device is made for. Where float16 has no room for the model's hidden states
+        it is bfloat16, which every device computes, if slowly.
         """
-        if self.dtype == "auto":
-            return "float32" if device == "cpu" else half
-        return self.dtype
+        if self.dtype != "auto":
+            return self.dtype
+        if device == "cpu":
+            return "float32"
+        kind = str(self.folder.text_config.get("model_type", "")) if self.folder else ""
+        return "bfloat16" if _TOO_LARGE_FOR_FLOAT16 in kind else half
 
     def number_bytes(self, device: Device) -> int:
         return 4 if self.number_type(device) == "float32" else 2

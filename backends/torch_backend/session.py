@@ -126,6 +126,8 @@ class TorchSession(Keeping):
             self._forward = Forward(
                 self._model, self._device, costs.logits_at_once or sys.maxsize, score, self._streamed
             )
+            if self._number_type == "float16":
+                self._forward.check_range()
             self._frozen_kept = self._forward.keep_frozen_blocks()
         self.scheme = scheme_of(self._model)
         self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
