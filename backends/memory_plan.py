@@ -12,6 +12,7 @@ from math import prod
 from backends.config_sizes import number_of, recurrence_of
 from backends.interface import LoraSpec, ModelSpec, Modules
 from backends.memory import available_bytes
+from backends.micro_batches import few_widths
 from backends.model_folder import ModelFolder
 from backends.predictions import NOTHING, Architecture, Costs, Elementwise, Machine, Size
 from backends.text_blocks import expert_numbers
@@ -247,10 +248,11 @@ def _widest(architecture: Architecture) -> int:
 
 
 def _at_once(micro: Micro, costs: Costs) -> Micro:
-    """The part of it that is computed at a time."""
+    """The part of it that is computed at a time, as wide as it is then."""
     tokens = costs.tokens_at_once or micro.tokens
     rows = min(micro.rows, max(tokens // micro.width, 1))
-    return Micro(rows, micro.width, -(-micro.supervised * rows // micro.rows))
+    width = few_widths(micro.width) if costs.few_widths else micro.width
+    return Micro(rows, width, -(-micro.supervised * rows // micro.rows))
 
 
 def _block(module: str) -> int:

@@ -70,7 +70,7 @@ class Forward:
         """
         costs = COSTS["cpu" if on_cpu else "gpu"]
         self.model, self.window, self._masks = model, window, masks
-        self._width_step = costs.width_step
+        self._few_widths = costs.few_widths
         self._tokens_at_once = costs.tokens_at_once or sys.maxsize
         self.head = Head(model, costs.logits_at_once or sys.maxsize)
         self._attention = TiledAttention(model)
@@ -117,7 +117,7 @@ class Forward:
         for few, rows_of_few in few_prefixes(batch, self._tokens_at_once):
             for rows, part in parts(rows_of_few, tokens):
                 check_window(longest + part.inputs.shape[1], self.window)
-                yield few[rows], widened(part, self._width_step)
+                yield few[rows], widened(part) if self._few_widths else part
 
     def entering(self, part: Batch) -> mx.array | None:
         """What the frozen blocks make of the part's rows [B, T, D]; None where all blocks are run.
