@@ -300,8 +300,8 @@ class ThisMachine(Protocol):
         """None: usable here; else one sentence that says why not."""
 
     def describe(self, device: Wanted = "auto") -> dict[str, Any]:
-        """`device`, `versions` (library -> version), whether it can do `4bit` and `checkpointing`, and as `half` the
-        type of 16 bits that the device is made for.
+        """`device`, `versions` (library -> version), whether it can do `4bit` and `checkpointing`, as `half` the type
+        of 16 bits that the device is made for, and as `others` which other devices there are and how one is chosen.
         """
 
     def unused_accelerator(self) -> str | None:
