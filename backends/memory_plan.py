@@ -133,7 +133,8 @@ def footprint(
     if lora.dora:  # a weight as float32, for the lengths of its rows
         block += 4.0 * max(map(prod, adapted.values()))
     if architecture.scores in costs.scores:  # gradients of the weights of every pair, before and after the softmax
-        block += 3.0 * number * architecture.heads * micro.width * micro.tokens
+        of_pair = number if architecture.scores else 4  # torch's plain products are in float32
+        block += 3.0 * of_pair * architecture.heads * micro.width * micro.tokens
     if architecture.recurrence:
         block = max(block, costs.recurrent_working(architecture.recurrence, micro.tokens))
     headed = replace(architecture, vocabulary=lora.classes or architecture.vocabulary)
