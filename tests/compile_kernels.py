@@ -33,13 +33,18 @@ def kind(kernel: str, argument: str, half: str) -> str:
 
 def main() -> None:
     for capability in map(int, sys.argv[1:]):
-        half = "fp16" if capability < 80 else "bf16"
-        for name in ("_down", "_add_up", "_gradient", "_unpack", "_swiglu", "_swiglu_back", "_rotate"):
-            kernel = getattr(triton_kernels, name)
-            types = {argument: kind(name, argument, half) for argument in kernel.arg_names}
-            constants = {argument: CONSTANTS[argument] for argument in types if argument in CONSTANTS}
-            compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32))
-            print(f"compute capability {capability / 10}: {name}", flush=True)
+        # before 8.0 float16 is usual, and models that outgrow it are in bfloat16 there too
+        for half in ("fp16", "bf16") if capability < 80 else ("bf16",):
+            compile_all(capability, half)
+
+
+def compile_all(capability: int, half: str) -> None:
+    for name in ("_down", "_add_up", "_gradient", "_unpack", "_swiglu", "_swiglu_back", "_rotate"):
+        kernel = getattr(triton_kernels, name)
+        types = {argument: kind(name, argument, half) for argument in kernel.arg_names}
+        constants = {argument: CONSTANTS[argument] for argument in types if argument in CONSTANTS}
+        compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32))
+        print(f"compute capability {capability / 10}, {half}: {name}", flush=True)
 
 
 if __name__ == "__main__":
