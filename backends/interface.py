@@ -28,6 +28,7 @@ Wanted = Literal["auto", "cpu"]  # the device to use: auto is an accelerator whe
 MAGNITUDE = "magnitude"  # the last part of the name of a tensor that DoRA has beside lora_A and lora_B
 HEAD_WEIGHT = "score.weight"  # of a classification head, as transformers calls it in its classes for sequences
 PROMPTS_TOGETHER = 32  # the most prompts that `Session.generate` completes side by side
+_TOO_LARGE_FOR_FLOAT16 = "gemma"  # in the types of models whose hidden states pass 65,504, float16's end
 
 
 class BackendError(Exception):
@@ -116,12 +117,18 @@ class ModelSpec:
         """The type of activations, of scales and of weights that are not quantised. auto: float32 on a CPU, elsewhere
         float16 where the folder's scales are, and else `half`.
 
-        half: the type of 16 bits that the device is made for.
+        half: the type of 16 bits that the device is made for. Where float16 has no room for the model's hidden states
+        it is bfloat16, which every device computes, if slowly.
         """
-        if self.dtype == "auto":
-            stored: Half = "float16" if self.folder is not None and self.folder.float16_scales else half
-            return "float32" if device == "cpu" else stored
-        return self.dtype
+        if self.dtype != "auto":
+            return self.dtype
+        if device == "cpu":
+            return "float32"
+        if self.folder is None:
+            return half
+        if _TOO_LARGE_FOR_FLOAT16 in str(self.folder.text_config.get("model_type", "")):
+            return "bfloat16"
+        return "float16" if self.folder.float16_scales else half
 
     def number_bytes(self, device: Device) -> int:
         return 4 if self.number_type(device) == "float32" else 2
@@ -301,8 +308,8 @@ class ThisMachine(Protocol):
         """None: usable here; else one sentence that says why not."""
 
     def describe(self, device: Wanted = "auto") -> dict[str, Any]:
-        """`device`, `versions` (library -> version), whether it can do `4bit` and `checkpointing`, and as `half` the
-        type of 16 bits that the device is made for.
+        """`device`, `versions` (library -> version), whether it can do `4bit` and `checkpointing`, as `half` the type
+        of 16 bits that the device is made for, and as `others` which other devices there are and how one is chosen.
         """
 
     def unused_accelerator(self) -> str | None:

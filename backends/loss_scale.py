@@ -1,4 +1,4 @@
-"""Loss scaling for 16-bit training."""
+"""What training in float16 needs: a scale of the loss, and a model whose hidden states it can hold."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from backends.interface import NumberType
 # zero. The scale is fixed, so that a step is a function of its rows and weights alone. A step that overflows at one
 # scale is computed again at the next.
 _FLOAT16 = (2.0**7, 2.0**3, 2.0**-1)
+OUTGROWN = "this model's hidden states outgrow float16, which ends at 65,504; set model.dtype: bfloat16"
 
 
 def loss_scales(number_type: NumberType, weights: float) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from math import prod
 from backends.config_sizes import number_of, recurrence_of
 from backends.interface import LoraSpec, ModelSpec, Modules
 from backends.memory import available_bytes
+from backends.micro_batches import few_widths
 from backends.model_folder import ModelFolder
 from backends.predictions import NOTHING, Architecture, Costs, Elementwise, Machine, Size
 from backends.text_blocks import expert_numbers
@@ -133,7 +134,8 @@ def footprint(
     if lora.dora:  # a weight as float32, for the lengths of its rows
         block += 4.0 * max(map(prod, adapted.values()))
     if architecture.scores in costs.scores:  # gradients of the weights of every pair, before and after the softmax
-        block += 3.0 * number * architecture.heads * micro.width * micro.tokens
+        of_pair = number if architecture.scores else 4  # torch's plain products are in float32
+        block += 3.0 * of_pair * architecture.heads * micro.width * micro.tokens
     if architecture.recurrence:
         block = max(block, costs.recurrent_working(architecture.recurrence, micro.tokens))
     headed = replace(architecture, vocabulary=lora.classes or architecture.vocabulary)
@@ -248,10 +250,11 @@ def _widest(architecture: Architecture) -> int:
 
 
 def _at_once(micro: Micro, costs: Costs) -> Micro:
-    """The part of it that is computed at a time."""
+    """The part of it that is computed at a time, as wide as it is then."""
     tokens = costs.tokens_at_once or micro.tokens
     rows = min(micro.rows, max(tokens // micro.width, 1))
-    return Micro(rows, micro.width, -(-micro.supervised * rows // micro.rows))
+    width = few_widths(micro.width) if costs.few_widths else micro.width
+    return Micro(rows, width, -(-micro.supervised * rows // micro.rows))
 
 
 def _block(module: str) -> int:

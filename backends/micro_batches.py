@@ -136,12 +136,18 @@ def parts(batch: Batch, tokens: int) -> Iterator[tuple[Rows, Batch]]:
         yield rows, Batch(inputs, targets, batch.weights[rows, :width], batch.prefixes, prefix_of, numbers, rowless)
 
 
-def widened(batch: Batch, step: int) -> Batch:
-    """The same rows; if they have more than 256 tokens, padded on the right to a multiple of `step`."""
+def few_widths(width: int) -> int:
+    """A width that rows of so many tokens are padded to, a sixteenth more at most: 16 of them in each doubling."""
+    step = 2 ** ((width - 1).bit_length() - 5) if width > _NARROW else 1
+    return width + -width % step
+
+
+def widened(batch: Batch) -> Batch:
+    """The same rows, padded on the right to one of `few_widths`."""
     width = batch.inputs.shape[1]
-    if width <= _NARROW or not width % step:
+    if not (added := few_widths(width) - width):
         return batch
-    more = ((0, 0), (0, -width % step))
+    more = ((0, 0), (0, added))
     padded: dict[str, Any] = {name: np.pad(getattr(batch, name), more) for name in ("inputs", "targets", "weights")}
     return replace(batch, **padded)
 

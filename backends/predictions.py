@@ -111,7 +111,7 @@ class Costs:
     whole_sum: float = 0.0  # where the whole model trains, per number: a micro-batch's gradient beside the sum of all
     whole_held: float | None = None  # `held` there, if it is another
     tokens_at_once: int | None = None  # computed at a time; None: the whole micro-batch
-    width_step: int = 1  # rows of more than 256 tokens are padded to a multiple of so many
+    few_widths: bool = False  # whether long rows are padded a little more, so that fewer widths occur (`few_widths`)
     logits_at_once: int | None = None  # numbers computed at a time; None: those of all supervised positions
     gated_working: float = 4.0  # widths of a gated layer that exist at once in its backward pass, beside what is saved
     recomputed_blocks: float = 1.0  # whose saved results exist at once where activations are recomputed

@@ -74,7 +74,7 @@ def unused_accelerator() -> str | None:
 
 
 def describe(device: Wanted = "auto") -> dict[str, Any]:
-    able = {"4bit": False, "checkpointing": False, "half": "bfloat16"}
+    able = {"4bit": False, "checkpointing": False, "half": "bfloat16", "others": ""}
     return {"device": "cpu", "versions": {"numpy": np.__version__}} | able
 
 

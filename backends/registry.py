@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
@@ -126,9 +127,17 @@ def open_session(name: str, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, 
     return usable(name).open(replace(model, folder=folder_of(model)), lora, optim, seed)
 
 
+def free_dropped_models() -> None:
+    """Frees the models of sessions that nobody holds any more. To be called before another is opened, or before what is
+    free is asked: a model's layers refer to one another, and Python collects such circles only now and then.
+    """
+    gc.collect()
+
+
 @answered_apart
 def logprobs(name: str, model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int, batch: Batch) -> FloatArray:
     """What a session of its own thinks of a batch (`Scores.logprob`). Raises BackendError as `open_session` does."""
+    free_dropped_models()
     return open_session(name, model, lora, optim, seed).score(batch).logprob
 
 

@@ -18,7 +18,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
-from backends.interface import BackendError, Wanted
+from backends.interface import BackendError, OutOfMemory, Wanted
 from backends.machine_cache import Remembered
 from backends.table import BACKENDS
 
@@ -28,6 +28,8 @@ T = TypeVar("T")
 _CODE = (
     "import sys; sys.path[:] = {path!r}; from backends import registry, registry_process as own; own.serve(registry)"
 )
+
+_CARRIED = (BackendError, OutOfMemory, MemoryError)  # raised here as they are there; others are bugs, and end it
 
 
 class Apart:
@@ -59,12 +61,15 @@ class Apart:
         return question
 
     def answer(self, question: bytes) -> Any:
-        """Raises BackendError where the function does, and where the process has ended."""
+        """Raises BackendError, OutOfMemory and MemoryError where the function does; the first two also where the
+        process has ended.
+        """
         while question not in self._answers:
             self._take()
         good, value = self._answers[question]
         if not good:
-            raise BackendError(value)
+            kind, reason = value
+            raise kind(reason)
         return value
 
     def _take(self) -> None:
@@ -85,8 +90,10 @@ class Apart:
             self._child.communicate()
             self._child = None
 
-    def _ended(self, child: subprocess.Popen[bytes]) -> BackendError:
-        return BackendError(f"loading the frameworks ended their process (exit code {child.wait()})")
+    def _ended(self, child: subprocess.Popen[bytes]) -> BackendError | OutOfMemory:
+        if (code := child.wait()) == -9:  # SIGKILL: of nobody here
+            return OutOfMemory("the process that loads the frameworks was killed, as Linux does where memory runs out")
+        return BackendError(f"loading the frameworks ended their process (exit code {code})")
 
 
 def _started() -> subprocess.Popen[bytes]:
@@ -154,7 +161,7 @@ def serve(registry: Any) -> None:
             BACKENDS.update(whole)
         try:
             answer = True, getattr(registry, name)(*arguments)
-        except BackendError as error:
-            answer = False, str(error)
+        except _CARRIED as error:
+            answer = False, (next(kind for kind in _CARRIED if isinstance(error, kind)), str(error))
         pickle.dump(answer, answers)
         answers.flush()

@@ -99,7 +99,7 @@ _GPU = replace(
     held=1.1,
     widest_update=0.0,  # compiled to one kernel
     tokens_at_once=None,
-    width_step=64,  # MLX gives a freed buffer only to an array of nearly its size: few sizes leave less unused
+    few_widths=True,  # MLX gives a freed buffer only to an array of nearly its size: few sizes leave less unused
     logits_at_once=2**24,  # MLX's GPUs are slow where they read the head for few positions
 )
 COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": _GPU}

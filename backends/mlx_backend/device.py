@@ -32,7 +32,7 @@ def pick_device(wanted: Wanted) -> mx.Device:
 
 def unused_card() -> str | None:
     """Why MLX, which found no card, does not use the one that is there; None: there is none."""
-    return unused_by(f"mlx {version('mlx')}", None, 'pip install "recipe-finetune[mlx-cuda]"')
+    return unused_by(f"mlx {version('mlx')}", None, lambda driver: 'pip install "recipe-finetune[mlx-cuda]"')
 
 
 def device_kind(device: mx.Device) -> Device:
@@ -73,7 +73,8 @@ def free_of(device: mx.Device) -> int | None:
     if device.type == mx.cpu:
         return available_bytes()
     if (working_set := _working_set_bytes(device)) is None:
-        return None
+        free = mx.device_info(device).get("free_memory")  # of an NVIDIA card
+        return None if free is None else int(free) + int(mx.get_cache_memory())
     unified = available_bytes() + int(mx.get_cache_memory())
     return max(0, min(working_set - int(mx.get_active_memory()), unified))
 

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from backends.interface import BackendError, Batch, FloatArray, Scores
+from backends.loss_scale import OUTGROWN
 from backends.micro_batches import (
     Positions,
     Rows,
@@ -65,11 +66,11 @@ class Forward:
         """`window`: the tokens that a row may have, if there is a limit. `classes`: of a classification head.
         `streamed`: where `model` is.
 
-        Raises BackendError where the model takes no such head.
+        Raises BackendError where the model takes no such head, or its hidden states are too large for float16.
         """
         costs = COSTS["cpu" if on_cpu else "gpu"]
         self.model, self.window, self._masks = model, window, masks
-        self._width_step = costs.width_step
+        self._few_widths = costs.few_widths
         self._tokens_at_once = costs.tokens_at_once or sys.maxsize
         self.head = Head(model, costs.logits_at_once or sys.maxsize)
         self._attention = TiledAttention(model)
@@ -81,6 +82,8 @@ class Forward:
         self.left_out: dict[str, str] = {}
         self.train(False)
         expected = self._hidden(_SAMPLE)
+        if expected.dtype == mx.float16 and (self._cuts_off_states() or not mx.isfinite(expected).all()):
+            raise BackendError(OUTGROWN)
         self._keep_frozen_blocks(expected)
         self.shares_prefixes = self._can_share_prefixes(checkpointing)
         if classes and not self.head.apart:
@@ -114,7 +117,7 @@ class Forward:
         for few, rows_of_few in few_prefixes(batch, self._tokens_at_once):
             for rows, part in parts(rows_of_few, tokens):
                 check_window(longest + part.inputs.shape[1], self.window)
-                yield few[rows], widened(part, self._width_step)
+                yield few[rows], widened(part) if self._few_widths else part
 
     def entering(self, part: Batch) -> mx.array | None:
         """What the frozen blocks make of the part's rows [B, T, D]; None where all blocks are run.
@@ -170,6 +173,11 @@ class Forward:
         replaced = self.frozen.replaced_by(entering) if self.frozen and entering is not None else nullcontext()
         with replaced:
             return self.head.hidden(mx.array(part.inputs), mx.array(np.flatnonzero(part.weights)), caches)
+
+    def _cuts_off_states(self) -> bool:
+        """Whether mlx-lm keeps this model's hidden states in float16 by cutting them off, as it does Gemma 3's."""
+        modules = {kind.__module__ for kind in type(self.model.layers[-1]).__mro__}
+        return any(hasattr(sys.modules[name], "clip_residual") for name in modules)
 
     def _keep_frozen_blocks(self, expected: mx.array) -> None:
         """From here on, what the frozen blocks make of a row is computed once, if the model can leave them out."""

@@ -30,6 +30,7 @@ def describe(device: Wanted = "auto") -> dict[str, Any]:
         "4bit": True,
         "checkpointing": True,
         "half": half_type(pick_device(device)),
+        "others": "",
     }
 
 

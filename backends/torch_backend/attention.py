@@ -53,11 +53,18 @@ def expand_heads(model: Any) -> bool:
 def _expanded(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
 ) -> tuple[torch.Tensor, None]:
-    """As transformers calls it: [B, H, T, d], [B, G, S, d] twice -> [B, T, H, d]."""
-    repeats = query.shape[1] // key.shape[1]
+    """As transformers calls it: [B, H, T, d], [B, G, S, d] twice -> [B, T, H, d].
+
+    Of bfloat16 in float32: without bfloat16 of their own these cards' kernel does not take it, and all weights [T, T]
+    would be made here too.
+    """
+    repeats, number = query.shape[1] // key.shape[1], query.dtype
     plain = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # says nothing of shared heads
-    whole = (query, repeat_kv(key, repeats), repeat_kv(value, repeats))
-    return cast(tuple[torch.Tensor, None], sdpa_attention_forward(plain, *whole, *rest, **named))
+    whole = [query, repeat_kv(key, repeats), repeat_kv(value, repeats)]
+    if number == torch.bfloat16:
+        whole = [heads.float() for heads in whole]
+    out, _ = sdpa_attention_forward(plain, *whole, *rest, **named)
+    return out.to(number), None
 
 
 def _attention(

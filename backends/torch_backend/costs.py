@@ -134,8 +134,9 @@ NVIDIA = replace(
     expands_keys=True,
     maps_files=False,
 )
-# its memory is the machine's: nothing is copied out of the way
-APPLE = replace(NVIDIA, parked_inputs=None, whole_update=8.0, average=4.0)
+# Its memory is the machine's: nothing is copied out of the way. torch's kernels for Metal have no gradient, so that in
+# training attention is plain products there, with all weights in float32.
+APPLE = replace(NVIDIA, parked_inputs=None, whole_update=8.0, average=4.0, scores={**_CPU.scores, "": Size(4.0)})
 COSTS: dict[Device, Costs] = {"cpu": _CPU, "gpu": APPLE if sys.platform == "darwin" else NVIDIA}
 
 

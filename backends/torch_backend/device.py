@@ -16,7 +16,7 @@ import torch
 
 from backends.interface import Device, Half, OutOfMemory
 from backends.memory import available_bytes, process_peak_bytes
-from backends.nvidia import unused_by
+from backends.torch_backend.cards import card_without_code
 
 # oneDNN keeps a kernel for each shape of product, 1,024 by default, and memory between them that is not given back.
 # With fewer than a step has shapes, each layer would compile its kernels anew; attention in tiles has the most shapes.
@@ -30,12 +30,12 @@ _NO_MEMORY = (
 )  # fmt: skip
 
 
-_FOR_THE_DRIVER = 300 * 10**6  # bytes of a card that the driver and the screen take as they go
+_FOR_THE_DRIVER = 300 * 10**6  # what they take as they go
 
 
 def pick_device(requested: str) -> torch.device:
-    """The first of cuda, mps and cpu that this machine has, or the CPU where that is asked for."""
-    if requested != "cpu" and torch.cuda.is_available():
+    """The first of cuda, mps and cpu that torch can use here, or the CPU where that is asked for."""
+    if requested != "cpu" and torch.cuda.is_available() and not card_without_code():
         # cuBLAS reads this once, when it starts; without it equal runs may differ in their last bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans its attention anew for each shape, up to a second each
@@ -44,23 +44,21 @@ def pick_device(requested: str) -> torch.device:
 
 
 def bound_memory(device: torch.device) -> None:
-    """On Windows and WSL2: torch raises where the card is full.
+    """Where the driver spills: torch raises where the card is full."""
+    if device.type == "cuda" and (spared := _for_the_driver()):
+        free, total = torch.cuda.mem_get_info(device)
+        usable = free + torch.cuda.memory_reserved(device) - spared
+        torch.cuda.set_per_process_memory_fraction(max(0.0, usable / total), device)
+
+
+def _for_the_driver() -> int:
+    """Bytes of a card that are left to the driver and the screen on Windows and WSL2; elsewhere none.
 
     NVIDIA's driver there moves what does not fit into the machine's memory (its "CUDA Sysmem Fallback Policy"), and
     steps take 5 to 20 times as long, without a word.
     """
-    if device.type == "cuda" and (sys.platform == "win32" or "microsoft" in platform.release().lower()):
-        free, total = torch.cuda.mem_get_info(device)
-        usable = free + torch.cuda.memory_reserved(device) - _FOR_THE_DRIVER
-        torch.cuda.set_per_process_memory_fraction(max(0.0, usable / total), device)
-
-
-def unused_card() -> str | None:
-    """Why torch, which found no card, does not use the one that is there; None: there is none."""
-    page = "https://pytorch.org/get-started/locally prints the command for pip"
-    if torch.version.cuda is None and sys.platform == "linux":
-        page = "pip install --force-reinstall torch"  # the usual build for Linux is one for CUDA
-    return unused_by(f"torch {torch.__version__}", torch.version.cuda, page)
+    spills = sys.platform == "win32" or "microsoft" in platform.release().lower()
+    return _FOR_THE_DRIVER if spills else 0
 
 
 def half_type(device: torch.device) -> Half:
@@ -79,7 +77,10 @@ def device_name(device: torch.device) -> str:
     return "mps: Apple GPU" if device.type == "mps" else "cpu"
 
 
-def peak_bytes(device: torch.device) -> int:
+def held_bytes(device: torch.device) -> int:
+    """The most memory held so far; of an Apple GPU what is held now, with the freed buffers that torch keeps."""
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else process_peak_bytes()
 
 
@@ -88,10 +89,11 @@ def free_of(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # parts of blocks in use
-        return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
+        return max(0, int(torch.cuda.mem_get_info(device)[0]) + int(unused) - _for_the_driver())
     if device.type == "mps":
         torch.mps.empty_cache()
-        return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory()))
+        left = int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory())
+        return max(0, min(left, available_bytes()))  # memory is shared with all programs
     return available_bytes()
 
 

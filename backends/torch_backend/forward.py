@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from backends.interface import Batch, IntArray
+from backends.interface import BackendError, Batch, IntArray
+from backends.loss_scale import OUTGROWN
 from backends.micro_batches import joined
 from backends.streaming import Advance
 from backends.torch_backend.device import uploaded
@@ -78,6 +79,13 @@ class Forward:
             arguments["position_ids"] = torch.from_numpy(columns.astype(np.int64))[:, None].to(self._device)
         ids, selected = uploaded([tokens[:, None].astype(np.int64), np.arange(len(tokens))], self._device)
         return self.head.logits(self._states_at(selected, ids, arguments))
+
+    def check_range(self) -> None:
+        """Raises BackendError where the model's hidden states are too large for its type, float16."""
+        ids = np.array([[1, 2, 3], [3, 1, 0]], np.int32)
+        with torch.no_grad():
+            if not self.states(Batch(ids, ids, np.ones(ids.shape, np.float32))).isfinite().all():
+                raise BackendError(OUTGROWN)
 
     def attends_to_all(self) -> bool:
         return attends_to_all(self._model)

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from backends.interface import Wanted
-from backends.torch_backend.device import device_name, free_of, half_type, pick_device, unused_card
+from backends.torch_backend.cards import several_cards, unused_card
+from backends.torch_backend.device import device_name, free_of, half_type, pick_device
 
 
 def probe() -> str | None:
@@ -24,7 +25,7 @@ def describe(device: Wanted = "auto") -> dict[str, Any]:
     versions = {name: version(name) for name in packages if find_spec(name)}
     four_bit = "bitsandbytes" in versions and picked.type != "mps"
     facts = {"device": device_name(picked), "versions": versions, "4bit": four_bit, "checkpointing": True}
-    return facts | {"half": half_type(picked)}
+    return facts | {"half": half_type(picked), "others": several_cards() if picked.type == "cuda" else ""}
 
 
 def free_bytes(device: Wanted = "auto") -> int | None:

@@ -138,7 +138,10 @@ def scheme_of(model: Any) -> str:
 
 def _four_bit(device: torch.device, dtype: torch.dtype) -> Any:
     if device.type == "mps":
-        raise BackendError("no 4-bit on Apple GPUs with bitsandbytes here; use backend: auto or quantize: none")
+        raise BackendError(
+            "4-bit on Apple GPUs with PyTorch was not tried yet, though bitsandbytes has kernels for them since 0.50; "
+            "use backend: mlx, or quantize: none"
+        )
     try:
         with _without_kernels():
             import bitsandbytes  # noqa: F401

@@ -52,9 +52,9 @@ from backends.torch_backend.device import (
     device_name,
     free_of,
     half_type,
+    held_bytes,
     lacks_repeatable_kernel,
     memory_guard,
-    peak_bytes,
     pick_device,
     random_numbers,
     repeatable_kernels,
@@ -128,10 +128,12 @@ class TorchSession(Keeping):
             self._forward = Forward(
                 self._model, self._device, costs.logits_at_once or sys.maxsize, score, self._streamed
             )
+            if self._number_type == "float16":
+                self._forward.check_range()
             self._frozen_kept = self._forward.keep_frozen_blocks()
         self.scheme = scheme_of(self._model)
         self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
-        self._step = 0
+        self._step = self._most_held = 0
         self.repeatable = True
         self.team: Team | None = None
         self._optimiser = AdamW(self._adapter, optim)
@@ -258,7 +260,8 @@ class TorchSession(Keeping):
         self._step = state.step
 
     def peak_bytes(self) -> int:
-        return peak_bytes(self._device)
+        self._most_held = max(self._most_held, held_bytes(self._device))
+        return self._most_held
 
     def free_bytes(self) -> int | None:
         return free_of(self._device)

@@ -12,13 +12,15 @@ from finetune.errors import EnvironmentProblem
 
 
 def described(name: str, device: Wanted = "auto") -> list[str]:
-    """A usable backend's device, abilities and library versions, on one line; on another, why a card is not used."""
+    """A usable backend's device, abilities and library versions, on one line; on others, which cards it does not use,
+    and why.
+    """
     facts = registry.describe(name, device)
     abilities = {"4-bit": facts["4bit"], "activation recomputation": facts["checkpointing"]}
     words = [f"{ability}: {'yes' if able else 'no'}" for ability, able in abilities.items()]
     versions = ", ".join(f"{library} {version}" for library, version in facts["versions"].items())
     unused = registry.unused_accelerator(name, device)
-    return ["; ".join([facts["device"], *words, versions]), *([unused] if unused else [])]
+    return ["; ".join([facts["device"], *words, versions]), *(line for line in (facts["others"], unused) if line)]
 
 
 def run() -> None:

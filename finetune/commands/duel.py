@@ -14,8 +14,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from backends import registry
 from finetune.console import Console, lines
 from finetune.data.read import read
+from finetune.data.rows import Example
 from finetune.disk.atomic import write_file
 from finetune.disk.run_files import read_json_lines
 from finetune.disk.run_folder import RunFolder
@@ -30,6 +32,7 @@ from finetune.recipe.schema import Recipe
 from finetune.report.live_screen import with_progress
 from finetune.report.report import load_evaluation
 from finetune.text import shorten
+from finetune.training.job import Job
 from finetune.training.reopen import ready_to_answer
 
 BASE = "base"
@@ -101,24 +104,27 @@ def _recorded(runs: Runs, names: Sequence[str], base: bool) -> list[Answered]:
 def _of_file(runs: Runs, names: Sequence[str], data: str, base: bool, backend: str | None) -> list[Answered]:
     """The answers of each model to the rows of a file."""
     answers: dict[str, list[str]] = {}
-    prompts: list[str] = []
-    locations: list[str] = []
+    asked: Sequence[Example] = ()
     for name, (opened, recipe) in zip(names, runs, strict=True):
-        adapter = read_trained(opened)
         source = read(data, Path.cwd(), "test", recipe.data.encoding)
         strict = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_error": "stop"})})
         job, _ = with_progress(ready_to_answer(strict, backend, opened, source))
         check_run_base(opened, job.folder)
-        session, most = job.open(adapter), recipe.evaluate.max_tokens
-        if base and not answers:
-            with base_weights(session, read_head(opened)):
-                made = with_progress(predict(session, job.recipe, job.prepared, job.tokenizer, most))
-            answers[BASE] = [one.predicted for one in made]
-        made = with_progress(predict(session, job.recipe, job.prepared, job.tokenizer, most))
-        answers[name] = [one.predicted for one in made]
-        examples = job.prepared.held_out.examples
-        prompts, locations = prompts or [e.prompt for e in examples], locations or [e.location for e in examples]
-    return _answered(locations, prompts, answers)
+        answers |= _of_model(opened, job, name, base and not answers)
+        asked = asked or job.prepared.held_out.examples
+        registry.free_dropped_models()
+    return _answered([one.location for one in asked], [one.prompt for one in asked], answers)
+
+
+def _of_model(opened: RunFolder, job: Job, name: str, base: bool) -> dict[str, list[str]]:
+    """The answers of a run's model, loaded for this alone, to the job's rows; and before them its base's."""
+    session = job.open(read_trained(opened))
+    rows = session, job.recipe, job.prepared, job.tokenizer, job.recipe.evaluate.max_tokens
+    answers: dict[str, list[str]] = {}
+    if base:
+        with base_weights(session, read_head(opened)):
+            answers[BASE] = [one.predicted for one in with_progress(predict(*rows))]
+    return answers | {name: [one.predicted for one in with_progress(predict(*rows))]}
 
 
 def _answered(locations: Sequence[str], prompts: Sequence[str], answers: dict[str, list[str]]) -> list[Answered]:

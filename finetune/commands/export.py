@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -80,7 +79,7 @@ def run(
     with new_folder(path) as hidden:
         checks = target.write(hidden, making)
         del making  # one model in memory at a time
-        gc.collect()
+        registry.free_dropped_models()
         checks += verified(target, hidden, job, prompts, measures, some, nearest)
         wrong = sentence(checks, target.name, target.finer)
         verification = {"run": str(opened.path), "name": target.name, "type": target.kind, "holds": wrong is None}

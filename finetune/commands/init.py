@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from finetune.errors import RecipeError
 from finetune.recipe.load import parse_recipe
 from finetune.recipe.names import BUILTIN, local
 from finetune.recipe.schema import Data
-from finetune.text import shorten
+from finetune.text import command_line, shorten
 
 TITLES = ("title", "headline", "heading", "subject")  # of a text in the column beside
 MANY_LABELS = 20
@@ -94,7 +93,7 @@ def run(data: str, output: Path, model: str, columns: Mapping[str, str]) -> None
     if (recipe.data.train, recipe.data.columns) != (str(path or data), look.columns):
         raise RecipeError(f"{data}: a name cannot be written so that it is read back the same; rename it")
     write_file(output, text)
-    print(_summary(source.rows, look, shlex.quote(shorten(str(output), 200))))
+    print(_summary(source.rows, look, command_line(shorten(str(output), 200))))
 
 
 def _look(source: Rows, given: Mapping[str, str]) -> Look:
@@ -144,7 +143,7 @@ def _recipe(rows: Sequence[Row], look: Look, data: str, output: Path, model: str
         format=look.format,
         read="pairs of answers" if look.pairs else look.format,
         seen=_labels(look.labels),
-        output=shlex.quote(shorten(str(output), 200)),
+        output=command_line(shorten(str(output), 200)),
         model=_written(model),
         train=_written(train),
         held_out=_held_out(data, bool(look.labels)),

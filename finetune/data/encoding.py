@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import codecs
 import re
-import shlex
 from pathlib import PurePath
 
 from finetune.data.problems import BadSource
+from finetune.text import command_line
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UNFIT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
@@ -35,7 +35,7 @@ def conversion(file: str, encoding: str) -> str:
     """The command that writes the file anew as UTF-8, beside itself."""
     path = PurePath(file)
     to = path.with_name(f"{path.stem}.utf8{path.suffix}")
-    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(file)} > {shlex.quote(str(to))}"
+    return f"{command_line('iconv', '-f', encoding, '-t', 'UTF-8', file)} > {command_line(str(to))}"
 
 
 def without_marks(text: str) -> tuple[str, list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import shlex
 import zlib
 from collections.abc import Callable
 from pathlib import PurePath
@@ -12,7 +11,7 @@ from typing import Any
 
 from finetune.data.problems import BadSource
 from finetune.errors import EnvironmentProblem
-from finetune.text import amount
+from finetune.text import amount, command_line
 
 HEAD = 512  # bytes that are looked at
 MOST = 4 * 2**30  # bytes that a packed file may become
@@ -74,8 +73,8 @@ def _remedy(remedy: str, source: str) -> str:
     if read:
         to = str(PurePath(source).with_suffix(".jsonl"))
         code = f"import pandas; pandas.{read.rstrip('}')}({source!r}).to_json({to!r}, orient='records', lines=True)"
-        return f"{before}python -c {shlex.quote(code)}"
-    return remedy.replace("{file}", shlex.quote(source))
+        return before + command_line("python", "-c", code)
+    return remedy.replace("{file}", command_line(source))
 
 
 def unpack(raw: bytes, source: str) -> tuple[bytes, list[str]]:

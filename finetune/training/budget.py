@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from backends import registry
-from backends.interface import Device, Half, LoraSpec, ModelSpec, Modules
+from backends.interface import Device, LoraSpec, ModelSpec, Modules
 from backends.memory_plan import (
     Architecture,
     Costs,
@@ -17,6 +17,7 @@ from backends.memory_plan import (
     footprint,
     kept_states_bytes,
     read_architecture,
+    trained_numbers,
 )
 from backends.model_folder import ModelFolder
 from backends.streaming import frozen_file_bytes
@@ -76,9 +77,12 @@ class Workload:
         smallest = replace(self, model=replace(self.model, checkpointing=again)).memory(LEAST, costs)
         return smallest.peak > memory
 
-    def held_as(self, half: Half, device: Device) -> Workload:
-        """The same with the type of numbers that the device will compute in."""
-        return replace(self, model=replace(self.model, dtype=self.model.number_type(device, half)))
+    def made_later(self, costs: Costs) -> float:
+        """Bytes that a loaded session does not hold before its first step: the gradient, and the best of what trains
+        with its average.
+        """
+        numbers = trained_numbers(self.architecture, self.lora, self.adapted)
+        return (8.0 + costs.average * self.averaged) * numbers
 
     def memory(self, micro_tokens: int, costs: Costs) -> Footprint:
         micro = largest_micro(self.examples, self.batch_size, self.seed, micro_tokens)
@@ -221,13 +225,20 @@ def workload(recipe: Recipe, folder: ModelFolder, examples: Sequence[Example]) -
     )
 
 
+def held_here(work: Workload, backend: str, device: str) -> tuple[Workload, Costs]:
+    """The same with the type of numbers that a device of this machine computes in, and what the backend needs there."""
+    costs = registry.costs(backend, registry.device_kind(device))
+    number = work.model.number_type(costs.device, registry.describe(backend, work.model.device)["half"])
+    return replace(work, model=replace(work.model, dtype=number)), costs
+
+
 def has_to_stream(recipe: Recipe, folder: ModelFolder, backend: str) -> bool:
     """Whether a model that is read, and not trained, fits here only with its frozen blocks on the disk."""
     if lora_spec(recipe).layers is None or not folder.weights:
         return False
-    costs = registry.costs(backend, registry.device_kind(registry.describe(backend, recipe.device)["device"]))
     row = Example(np.zeros(LEAST + 1, np.int32), np.ones(LEAST + 1, np.float32), "")
-    work = replace(workload(recipe, folder, [row]), unsettled=False)
+    device = registry.describe(backend, recipe.device)["device"]
+    work, costs = held_here(replace(workload(recipe, folder, [row]), unsettled=False), backend, device)
     return work.settled(costs, registry.free_bytes(backend, recipe.device), LEAST).model.streamed
 
 

@@ -8,7 +8,7 @@ from backends import registry
 from backends.interface import BackendError, Device
 from backends.memory_plan import Costs, Footprint, Machine
 from finetune.recipe.schema import MICRO_TOKENS
-from finetune.training.budget import LEAST, Workload, fitting_tokens, imbalance, workload
+from finetune.training.budget import LEAST, Workload, fitting_tokens, held_here, imbalance, workload
 from finetune.training.job import Job
 from finetune.training.speed import Speed, rate_here
 
@@ -39,9 +39,7 @@ def forecast_here(work: Workload, backend: str, micro_tokens: int | None, proces
 
     Of several processes each needs that memory; without GPUs they share what is free, and the processors.
     """
-    facts = registry.describe(backend, work.model.device)
-    costs = registry.costs(backend, registry.device_kind(facts["device"]))
-    work = work.held_as(facts["half"], costs.device)
+    work, costs = held_here(work, backend, registry.describe(backend, work.model.device)["device"])
     free = registry.free_bytes(backend, work.model.device)
     apart = processes if costs.device == "gpu" else 1
     free = free if free is None else free * apart // processes
@@ -82,8 +80,7 @@ def predicted_peak(job: Job, device: str, streamed: bool = False) -> int | None:
         return None
     try:
         work = workload(job.recipe, job.folder, job.prepared.train.examples)
-        costs = registry.costs(job.backend, registry.device_kind(device))
-        work = replace(work, model=replace(work.model, streamed=streamed))
+        work, costs = held_here(replace(work, model=replace(work.model, streamed=streamed)), job.backend, device)
         return round(work.memory(job.recipe.train.tokens_at_once, costs).peak)
     except BackendError:
         return None

@@ -10,7 +10,7 @@ from backends.interface import Session
 from backends.memory_plan import first_adapted
 from backends.streaming import folder_on_disk, frozen_file_bytes
 from finetune.events import Note
-from finetune.training.budget import Workload, fitting_tokens, workload
+from finetune.training.budget import Workload, fitting_tokens, held_here, workload
 from finetune.training.job import Job
 from finetune.training.read_ahead import kept_bytes
 
@@ -33,11 +33,11 @@ def tokens_that_fit(job: Job, session: Session) -> int:
     if free is None or not job.prepared.train.examples:
         return job.recipe.train.tokens_at_once
     work = workload(job.recipe, job.folder, job.prepared.train.examples)
-    costs = registry.costs(job.backend, registry.device_kind(session.device))
-    work = work.held_as(registry.describe(job.backend, work.model.device)["half"], costs.device)
-    if asked != "auto" and work.memory(asked, costs).step <= free:
+    work, costs = held_here(work, job.backend, session.device)
+    left = free - work.made_later(costs)
+    if asked != "auto" and work.memory(asked, costs).step <= left:
         return asked
-    fits = fitting_tokens(work, costs, free)
+    fits = fitting_tokens(work, costs, left)
     return fits if asked == "auto" else min(asked, fits)
 
 
@@ -51,9 +51,9 @@ def settle_memory(job: Job, earlier: bool | None) -> Generator[Note, None, Job]:
     if not job.folder.weights or not job.prepared.train.examples or not (unsettled or job.recipe.lora.layers != "all"):
         return replace(job, recipe=job.recipe.with_train(gradient_checkpointing=again)) if unsettled else job
     device = job.recipe.device
-    costs = registry.costs(job.backend, registry.device_kind(registry.describe(job.backend, device)["device"]))
     free = registry.free_bytes(job.backend, device)
     work = workload(job.recipe, job.folder, job.prepared.train.examples)
+    work, costs = held_here(work, job.backend, registry.describe(job.backend, device)["device"])
     work = replace(work, streamable=work.streamable and job.streamed is None)
     if unsettled and earlier is not None:
         work = replace(work, unsettled=False, model=replace(work.model, checkpointing=earlier))

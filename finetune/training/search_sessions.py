@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from backends import registry
 from backends.interface import Session, TrainState
 from finetune.training.search_trials import Trial
 
@@ -23,7 +24,7 @@ class TrialSessions:
         shape = self.shape(trial)
         if self._now is None or self._now[0] != shape:
             kept = self._now[1].kept_states if self._now else None
-            self._now = None  # two models at once may not fit
+            self.close()  # two models at once may not fit
             session = self._opened(trial)
             session.take_kept_states(kept)
             self._now = (shape, session, session.get_state())
@@ -33,3 +34,4 @@ class TrialSessions:
 
     def close(self) -> None:
         self._now = None
+        registry.free_dropped_models()

@@ -77,6 +77,7 @@ def test_describes_itself(name: str, usable: Usable) -> None:
         "4bit": bool,
         "checkpointing": bool,
         "half": str,
+        "others": str,
     }
     assert facts["4bit"] == (name not in WITHOUT_4BIT) or facts["device"].startswith("mps")
 

@@ -50,11 +50,16 @@ class Case:
     quantize: str = "none"
 
     def open(self, lora: LoraSpec = LORA, optim: OptimSpec = OPTIM, seed: int = 0, **spec: Any) -> Session:
-        settings: dict[str, Any] = {"quantize": self.quantize, "dtype": "float32"} | spec
+        settings: dict[str, Any] = {"quantize": self.quantize, "dtype": "float32", "device": self._device} | spec
         with without_bridge(self.backend):
             return registry.open_session(
                 registered(self.backend), ModelSpec(self.folder, **settings), lora, optim, seed
             )
+
+    @property
+    def _device(self) -> str:
+        """The CPU for torch on a Mac: on its GPU torch has no 4-bit, and rounds otherwise."""
+        return "cpu" if self.backend == "torch" and sys.platform == "darwin" else "auto"
 
 
 def toy_batch(rows: int = 5, width: int = 10, seed: int = 0) -> Batch:

@@ -24,6 +24,7 @@ ALLOWED = {
     ("finetune/disk/adapter_writer.py", "mlx"): "names of mlx-lm's adapter format, which every run writes",
     ("backends/registry_process.py", "torch"): "what transformers shall not find where only its tokenizers are needed",
     ("backends/predictions.py", "torch"): "what transformers loads wherever it finds it, and takes memory",
+    ("backends/torch_backend/model.py", "mlx"): "the remedy where 4-bit on Apple GPUs is asked for",
     ("backends/usual_families.py", "torch"): "a key of config.json that older libraries write",
     ("finetune/options.py", "mlx"): "the format of an export",
     ("finetune/commands/export.py", "mlx"): "the format of an export",

@@ -22,7 +22,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     own = torch.nn.functional.scaled_dot_product_attention
 
     def noted(query: Any, key: Any, value: Any, **named: Any) -> Any:
-        calls.append({"heads": (query.shape[1], key.shape[1], value.shape[1]), **named})
+        calls.append({"heads": (query.shape[1], key.shape[1], value.shape[1]), "type": query.dtype, **named})
         return own(query, key, value, **named)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
@@ -58,3 +58,20 @@ def test_other_cards_and_other_attention_stay(half: str, kind: str, monkeypatch:
     monkeypatch.setattr(attention, "half_type", lambda device: half)
     model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=kind), device=torch.device("cpu"))
     assert not attention.expand_heads(model)
+
+
+def test_bfloat16_on_an_old_card_attends_in_float32(
+    tmp_path: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's kernel takes no bfloat16 there, and would make all weights [T, T]."""
+    from backends.interface import ModelSpec
+
+    folder = family("gemma3_text", tmp_path)
+    model = load_frozen(ModelSpec(folder, dtype="bfloat16"), torch.device("cpu"))
+    monkeypatch.setattr(attention, "half_type", lambda device: "float16")
+    expected = model(torch.arange(3, 21)[None], use_cache=False).logits
+    asked.clear()
+    assert attention.expand_heads(model)
+    found = model(torch.arange(3, 21)[None], use_cache=False).logits
+    assert found.dtype == torch.bfloat16 and {call["type"] for call in asked} == {torch.float32}
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)

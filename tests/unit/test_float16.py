@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from backends import registry
-from backends.interface import Half, ModelSpec, NonFinite
+from backends.interface import BackendError, Half, ModelSpec, NonFinite
 from backends.loss_scale import loss_scales
+from backends.model_folder import ModelFolder
 from tests.conformance.toy import REAL_BACKENDS, Case, begun, identical, registered, toy_batch
 
 STEPS, RATE = 8, 1e-2
@@ -112,6 +113,49 @@ def test_mlx_takes_float16_on_m1_and_m2(architecture: str, half: Half, monkeypat
     monkeypatch.setattr(mx, "device_info", lambda device: {"architecture": architecture})
     assert half_type(type("Gpu", (), {"type": mx.gpu})()) == half
     assert half_type(mx.Device(mx.cpu)) == "bfloat16"
+
+
+def outgrowing(name: str, folder: Path) -> Path:
+    """A model whose hidden states pass 65,504: what its blocks add to them is 100,000 times as large."""
+    from safetensors.numpy import load_file, save_file
+
+    from tests.tiny_models import family
+
+    file = family(name, folder) / "model.safetensors"
+    tensors = load_file(file)
+    grown = ".post_feedforward_layernorm.weight" if name.startswith("gemma") else ".mlp.down_proj.weight"
+    for key in [key for key in tensors if key.endswith(grown)]:
+        tensors[key] = np.full_like(tensors[key], 6e4) if tensors[key].ndim == 1 else tensors[key] * np.float32(1e5)
+    save_file(tensors, file)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "llama"])
+def test_a_model_too_large_for_float16_is_refused_in_it(name: str, backend: str, tmp_path: Path) -> None:
+    folder = outgrowing(name, tmp_path / name)
+    with pytest.raises(BackendError, match=r"float16.*model\.dtype: bfloat16"):
+        Case(backend, folder).open(dtype="float16")
+    for dtype in ("float32", "bfloat16"):
+        assert np.isfinite(Case(backend, folder).open(dtype=dtype).score(toy_batch()).logprob).all()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma3_text", "llama"])
+def test_auto_takes_no_float16_for_gemma(name: str, backend: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """On a GPU without bfloat16 of its own: what a session on one computes in, and what forecasts count with."""
+    from tests.tiny_families import published
+    from tests.tiny_models import family
+
+    folder = published(name, tmp_path / name) if name == "gemma3" else family(name, tmp_path / name)
+    expected = "float16" if name == "llama" else "bfloat16"
+    spec = ModelSpec(folder, folder=ModelFolder.open(folder))
+    assert [spec.number_type("gpu", "float16"), spec.number_type("cpu", "float16")] == [expected, "float32"]
+    loading = ["backends.torch_backend.model"] if backend == "torch" else []
+    for module in [registry.row(registered(backend)).session, *loading]:
+        monkeypatch.setattr(f"{module}.half_type", lambda device: "float16")
+        monkeypatch.setattr(f"{module}.device_kind", lambda device: "gpu")
+    session: Any = Case(backend, folder).open(dtype="auto")
+    assert session._number_type == expected
+    assert np.isfinite(session.score(toy_batch()).logprob).all()
 
 
 def test_auto_is_the_type_that_the_device_is_made_for() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -30,10 +30,11 @@ from finetune.events import Work
 from finetune.recipe.load import check_recipe
 from finetune.recipe.schema import MICRO_TOKENS
 from finetune.report.plan_tables import steps_table
-from finetune.training import memory_settings, predicted_time
-from finetune.training.budget import LEAST, PLAIN, Workload, fitting_tokens
+from finetune.training import budget, memory_settings, predicted_time
+from finetune.training.budget import ENOUGH, LEAST, PLAIN, SPARE, Workload, fitting_tokens
 from finetune.training.extra_evaluations import Seconds
 from finetune.training.forecast import forecast_here, forecast_on
+from finetune.training.job import Job
 from finetune.training.memory_settings import starting_tokens
 from finetune.training.predicted_time import seconds_of_parts
 from finetune.training.sampled_steps import Rows, largest_micro
@@ -315,6 +316,57 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     less, more = (started(monkeypatch, "auto", free)[0] for free in (60_000_000, 10**12))
     assert LEAST <= less < more == 2**15  # the step has 64 rows of 304
     assert started(monkeypatch, "auto", None)[0] == MICRO_TOKENS
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_gradient_and_the_best_have_room_before_they_are_there(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `plan`: no more tokens are taken than fit beside all that a loaded session does not hold yet."""
+    made = work([300] * 64, batch_size=64, lora=LoraSpec(8, 16.0, whole=whole), averaged=True)
+    numbers = trained_numbers(made.architecture, made.lora, made.adapted)
+    for costs, each in ((GPU, 8), (registry.costs("mlx", "gpu"), 12)):
+        assert made.made_later(costs) == each * numbers
+    step = made.memory(2048, GPU).step / SPARE
+    monkeypatch.setattr(memory_settings, "workload", lambda *_: made)
+    chosen = []
+    for free in (step + 8 * numbers + 1, step + 8 * numbers - 1):
+        session: Any = SimpleNamespace(device="cuda: some card", free_bytes=lambda free=free: free)
+        chosen.append(Work(starting_tokens(job("auto"), session)))
+        list(chosen[-1])
+    assert [choice.result for choice in chosen] == [2048, 1024]
+
+
+def test_before_a_model_is_loaded_it_is_counted_in_the_type_that_the_card_computes_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Cards before 8.0 keep keys for every query head; with `dtype: auto` that follows from the card alone."""
+    made = work([300] * 64, last=1, unsettled=True, streamable=True, model=replace(FLOAT, dtype="auto"))
+    half = replace(made, model=replace(FLOAT, dtype="float16"), unsettled=False)
+    kept = half.memory(ENOUGH, NVIDIA).training
+    plain = replace(half, model=replace(FLOAT, dtype="bfloat16"))
+    assert (
+        plain.memory(ENOUGH, NVIDIA).training < kept - 2
+        and plain.memory(LEAST, NVIDIA).peak < half.memory(LEAST, NVIDIA).peak
+    )
+    for module in (memory_settings, budget):
+        monkeypatch.setattr(module, "workload", lambda *_: made)
+    monkeypatch.setattr(registry, "costs", lambda *_: NVIDIA)
+    values = {"model": {"path": "m"}, "data": {"train": "t"}, "lora": {"layers": 1}}
+    recipe = check_recipe(values | {"train": {"gradient_checkpointing": "auto", "micro_tokens": ENOUGH}})
+    folder: Any = SimpleNamespace(weights={"file": ()})
+    rows: Any = SimpleNamespace(train=SimpleNamespace(examples=made.examples))
+    found = {}
+    for name, half_type in (("new", "bfloat16"), ("old", "float16")):
+        facts = {"device": "cuda: some card", "half": half_type}
+        monkeypatch.setattr(registry, "describe", lambda *_, facts=facts: facts)
+        monkeypatch.setattr(registry, "free_bytes", lambda *_: (kept - 1) / SPARE)
+        settling = Work(memory_settings.settle_memory(Job(recipe, folder, cast(Any, None), "torch", rows), None))
+        list(settling)
+        smallest = replace(made, unsettled=False).memory(LEAST, NVIDIA).peak
+        monkeypatch.setattr(registry, "free_bytes", lambda *_, free=smallest: free)
+        found[name] = settling.result.recipe.train.gradient_checkpointing, budget.has_to_stream(recipe, folder, "torch")
+    assert found == {"new": (False, False), "old": (True, True)}
 
 
 def test_the_rate_of_products_waits_once_and_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from backends import registry
 from backends.interface import Batch, LoraSpec, ModelSpec, OptimSpec
 from backends.memory_plan import Micro, footprint, read_architecture
 from backends.model_folder import ModelFolder
-from backends.predictions import Architecture, Recurrence
+from backends.predictions import Architecture, Costs, Recurrence
 
 torch = pytest.importorskip("torch")
 mx = pytest.importorskip("mlx.core")
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from backends.mlx_backend import blas_bridge  # noqa: E402
 from backends.mlx_backend import costs as mlx_costs  # noqa: E402
+from backends.torch_backend.costs import APPLE, NVIDIA  # noqa: E402
 from tests.tiny_families import MODELS, published  # noqa: E402
 from tests.tiny_models import family  # noqa: E402
 
@@ -64,9 +65,12 @@ def test_weights_of_every_pair_are_counted_where_torch_keeps_them(kind: str, num
     assert found[256] - 2 * found[128] == pytest.approx(1.5 * expected * (256**2 - 2 * 128**2))
 
 
-def activations(shape: Architecture, number: int, width: int, backend: str = "torch") -> float:
+def activations(
+    shape: Architecture, number: int, width: int, backend: str = "torch", costs: Costs | None = None
+) -> float:
     spec = ModelSpec(Path("model"), dtype="float32" if number == 4 else "bfloat16")
-    return footprint(shape, spec, LORA, shape.modules, Micro(1, width, 4), registry.costs(backend, "cpu")).activations
+    costs = costs or registry.costs(backend, "cpu")
+    return footprint(shape, spec, LORA, shape.modules, Micro(1, width, 4), costs).activations
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3"])
@@ -74,6 +78,26 @@ def test_attention_in_pieces_keeps_no_such_weights(name: str, tmp_path: Path) ->
     shape = read_architecture(ModelFolder.open(family(name, tmp_path)))
     assert shape.scores == ""
     assert activations(shape, 4, 256) == pytest.approx(2 * activations(shape, 4, 128))
+
+
+@pytest.mark.parametrize("number", [4, 2])
+def test_on_apples_gpus_torch_keeps_the_weights_of_every_pair(number: int, tmp_path: Path) -> None:
+    """Its plain attention, which is all that has a gradient there, here on a CPU."""
+    folder = family("llama", tmp_path, max_position_embeddings=512)
+    given = AutoConfig.from_pretrained(folder).to_diff_dict()
+    settings = {key: value for key, value in given.items() if key not in ("dtype", "model_type", "architectures")}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        short, long = (
+            saved("llama", tokens, {4: torch.float32, 2: torch.bfloat16}[number], **settings) for tokens in (128, 256)
+        )
+    measured = (long - 2 * short) / (256**2 - 2 * 128**2)
+    shape = read_architecture(ModelFolder.open(folder))
+    assert measured == pytest.approx(4 * shape.heads * shape.blocks)
+    found = {width: activations(shape, number, width, costs=APPLE) for width in (128, 256)}
+    assert found[256] - 2 * found[128] == pytest.approx(APPLE.held * measured * (256**2 - 2 * 128**2))
+    assert activations(shape, number, 256, costs=NVIDIA) == pytest.approx(
+        2 * activations(shape, number, 128, costs=NVIDIA)
+    )
 
 
 @pytest.mark.parametrize("number", [4, 2])

@@ -64,7 +64,7 @@ def settled(monkeypatch: pytest.MonkeyPatch, asked: object, free: int | None, ea
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"gradient_checkpointing": asked})})
     work = workload(recipe, 512)
     monkeypatch.setattr(memory_settings, "workload", lambda *_: work)
-    monkeypatch.setattr(registry, "describe", lambda *_: {"device": "cuda: some card"})
+    monkeypatch.setattr(registry, "describe", lambda *_: {"device": "cuda: some card", "half": "bfloat16"})
     monkeypatch.setattr(registry, "free_bytes", lambda *_: free)
     folder: Any = SimpleNamespace(weights={"file": ()})
     prepared: Any = SimpleNamespace(train=SimpleNamespace(examples=work.examples))

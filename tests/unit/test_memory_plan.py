@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from backends import predictions, registry
 from backends.interface import LoraSpec, ModelSpec
 from backends.memory_plan import Footprint, Micro, first_adapted, footprint, read_architecture, weight_bytes
+from backends.micro_batches import few_widths
 from backends.model_folder import ModelFolder
 from backends.predictions import Architecture, Costs, Size
 from backends.torch_backend.costs import APPLE, NVIDIA
@@ -150,12 +151,15 @@ def test_a_gpu_keeps_little_where_blocks_are_computed_again() -> None:
 
 
 def test_an_apple_gpu_has_no_memory_beside_its_own() -> None:
-    """With PyTorch (MPS) the inputs of all blocks that are computed again count, and so does the embedding."""
+    """With PyTorch (MPS) the inputs of all blocks that are computed again count, and so does the embedding; and of the
+    block that is computed the weights of every pair.
+    """
     again, shape = replace(HALF, checkpointing=True), architecture(12, embedding=VOCABULARY * D)
     found = footprint(shape, again, LoraSpec(8, 16.0), shape.modules, ROWS, APPLE)
     beside = footprint(shape, again, LoraSpec(8, 16.0), shape.modules, ROWS, NVIDIA)
     inputs = 9 * D * 2 * ROWS.tokens  # of all blocks but the three that an NVIDIA card holds
-    assert found.activations == pytest.approx(beside.activations + 1.1 * inputs)
+    pairs = 4 * shape.heads * ROWS.width * ROWS.tokens
+    assert found.activations == pytest.approx(beside.activations + 1.1 * (inputs + pairs))
     assert found.weights == beside.weights + 2 * VOCABULARY * D
 
 
@@ -240,3 +244,18 @@ def test_a_folder_says_its_sizes(tmp_path: Path, tied: bool) -> None:
         expected, stored=0, modules={}, other=expected.other + own, embedding=own
     )
     assert dict(found.modules) == dict(expected.modules)
+
+
+def test_a_gpu_of_mlx_computes_a_few_tokens_more_and_they_are_counted() -> None:
+    widths = range(1, 5000)
+    made = [few_widths(width) for width in widths]
+    assert all(width <= wider <= 17 / 16 * width for width, wider in zip(widths, made, strict=True))
+    assert [len({wide for wide in made if low < wide <= 2 * low}) for low in (256, 512, 1024)] == [16, 16, 16]
+    assert made[:256] == [*widths[:256]]
+    found = {
+        (backend, width): needed(architecture(), micro=Micro(2, width, 500), backend=backend, device="gpu")
+        for backend in ("mlx", "torch")
+        for width in (264, 272)
+    }
+    assert found["mlx", 264] == found["mlx", 272]
+    assert found["torch", 264].activations < found["torch", 272].activations

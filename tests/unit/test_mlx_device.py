@@ -51,6 +51,12 @@ def test_other_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == {} and devices.free_of(GPU) is None
 
 
+def test_free_memory_of_an_nvidia_card_is_the_drivers_and_kept_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    apple(monkeypatch, None, active=3 * GIB, cache=GIB)
+    monkeypatch.setattr(mx, "device_info", lambda device: {"device_name": "RTX 4090", "free_memory": 2 * GIB})
+    assert devices.free_of(GPU) == 3 * GIB
+
+
 def test_kept_buffers_count_as_free_and_as_held(monkeypatch: pytest.MonkeyPatch) -> None:
     apple(monkeypatch, 5 * GIB, active=3 * GIB, cache=GIB)
     monkeypatch.setattr(devices, "available_bytes", lambda: 8 * GIB)

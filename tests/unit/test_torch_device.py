@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 
 from backends import registry
-from backends.interface import OutOfMemory
+from backends.interface import BackendError, OutOfMemory
 
 if registry.probe("torch") is not None:
     pytest.skip("torch is not usable here", allow_module_level=True)
 
 import torch
 
+from backends.nvidia import Driver
+from backends.torch_backend import cards, machine
 from backends.torch_backend import device as devices
 from backends.torch_backend import session as sessions
+from finetune.training.job import refuse_unused_accelerator
 from tests.conformance.toy import Case, begun, identical, toy_batch
+from tests.unit.toy_run import recipe
 
 BATCH = toy_batch()
 CUDA, MPS, CPU = torch.device("cuda", 0), torch.device("mps"), torch.device("cpu")
@@ -55,9 +59,12 @@ def test_where_the_driver_would_spill_torch_raises(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6_300_000_000, 8_000_000_000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 400_000_000)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300_000_000)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     devices.bound_memory(CUDA)
     devices.bound_memory(CPU)
     assert told == ([0.8] if bounded else [])
+    assert devices.free_of(CUDA) == 6_400_000_000 - (300_000_000 if bounded else 0)  # no more than torch may take
 
 
 def test_on_a_cpu_nothing_is_changed() -> None:
@@ -107,7 +114,67 @@ def test_free_memory_on_mps_is_what_metal_recommends_less_what_is_in_use(monkeyp
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 5_000)
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 2_000)
-    assert devices.free_of(MPS) == 3_000
+    for available, free in ((9_000, 3_000), (1_000, 1_000)):  # other programs share the memory
+        monkeypatch.setattr(devices, "available_bytes", lambda available=available: available)
+        assert devices.free_of(MPS) == free
+
+
+def test_the_peak_on_mps_is_the_most_that_torch_held_at_any_time(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session: Any = begun(Case("torch", tiny_folder))
+    session._device = MPS
+    peaks = []
+    for held in (3_000, 5_000, 4_000):
+        monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda held=held: held)
+        peaks.append(session.peak_bytes())
+    assert peaks == [3_000, 5_000, 5_000]
+
+
+@pytest.mark.parametrize(
+    ("capability", "compiled", "runs"),
+    [
+        ((6, 1), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", False),
+        ((7, 0), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", False),
+        ((7, 0), "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90", True),
+        ((6, 1), "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90", True),
+        ((8, 6), "sm_80", True),  # machine code runs on later cards of its major version
+        ((8, 0), "sm_86", False),
+        ((12, 0), "sm_80 sm_90", False),
+        ((12, 0), "sm_80 sm_90 compute_90", True),  # PTX is compiled for every later card
+        ((8, 9), "sm_90 compute_90", False),
+        ((9, 0), "sm_80 sm_90a", True),
+        ((12, 1), "sm_75 sm_120f", True),
+        ((8, 6), "", True),
+    ],
+)
+def test_code_runs_on_cards_as_cuda_says(capability: tuple[int, int], compiled: str, runs: bool) -> None:
+    assert cards.has_code(capability, compiled.split()) == runs
+
+
+@pytest.mark.parametrize(("capability", "used"), [((6, 1), False), ((7, 0), False), ((7, 5), True)])
+def test_a_card_without_code_is_not_used_and_the_build_that_has_it_is_named(
+    capability: tuple[int, int], used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, value in (
+        ("is_available", True), ("current_device", 0), ("device_count", 1), ("get_device_name", "GTX 1080"),
+        ("get_device_capability", capability), ("get_arch_list", ["sm_75", "sm_80", "sm_90", "sm_120"]),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(cards, "driver", lambda: Driver(1, (13, 0), capability=capability))
+    assert devices.pick_device("auto").type == ("cuda" if used else "cpu")
+    assert devices.pick_device("cpu").type == "cpu"
+    said = machine.unused_accelerator()
+    if used:
+        assert said is None
+        return
+    assert said is not None and "GTX 1080" in said and f"{capability[0]}.{capability[1]}" in said
+    assert said.endswith("whl/cu126")
+    monkeypatch.setattr(registry, "usable", lambda name: machine)
+    monkeypatch.setattr(registry, "choose", lambda requested: "torch")
+    with pytest.raises(BackendError, match="device=cpu"):
+        refuse_unused_accelerator(recipe(backend="torch"))
 
 
 @pytest.mark.parametrize(

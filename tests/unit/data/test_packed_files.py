@@ -9,12 +9,16 @@ import sqlite3
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pytest
 from pyarrow.parquet import write_table
 
 from finetune.data import packed_files
+from finetune.data.encoding import conversion
+from finetune.data.packed_files import refuse_foreign
+from finetune.data.problems import BadSource
 from finetune.data.read import read
 from finetune.errors import DataError
 
@@ -136,3 +140,13 @@ def test_a_database_is_named_with_the_command_that_writes_its_rows(tmp_path):
     message = error(tmp_path, "rows.db", database(tmp_path))
     assert "an SQLite database" in message
     assert "sqlite3 -header -csv rows.db" in message
+
+
+def test_commands_are_quoted_for_the_shell_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    for system, mark in (("posix", "'"), ("nt", '"')):
+        monkeypatch.setattr("finetune.text.os", SimpleNamespace(name=system))
+        assert conversion("my rows.csv", "UTF-16") == (
+            f"iconv -f UTF-16 -t UTF-8 {mark}my rows.csv{mark} > {mark}my rows.utf8.csv{mark}"
+        )
+        with pytest.raises(BadSource, match=f"bunzip2 -k {mark}my rows.bz2{mark}"):
+            refuse_foreign(b"BZh9", "my rows.bz2")
