@@ -77,6 +77,10 @@ class CheckedFolder(Protocol):
         """Every tensor's shape. Raises BackendError where the folder has no weights."""
 
     @property
+    def whole_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of the model's own tensors; of packed ones, as they are when they are unpacked."""
+
+    @property
     def stack(self) -> str:
         """What the names of the language model's blocks begin with: "model.layers."."""
 

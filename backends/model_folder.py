@@ -206,7 +206,7 @@ class ModelFolder:
             if part in ("scales", "biases") and f"{module}.scales" in self.shapes:
                 continue  # beside one that MLX has
             if part == "weight" and module in self.packed:
-                shape = self._unpacked.get(module) or (shape[0], self._inputs(module, shape[1]))
+                shape = self._unpacked.get(module) or (*shape[:-1], self._inputs(module, shape[-1]))
             whole[name] = shape
         return whole
 

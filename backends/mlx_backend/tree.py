@@ -49,9 +49,7 @@ def check_taken(folder: CheckedFolder) -> None:
         return
     model = build(folder)
     taken = {name for name, _ in tree_flatten(model.parameters())}
-    quantised = (".scales", ".biases") if "quantization" in folder.config else ()
-    given = (name for name in _sanitized(model, _stand_ins(folder, {})) if not name.endswith(quantised))
-    refuse_untaken(folder, "mlx-lm", set(given) - taken, taken)
+    refuse_untaken(folder, "mlx-lm", set(_sanitized(model, _stand_ins(folder, {}))) - taken, taken)
 
 
 def parts_of(folder: CheckedFolder, modules: Modules) -> dict[str, tuple[Part, ...]]:
@@ -121,9 +119,12 @@ def _passed_through(model: nn.Module, folder: CheckedFolder, values: Arrays) -> 
 
 
 def _stand_ins(folder: CheckedFolder, values: Arrays) -> Arrays:
-    """An array for each of the folder's tensors; views of one number or column, which take no memory."""
+    """An array for each of the model's tensors, as it is unpacked; views of one number or column, which take no memory.
+
+    Layers that bitsandbytes has packed stand in the files as one column of bytes, which has not the layer's rows.
+    """
     zero = mx.zeros(())
-    return {name: mx.broadcast_to(values.get(name, zero), shape) for name, shape in folder.shapes.items()}
+    return {name: mx.broadcast_to(values.get(name, zero), shape) for name, shape in folder.whole_shapes.items()}
 
 
 def _sanitized(model: nn.Module, weights: Arrays) -> Arrays:
