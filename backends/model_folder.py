@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.config_keys import completed, rope_of
-from backends.formats import TRAINED, bitsandbytes_shapes, quantised_by, refuse_format
+from backends.formats import TRAINED, bitsandbytes_shapes, quantised_by, refuse_format, unwritten_method
 from backends.interface import BackendError, CheckedFolder, LoraSpec, ModelSpec
 from backends.tensor_file import NUMBERS, read_header, read_tensor, read_tensors
 from backends.text_blocks import ending, layers_of, no_layers, parts_beside, stack_of, text_only
@@ -44,7 +44,7 @@ class ModelFolder:
 
     path: Path
     remote_code: bool  # whether Python code that comes with the model may run
-    config: dict[str, Any]  # with the rotary settings in both spellings
+    config: dict[str, Any]  # with the rotary settings in both spellings, and the method of quantised weights
     weights: Mapping[Path, Shapes]  # the weight files, each with the shapes of its tensors; may be empty
     written: dict[str, Any]  # config.json as it stands
     stamps: Mapping[Path, tuple[int, int]] = field(default_factory=dict)  # size and time of the files when opened
@@ -56,7 +56,9 @@ class ModelFolder:
         written = _read_config(path)
         weights = {path / name: checked[path / name] for name in used_files(path, written)}
         check_names(weights)
-        config = completed(written | rope_of(path, written), weights.values())
+        names = [name for shapes in weights.values() for name in shapes]
+        said = rope_of(path, written) | unwritten_method(path, written, names)
+        config = completed(written | said, weights.values())
         check_code(path, config, remote_code)
         stamps = {file: _stamp(file) for file in (path / "config.json", *weights)}
         folder = cls(path, remote_code, config, weights, written, stamps)

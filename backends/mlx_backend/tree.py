@@ -23,7 +23,7 @@ Arrays = dict[str, mx.array]
 
 def check_format(folder: CheckedFolder) -> None:
     """Raises BackendError where mlx-lm's models of these weights are not trained here."""
-    refuse_format(folder, ("mlx-lm", "mxfp4", "mxfp8"), "MLX")
+    refuse_format(folder, ("mlx-lm", "mxfp4", "mxfp8"), "MLX", "its 4-bit repository of mlx-community")
 
 
 def build(folder: CheckedFolder) -> nn.Module:

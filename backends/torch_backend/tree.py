@@ -23,6 +23,7 @@ from backends.torch_backend.quiet import quiet
 # PEFT refuses these layers in models of these types (peft.tuners.tuners_utils), since they are not called as layers
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _NOT_CALLED = {"out_proj", "conv1d"}
+_PACKED = "its repository whose name ends in -bnb-4bit"
 
 
 def config_of(folder: CheckedFolder) -> Any:
@@ -37,12 +38,12 @@ def config_of(folder: CheckedFolder) -> Any:
 
 def check_format(folder: CheckedFolder) -> None:
     """Raises BackendError where transformers' models of these weights are not trained here."""
-    refuse_format(folder, ("bitsandbytes", "mxfp4"), "PyTorch here")
+    refuse_format(folder, ("bitsandbytes", "mxfp4"), "PyTorch here", _PACKED)
     settings = folder.config.get("quantization_config") or {}
     if quantised_by(folder.config) == "bitsandbytes" and not settings.get("load_in_4bit"):
         raise BackendError(
             f"{folder.path}: its weights are quantised by bitsandbytes to 8 bits, and 4 are trained on here; give the "
-            "unquantised model (quantize: 4bit makes it small again)"
+            f"unquantised model (quantize: 4bit makes it small again), or {_PACKED}"
         )
 
 

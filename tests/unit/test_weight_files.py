@@ -138,6 +138,56 @@ def test_weights_that_are_quantised_otherwise_are_refused_by_their_method(
         ModelFolder.open(folder).lora_modules(LORA)
 
 
+# how older tools and other makers say it: a file beside config.json, another key, what a weight is called, the words
+FORMS: dict[str, tuple[str | None, dict[str, Any], str, str]] = {
+    "GPTQ's own file": ("quantize_config.json", {}, "qweight", "GPTQ"),
+    "GPTQ by its tensors": (None, {}, "g_idx", "GPTQ"),
+    "AWQ's own file": ("quant_config.json", {}, "qweight", "AWQ"),
+    "AWQ by its tensors": (None, {}, "qweight", "AWQ"),
+    "ModelOpt's own file": ("hf_quant_config.json", {}, "weight_scale", "ModelOpt"),
+    "FP8 by its tensors": (None, {}, "weight_scale", "FP8"),
+    "FP8 in blocks by its tensors": (None, {}, "weight_scale_inv", "FP8"),
+    "compressed-tensors by its tensors": (None, {}, "weight_packed", "compressed-tensors"),
+    "an older key": (None, {"compression_config": {"format": "pack-quantized"}}, "scale", "compressed-tensors"),
+    "no method": (None, {"quantization_config": {"bits": 4}}, "qweight", "AWQ"),
+}
+
+
+def packed_otherwise(folder: Path, form: str) -> Path:
+    """A model whose projections have another tensor beside them, or in their place, as the form has it."""
+    file, settings, tensor, _ = FORMS[form]
+    tiny_llama(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    if file:
+        (folder / file).write_text(json.dumps({"bits": 4}))
+    weights, alone = load_file(folder / "model.safetensors"), tensor in ("qweight", "weight_packed")
+    layers = [name.removesuffix(".weight") for name in weights if "_proj." in name]
+    kept = {name: value for name, value in weights.items() if not (alone and "_proj." in name)}
+    added = {f"{layer}.{tensor}": np.ones((64, 64), np.int32) for layer in layers}
+    save_file(kept | added, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_ways_to_say_that_weights_are_quantised_are_read(form: str, tmp_path: Path) -> None:
+    folder, method = packed_otherwise(tmp_path, form), FORMS[form][-1]
+    instead = {"torch": "whose name ends in -bnb-4bit", "mlx": "its 4-bit repository of mlx-community"}
+    for backend, words in instead.items():
+        with pytest.raises(
+            BackendError, match=f"already quantised by {method}, .*unquantised model.*{words}"
+        ) as caught:
+            registry.check_model(backend, ModelSpec(folder), LORA)
+        assert "\n" not in str(caught.value) and "download" not in str(caught.value)
+
+
+def test_a_settings_file_that_was_left_over_beside_plain_weights_refuses_nothing(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    (folder / "quantize_config.json").write_text("{}")
+    for backend in ("torch", "mlx"):
+        registry.check_model(backend, ModelSpec(folder), LORA)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "words"),
     [
