@@ -23,6 +23,8 @@ from backends.untrusted import (
     check_files,
     check_names,
     check_switches,
+    files_to_download,
+    indexed,
     needs_code,
     read_object,
     used_files,
@@ -30,8 +32,8 @@ from backends.untrusted import (
 )
 
 __all__ = [
-    "NUMBERS", "ModelFolder", "ending", "folder_of", "read_header", "read_object", "read_tensor", "read_tensors",
-    "validate",
+    "NUMBERS", "ModelFolder", "ending", "files_to_download", "folder_of", "read_header", "read_object", "read_tensor",
+    "read_tensors", "validate",
 ]  # fmt: skip
 
 _BITS = (2, 3, 4, 5, 6, 8)
@@ -50,13 +52,17 @@ class ModelFolder:
     stamps: Mapping[Path, tuple[int, int]] = field(default_factory=dict)  # size and time of the files when opened
 
     @classmethod
-    def open(cls, path: Path, remote_code: bool = False) -> ModelFolder:
-        """Reads and checks the folder by the rules of `untrusted`. Raises BackendError where it breaks one."""
-        checked = check_files(path)
+    def open(cls, path: Path, remote_code: bool = False, downloaded: bool = True) -> ModelFolder:
+        """Reads and checks the folder by the rules of `untrusted`. Raises BackendError where it breaks one.
+
+        downloaded: False: of a model whose weights are not there yet.
+        """
+        checked = check_files(path, downloaded)
         written = _read_config(path)
-        weights = {path / name: checked[path / name] for name in used_files(path, written)}
+        used = used_files(path, written) if downloaded else []
+        weights = {path / name: checked[path / name] for name in used}
         check_names(weights)
-        names = [name for shapes in weights.values() for name in shapes]
+        names = [name for shapes in weights.values() for name in shapes] if downloaded else indexed(path)
         said = rope_of(path, written) | unwritten_method(path, written, names)
         config = completed(written | said, weights.values())
         check_code(path, config, remote_code)

@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes
 
 from backends.formats import refuse_format
-from backends.interface import BackendError, CheckedFolder, Modules
+from backends.interface import BackendError, CheckedFolder, Modules, Unsupported
 from backends.layer_names import Part, Tensors, lacking, refuse_untaken
 
 Arrays = dict[str, mx.array]
@@ -24,6 +24,16 @@ Arrays = dict[str, mx.array]
 def check_format(folder: CheckedFolder) -> None:
     """Raises BackendError where mlx-lm's models of these weights are not trained here."""
     refuse_format(folder, ("mlx-lm", "mxfp4", "mxfp8"), "MLX", "its 4-bit repository of mlx-community")
+
+
+def check_type(folder: CheckedFolder) -> None:
+    """Raises Unsupported where mlx-lm has no model of the type that the config names."""
+    if folder.config.get("model_file"):  # code of the model's own
+        return
+    try:
+        _get_classes(config=dict(folder.config))
+    except Exception as error:
+        raise cannot(folder, error) from error
 
 
 def build(folder: CheckedFolder) -> nn.Module:
@@ -38,9 +48,9 @@ def build(folder: CheckedFolder) -> nn.Module:
     return model
 
 
-def cannot(folder: CheckedFolder, error: Exception) -> BackendError:
+def cannot(folder: CheckedFolder, error: Exception) -> Unsupported:
     """That mlx-lm cannot load the model. A model's own code may fail in many ways on what it was not written for."""
-    return BackendError(f"{folder.path}: mlx-lm cannot load this model ({type(error).__name__}: {error!s:.300})")
+    return Unsupported(f"{folder.path}: mlx-lm cannot load this model ({type(error).__name__}: {error!s:.300})")
 
 
 def check_taken(folder: CheckedFolder) -> None:

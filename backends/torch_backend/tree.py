@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -15,10 +16,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from backends.formats import quantised_by, refuse_format
-from backends.interface import HEAD_WEIGHT, BackendError, CheckedFolder, LoraSpec, ModelSpec
+from backends.interface import HEAD_WEIGHT, BackendError, CheckedFolder, LoraSpec, ModelSpec, Unsupported
 from backends.layer_names import Tensors, Tree
 from backends.text_blocks import expert_numbers
 from backends.torch_backend.quiet import quiet
+from backends.usual_families import EXAMPLE
 
 # PEFT refuses these layers in models of these types (peft.tuners.tuners_utils), since they are not called as layers
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
@@ -47,6 +49,19 @@ def check_format(folder: CheckedFolder) -> None:
         )
 
 
+def check_type(folder: CheckedFolder) -> None:
+    """Raises BackendError where transformers has no text model of the type that the config names."""
+    kind = folder.config.get("model_type")
+    if folder.remote_code or not isinstance(kind, str):
+        return
+    if kind in CONFIG_MAPPING:
+        _text_class(folder, CONFIG_MAPPING[kind])
+    elif "auto_map" in folder.config:
+        raise folder.needs_code("auto_map in config.json")
+    else:
+        raise _no_text_model(folder, kind)
+
+
 def check_experts(model: ModelSpec, folder: CheckedFolder) -> None:
     """Raises BackendError where 4 bits would leave most of the blocks as they are."""
     experts = expert_numbers(folder.shapes)
@@ -55,7 +70,7 @@ def check_experts(model: ModelSpec, folder: CheckedFolder) -> None:
     share = experts / (experts + sum(out * inputs for out, inputs in folder.lora_modules(LoraSpec(1, 1.0)).values()))
     raise BackendError(
         f"{folder.path}: bitsandbytes does not quantise experts, which are {share:.0%} of this model's blocks; set "
-        "quantize: none, use another backend, or choose a model without experts"
+        f"quantize: none, use another backend, or choose a model without experts, such as {EXAMPLE}"
     )
 
 
@@ -68,21 +83,28 @@ def auto_class(folder: CheckedFolder, config: Any, classes: int = 0) -> Any:
         return transformers.AutoModelForSequenceClassification
     if classes:
         raise BackendError(f"transformers has no model with a classification head for model_type {config.model_type}")
-    if folder.remote_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    return _text_class(folder, type(config))
+
+
+def _text_class(folder: CheckedFolder, config_class: Any) -> Any:
+    """The class that loads a text model for configs of this class. Raises Unsupported where there is none."""
+    if folder.remote_code or config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if config_class in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return transformers.AutoModelForImageTextToText
-    raise BackendError(
-        f"{folder.path}: transformers {transformers.__version__} has no model that writes text for model_type "
-        f"{config.model_type}; choose another model"
-    )
+    raise _no_text_model(folder, config_class.model_type)
+
+
+def _no_text_model(folder: CheckedFolder, kind: str) -> Unsupported:
+    version = transformers.__version__
+    return Unsupported(f"{folder.path}: transformers {version} has no model that writes text for model_type {kind}")
 
 
 def cannot(folder: CheckedFolder, error: Exception) -> BackendError:
     """That transformers cannot load the model. A model's own code may fail in many ways."""
     if "trust_remote_code" in str(error):
         return folder.needs_code("auto_map in config.json")
-    return BackendError(f"{folder.path}: transformers cannot load this model ({type(error).__name__}: {error!s:.300})")
+    return Unsupported(f"{folder.path}: transformers cannot load this model ({type(error).__name__}: {error!s:.300})")
 
 
 def model_of(folder: CheckedFolder, classes: int = 0) -> Any:
