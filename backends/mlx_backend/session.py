@@ -82,8 +82,9 @@ def check(model: ModelSpec, lora: LoraSpec) -> None:
     if lora.whole:
         check_whole(model)
     check_format(folder)
-    parts_of(folder, folder.lora_modules(lora))
+    modules = folder.lora_modules(lora)
     check_taken(folder)
+    parts_of(folder, modules)
 
 
 def open(model: ModelSpec, lora: LoraSpec, optim: OptimSpec, seed: int) -> MlxSession:

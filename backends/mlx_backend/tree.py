@@ -59,7 +59,9 @@ def check_taken(folder: CheckedFolder) -> None:
         return
     model = build(folder)
     taken = {name for name, _ in tree_flatten(model.parameters())}
-    refuse_untaken(folder, "mlx-lm", set(_sanitized(model, _stand_ins(folder, {}))) - taken, taken)
+    given = set(_sanitized(model, _stand_ins(folder, {})))
+    lacks = any("layers." in name for name in taken - given)
+    refuse_untaken(folder, "mlx-lm", given - taken, taken, lacks)
 
 
 def parts_of(folder: CheckedFolder, modules: Modules) -> dict[str, tuple[Part, ...]]:

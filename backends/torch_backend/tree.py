@@ -51,7 +51,7 @@ def check_format(folder: CheckedFolder) -> None:
 
 def check_type(folder: CheckedFolder) -> None:
     """Raises BackendError where transformers has no text model of the type that the config names."""
-    kind = folder.config.get("model_type")
+    kind = folder.written.get("model_type")
     if folder.remote_code or not isinstance(kind, str):
         return
     if kind in CONFIG_MAPPING:

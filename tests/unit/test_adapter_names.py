@@ -29,7 +29,7 @@ from tests.tiny_models import tiny_llama  # noqa: E402
 
 FAMILIES = (
     "gemma3", "mistral3", "qwen3_vl", "qwen3_5", "gemma4", "granite4", "granite4_h_moe", "lfm2", "qwen3_moe",
-    "granite4_h", "olmo3",
+    "granite4_h", "olmo3", "qwen3_5_text",
 )  # fmt: skip
 LORA = LoraSpec(4, 8.0)
 BATCH = toy_batch()
@@ -95,7 +95,7 @@ def test_both_libraries_load_the_folder_as_it_is(name: str, tmp_path: Path, base
     ours = written(base, tmp_path / "adapter")
     assert np.abs(in_peft(base, tmp_path / "adapter") - ours).max() < 1e-5
     again = written(base, tmp_path / "the same", backend="mlx")
-    assert np.abs(in_mlx_lm(base, tmp_path / "adapter") - again).max() < 1e-5
+    assert np.abs(in_mlx_lm(base, tmp_path / "adapter") - again).max() < 3e-5
     for file in ("adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"):
         assert (tmp_path / "adapter" / file).read_bytes() == (tmp_path / "the same" / file).read_bytes()
     checked = loadings(tmp_path / "adapter", ModelFolder.open(base))
@@ -170,7 +170,7 @@ def test_a_library_that_refuses_the_layers_is_named_with_its_reason(tmp_path: Pa
     assert found["PEFT"].fits is False and "does not adapt out_proj in models of type mamba2" in found["PEFT"].reason
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen3_vl", "qwen3_5", "gemma4", "lfm2"])
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen3_vl", "qwen3_5", "qwen3_5_text", "gemma4", "lfm2"])
 def test_without_the_libraries_a_rule_gives_the_same_names(
     name: str, base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
