@@ -11,6 +11,8 @@ from backends.interface import BackendError
 _EXPERTS = ("num_experts", "num_local_experts")
 _GRANITE = {"full_attention": "attention", "linear_attention": "mamba"}
 _GEMMA = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+# text models that stand alone, which mlx-lm has under the type of the whole
+_WHOLE = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 _NUMBERS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
@@ -22,7 +24,8 @@ def completed(config: dict[str, Any], weights: Iterable[Iterable[str]]) -> dict[
     config = _with_older_keys({key: _untagged(value) for key, value in config.items()})
     text = config.get("text_config")
     if not isinstance(text, dict):
-        return config
+        kind = config.get("model_type")
+        return config | ({"model_type": _WHOLE[kind]} if isinstance(kind, str) and kind in _WHOLE else {})
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     if any(name.endswith("lm_head.weight") for shapes in weights for name in shapes):
         tied = False

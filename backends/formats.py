@@ -17,6 +17,12 @@ _SPELT = {
     "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "mxfp4": "MXFP4", "mxfp8": "MXFP8", "bitsandbytes": "bitsandbytes",
     "compressed-tensors": "compressed-tensors", "modelopt": "ModelOpt",
 }  # fmt: skip
+# files beside config.json in which older tools say it, and the names of tensors that tell it too
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+_PACKED = {
+    ".g_idx": "gptq", ".qweight": "awq", ".weight_packed": "compressed-tensors", ".weight_scale_inv": "fp8",
+    ".weight_scale": "fp8",
+}  # fmt: skip
 _NOTES = re.compile(r"(.+)\.weight\.quant_state\.bitsandbytes__")
 # what some backend trains on; others are read by none
 TRAINED = {"mlx-lm", "mxfp4", "mxfp8", "bitsandbytes"}
@@ -44,6 +50,23 @@ def float16_scales(weights: Iterable[Path]) -> bool:
     return kinds == {"F16"}
 
 
+def unwritten_method(path: Path, config: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """`quantization_config` for a config.json that lacks it, or its method; empty where weights are plain numbers.
+
+    names: of the folder's tensors; none where they are not known. They tell more than a file that was left over.
+    """
+    if quantised_by(config) not in (None, "unknown"):
+        return {}
+    if isinstance(settings := config.get("compression_config"), dict):  # of compressed-tensors before 0.6
+        return {"quantization_config": settings | {"quant_method": "compressed-tensors"}}
+    told = [method for end, method in _PACKED.items() if any(name.endswith(end) for name in names)]
+    if names and not told:
+        return {}
+    said = [method for file, method in _BESIDE.items() if (path / file).is_file()]
+    method = next(iter((*said, *told)), None)
+    return {"quantization_config": {"quant_method": method}} if method else {}
+
+
 class Described(Protocol):
     """A model folder's path and config."""
 
@@ -67,16 +90,16 @@ def quantised_by(config: dict[str, Any]) -> str | None:
     return str(settings.get("quant_method", "unknown")).lower() if isinstance(settings, dict) else "unknown"
 
 
-def refuse_format(folder: Described, reads: Collection[str], who: str = "") -> None:
+def refuse_format(folder: Described, reads: Collection[str], who: str = "", packed: str = "") -> None:
     """Raises BackendError where the weights are quantised by a method that is not among `reads`.
 
-    who: the library that does not read it; "": no backend does.
+    who: the library that does not read it; "": no backend does. packed: where there are 4-bit models that it reads.
     """
     method = quantised_by(folder.config)
     if method is None or method in reads:
         return
     reason = f"which {who} does not train on" if who else "which is not trained on here"
-    remedy = "give the unquantised model (quantize: 4bit makes it small again)"
+    remedy = "give the unquantised model (quantize: 4bit makes it small again)" + (f", or {packed}" if packed else "")
     if who and method in TRAINED:
         remedy = "use another backend, or " + remedy
     raise BackendError(

@@ -35,6 +35,10 @@ class BackendError(Exception):
     """The backend, or what was asked of it, cannot be used on this machine. The message says why."""
 
 
+class Unsupported(BackendError):
+    """The backend's library has no such model. The registry adds what to take instead."""
+
+
 class OutOfMemory(Exception):
     """The device had too little memory for a micro-batch; the session's state is as it was before the call."""
 
@@ -76,6 +80,10 @@ class CheckedFolder(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor's shape. Raises BackendError where the folder has no weights."""
+
+    @property
+    def whole_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of the model's own tensors; of packed ones, as they are when they are unpacked."""
 
     @property
     def stack(self) -> str:
@@ -321,6 +329,12 @@ class ThisMachine(Protocol):
 
 class Backend(ThisMachine, Protocol):
     """What a backend's session module exports. Importing it loads the framework and its models."""
+
+    def check_config(self, folder: CheckedFolder) -> None:
+        """Raises BackendError for a model that the backend does not run, as far as config.json alone tells.
+
+        Builds nothing of the config's sizes, which no weights confirm yet. Raises Unsupported for its type.
+        """
 
     def check(self, model: ModelSpec, lora: LoraSpec) -> None:
         """Raises BackendError for what cannot be done with this model, before it or any data is loaded."""

@@ -104,12 +104,15 @@ def lacking(path: object, library: str, modules: list[str]) -> str:
 _COMPUTED = re.compile(r"inv_freq$|position_ids$|\.(attn|attention|self_attn)\.(masked_)?bias$")
 
 
-def refuse_untaken(folder: CheckedFolder, library: str, left: Iterable[str], taken: Iterable[str]) -> None:
+def refuse_untaken(
+    folder: CheckedFolder, library: str, left: Iterable[str], taken: Iterable[str], lacks: bool = False
+) -> None:
     """Raises BackendError where weights of the language model have no place in the library's model:
-    it would compute something else than the model that was trained. Where it has such layers, the form of the weights
-    is another one: gpt-oss's experts in plain numbers, where mlx-lm takes them packed alone.
+    it would compute something else than the model that was trained. Where it has such layers, or lacks others, the form
+    of the weights is another one: experts one by one or in plain numbers, where mlx-lm takes them stacked or packed.
 
     left, taken: names of tensors in that model, those that it has no place for and those that it has.
+    lacks: whether blocks of it are left without some of theirs.
     """
     known = {within(name) for name in taken}
     lost = {within(name) for name in left} - known
@@ -119,10 +122,10 @@ def refuse_untaken(folder: CheckedFolder, library: str, left: Iterable[str], tak
     files = sorted(file.name for file, shapes in folder.weights.items() if any(name in shapes for name in names))
     shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     where = f"{folder.path}: {', '.join(files)}"
-    if all(f"{within(name)}.weight" in known for name in names):
+    if lacks or all(f"{within(name)}.weight" in known for name in names):
         raise BackendError(
-            f"{where}: {library} does not take {shown} in the form in which these files hold them; give the model as "
-            "its makers publish it (gpt-oss: packed, in MXFP4), or use another backend"
+            f"{where}: {library} does not take {shown} in the form in which these files hold them; use another "
+            "backend, or give the model as its makers publish it (experts stacked, or in MXFP4)"
         )
     raise BackendError(
         f"{where}: no layer of {library}'s model takes {shown}; config.json is of another model than the weights: "

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from backends.config_keys import completed, rope_of
-from backends.formats import TRAINED, bitsandbytes_shapes, float16_scales, quantised_by, refuse_format
+from backends.formats import (
+    TRAINED,
+    bitsandbytes_shapes,
+    float16_scales,
+    quantised_by,
+    refuse_format,
+    unwritten_method,
+)
 from backends.interface import BackendError, CheckedFolder, LoraSpec, ModelSpec
 from backends.tensor_file import NUMBERS, read_header, read_tensor, read_tensors
 from backends.text_blocks import ending, layers_of, no_layers, parts_beside, stack_of, text_only
@@ -23,6 +30,8 @@ from backends.untrusted import (
     check_files,
     check_names,
     check_switches,
+    files_to_download,
+    indexed,
     needs_code,
     read_object,
     used_files,
@@ -30,8 +39,8 @@ from backends.untrusted import (
 )
 
 __all__ = [
-    "NUMBERS", "ModelFolder", "ending", "folder_of", "read_header", "read_object", "read_tensor", "read_tensors",
-    "validate",
+    "NUMBERS", "ModelFolder", "ending", "files_to_download", "folder_of", "read_header", "read_object", "read_tensor",
+    "read_tensors", "validate",
 ]  # fmt: skip
 
 _BITS = (2, 3, 4, 5, 6, 8)
@@ -44,19 +53,25 @@ class ModelFolder:
 
     path: Path
     remote_code: bool  # whether Python code that comes with the model may run
-    config: dict[str, Any]  # with the rotary settings in both spellings
+    config: dict[str, Any]  # with the rotary settings in both spellings, and the method of quantised weights
     weights: Mapping[Path, Shapes]  # the weight files, each with the shapes of its tensors; may be empty
     written: dict[str, Any]  # config.json as it stands
     stamps: Mapping[Path, tuple[int, int]] = field(default_factory=dict)  # size and time of the files when opened
 
     @classmethod
-    def open(cls, path: Path, remote_code: bool = False) -> ModelFolder:
-        """Reads and checks the folder by the rules of `untrusted`. Raises BackendError where it breaks one."""
-        checked = check_files(path)
+    def open(cls, path: Path, remote_code: bool = False, downloaded: bool = True) -> ModelFolder:
+        """Reads and checks the folder by the rules of `untrusted`. Raises BackendError where it breaks one.
+
+        downloaded: False: of a model whose weights are not there yet.
+        """
+        checked = check_files(path, downloaded)
         written = _read_config(path)
-        weights = {path / name: checked[path / name] for name in used_files(path, written)}
+        used = used_files(path, written) if downloaded else []
+        weights = {path / name: checked[path / name] for name in used}
         check_names(weights)
-        config = completed(written | rope_of(path, written), weights.values())
+        names = [name for shapes in weights.values() for name in shapes] if downloaded else indexed(path)
+        said = rope_of(path, written) | unwritten_method(path, written, names)
+        config = completed(written | said, weights.values())
         check_code(path, config, remote_code)
         stamps = {file: _stamp(file) for file in (path / "config.json", *weights)}
         folder = cls(path, remote_code, config, weights, written, stamps)
@@ -206,7 +221,7 @@ class ModelFolder:
             if part in ("scales", "biases") and f"{module}.scales" in self.shapes:
                 continue  # beside one that MLX has
             if part == "weight" and module in self.packed:
-                shape = self._unpacked.get(module) or (shape[0], self._inputs(module, shape[1]))
+                shape = self._unpacked.get(module) or (*shape[:-1], self._inputs(module, shape[-1]))
             whole[name] = shape
         return whole
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import platform
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.machinery import PathFinder
+from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
@@ -26,19 +27,20 @@ from backends.interface import (
     NumberType,
     OptimSpec,
     Session,
+    Unsupported,
     Wanted,
 )
 from backends.layer_names import Library
 from backends.machine_cache import folder_stamp
 from backends.matmul_speed import numpy_rate
 from backends.memory import available_bytes
-from backends.model_folder import folder_of
+from backends.model_folder import ModelFolder, folder_of
 from backends.predictions import Costs, Machine, Predictions
 from backends.registry_process import ahead, answered_apart, asks_apart
 from backends.registry_process import ask_apart as ask_apart
 from backends.table import BACKENDS, row
 from backends.table import NAMES as NAMES
-from backends.usual_families import is_plain
+from backends.usual_families import OTHER_MODEL, is_plain
 
 
 def load(name: str) -> Backend:
@@ -163,7 +165,45 @@ def check_model(requested: str, model: ModelSpec, lora: LoraSpec) -> None:
 @answered_apart
 def check_chosen(requested: str, model: ModelSpec, lora: LoraSpec, files: str = "") -> None:
     """The same, by the backend's own library. files: `folder_stamp`; the answer holds as long as that does."""
-    usable(choose(requested)).check(replace(model, folder=folder_of(model)), lora)
+    chosen, folder = choose(requested), folder_of(model)
+    with _other_named(chosen, folder):
+        usable(chosen).check(replace(model, folder=folder), lora)
+
+
+@answered_apart
+def check_config(requested: str, path: Path, remote_code: bool) -> None:
+    """Raises BackendError for a model that cannot be trained here, as far as the files beside its weights tell.
+
+    Asked before these are downloaded. Where no backend works that is for the commands that need one to say.
+    """
+    folder = ModelFolder.open(path, remote_code, downloaded=False)
+    try:
+        chosen = choose(requested)
+    except BackendError:
+        return
+    with _other_named(chosen, folder):
+        usable(chosen).check_config(folder)
+
+
+@contextmanager
+def _other_named(chosen: str, folder: CheckedFolder) -> Iterator[None]:
+    """Adds to a refused type of model the backend that runs it here, or else another model."""
+    try:
+        yield
+    except Unsupported as error:
+        others = (name for name in automatic() if name != chosen and _runs(name, folder))
+        other = next((f"set backend: {name}, which runs it" for name in others), OTHER_MODEL)
+        raise BackendError(f"{error}; {other}") from error
+
+
+def _runs(name: str, folder: CheckedFolder) -> bool:
+    if probe(name) is not None:
+        return False
+    try:
+        load(name).check_config(folder)
+    except BackendError:
+        return False
+    return True
 
 
 @answered_apart

@@ -157,7 +157,7 @@ def serve(registry: Any) -> None:
             name, arguments = pickle.loads(pickle.load(sys.stdin.buffer))
         except EOFError:
             return
-        if name in ("check_chosen", "logprobs"):  # they need a library's models too
+        if name in ("check_chosen", "check_config", "logprobs"):  # they need a library's models too
             BACKENDS.update(whole)
         try:
             answer = True, getattr(registry, name)(*arguments)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+from backends.usual_families import OTHER_MODEL
+
 Shapes = Mapping[str, tuple[int, ...]]
 _IN_BLOCK = re.compile(r"^(?P<stack>(?:.*?\.)?layers\.)(?P<block>\d+)\.(?P<within>.+)\.weight$")
 _NOT_ADAPTED = re.compile(r"\bexperts\b|\brouter\b|(^|\.)gate$|norm")  # experts are chosen by token, not by layer
@@ -80,13 +82,11 @@ def parts_beside(shapes: Shapes, stack: str) -> list[str]:
 def no_layers(shapes: Shapes) -> str:
     """Why a model without a linear layer to adapt has none, with the remedy."""
     if any(re.search(r"\bc_attn\.weight$", name) for name in shapes):
-        return "GPT-2 keeps its layers in another form (Conv1D), which is not adapted here; choose another model"
+        return f"GPT-2 keeps its layers in another form (Conv1D), which is not adapted here; {OTHER_MODEL}"
     numbered = next((match[1] for name in shapes if (match := re.match(r"(.*?\.)\d+\.", name))), None)
     if numbered and not any(_IN_BLOCK.match(name) for name in shapes):
-        return (
-            f"its blocks are called {numbered}N, and only those called layers.N are adapted here; choose another model"
-        )
-    return "no linear layer in its blocks; choose another model"
+        return f"its blocks are called {numbered}N, and only those called layers.N are adapted here; {OTHER_MODEL}"
+    return f"no linear layer in its blocks; {OTHER_MODEL}"
 
 
 def ending(module: str) -> str:

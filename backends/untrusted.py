@@ -89,9 +89,10 @@ def validate(file: Path) -> dict[str, tuple[int, ...]]:
         raise BackendError(f"{file}: {size:,} bytes, and this machine cannot map so many; is it whole?") from None
 
 
-def check_files(folder: Path) -> dict[Path, Shapes]:
+def check_files(folder: Path, downloaded: bool = True) -> dict[Path, Shapes]:
     """The safetensors files of a model folder, each validated, with the shapes of their tensors.
 
+    downloaded: whether the files that the index names must be there.
     Raises BackendError where a file, a link or the index breaks a rule of this module.
     """
     root = folder.resolve()
@@ -106,7 +107,9 @@ def check_files(folder: Path) -> dict[Path, Shapes]:
             shapes[file] = validate(file)
     if (folder / "adapter_config.json").exists():  # transformers would load the base that it names instead
         raise BackendError(f"{folder}: an adapter's folder (adapter_config.json), and a base model is needed")
-    _check_index(folder)
+    for shard in {*indexed(folder).values()} if downloaded else ():
+        if not (folder / shard).is_file():
+            raise BackendError(f"{folder / _INDEX}: {shard} is not there; download the model again")
     return shapes
 
 
@@ -137,8 +140,22 @@ def used_files(folder: Path, config: Mapping[str, Any]) -> list[str]:
         if (folder / single).is_file():
             return [single]
     if (folder / _INDEX).exists():
-        return sorted(set(_object(folder / _INDEX)["weight_map"].values()))
+        return sorted({*indexed(folder).values()})
     return sorted(file.name for file in folder.glob(WEIGHTS))
+
+
+def files_to_download(folder: Path) -> list[str]:
+    """The weight files of a model of which only what stands beside them is there: those that config or index name.
+
+    Empty where there is no config, and so no model. Raises BackendError.
+    """
+    if not (folder / "config.json").is_file():
+        return []
+    config = _object(folder / "config.json")
+    check_weights_named(folder, config)
+    if named := config.get("transformers_weights"):
+        return [str(named)]
+    return sorted({*indexed(folder).values()}) or ["model.safetensors"]
 
 
 def needs_code(folder: Path, why: object) -> BackendError:
@@ -172,12 +189,17 @@ def check_code(folder: Path, config: Mapping[str, Any], remote_code: bool) -> No
         raise BackendError(f"{folder}: config.json says model_type: {_short(kind)}, which is not a model name")
     if config.get("model_file") is not None and not remote_code:
         raise needs_code(folder, f"model_file: {_short(config['model_file'])}")
-    weights = config.get("transformers_weights")
-    if weights is not None and not _SHARD.fullmatch(str(weights)):
-        raise BackendError(f"{folder}: config.json says transformers_weights: {_short(weights)}, not {WEIGHTS}")
+    check_weights_named(folder, config)
     for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
         if "/" in str(config.get(key)) and not remote_code:  # a kernel that would be downloaded
             raise needs_code(folder, f"{key}: {_short(config[key])}")
+
+
+def check_weights_named(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises BackendError where a config names another file than one of the weights."""
+    weights = config.get("transformers_weights")
+    if weights is not None and not _SHARD.fullmatch(str(weights)):
+        raise BackendError(f"{folder}: config.json says transformers_weights: {_short(weights)}, not {WEIGHTS}")
 
 
 def check_switches(folder: Path, parts: Iterable[Mapping[str, Any]]) -> None:
@@ -219,17 +241,17 @@ def _check_file(file: Path) -> None:
         raise BackendError(f"{file}: {file.stat().st_size:,} bytes, and {most:,} are the most")
 
 
-def _check_index(folder: Path) -> None:
+def indexed(folder: Path) -> dict[str, str]:
+    """The index of a folder: tensor -> the file that has it. Empty where there is none. Raises BackendError."""
     if not (folder / _INDEX).exists():
-        return
+        return {}
     shards = _object(folder / _INDEX).get("weight_map")
     if not isinstance(shards, dict):
         raise BackendError(f"{folder / _INDEX}: no weight_map in it")
     for shard in {str(one) for one in shards.values()}:
         if not _SHARD.fullmatch(shard):
             raise BackendError(f"{folder / _INDEX}: {_short(shard)} is not the bare name of one of {WEIGHTS}")
-        if not (folder / shard).is_file():
-            raise BackendError(f"{folder / _INDEX}: {shard} is not there; download the model again")
+    return {name: str(shard) for name, shard in shards.items()}
 
 
 def _object(file: Path) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from typing import Any
 
 from backends.interface import CheckedFolder
 
+EXAMPLE = "Qwen/Qwen3-4B-Instruct-2507"  # a model that every backend trains, and starting recipes have
+OTHER_MODEL = f"choose another model, such as {EXAMPLE}"
+
 # model_type -> what its blocks have beside the norms and the seven layers of all
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "llama": (),

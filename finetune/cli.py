@@ -200,9 +200,9 @@ def schema() -> None:
 
 
 def _go_on_searching(folder: Path, backend: str | None, alone: bool) -> None:
-    from finetune.recipe.load import load_recipe
+    from finetune.recipe.load import load_written
 
-    recipe = load_recipe(folder / "search.yaml", [f"backend={backend}"] if backend else [])
+    recipe = load_written(folder / "search.yaml", [f"backend={backend}"] if backend else [])
     begin(alone)
     from finetune.commands.search import run
 

@@ -133,6 +133,21 @@ MODELS: dict[str, tuple[str, Config]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        _TEXT | _LINEAR_ATTENTION | {"num_hidden_layers": 4, "tie_word_embeddings": True},
+    ),
+    "qwen3_5_moe_saved": (  # its experts one by one, as transformers 5 writes them
+        "qwen3_5_moe",
+        {
+            "text_config": _TEXT
+            | _LINEAR_ATTENTION
+            | {"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            | {"shared_expert_intermediate_size": 32},
+            "vision_config": _QWEN_EYES,
+        },
+    ),
+    "olmo_hybrid": ("olmo_hybrid", _TEXT | _LINEAR_ATTENTION | {"num_hidden_layers": 4}),
     "gemma4": (
         "gemma4",
         {

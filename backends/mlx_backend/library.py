@@ -54,7 +54,8 @@ def names(folder: CheckedFolder, modules: Modules) -> Names:
         return parts_of(folder, modules)
     except (ImportError, BackendError):
         # a model inside another has that name in mlx-lm, whatever the checkpoint says
-        return under(folder.stack if folder.text_config is folder.config else "language_model.model.layers.", modules)
+        nested = folder.text_config is not folder.config or folder.config["model_type"] != folder.written["model_type"]
+        return under("language_model.model.layers." if nested else folder.stack, modules)
 
 
 def looks_for(folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:

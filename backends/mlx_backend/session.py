@@ -25,6 +25,7 @@ from backends.interface import (
     HEAD_WEIGHT,
     BackendError,
     Batch,
+    CheckedFolder,
     FloatArray,
     LoraSpec,
     ModelSpec,
@@ -62,12 +63,17 @@ from backends.mlx_backend.optim import AdamW, Tensors
 from backends.mlx_backend.state import State, to_mlx, to_numpy
 from backends.mlx_backend.streamed import opened
 from backends.mlx_backend.trainable import Adapters, Weights, check_whole, trained_weights
-from backends.mlx_backend.tree import check_format, check_taken, parts_of
+from backends.mlx_backend.tree import check_format, check_taken, check_type, parts_of
 from backends.model_folder import folder_of
 from backends.sampling import check_prompts, room_for_answers
 from backends.streaming import Advance, guarded
 from backends.team import Team
 from backends.whole_model import refuse_half
+
+
+def check_config(folder: CheckedFolder) -> None:
+    check_format(folder)
+    check_type(folder)
 
 
 def check(model: ModelSpec, lora: LoraSpec) -> None:

@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes
 
 from backends.formats import refuse_format
-from backends.interface import BackendError, CheckedFolder, Modules
+from backends.interface import BackendError, CheckedFolder, Modules, Unsupported
 from backends.layer_names import Part, Tensors, lacking, refuse_untaken
 
 Arrays = dict[str, mx.array]
@@ -24,13 +24,23 @@ _LEFT_OUT = {"ernie4_5_moe": ".e_score_correction_bias"}  # of a model's type: l
 
 def check_format(folder: CheckedFolder) -> None:
     """Raises BackendError where mlx-lm's models of these weights are not trained here."""
-    refuse_format(folder, ("mlx-lm", "mxfp4", "mxfp8"), "MLX")
+    refuse_format(folder, ("mlx-lm", "mxfp4", "mxfp8"), "MLX", "its 4-bit repository of mlx-community")
     left_out = _LEFT_OUT.get(str(folder.config.get("model_type")), "no such name")
     if name := next((name for name in folder.shapes if name.endswith(left_out)), None):
         raise BackendError(
             f"{folder.path}: mlx-lm leaves {name} out, by which the model chooses its experts, and so computes another "
             "model; use another backend"
         )
+
+
+def check_type(folder: CheckedFolder) -> None:
+    """Raises Unsupported where mlx-lm has no model of the type that the config names."""
+    if folder.config.get("model_file"):  # code of the model's own
+        return
+    try:
+        _get_classes(config=dict(folder.config))
+    except Exception as error:
+        raise cannot(folder, error) from error
 
 
 def build(folder: CheckedFolder) -> nn.Module:
@@ -45,9 +55,9 @@ def build(folder: CheckedFolder) -> nn.Module:
     return model
 
 
-def cannot(folder: CheckedFolder, error: Exception) -> BackendError:
+def cannot(folder: CheckedFolder, error: Exception) -> Unsupported:
     """That mlx-lm cannot load the model. A model's own code may fail in many ways on what it was not written for."""
-    return BackendError(f"{folder.path}: mlx-lm cannot load this model ({type(error).__name__}: {error!s:.300})")
+    return Unsupported(f"{folder.path}: mlx-lm cannot load this model ({type(error).__name__}: {error!s:.300})")
 
 
 def check_taken(folder: CheckedFolder) -> None:
@@ -56,9 +66,9 @@ def check_taken(folder: CheckedFolder) -> None:
         return
     model = build(folder)
     taken = {name for name, _ in tree_flatten(model.parameters())}
-    quantised = (".scales", ".biases") if "quantization" in folder.config else ()
-    given = (name for name in _sanitized(model, _stand_ins(folder, {})) if not name.endswith(quantised))
-    refuse_untaken(folder, "mlx-lm", set(given) - taken, taken)
+    given = set(_sanitized(model, _stand_ins(folder, {})))
+    lacks = any("layers." in name for name in taken - given)
+    refuse_untaken(folder, "mlx-lm", given - taken, taken, lacks)
 
 
 def parts_of(folder: CheckedFolder, modules: Modules) -> dict[str, tuple[Part, ...]]:
@@ -128,9 +138,12 @@ def _passed_through(model: nn.Module, folder: CheckedFolder, values: Arrays) -> 
 
 
 def _stand_ins(folder: CheckedFolder, values: Arrays) -> Arrays:
-    """An array for each of the folder's tensors; views of one number or column, which take no memory."""
+    """An array for each of the model's tensors, as it is unpacked; views of one number or column, which take no memory.
+
+    Layers that bitsandbytes has packed stand in the files as one column of bytes, which has not the layer's rows.
+    """
     zero = mx.zeros(())
-    return {name: mx.broadcast_to(values.get(name, zero), shape) for name, shape in folder.shapes.items()}
+    return {name: mx.broadcast_to(values.get(name, zero), shape) for name, shape in folder.whole_shapes.items()}
 
 
 def _sanitized(model: nn.Module, weights: Arrays) -> Arrays:

@@ -27,6 +27,7 @@ from backends.interface import (
     MAGNITUDE,
     BackendError,
     Batch,
+    CheckedFolder,
     FloatArray,
     LoraSpec,
     ModelSpec,
@@ -77,8 +78,13 @@ from backends.torch_backend.recompute import recompute_blocks
 from backends.torch_backend.score import last_states, scores_of
 from backends.torch_backend.streamed import opened
 from backends.torch_backend.trainable import check_whole, trained_weights
-from backends.torch_backend.tree import check_experts, check_format, tree_of
+from backends.torch_backend.tree import check_experts, check_format, check_type, tree_of
 from backends.whole_model import refuse_half
+
+
+def check_config(folder: CheckedFolder) -> None:
+    check_format(folder)
+    check_type(folder)
 
 
 def check(model: ModelSpec, lora: LoraSpec) -> None:

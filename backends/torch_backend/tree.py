@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -16,10 +17,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from backends.formats import quantised_by, refuse_format
-from backends.interface import HEAD_WEIGHT, BackendError, CheckedFolder, LoraSpec, ModelSpec
+from backends.interface import HEAD_WEIGHT, BackendError, CheckedFolder, LoraSpec, ModelSpec, Unsupported
 from backends.layer_names import Tensors, Tree
 from backends.text_blocks import expert_numbers
 from backends.torch_backend.quiet import quiet
+from backends.usual_families import EXAMPLE
 
 # PEFT refuses these layers in models of these types (peft.tuners.tuners_utils), since they are not called as layers
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
@@ -27,6 +29,7 @@ _NOT_CALLED = {"out_proj", "conv1d"}
 # and takes these for layers of experts, wherever they are, in models that transformers converts as these types
 # (peft.utils.transformers_weight_conversion)
 _OF_EXPERTS = {"qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"}, "mixtral": {"gate", "w1", "w2", "w3"}}
+_PACKED = "its repository whose name ends in -bnb-4bit"
 
 
 def config_of(folder: CheckedFolder) -> Any:
@@ -41,13 +44,26 @@ def config_of(folder: CheckedFolder) -> Any:
 
 def check_format(folder: CheckedFolder) -> None:
     """Raises BackendError where transformers' models of these weights are not trained here."""
-    refuse_format(folder, ("bitsandbytes", "mxfp4"), "PyTorch here")
+    refuse_format(folder, ("bitsandbytes", "mxfp4"), "PyTorch here", _PACKED)
     settings = folder.config.get("quantization_config") or {}
     if quantised_by(folder.config) == "bitsandbytes" and not settings.get("load_in_4bit"):
         raise BackendError(
             f"{folder.path}: its weights are quantised by bitsandbytes to 8 bits, and 4 are trained on here; give the "
-            "unquantised model (quantize: 4bit makes it small again)"
+            f"unquantised model (quantize: 4bit makes it small again), or {_PACKED}"
         )
+
+
+def check_type(folder: CheckedFolder) -> None:
+    """Raises BackendError where transformers has no text model of the type that the config names."""
+    kind = folder.written.get("model_type")
+    if folder.remote_code or not isinstance(kind, str):
+        return
+    if kind in CONFIG_MAPPING:
+        _text_class(folder, CONFIG_MAPPING[kind])
+    elif "auto_map" in folder.config:
+        raise folder.needs_code("auto_map in config.json")
+    else:
+        raise _no_text_model(folder, kind)
 
 
 def check_experts(model: ModelSpec, folder: CheckedFolder) -> None:
@@ -58,7 +74,7 @@ def check_experts(model: ModelSpec, folder: CheckedFolder) -> None:
     share = experts / (experts + sum(out * inputs for out, inputs in folder.lora_modules(LoraSpec(1, 1.0)).values()))
     raise BackendError(
         f"{folder.path}: bitsandbytes does not quantise experts, which are {share:.0%} of this model's blocks; set "
-        "quantize: none, use another backend, or choose a model without experts"
+        f"quantize: none, use another backend, or choose a model without experts, such as {EXAMPLE}"
     )
 
 
@@ -71,21 +87,28 @@ def auto_class(folder: CheckedFolder, config: Any, classes: int = 0) -> Any:
         return transformers.AutoModelForSequenceClassification
     if classes:
         raise BackendError(f"transformers has no model with a classification head for model_type {config.model_type}")
-    if folder.remote_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    return _text_class(folder, type(config))
+
+
+def _text_class(folder: CheckedFolder, config_class: Any) -> Any:
+    """The class that loads a text model for configs of this class. Raises Unsupported where there is none."""
+    if folder.remote_code or config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if config_class in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return transformers.AutoModelForImageTextToText
-    raise BackendError(
-        f"{folder.path}: transformers {transformers.__version__} has no model that writes text for model_type "
-        f"{config.model_type}; choose another model"
-    )
+    raise _no_text_model(folder, config_class.model_type)
+
+
+def _no_text_model(folder: CheckedFolder, kind: str) -> Unsupported:
+    version = transformers.__version__
+    return Unsupported(f"{folder.path}: transformers {version} has no model that writes text for model_type {kind}")
 
 
 def cannot(folder: CheckedFolder, error: Exception) -> BackendError:
     """That transformers cannot load the model. A model's own code may fail in many ways."""
     if "trust_remote_code" in str(error):
         return folder.needs_code("auto_map in config.json")
-    return BackendError(f"{folder.path}: transformers cannot load this model ({type(error).__name__}: {error!s:.300})")
+    return Unsupported(f"{folder.path}: transformers cannot load this model ({type(error).__name__}: {error!s:.300})")
 
 
 def model_of(folder: CheckedFolder, classes: int = 0) -> Any:

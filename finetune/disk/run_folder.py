@@ -15,7 +15,7 @@ from typing import Any, Literal
 from finetune.disk.atomic import disk_errors, make_folder, sync_directory, write_file
 from finetune.disk.run_files import read_json
 from finetune.errors import Incompatible, RecipeError
-from finetune.recipe.load import dump_recipe, load_recipe
+from finetune.recipe.load import dump_recipe, load_written
 from finetune.recipe.schema import Recipe
 
 ENVIRONMENT = "environment.json"
@@ -164,13 +164,13 @@ def create(recipe: Recipe, name: str) -> RunFolder:
 
 
 def open_existing(path: Path) -> tuple[RunFolder, Recipe]:
-    """A run's folder and its recipe. Raises Incompatible when it is not a run."""
+    """A run's folder and its recipe. Raises Incompatible when it is not a run, or its recipe is cut off."""
     folder = RunFolder(path)
     if not folder.recipe.is_file():
         raise Incompatible(
             f"{path}: not a run (no recipe.yaml in it); runs are the folders that `finetune train` makes"
         )
-    return folder, load_recipe(folder.recipe)
+    return folder, load_written(folder.recipe)
 
 
 def environment(backend: str, described: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -15,13 +16,14 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, StreamEndEvent
 
-from finetune.errors import RecipeError
+from finetune.errors import Incompatible, RecipeError
 from finetune.recipe.names import BUILTIN, absolute_paths
 from finetune.recipe.schema import Data, Model, Prompt, Recipe
 from finetune.text import secrets_in, shorten
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 200_000, 5_000, 20  # a recipe is a page; what goes beyond is something else
 
+LAST_KEY = "output"  # that `dump_recipe` writes
 RECIPES = (".yaml", ".yml")
 
 
@@ -42,6 +44,19 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
         reason = getattr(error, "strerror", None) or error
         raise RecipeError(f"{file}: cannot be read ({reason}); a recipe is UTF-8 text") from None
     return parse_recipe(text, file, overrides)
+
+
+def load_written(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """As `load_recipe`, of a recipe that `dump_recipe` wrote for a run: every key is there.
+
+    Raises Incompatible where its end is lost, whose keys would be read as their defaults.
+    """
+    recipe = load_recipe(file, overrides)
+    if not re.search(rf"^{LAST_KEY}:", file.read_text(encoding="utf-8-sig"), re.MULTILINE):
+        raise Incompatible(
+            f"{file}: its end is lost (its last key, {LAST_KEY}, is missing); put back a copy of it, or begin anew"
+        )
+    return recipe
 
 
 def parse_recipe(text: str, file: Path, overrides: Sequence[str] = ()) -> Recipe:

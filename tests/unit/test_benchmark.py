@@ -221,7 +221,7 @@ def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_without_the_package_it_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_text("model: {path: model}\ndata: {train: rows.jsonl}\n")
+    (tmp_path / "run" / "recipe.yaml").write_text("model: {path: model}\ndata: {train: rows.jsonl}\noutput: runs\n")
     (tmp_path / "model").mkdir()
     for name in ("lm_eval", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, name, None)

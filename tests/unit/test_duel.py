@@ -30,7 +30,7 @@ def made_run(folder: Path, name: str, tuned: list[str | None], file: str = "vali
     run = RunFolder(folder / name)
     run.path.mkdir()
     run.recipe.write_text(
-        "model: {path: model}\ndata: {train: rows.jsonl, format: prompt}\nprompt: {template: plain}\n"
+        "model: {path: model}\ndata: {train: rows.jsonl, format: prompt}\nprompt: {template: plain}\noutput: runs\n"
     )
     save_evaluation(run.evaluation("base"), evaluation([f"plain {i}" for i in range(len(tuned))], file))
     save_evaluation(run.evaluation("tuned"), evaluation(tuned, file))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from finetune.cli import _go_on_searching
 from finetune.commands import search as search_command
 from finetune.commands.search import seconds_of, verdict
 from finetune.crashes import what_is_left
@@ -17,7 +18,7 @@ from finetune.disk.run_folder import RunFolder, create, open_existing
 from finetune.disk.run_list import overview
 from finetune.errors import ExitCode, Incompatible, Interrupted, RecipeError
 from finetune.events import Work as Events
-from finetune.recipe.load import load_recipe
+from finetune.recipe.load import dump_recipe, load_recipe, load_written
 from finetune.training import search
 from finetune.training.job import Job
 from finetune.training.rate_rule import Start
@@ -122,6 +123,15 @@ def test_after_a_crash_a_search_says_how_it_goes_on(tmp_path: Path) -> None:
     (line,) = what_is_left(tmp_path, ExitCode.MEMORY)
     assert line == f"The search is not lost. Go on with: finetune resume {tmp_path}"
     assert what_is_left(tmp_path, ExitCode.DIVERGED) == [], "it would diverge again"
+
+
+def test_a_search_whose_recipe_was_cut_off_is_refused(tmp_path: Path) -> None:
+    whole = dump_recipe(recipe())
+    (tmp_path / "search.yaml").write_text(whole)
+    assert load_written(tmp_path / "search.yaml").seed == 0
+    (tmp_path / "search.yaml").write_text(whole[: whole.index("\nbackend:")])
+    with pytest.raises(Incompatible, match=r"search\.yaml: its end is lost"):
+        _go_on_searching(tmp_path, None, True)
 
 
 @pytest.fixture(scope="module")

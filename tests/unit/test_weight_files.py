@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from backends import registry
 from backends.interface import BackendError, LoraSpec, ModelSpec
 from backends.model_folder import ModelFolder
+from finetune.disk.adapter_check import loadings
 from tests.conformance.toy import Case, toy_batch
 
 torch = pytest.importorskip("torch")
@@ -22,7 +23,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from backends.mlx_backend import session as mlx_session  # noqa: E402
 from tests.tiny_families import published  # noqa: E402
 from tests.tiny_models import tiny_llama  # noqa: E402
-from tests.unit.test_adapter_names import chosen  # noqa: E402
+from tests.unit.test_adapter_names import chosen, in_peft, written  # noqa: E402
 
 LORA, BATCH = LoraSpec(4, 8.0), toy_batch()
 INDEX = "model.safetensors.index.json"
@@ -159,6 +160,56 @@ def test_weights_that_are_quantised_otherwise_are_refused_by_their_method(
         ModelFolder.open(folder).lora_modules(LORA)
 
 
+# how older tools and other makers say it: a file beside config.json, another key, what a weight is called, the words
+FORMS: dict[str, tuple[str | None, dict[str, Any], str, str]] = {
+    "GPTQ's own file": ("quantize_config.json", {}, "qweight", "GPTQ"),
+    "GPTQ by its tensors": (None, {}, "g_idx", "GPTQ"),
+    "AWQ's own file": ("quant_config.json", {}, "qweight", "AWQ"),
+    "AWQ by its tensors": (None, {}, "qweight", "AWQ"),
+    "ModelOpt's own file": ("hf_quant_config.json", {}, "weight_scale", "ModelOpt"),
+    "FP8 by its tensors": (None, {}, "weight_scale", "FP8"),
+    "FP8 in blocks by its tensors": (None, {}, "weight_scale_inv", "FP8"),
+    "compressed-tensors by its tensors": (None, {}, "weight_packed", "compressed-tensors"),
+    "an older key": (None, {"compression_config": {"format": "pack-quantized"}}, "scale", "compressed-tensors"),
+    "no method": (None, {"quantization_config": {"bits": 4}}, "qweight", "AWQ"),
+}
+
+
+def packed_otherwise(folder: Path, form: str) -> Path:
+    """A model whose projections have another tensor beside them, or in their place, as the form has it."""
+    file, settings, tensor, _ = FORMS[form]
+    tiny_llama(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    if file:
+        (folder / file).write_text(json.dumps({"bits": 4}))
+    weights, alone = load_file(folder / "model.safetensors"), tensor in ("qweight", "weight_packed")
+    layers = [name.removesuffix(".weight") for name in weights if "_proj." in name]
+    kept = {name: value for name, value in weights.items() if not (alone and "_proj." in name)}
+    added = {f"{layer}.{tensor}": np.ones((64, 64), np.int32) for layer in layers}
+    save_file(kept | added, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_ways_to_say_that_weights_are_quantised_are_read(form: str, tmp_path: Path) -> None:
+    folder, method = packed_otherwise(tmp_path, form), FORMS[form][-1]
+    instead = {"torch": "whose name ends in -bnb-4bit", "mlx": "its 4-bit repository of mlx-community"}
+    for backend, words in instead.items():
+        with pytest.raises(
+            BackendError, match=f"already quantised by {method}, .*unquantised model.*{words}"
+        ) as caught:
+            registry.check_model(backend, ModelSpec(folder), LORA)
+        assert "\n" not in str(caught.value) and "download" not in str(caught.value)
+
+
+def test_a_settings_file_that_was_left_over_beside_plain_weights_refuses_nothing(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    (folder / "quantize_config.json").write_text("{}")
+    for backend in ("torch", "mlx"):
+        registry.check_model(backend, ModelSpec(folder), LORA)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "words"),
     [
@@ -175,18 +226,34 @@ def test_a_model_without_layers_to_adapt_says_why(kind: str, settings: dict, wor
         ModelFolder.open(tmp_path).lora_modules(LORA)
 
 
-def test_a_folder_that_bitsandbytes_packed_is_trained_as_it_is(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def test_experts_that_mlx_packed_are_whole_in_all_their_dimensions(tmp_path: Path) -> None:
+    base = published("qwen3_moe", tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(ModelFolder.open(base).config))  # with the names that mlx-lm reads
+    quantised(base, tmp_path / "packed", {})
+    folder = ModelFolder.open(tmp_path / "packed")
+    experts = "model.layers.0.mlp.switch_mlp.up_proj"
+    assert experts in folder.packed and folder.whole_shapes[f"{experts}.weight"] == (4, 32, 64)
 
-    base = tiny_llama(tmp_path / "base")
+
+def packed_by_bitsandbytes(base: Path, target: Path) -> Path:
+    """The folder as transformers saves it in 4 bits, nested models whole."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "packed")
+    nested = "text_config" in json.loads((base / "config.json").read_text())
+    auto = AutoModelForImageTextToText if nested else AutoModelForCausalLM
+    auto.from_pretrained(base, quantization_config=settings, dtype=torch.float32).save_pretrained(target)
+    return target
+
+
+def test_a_folder_that_bitsandbytes_packed_is_trained_as_it_is(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base")
+    packed_by_bitsandbytes(base, tmp_path / "packed")
     assert ModelFolder.open(tmp_path / "packed").lora_modules(LORA) == ModelFolder.open(base).lora_modules(LORA)
     ours, packed = (
         Case("torch", folder, quantize).open() for folder, quantize in ((base, "4bit"), (tmp_path / "packed", "none"))
@@ -196,3 +263,19 @@ def test_a_folder_that_bitsandbytes_packed_is_trained_as_it_is(tmp_path: Path) -
     assert packed.step([BATCH], 1e-2).loss == pytest.approx(ours.step([BATCH], 1e-2).loss, rel=1e-5)
     with pytest.raises(BackendError, match=r"already quantised by bitsandbytes, which MLX.*use another backend"):
         registry.check_model("mlx", ModelSpec(tmp_path / "packed"), LORA)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_5", "granite4_h"])
+def test_the_adapter_of_a_folder_that_bitsandbytes_packed_is_written_for_both_libraries(
+    name: str, tmp_path: Path
+) -> None:
+    base = tiny_llama(tmp_path / "base") if name == "llama" else published(name, tmp_path / "base")
+    packed = packed_by_bitsandbytes(base, tmp_path / "packed")
+    ours = written(packed, tmp_path / "adapter")
+    np.testing.assert_allclose(in_peft(packed, tmp_path / "adapter"), ours, atol=1e-4)
+    written(base, tmp_path / "plain")
+    for file in ("adapter_model.safetensors", "adapters.safetensors"):
+        found, expected = (load_file(tmp_path / folder / file) for folder in ("adapter", "plain"))
+        assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
+    assert {one.library: one.fits for one in loadings(tmp_path / "adapter", ModelFolder.open(packed))}["PEFT"]

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from finetune.cli import main
+from finetune.recipe.load import LAST_KEY
+from finetune.recipe.schema import Recipe
 from tests.end_to_end.command import Answer, Work
 
 RECIPE = """
@@ -119,6 +121,16 @@ def test_another_recipe(work: Work, old: str, new: str, named: str, identity: bo
     if not identity:
         (run / "identity.json").unlink()
     assert named in finetune(work, "resume", str(run)).failed(8)
+
+
+def test_a_recipe_that_was_cut_off_where_only_defaults_follow(work: Work) -> None:
+    run = work.runs()[0]
+    text = (run / "recipe.yaml").read_text()
+    assert "\nbackend: reference\n" in text and list(Recipe.model_fields)[-1] == LAST_KEY
+    for end in ("\nbackend:", f"\n{LAST_KEY}:"):
+        (run / "recipe.yaml").write_text(text[: text.index(end)])
+        said = finetune(work, "resume", str(run)).failed(8)
+        assert f"{run / 'recipe.yaml'}: its end is lost" in said.replace("\n", "")
 
 
 @pytest.mark.parametrize("which", ["two", "wide"])

@@ -28,7 +28,7 @@ from finetune.recipe.schema import Recipe
     ],
 )
 def test_every_option_arrives(options: list[str], wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "recipe.yaml").write_text("model: {path: m}\ndata: {train: a.jsonl}\n")
+    (tmp_path / "recipe.yaml").write_text("model: {path: m}\ndata: {train: a.jsonl}\noutput: runs\n")
     handed: list[Any] = []
     monkeypatch.setattr(cli_use, "begin", lambda alone=True: None)
     monkeypatch.setattr(export, "run", lambda *given: handed.append(given[2:]))
