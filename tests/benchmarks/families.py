@@ -28,7 +28,9 @@ SPOKEN = {
     "qwen3_5_text": "Qwen3.5, text alone", "qwen3_5_moe": "Qwen3.5-MoE",
     "qwen3_5_moe_saved": "Qwen3.5-MoE, as transformers saves it",
     "olmo_hybrid": "OLMo hybrid, as transformers saves it", "qwen3_moe": "Qwen3-MoE", "qwen3_vl": "Qwen3-VL",
-    "smollm3": "SmolLM3",
+    "smollm3": "SmolLM3", "gemma4_e2b": "Gemma 4 E2B", "gemma4_moe": "Gemma 4 26B-A4B", "qwen3_next": "Qwen3-Next",
+    "nemotron_h": "Nemotron-H", "ernie4_5_moe": "ERNIE 4.5 MoE", "glm4_moe": "GLM-4-MoE",
+    "glm4_moe_lite": "GLM-4.7-Flash",
 }  # fmt: skip
 HEAD = """| family | torch | MLX | log-probabilities differ by | gradient norms differ by |
 |---|---|---|---|---|"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,18 +97,6 @@ def test_a_model_of_which_mlx_lm_leaves_a_part_out_is_refused(folder_of: Callabl
         registry.check_model("mlx", ModelSpec(folder), LORA)
     with pytest.raises(BackendError, match=words):
         Case("mlx", folder).open()
-
-
-def test_what_a_library_cannot_do_is_said_before_anything_is_loaded(folder_of: Callable[[str], Path]) -> None:
-    """In the same words as when it is opened."""
-    model = ModelSpec(folder_of("gpt_oss"))
-    registry.check_model("torch", model, LORA)
-    with pytest.raises(
-        BackendError, match=r"does not take .*gpt-oss: packed, in MXFP4.*, or use another backend"
-    ) as said:
-        registry.check_model("mlx", model, LORA)
-    with pytest.raises(BackendError, match=re.escape(str(said.value))):
-        Case("mlx", folder_of("gpt_oss")).open()
 
 
 @pytest.mark.parametrize(
