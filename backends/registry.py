@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -21,7 +21,6 @@ from backends.interface import (
     CheckedFolder,
     Device,
     FloatArray,
-    Half,
     LoraSpec,
     ModelSpec,
     NumberType,
@@ -30,7 +29,6 @@ from backends.interface import (
     Unsupported,
     Wanted,
 )
-from backends.layer_names import Library
 from backends.machine_cache import folder_stamp
 from backends.matmul_speed import numpy_rate
 from backends.memory import available_bytes
@@ -210,36 +208,6 @@ def _runs(name: str, folder: CheckedFolder) -> bool:
 def describe_chosen(requested: str, device: Wanted) -> dict[str, Any]:
     """As `describe`, of the backend that `choose` chooses."""
     return describe(choose(requested), device)
-
-
-def libraries() -> dict[str, Library]:
-    """The libraries that load adapter folders, by their names. Loads none of them."""
-    modules = (cast(Library, import_module(row.library)) for row in BACKENDS.values() if row.library)
-    return {module.NAME: module for module in modules}
-
-
-def loading_lines(
-    name: str, model: ModelSpec, base: str, adapter: str, device: str, half: Half, labels: Sequence[str] = ()
-) -> str | None:
-    """Python that loads base and adapter as a session on this device held them (`Library.lines`); None: no library.
-
-    labels: those that a head chooses among; a library that has such models loads it.
-    """
-    if not (own := row(name).library):
-        return None
-    library = cast(Library, import_module(own))
-    if labels and not library.HEADS:
-        library = next(one for one in libraries().values() if one.HEADS)
-    return library.lines(model, base, adapter, model.number_type(device_kind(device), half), labels)
-
-
-def whole_lines(folder: CheckedFolder) -> list[str]:
-    """For each library that is here, Python that loads a whole model (`Library.whole_lines`)."""
-    lines = []
-    for library in libraries().values():
-        with suppress(ImportError, BackendError):
-            lines.append(library.whole_lines(folder))
-    return lines
 
 
 def device_kind(device: str) -> Device:

@@ -38,9 +38,19 @@ def pick_device(requested: str) -> torch.device:
     if requested != "cpu" and torch.cuda.is_available() and not card_without_code():
         # cuBLAS reads this once, when it starts; without it equal runs may differ in their last bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        _let_blocks_grow()
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans its attention anew for each shape, up to a second each
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if requested != "cpu" and torch.backends.mps.is_available() else "cpu")
+
+
+def _let_blocks_grow() -> None:
+    """Blocks of a card's memory grow where a larger tensor comes, in the place of a new block for each size: answers
+    and micro-batches have ever new ones. The allocator reads this once; torch 2.9 renamed it. Linux alone has it.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if sys.platform == "linux" and not _spills() and not any(name in os.environ for name in names):
+        os.environ.update(dict.fromkeys(names, "expandable_segments:True"))
 
 
 def bound_memory(device: torch.device) -> None:
@@ -57,8 +67,11 @@ def _for_the_driver() -> int:
     NVIDIA's driver there moves what does not fit into the machine's memory (its "CUDA Sysmem Fallback Policy"), and
     steps take 5 to 20 times as long, without a word.
     """
-    spills = sys.platform == "win32" or "microsoft" in platform.release().lower()
-    return _FOR_THE_DRIVER if spills else 0
+    return _FOR_THE_DRIVER if _spills() else 0
+
+
+def _spills() -> bool:
+    return sys.platform == "win32" or "microsoft" in platform.release().lower()
 
 
 def half_type(device: torch.device) -> Half:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends import registry
+from backends import libraries
 from backends.interface import BackendError
 from backends.model_folder import ModelFolder, read_object, validate
 from finetune.disk.adapter_writer import CONFIG_FILE, FILES
@@ -29,7 +29,7 @@ class Loading:
 
 def loadings(adapter: Path, base: ModelFolder) -> tuple[Loading, ...]:
     """For each library that the folder is written for. Never raises: a run is not lost by what is said of it."""
-    return tuple(_loading(library, adapter, base) for library in registry.libraries())
+    return tuple(_loading(library, adapter, base) for library in libraries.by_name())
 
 
 def in_words(checked: tuple[Loading, ...]) -> Iterator[str]:
@@ -48,7 +48,7 @@ def in_words(checked: tuple[Loading, ...]) -> Iterator[str]:
 
 def _loading(library: str, adapter: Path, base: ModelFolder) -> Loading:
     try:
-        module, config = registry.libraries()[library], read_object(adapter / CONFIG_FILE)
+        module, config = libraries.by_name()[library], read_object(adapter / CONFIG_FILE)
         if config.get("task_type") == "SEQ_CLS" and not module.HEADS:
             return Loading(library, None, "it has no models with a classification head")
         expected = module.looks_for(base, config)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from backends import registry
+from backends import libraries
 from backends.interface import HEAD_WEIGHT, MAGNITUDE, FloatArray, LoraSpec, Modules
 from backends.model_folder import ModelFolder
 from finetune.disk.atomic import write_pieces
@@ -56,7 +56,7 @@ def write_adapter(
 def _named(library: str, model: ModelFolder | None, sizes: Modules) -> Names:
     if model is None:
         return {module: ((module, 0, outputs),) for module, (outputs, _) in sizes.items()}
-    return registry.libraries()[library].names(model, sizes)
+    return libraries.by_name()[library].names(model, sizes)
 
 
 def _cut(tensors: Mapping[str, FloatArray], names: Names) -> Iterator[tuple[str, FloatArray]]:

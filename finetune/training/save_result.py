@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from backends import registry
+from backends import libraries, registry
 from backends.interface import FloatArray, Session
 from finetune.disk.adapter_check import in_words, loadings
 from finetune.disk.adapter_writer import write_adapter
@@ -49,7 +49,7 @@ _HEAD = (
 
 
 def _how_to_load_whole(job: Job, base: str) -> str:
-    lines = "".join(f"```python\n{one}```\n\n" for one in registry.whole_lines(job.folder))
+    lines = "".join(f"```python\n{one}```\n\n" for one in libraries.whole_lines(job.folder))
     return (
         f"# Model trained from {base}\n\nEvery weight was trained, in float32. This loads it, run in this folder:\n\n"
         f"{lines}`finetune export` writes it in other types and for other programs. How training wrote its "
@@ -62,7 +62,7 @@ def _how_to_load(job: Job, session: Session, base: str) -> str:
     half = registry.describe(job.backend, job.recipe.device)["half"]
     spec = model_spec(job.recipe, job.folder)
     labels = job.prepared.labels if job.recipe.head else ()
-    lines = registry.loading_lines(job.backend, spec, base, ".", session.device, half, labels)
+    lines = libraries.loading_lines(job.backend, spec, base, ".", session.device, half, labels)
     if lines is None:
         return f"# Adapter for {base}\n\nMade by the backend {job.backend}.\n"
     return (

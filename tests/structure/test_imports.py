@@ -12,10 +12,10 @@ from tests.structure import draw
 from tests.structure.imports import FLOORS, ROOT, House, circles, read_house
 
 # What `finetune` may know of `backends`: the boundary, which backends there are, how processes share a run, a model's
-# folder, its memory, models larger than that, and how transformers is imported.
+# folder, its memory, models larger than that, how transformers is imported, and which libraries load what we write.
 ALLOWED = {
     "backends", "backends.interface", "backends.registry", "backends.process_group", "backends.model_folder",
-    "backends.memory_plan", "backends.streaming", "backends.transformers_names",
+    "backends.memory_plan", "backends.streaming", "backends.transformers_names", "backends.libraries",
 }  # fmt: skip
 _LIGHT = "`--help` and a mistake in a recipe load nothing of the rest (tests/unit/test_startup.py)"
 # Imports inside functions, each with its reason. All others stand at the top.

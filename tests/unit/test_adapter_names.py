@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from backends import registry
+from backends import libraries
 from backends.interface import LoraSpec
 from backends.model_folder import ModelFolder
 from finetune.disk.adapter import read_adapter
@@ -216,9 +216,9 @@ def test_without_the_libraries_a_rule_gives_the_same_names(
 ) -> None:
     folder = ModelFolder.open(base_of(name))
     modules = folder.lora_modules(LORA)
-    derived = {library: module.names(folder, modules) for library, module in registry.libraries().items()}
+    derived = {library: module.names(folder, modules) for library, module in libraries.by_name().items()}
     without_libraries(monkeypatch)
-    assert {library: module.names(folder, modules) for library, module in registry.libraries().items()} == derived
+    assert {library: module.names(folder, modules) for library, module in libraries.by_name().items()} == derived
 
 
 def test_a_library_that_is_not_installed_is_not_said_to_load_it(

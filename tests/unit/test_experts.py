@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from backends import registry
+from backends import libraries, registry
 from backends.interface import BackendError, LoraSpec, ModelSpec
 from backends.memory_plan import read_architecture, weight_bytes
 from backends.model_folder import ModelFolder
@@ -76,7 +76,7 @@ def test_what_is_added_to_the_scores_of_experts_stays_in_float32(quantize: Any, 
     held = dict(tree_flatten(model.parameters()))
     assert np.array_equal(stored, np.array(held[name])) and held["model.norm.weight"].dtype == mx.bfloat16
     assert {module.scales.dtype for module in model.modules() if hasattr(module, "bits")} <= {mx.bfloat16}
-    lines = registry.loading_lines("mlx", spec, str(folder), "adapter", "cpu", "bfloat16")
+    lines = libraries.loading_lines("mlx", spec, str(folder), "adapter", "cpu", "bfloat16")
     names: dict[str, Any] = {}
     exec(str(lines).partition("model = load_adapters")[0], names)
     theirs = dict(tree_flatten(names["model"].parameters()))

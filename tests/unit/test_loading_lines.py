@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backends import registry
+from backends import libraries, registry
 from backends.interface import LoraSpec, ModelSpec, OptimSpec
 from backends.model_folder import ModelFolder
 from finetune.disk.adapter_writer import write_adapter
@@ -36,7 +36,7 @@ def test_the_lines_give_what_was_measured(name: str, quantize: str, backend: str
     session.set_state(state)
     (tmp_path / "adapter").mkdir()
     write_adapter(tmp_path / "adapter", state.adapter, LORA, str(base), folder.blocks, {}, folder)
-    lines = registry.loading_lines(backend, spec, str(base), str(tmp_path / "adapter"), session.device, "bfloat16")
+    lines = libraries.loading_lines(backend, spec, str(base), str(tmp_path / "adapter"), session.device, "bfloat16")
     assert lines is not None
     names: dict = {}
     exec(lines, names)

@@ -210,6 +210,26 @@ def test_gradients_are_dropped_before_memory_goes_back_to_the_device(
     assert left and not any(left)
 
 
+@pytest.mark.parametrize(
+    ("system", "release", "given", "expected"),
+    [
+        ("linux", "6.8.0-generic", {}, ["expandable_segments:True"] * 2),
+        ("linux", "6.8.0-generic", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, [None, "max_split_size_mb:64"]),
+        ("linux", "5.15.90.1-microsoft-standard-WSL2", {}, [None, None]),
+        ("win32", "11", {}, [None, None]),
+    ],
+)
+def test_blocks_of_a_cards_memory_grow_where_linux_lets_them(
+    system: str, release: str, given: dict[str, str], expected: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices.os, "environ", dict(given))
+    monkeypatch.setattr(devices.sys, "platform", system)
+    monkeypatch.setattr(devices.platform, "release", lambda: release)
+    devices._let_blocks_grow()
+    found = devices.os.environ
+    assert [found.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")] == expected
+
+
 def test_torchs_fused_norm_computes_what_the_norm_written_here_does() -> None:
     """On CUDA the fused one runs; here both run on the CPU."""
     from backends.torch_backend.norms import Gain, _RmsNorm
