@@ -58,7 +58,6 @@ class Forward:
         model: nn.Module,
         masks: Dropout,
         on_cpu: bool,
-        checkpointing: bool,
         window: int | None,
         classes: int = 0,
         streamed: Streamed | None = None,
@@ -85,7 +84,7 @@ class Forward:
         if expected.dtype == mx.float16 and (self._cuts_off_states() or not mx.isfinite(expected).all()):
             raise BackendError(OUTGROWN)
         self._keep_frozen_blocks(expected)
-        self.shares_prefixes = self._can_share_prefixes(checkpointing)
+        self.shares_prefixes = self._can_share_prefixes()
         if classes and not self.head.apart:
             raise BackendError("this model has no body of its own in mlx-lm, so it takes no classification head")
         if not self.head.apart:
@@ -196,10 +195,8 @@ class Forward:
         if self._streamed:
             raise self._streamed.refusal(self.left_out[FROZEN_BLOCKS])
 
-    def _can_share_prefixes(self, checkpointing: bool) -> bool:
-        if checkpointing:  # a block that is computed again must be a function of its arguments alone
-            self.left_out[SHARED_PREFIXES] = "activations are computed again in the backward pass"
-        elif self.frozen is not None:
+    def _can_share_prefixes(self) -> bool:
+        if self.frozen is not None:
             self.left_out[SHARED_PREFIXES] = "frozen blocks are computed once for each whole row"
         elif not keeps_keys_and_values(self.model):
             self.left_out[SHARED_PREFIXES] = "the model's blocks keep more than keys and values"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -31,6 +32,20 @@ class Dropout:
 
     def off(self) -> None:
         self._keys = None
+
+    @property
+    def keys(self) -> mx.array | None:
+        """Those of the tokens that are run now, for `as_of`."""
+        return self._keys
+
+    @contextmanager
+    def as_of(self, keys: mx.array | None) -> Iterator[None]:
+        """In here the tokens are run again that `keys` was taken for."""
+        before, self._keys = self._keys, keys
+        try:
+            yield
+        finally:
+            self._keys = before
 
     def mask(self, module: int, x: mx.array) -> mx.array | None:
         """True where an input of x [.., in] is kept; None: all are. Raises BackendError unless x has N inputs."""

@@ -7,7 +7,6 @@ import io
 import re
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +17,6 @@ from mlx_lm.utils import _get_classes, load_model
 
 from backends.interface import BackendError, CheckedFolder, ModelSpec
 from backends.mlx_backend.library import ROUTERS
-from backends.mlx_backend.patch import subclassed
 from backends.mlx_backend.rotary import as_transformers_rotates
 from backends.mlx_backend.time_steps import as_transformers_steps
 from backends.mlx_backend.tree import cannot, check_format, check_taken
@@ -142,17 +140,6 @@ def scheme_of(spec: ModelSpec, model: nn.Module) -> str:
             f"{spec.path}: 4-bit needs input widths divisible by {_GROUPS[-1]}, and no linear layer has one"
         )
     return ", ".join(f"{kind} ({n} of {total} linear layers)" for kind, n in quantised.most_common()) or "none"
-
-
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Recompute each block's activations in the backward pass; in this model only, other models keep their classes."""
-
-    def call(base: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
-        run = partial(base, block)
-        return nn.utils.checkpoint(block, run)(*args, **kwargs) if block.training else run(*args, **kwargs)
-
-    for block in model.layers:
-        subclassed(block, call)
 
 
 def ignored_window(model: nn.Module, config: Mapping[str, Any]) -> int | None:

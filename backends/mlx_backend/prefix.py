@@ -26,13 +26,13 @@ def prefix_caches(head: Head, blocks: int, batch: Batch) -> list[Any] | None:
     """For each block the keys and values of what stands before the batch's rows; None where nothing does."""
     if not batch.prefixes:
         return None
-    recorders = [_Recorder() for _ in range(blocks)]
+    recorders = [Recorder() for _ in range(blocks)]
     head.states(mx.array(padded_prefixes(batch.prefixes)), recorders)
     lengths = [len(batch.prefixes[prefix]) for prefix in batch.prefix_of]
-    return [_PrefixCache(_for_rows(recorder, batch), lengths) for recorder in recorders]
+    return [PrefixCache(_for_rows(recorder, batch), lengths) for recorder in recorders]
 
 
-class _Recorder:
+class Recorder:
     """Takes down a block's keys and values, in the shape of mlx-lm's caches."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class _Recorder:
         return None if size == 1 else "causal"
 
 
-class _PrefixCache:
+class PrefixCache:
     """One block's keys and values before each row: `lengths` [B] tokens, in the first positions of `pair` [B, ..].
 
     In the shape of mlx-lm's caches, but with gradients. Where all rows have as many tokens before them, `offset` is
@@ -58,18 +58,18 @@ class _PrefixCache:
     """
 
     def __init__(self, pair: Pair, lengths: list[int]) -> None:
-        self._pair = pair
+        self.pair = pair
         self._lengths = mx.array(lengths)
         self.offset = lengths[0] if len(set(lengths)) == 1 else self._lengths
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Pair:
-        prefix_keys, prefix_values = self._pair
+        prefix_keys, prefix_values = self.pair
         return mx.concatenate([prefix_keys, keys], axis=2), mx.concatenate([prefix_values, values], axis=2)
 
     def make_mask(self, size: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """[B, 1, size, S + size]: all of the row's prefix, and its own keys up to the query's."""
         lengths, steps = self._lengths[:, None, None, None], mx.arange(size)
-        columns = mx.arange(self._pair[0].shape[2])  # of the longest prefix
+        columns = mx.arange(self.pair[0].shape[2])  # of the longest prefix
         query_positions = lengths + steps[:, None]
         prefix_positions = mx.broadcast_to(columns, (*lengths.shape[:3], columns.size))
         key_positions = mx.concatenate([prefix_positions, lengths + steps], axis=-1)
@@ -79,7 +79,7 @@ class _PrefixCache:
         return mask & (query_positions < key_positions + window_size) if window_size else mask
 
 
-def _for_rows(recorder: _Recorder, batch: Batch) -> Pair:
+def _for_rows(recorder: Recorder, batch: Batch) -> Pair:
     """[B, Hk, longest prefix, d] of each row's own prefix."""
     if recorder.pair is None:
         raise TypeError("a block has no keys and values")

@@ -58,8 +58,9 @@ from backends.mlx_backend.machine import describe as describe
 from backends.mlx_backend.machine import free_bytes as free_bytes
 from backends.mlx_backend.machine import probe as probe
 from backends.mlx_backend.machine import unused_accelerator as unused_accelerator
-from backends.mlx_backend.model import check_window, checkpoint_blocks, ignored_window
+from backends.mlx_backend.model import check_window, ignored_window
 from backends.mlx_backend.optim import AdamW, Tensors
+from backends.mlx_backend.recompute import recompute_blocks
 from backends.mlx_backend.state import State, to_mlx, to_numpy
 from backends.mlx_backend.streamed import opened
 from backends.mlx_backend.trainable import Adapters, Weights, check_whole, trained_weights
@@ -120,9 +121,9 @@ class MlxSession(Keeping):
             if self._streamed:
                 self._streamed.own_code.append(blas_bridge.connect)
         if spec.checkpointing:
-            checkpoint_blocks(model)
+            recompute_blocks(model, masks)
         window = ignored_window(model, folder.text_config)
-        self._forward: Forward = Forward(model, masks, on_cpu, spec.checkpointing, window, lora.classes, self._streamed)
+        self._forward: Forward = Forward(model, masks, on_cpu, window, lora.classes, self._streamed)
         if bridged:
             self._forward.compute_at_once()
         self.shares_prefixes = self._forward.shares_prefixes

@@ -224,6 +224,30 @@ def test_prefixes_are_computed_once(name: str, tmp_path: Path) -> None:
         both(session, whole, replace(a_batch(), prefixes=prefixes, prefix_of=prefix_of))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_prefixes_are_computed_once_where_blocks_are_computed_again(name: str, tmp_path: Path) -> None:
+    """With the gradient through the prefix, and the dropout of its tokens and of the rows'."""
+    folder, lora = family(name, tmp_path), replace(LORA, dropout=0.3)
+    sparing, keeping = opened(folder, lora, checkpointing=True), opened(folder, lora)
+    assert sparing.shares_prefixes and costs.SHARED_PREFIXES in sparing.shortcuts
+    random = np.random.default_rng(2)
+    long, short = (random.integers(3, VOCAB, size).astype(np.int32) for size in (17, 9))
+    for prefixes, prefix_of in (((long, short), (1, 0, 1)), ((long,), (0, 0, 0))):
+        batch = replace(a_batch(), prefixes=prefixes, prefix_of=prefix_of)
+        both(sparing, keeping, batch)
+    ran: list[int] = []
+    block = sparing._forward.model.layers[1]
+    real = type(block).__call__
+
+    def watched(self: Any, x: Any, *rest: Any, **named: Any) -> Any:
+        ran.append(x.shape[0] * x.shape[1])
+        return real(self, x, *rest, **named)
+
+    type(block).__call__ = watched
+    sparing.step([replace(a_batch(), prefixes=(long,), prefix_of=(0, 0, 0))], 1e-3)
+    assert ran[:2] == [17, a_batch().inputs.size]
+
+
 # --- which of them hold for a model --------------------------------------------------------------
 
 
@@ -234,10 +258,10 @@ def test_shortcuts_that_do_not_hold_say_why(tmp_path: Path) -> None:
     bridge = (costs.NUMPY_PRODUCTS,) if blas_bridge.ENABLED and plain.device == "cpu" else ()
     assert plain.shortcuts == (costs.SHARED_PREFIXES, *always, *bridge)
     assert plain.left_out == {costs.FROZEN_BLOCKS: "every block has an adapter"}
-    assert sparing.shortcuts == always and "again" in sparing.left_out[costs.SHARED_PREFIXES]
+    assert sparing.shortcuts == (costs.SHARED_PREFIXES, *always)
     assert top.shortcuts == (costs.FROZEN_BLOCKS, *always, *bridge)
     assert "frozen" in top.left_out[costs.SHARED_PREFIXES]
-    assert not sparing.shares_prefixes and not top.shares_prefixes
+    assert sparing.shares_prefixes and not top.shares_prefixes
     gemma = opened(family("gemma2", tmp_path / "gemma2"))  # its own attention takes no mask for each row
     assert not gemma.shares_prefixes and gemma.left_out[costs.SHARED_PREFIXES].startswith("ValueError: ")
     assert "mlx-lm's attention" in gemma.left_out[costs.ATTENTION]
