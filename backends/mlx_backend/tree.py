@@ -25,8 +25,9 @@ _LEFT_OUT = {"ernie4_5_moe": ".e_score_correction_bias"}  # of a model's type: l
 def check_format(folder: CheckedFolder) -> None:
     """Raises BackendError where mlx-lm's models of these weights are not trained here."""
     refuse_format(folder, ("mlx-lm", "mxfp4", "mxfp8"), "MLX", "its 4-bit repository of mlx-community")
-    left_out = _LEFT_OUT.get(str(folder.config.get("model_type")), "no such name")
-    if name := next((name for name in folder.shapes if name.endswith(left_out)), None):
+    left_out = _LEFT_OUT.get(str(folder.config.get("model_type")))
+    names = folder.shapes if left_out and folder.weights else ()
+    if name := next((name for name in names if name.endswith(str(left_out))), None):
         raise BackendError(
             f"{folder.path}: mlx-lm leaves {name} out, by which the model chooses its experts, and so computes another "
             "model; use another backend"

@@ -28,6 +28,10 @@ class Gain(NamedTuple):
     rounded_first: bool = False  # whether the result is rounded to the model's type before
 
 
+# Not imported here: that takes a while, and the models of these families have done it.
+_OF_ONE_FAMILY = {"gemma4.modeling_gemma4": "Gemma4RMSNorm", "nemotron_h.modeling_nemotron_h": "NemotronHRMSNorm"}
+
+
 def use_own_norm(module: Any) -> bool:
     """Computes the module here, if it is a frozen norm that is coded as a known one, whatever its name."""
     gain = next((gain for known, gain in _known().items() if _is(module, known)), None)
@@ -40,8 +44,10 @@ def use_own_norm(module: Any) -> bool:
 
 def _known() -> dict[type, Gain]:
     known = {LlamaRMSNorm: Gain(rounded_first=True), Olmo2RMSNorm: Gain(), Gemma2RMSNorm: Gain(added=1.0)}
-    gemma4 = sys.modules.get("transformers.models.gemma4.modeling_gemma4")  # slow to import for other models
-    return known if gemma4 is None else known | {gemma4.Gemma4RMSNorm: Gain()}
+    for module, name in _OF_ONE_FAMILY.items():
+        if home := sys.modules.get(f"transformers.models.{module}"):
+            known[getattr(home, name)] = Gain()
+    return known
 
 
 def _is(module: Any, known: Any) -> bool:

@@ -269,8 +269,9 @@ def test_a_session_names_its_shortcuts(llama: Path, tmp_path: Path) -> None:
     assert opened(llama, TOP).shortcuts == ("frozen blocks computed once", *always)
     assert opened(llama, checkpointing=True).shortcuts == ("shared prefixes", *always, "blocks computed again")
     assert opened(llama, dtype="bfloat16").shortcuts == ("shared prefixes", *always, "attention in tiles")
-    gemma = opened(family("gemma2", tmp_path))
-    assert gemma.shortcuts == ("head at supervised positions", "own LoRA gradient", "own rotary positions")
+    assert opened(family("gemma2", tmp_path / "gemma2")).shortcuts == always
+    cohere = opened(family("cohere", tmp_path / "cohere"))  # its norms are about the mean, its turns of pairs
+    assert cohere.shortcuts == ("shared prefixes", *always[:2], "own gated layers")
 
 
 def test_a_batch_without_supervision_has_no_scores(llama: Path) -> None:

@@ -162,8 +162,8 @@ def test_a_model_that_turns_the_other_way_keeps_its_own_rotary(name: str, tmp_pa
 
 
 def test_own_code_that_computes_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = torch_layers._norm
-    monkeypatch.setattr(torch_layers, "_norm", lambda module, x: wrong(module, x) * 1.01)
+    wrong = norms._norm
+    monkeypatch.setattr(norms, "_norm", lambda module, gain, x: wrong(module, gain, x) * 1.01)
     model, ids = opened("llama", tmp_path), torch.tensor([[3, 1, 2]])
     expected = model(ids).logits
     assert use_checked_own_code(model) == []
