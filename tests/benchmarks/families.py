@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,8 @@ def row(name: str, folder: Path) -> str:
         try:
             session = Case(backend, folder).open()
         except BackendError as error:
-            cells.append(f"no: {str(error).removeprefix(f'{folder}: ').partition(';')[0]}")
+            reason = str(error).removeprefix(f"{folder}: ").removeprefix("model.safetensors: ").partition(";")[0]
+            cells.append(shorten(f"no: {reason}", 100, placeholder=" .."))
             continue
         base, _ = session.score(batch).logprob, session.set_state(random_adapter(session))
         scores.append(np.stack([base, session.score(batch).logprob]))
