@@ -92,6 +92,7 @@ class Head:
 
     def _chunks(self, states: torch.Tensor, targets: torch.Tensor) -> Iterator[slice]:
         size = max(1, self.logits_at_once // self._width(states))
+        size -= size % 4 if size > 4 else 0  # so that each chunk's targets and shares begin at a multiple of 16 bytes
         return (slice(start, start + size) for start in range(0, len(targets), size))
 
 
