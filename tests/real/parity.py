@@ -13,7 +13,8 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,8 @@ def session(backend: str, folder: ModelFolder) -> Reader:
 
 def llama_cpp(folder: ModelFolder, file: Path) -> Reader:
     """Raises EnvironmentProblem for a model that is not promised as GGUF."""
-    numbers: Iterator[tuple[str, FloatArray]] = (
-        (name, read_tensor(path, name)) for path, shapes in folder.weights.items() for name in shapes
-    )
-    write_model(file, folder, numbers, "", "f32")
+    tensors = {name: partial(read_tensor, path, name) for path, shapes in folder.weights.items() for name in shapes}
+    write_model(file, folder, tensors, "", "f32")
     return Engine(file, None, context=512)
 
 
