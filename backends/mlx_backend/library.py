@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from backends.arithmetic import nearest_bfloat16
+from backends.config_sizes import number_of
 from backends.formats import quantised_by
 from backends.interface import BackendError, CheckedFolder, ModelSpec, Modules, NumberType
 from backends.layer_names import Names, Tensors, under
@@ -66,7 +69,7 @@ def looks_for(folder: CheckedFolder, config: Mapping[str, Any]) -> Tensors:
 
 
 def differs(folder: CheckedFolder) -> str:
-    """As `layer_names.Library` says: what `rotary` and `time_steps` correct in a session."""
+    """As `layer_names.Library` says: what `rotary`, `time_steps` and `embedding_scale` correct in a session."""
     scaling = folder.text_config.get("rope_scaling") or {}
     if "short_factor" in scaling:
         return "it turns short texts by the factors for long ones"
@@ -74,6 +77,9 @@ def differs(folder: CheckedFolder) -> str:
         return "it rounds the ends of YaRN's ramp, which this model does not"
     if folder.text_config.get("model_type") == "nemotron_h":
         return "it has no least time step"
+    root = math.sqrt(number_of(folder.text_config, "hidden_size", 1))
+    if folder.text_config.get("model_type") == "gemma3_text" and nearest_bfloat16(root) != root:
+        return "in float32 it rounds the scale of embeddings to bfloat16"
     return ""
 
 

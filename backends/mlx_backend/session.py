@@ -51,6 +51,7 @@ from backends.mlx_backend.device import (
     memory_guard,
     pick_device,
 )
+from backends.mlx_backend.embedding_scale import as_transformers_embeds
 from backends.mlx_backend.forward import Forward
 from backends.mlx_backend.generate import generate
 from backends.mlx_backend.lora import Dropout, base_weight
@@ -120,6 +121,7 @@ class MlxSession(Keeping):
             blas_bridge.connect(model, lora.whole)
             if self._streamed:
                 self._streamed.own_code.append(blas_bridge.connect)
+        as_transformers_embeds(model, dtype)  # last: the bridge knows layers by their classes
         if spec.checkpointing:
             recompute_blocks(model, masks)
         window = ignored_window(model, folder.text_config)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backends import registry
+from backends import libraries, registry
 from backends.interface import BackendError, ModelSpec
 from backends.model_folder import ModelFolder
 from tests.conformance.toy import DROPPING, LORA, Case, close, random_adapter, toy_batch
@@ -17,6 +17,7 @@ pytest.importorskip("torch")
 pytest.importorskip("mlx.core")
 
 from tests.tiny_families import MAKERS_CONFIGS, MODELS, published
+from tests.tiny_models import family
 
 Usable = Callable[[str], None]
 BATCH = toy_batch()
@@ -87,6 +88,16 @@ def test_keys_and_values_that_a_block_takes_from_another_are_not_adapted(folder_
     modules = ModelFolder.open(folder_of("gemma4")).lora_modules(LORA)
     shared = {module.split(".")[3] for module in modules if module.endswith("k_proj")}
     assert shared == {"0", "1", "2", "3"}
+
+
+def test_gemmas_embeddings_have_the_same_scale_where_it_is_no_short_number(tmp_path: Path) -> None:
+    """sqrt(80), which mlx-lm rounds to bfloat16; at the width of the other tests it is 8."""
+    folder = family("gemma3_text", tmp_path, hidden_size=80)
+    torch, mlx = (Case(name, folder).open() for name in ("torch", "mlx"))
+    np.testing.assert_allclose(mlx.score(BATCH).logprob, torch.score(BATCH).logprob, atol=1e-5)
+    one, other = (session.step([BATCH], 1e-2) for session in (torch, mlx))
+    assert (one.loss, one.grad_norm) == (pytest.approx(other.loss, rel=1e-5), pytest.approx(other.grad_norm, rel=1e-4))
+    assert "rounds the scale" in libraries.by_name()["mlx-lm"].differs(ModelFolder.open(folder))
 
 
 def test_a_model_of_which_mlx_lm_leaves_a_part_out_is_refused(folder_of: Callable[[str], Path]) -> None:
