@@ -13,6 +13,7 @@ from backends.nvidia import driver
 settings.register_profile("untimed", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("untimed")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads that wait for each other cost more than they do
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # as the user would: each name of the hub was tried for half a minute
 if driver() is None:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run without a card then
 
