@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -37,9 +36,3 @@ def log_softmax(logits: FloatArray) -> FloatArray:
     shifted: FloatArray = logits - logits.max(-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
     return shifted
-
-
-def nearest_bfloat16(number: float) -> float:
-    """The nearest number of 8 significant bits."""
-    fraction, power = math.frexp(number)
-    return math.ldexp(round(fraction * 256), power - 8)

@@ -80,10 +80,12 @@ def kind(kernel: str, argument: str, half: str, constants: dict[str, Any]) -> st
         return "constexpr"
     if argument in FLOATS or (kernel, argument) == ("_gradient", "out"):
         return "*fp32"
-    if argument in BYTES or argument == "targets":
-        return "*u8" if argument in BYTES else "*i64"
+    if argument in BYTES:
+        return "*u8"
     if argument in WORDS:
         return "*i32"
+    if argument == "targets":
+        return "*i64"
     return f"*{half}" if argument in HALVES else "fp32" if argument in NUMBERS else "i32"
 
 

@@ -24,6 +24,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["FINETUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(params=["bridge", "own"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's products by numpy's BLAS where this machine needs it, and by MLX's own, as on a Mac."""
+    pytest.importorskip("mlx.core")
+    from backends.mlx_backend import blas_bridge
+
+    if request.param == "own":
+        monkeypatch.setattr(blas_bridge, "ENABLED", False)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-block random Llama with 128 tokens."""

@@ -8,7 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.gemma3_text import Gemma3Model
 
-from backends.arithmetic import nearest_bfloat16
 from backends.mlx_backend.patch import subclassed
 
 
@@ -17,6 +16,6 @@ def as_transformers_embeds(model: nn.Module, dtype: mx.Dtype) -> None:
     for module in model.modules():
         if isinstance(module, Gemma3Model):
             root = math.sqrt(module.args.hidden_size)
-            ratio = float(mx.array(root, dtype)) / nearest_bfloat16(root)
+            ratio = float(mx.array(root, dtype)) / float(mx.array(root, mx.bfloat16))
             if ratio != 1:
                 subclassed(module.embed_tokens, lambda base, self, ids, ratio=ratio: base(self, ids) * ratio)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backends.arithmetic import nearest_bfloat16
 from backends.config_sizes import number_of
 from backends.formats import quantised_by
 from backends.interface import BackendError, CheckedFolder, ModelSpec, Modules, NumberType
@@ -77,8 +76,8 @@ def differs(folder: CheckedFolder) -> str:
         return "it rounds the ends of YaRN's ramp, which this model does not"
     if folder.text_config.get("model_type") == "nemotron_h":
         return "it has no least time step"
-    root = math.sqrt(number_of(folder.text_config, "hidden_size", 1))
-    if folder.text_config.get("model_type") == "gemma3_text" and nearest_bfloat16(root) != root:
+    fraction, _ = math.frexp(math.sqrt(number_of(folder.text_config, "hidden_size", 1)))
+    if folder.text_config.get("model_type") == "gemma3_text" and fraction * 256 % 1:  # more than bfloat16's 8 bits
         return "in float32 it rounds the scale of embeddings to bfloat16"
     return ""
 

@@ -6,7 +6,7 @@ Measured on 8 heads of 64 with AVX-512 bfloat16: forward and backward together t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -30,10 +30,15 @@ def use_tiles(model: Any) -> list[str]:
     """Lets a model whose attention is torch's own use `attend` where that is the same and faster."""
     if model.config._attn_implementation != "sdpa" or model.dtype != torch.bfloat16 or model.device.type != "cpu":
         return []
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    model.set_attn_implementation(_NAME)
+    attend_by(model, _NAME, _attention)
     return [ATTENTION]
+
+
+def attend_by(model: Any, name: str, function: Callable[..., tuple[torch.Tensor, None]]) -> None:
+    """Lets the model call this function, under this name, in the place of torch's own attention, with its masks."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
 
 
 def expand_heads(model: Any) -> bool:
@@ -44,9 +49,7 @@ def expand_heads(model: Any) -> bool:
     """
     if model.config._attn_implementation != "sdpa" or half_type(model.device) != "float16":
         return False
-    AttentionInterface.register(_EXPANDED, _expanded)
-    AttentionMaskInterface.register(_EXPANDED, sdpa_mask)
-    model.set_attn_implementation(_EXPANDED)
+    attend_by(model, _EXPANDED, _expanded)
     return True
 
 

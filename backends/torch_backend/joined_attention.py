@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from backends.torch_backend.attention import attend_by
+from backends.torch_backend.own_code import agree
 
 _NAME = "joined_to_a_prefix"
 _aten = torch.ops.aten
@@ -37,9 +38,7 @@ def join_prefixes(model: Any) -> bool:
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     if model.config._attn_implementation != "sdpa" or not _works(model.device, model.dtype, heads, groups, width):
         return False
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    model.set_attn_implementation(_NAME)
+    attend_by(model, _NAME, _attention)
     return True
 
 
@@ -49,16 +48,14 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
     scaling: float | None = None,
-    is_causal: bool | None = None,
-    **rest: Any,
+    **named: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers calls it: [B, H, T, d], [B, G, T, d] twice -> [B, T, H, d]."""
     prefix: Pair | None = getattr(key, "prefix", None)
     if prefix is None:
-        arguments = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
-        return cast(tuple[torch.Tensor, None], sdpa_attention_forward(*arguments, **rest))
+        plain = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **named)
+        return cast(tuple[torch.Tensor, None], plain)
     if attention_mask is not None:
         raise TypeError("rows that continue a prefix attend by more than the order of their tokens")
     out = attend(query, key, value, prefix, query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -154,12 +151,9 @@ def _works(device: torch.device, dtype: torch.dtype, heads: int, groups: int, wi
     shapes = [(2, 5, heads, width), *[(2, 5, groups, width)] * 2, *[(1, 3, groups, width)] * 2]
     with torch.inference_mode(False), torch.enable_grad():
         parts = [torch.randn(shape, generator=draw).to(device, dtype).transpose(1, 2) for shape in shapes]
-        near = {torch.bfloat16: 5e-2, torch.float16: 1e-2}.get(dtype, 1e-4)
         try:
-            return all(
-                float((one - other).float().norm()) <= near * float(other.float().norm())
-                for one, other in zip(_results(_joined, parts), _results(_over_all, parts), strict=True)
-            )
+            pairs = zip(_results(_joined, parts), _results(_over_all, parts), strict=True)
+            return all(agree(one, other, dtype) for one, other in pairs)
         except Exception:  # a build without such a kernel, heads of a width that it does not know
             return False
 

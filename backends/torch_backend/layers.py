@@ -17,18 +17,21 @@ from backends.predictions import DELTA_RULE
 from backends.torch_backend.costs import DELTA_KERNEL, GATED_LAYERS, NORMS, ROTARY
 from backends.torch_backend.gated import ACTIVATIONS, Activation
 from backends.torch_backend.lora import LoraLinear
-from backends.torch_backend.norms import use_own_norm
+from backends.torch_backend.norms import known_norms, use_own_norm
 from backends.torch_backend.patch import is_coded_as
 from backends.torch_backend.rotary import use_own_rotary
 
 _DELTA_RULE = "torch_chunk_gated_delta_rule"  # the function, in transformers' module of each model that has it
 
 
+_ACTIVATIONS = {type(ACT2FN[name]): activation for name, activation in ACTIVATIONS.items()}
+
+
 def use_own_layers(model: Any) -> list[str]:
     """Modules whose code is known, whatever their name, get our own gradients. Returns the kinds."""
-    replaced = set()
+    replaced, norms = set(), known_norms()
     for module in model.modules():
-        if use_own_norm(module):
+        if use_own_norm(module, norms):
             replaced.add(NORMS)
         elif _use_own_gated_layer(module):
             replaced.add(GATED_LAYERS)
@@ -51,9 +54,8 @@ def _is_librarys(function: Any) -> bool:
 
 def _use_own_gated_layer(module: Any) -> bool:
     """Where its last layer is adapted: a frozen one saves little as it is."""
-    activations = {type(ACT2FN[name]): activation for name, activation in ACTIVATIONS.items()}
     for known, function, forward in ((LlamaMLP, "act_fn", _gated_layer), (Phi3MLP, "activation_fn", _gated_in_one)):
-        activation = activations.get(type(getattr(module, function, None)))
+        activation = _ACTIVATIONS.get(type(getattr(module, function, None)))
         if is_coded_as(module, known) and activation and isinstance(module.down_proj, LoraLinear):
             module.forward = partial(forward, module, activation)
             return True

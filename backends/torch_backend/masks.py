@@ -17,9 +17,7 @@ from backends.torch_backend.device import uploaded
 class Keys(NamedTuple):
     """The words of the tokens that are run, for each module."""
 
-    words: (
-        torch.Tensor
-    )  # [M, N], zeros after them up to a multiple of 4, so that each module's begin at one of 16 bytes
+    words: torch.Tensor  # [M, N + 3] at most: each module's begin at a multiple of 16 bytes
     tokens: int
 
 

@@ -7,6 +7,7 @@ whether it multiplies before or after the result is rounded to the model's type.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,9 +33,9 @@ class Gain(NamedTuple):
 _OF_ONE_FAMILY = {"gemma4.modeling_gemma4": "Gemma4RMSNorm", "nemotron_h.modeling_nemotron_h": "NemotronHRMSNorm"}
 
 
-def use_own_norm(module: Any) -> bool:
-    """Computes the module here, if it is a frozen norm that is coded as a known one, whatever its name."""
-    gain = next((gain for known, gain in _known().items() if _is(module, known)), None)
+def use_own_norm(module: Any, norms: Mapping[type, Gain]) -> bool:
+    """Computes the module here, if it is a frozen norm that is coded as one of these, whatever its name."""
+    gain = next((gain for known, gain in norms.items() if _is(module, known)), None)
     weight = getattr(module, "weight", None)  # some have none
     if gain is None or (weight is not None and weight.requires_grad):
         return False
@@ -42,7 +43,8 @@ def use_own_norm(module: Any) -> bool:
     return True
 
 
-def _known() -> dict[type, Gain]:
+def known_norms() -> dict[type, Gain]:
+    """Those of the models that were made in this process."""
     known = {LlamaRMSNorm: Gain(rounded_first=True), Olmo2RMSNorm: Gain(), Gemma2RMSNorm: Gain(added=1.0)}
     for module, name in _OF_ONE_FAMILY.items():
         if home := sys.modules.get(f"transformers.models.{module}"):

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 from mlx_lm.models.gated_delta import gated_delta_ops, gated_delta_update  # noqa: E402
 
-from backends.mlx_backend import blas_bridge, delta_chunks, delta_rule  # noqa: E402
+from backends.mlx_backend import delta_chunks, delta_rule  # noqa: E402
 from backends.predictions import DELTA_RULE  # noqa: E402
 from backends.torch_backend.costs import DELTA_KERNEL  # noqa: E402
 from backends.torch_backend.layers import delta_rule_of  # noqa: E402
@@ -45,12 +45,6 @@ def inputs(rows: int, tokens: int, heads: int, values: int, dk: int, dv: int, ki
     if kind == "forgetting":
         decay[:, ::7], decay[:, 1::5] = -80.0, 0.0
     return [mx.array(x.astype(np.float32)) for x in (q, k, v, decay, beta, state)]
-
-
-@pytest.fixture(params=["bridge", "own"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "own":  # what a Mac runs
-        monkeypatch.setattr(blas_bridge, "ENABLED", False)
 
 
 def by_token(q: Any, k: Any, v: Any, decay: Any, beta: Any, state: Any) -> Any:

@@ -26,13 +26,6 @@ VOCAB = 128
 LORA = LoraSpec(4, 8.0)
 
 
-@pytest.fixture(params=["bridge", "own"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By numpy's BLAS where this machine needs it, and by MLX's own, as on a Mac."""
-    if request.param == "own":
-        monkeypatch.setattr(blas_bridge, "ENABLED", False)
-
-
 def opened(folder: Path, lora: LoraSpec = LORA, **spec: Any) -> mlx_backend.MlxSession:
     session = mlx_backend.open(ModelSpec(folder, **spec), lora, OptimSpec(eps=1e-2), 0)
     state, random = session.get_state(), np.random.default_rng(1)
